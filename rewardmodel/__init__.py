@@ -1,0 +1,27 @@
+"""rewardmodel: human preference battles in, a calibrated model that predicts the winner out.
+
+Each command of `rewardmodel --help` is a function here: `from rewardmodel import run, train, predict, evaluate`.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "InputError": "errors",
+    "Recipe": "config",
+    "load_recipe": "config",
+    "read_battles": "formats",
+    "train": "trainer",
+    "predict": "inference",
+    "evaluate": "report",
+    "run": "pipeline",
+}
+
+__all__ = list(_HOMES)  # noqa: PLE0604  (names are strings)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module when it is first asked for, so that importing does nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rewardmodel' has no attribute '{name}'")
+    return getattr(import_module(f"rewardmodel.{_HOMES[name]}"), name)

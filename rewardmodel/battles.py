@@ -1,0 +1,181 @@
+"""The canonical table of battles: fixed columns in, a validated, memory-mapped `datasets.Dataset` out.
+
+Every later stage may rely on it: ids are unique, turns line up, and outcomes are probabilities.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+
+from rewardmodel.errors import InputError
+
+OUTCOMES = ("winner_model_a", "winner_model_b", "winner_tie")
+"""Outcome columns, and the column order of every (n_battles, 3) array: A wins, B wins, tie."""
+
+TEXTS = ("prompt", "response_a", "response_b")
+"""Columns that hold lists of turns."""
+
+FEATURES = Features(
+    {
+        "id": Value("string"),
+        "prompt": List(Value("string")),
+        "response_a": List(Value("string")),
+        "response_b": List(Value("string")),
+        "model_a": Value("string"),
+        "model_b": Value("string"),
+        **{name: Value("float64") for name in OUTCOMES},
+        "weight": Value("float32"),
+        "source": Value("string"),
+        "group": Value("int64"),
+        "fold": Value("int32"),
+    }
+)
+"""One battle a row. Outcomes are null in unlabelled battles; `group` and `fold` are -1 until `folds` sets them."""
+
+_SWAPPED = {
+    "response_a": "response_b",
+    "response_b": "response_a",
+    "model_a": "model_b",
+    "model_b": "model_a",
+    "winner_model_a": "winner_model_b",
+    "winner_model_b": "winner_model_a",
+}
+
+OUTCOME_TOLERANCE = 1e-3
+"""How far from 1 the three outcomes of a battle may sum."""
+
+
+def is_labelled(battles: Dataset) -> bool:
+    """Return whether the battles have outcomes (all or none of them have)."""
+    return len(battles) > 0 and battles.data.column(OUTCOMES[0]).null_count == 0
+
+
+def outcomes(battles: Dataset) -> np.ndarray:
+    """Return the outcome probabilities, (n_battles, 3) float64: A, B, tie; NaN where unlabelled."""
+    columns = battles.with_format(None).select_columns(list(OUTCOMES))
+    return np.stack([np.asarray(columns[name][:], dtype=np.float64) for name in OUTCOMES], axis=1)
+
+
+def weights(battles: Dataset) -> np.ndarray:
+    """Return the weight of each battle in the loss, (n_battles,) float32."""
+    return np.asarray(battles.with_format(None)["weight"][:], dtype=np.float32)
+
+
+def swap(battles: Dataset) -> Dataset:
+    """Return the same battles with A and B exchanged: responses, models and outcomes; nothing else moves."""
+    order = battles.column_names
+    return battles.rename_columns(_SWAPPED).select_columns(order)
+
+
+def swap_randomly(battles: Dataset, seed: int) -> Dataset:
+    """Return the battles, in the same row order, each swapped or not by a coin thrown with `seed`."""
+    coin = np.random.default_rng(seed).random(len(battles)) < 0.5
+    both = concatenate_datasets([battles, swap(battles)])
+    return both.select(np.arange(len(battles)) + coin * len(battles))
+
+
+def swap_both(battles: Dataset) -> Dataset:
+    """Return the battles followed by their swapped copies, (2 * n_battles) rows."""
+    return concatenate_datasets([battles, swap(battles)])
+
+
+AUGMENTATIONS = {
+    "none": lambda battles, seed: battles,
+    "random": swap_randomly,
+    "both": lambda battles, seed: swap_both(battles),
+}
+"""Swap augmentations by recipe name: (battles, seed) -> the battles to train on."""
+
+
+def validate(battles: Dataset, where: str) -> Dataset:
+    """Return `battles` unchanged if they keep the contract of the table.
+
+    Args:
+        battles: rows of `FEATURES`.
+        where: the name of the file or data set, for messages.
+
+    Raises:
+        InputError: no rows, an id given twice, turns that do not line up, or outcomes that are not
+            probabilities summing to 1. Rows are counted from 1, without the header.
+    """
+    if not len(battles):
+        raise InputError(f"{where}: no battles; give a file with at least one row under the header")
+    table = battles.with_format("arrow")[:]
+    _check_ids(table.column("id"), where)
+    _check_turns(table, where)
+    _check_outcomes(table, where)
+    return battles
+
+
+def _check_ids(ids: pa.ChunkedArray, where: str) -> None:
+    if pc.count_distinct(ids).as_py() == len(ids):
+        return
+    first_row: dict[str, int] = {}
+    for row, name in enumerate(ids.to_pylist(), start=1):
+        if name in first_row:
+            raise InputError(
+                f"{where}: row {row}, column 'id': '{name}' was already used in row {first_row[name]}; "
+                "give every battle an id of its own"
+            )
+        first_row[name] = row
+
+
+def _check_turns(table: pa.Table, where: str) -> None:
+    turns = {name: pc.list_value_length(table.column(name)) for name in TEXTS}
+    for name in ("response_a", "response_b"):
+        row = _first_true(pc.not_equal(turns["prompt"], turns[name]))
+        if row is not None:
+            raise InputError(
+                f"{where}: row {row + 1}, column '{name}': {turns[name][row]} turns, but the prompt has "
+                f"{turns['prompt'][row]}; give one response turn to each prompt turn (null for an empty one)"
+            )
+
+
+def _check_outcomes(table: pa.Table, where: str) -> None:
+    columns = [table.column(name) for name in OUTCOMES]
+    nulls = [column.null_count for column in columns]
+    if all(count == len(table) for count in nulls):
+        return
+    for name, column in zip(OUTCOMES, columns, strict=True):
+        row = _first_true(pc.invert(pc.is_finite(column)).combine_chunks().fill_null(True))
+        if row is not None:
+            raise InputError(
+                f"{where}: row {row + 1}, column '{name}': no number; label every battle of a file, or none"
+            )
+    array = np.stack([column.to_numpy() for column in columns], axis=1)
+    bad = (array < 0).any(axis=1) | (np.abs(array.sum(axis=1) - 1) > OUTCOME_TOLERANCE)
+    if bad.any():
+        row = int(bad.argmax())
+        values = ", ".join(f"{value:g}" for value in array[row])
+        raise InputError(
+            f"{where}: row {row + 1}, columns {', '.join(OUTCOMES)}: {values} are not probabilities that sum to 1; "
+            "mark one of them 1 and the others 0, or give shares"
+        )
+
+
+def _first_true(mask: pa.ChunkedArray | pa.Array) -> int | None:
+    row = pc.index(mask, value=True).as_py()
+    return None if row < 0 else row
+
+
+def from_columns(columns: dict[str, Sequence], source: str) -> Dataset:
+    """Return a table of battles from parsed columns, filling the ones that may be absent.
+
+    Args:
+        columns: `id` and the three texts, each of n_battles; models and outcomes optional.
+        source: the value of the `source` column.
+    """
+    count = len(columns["id"])
+    defaults: dict[str, Sequence] = {
+        **{name: [""] * count for name in ("model_a", "model_b")},
+        **{name: [None] * count for name in OUTCOMES},
+        "weight": [1.0] * count,
+        "source": [source] * count,
+        "group": [-1] * count,
+        "fold": [-1] * count,
+    }
+    filled = {name: columns.get(name, defaults.get(name)) for name in FEATURES}
+    return Dataset.from_dict(filled, features=FEATURES)

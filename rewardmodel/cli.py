@@ -1,0 +1,145 @@
+"""The command line: parse, call the function of the same name, print; exit code 2 for what a person can mend."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from rewardmodel.errors import InputError
+
+
+def _run(arguments: list[str]) -> None:
+    """train, judge on held-out prompts, predict data.test into submission.csv."""
+    parser = _parser("run", _run)
+    _add_recipe(parser)
+    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
+    options, overrides = _parse_with_recipe(parser, arguments)
+    from rewardmodel.config import dump_recipe, load_recipe
+
+    recipe = load_recipe(options.recipe, overrides)
+    if options.print_config:
+        print(dump_recipe(recipe), end="")
+        return
+    from rewardmodel.pipeline import run
+    from rewardmodel.report import format_metrics
+    from rewardmodel.runs import SUBMISSION
+
+    folder, metrics = run(recipe, resume=options.resume, overwrite=options.overwrite)
+    print(f"\nheld-out prompts: {format_metrics(metrics)}\n\n{folder}")
+    if recipe.data.test:
+        print(folder / SUBMISSION)
+
+
+def _train(arguments: list[str]) -> None:
+    """train a model on labelled battles and save it as a run."""
+    parser = _parser("train", _train)
+    _add_recipe(parser)
+    options, overrides = _parse_with_recipe(parser, arguments)
+    from rewardmodel.config import load_recipe
+    from rewardmodel.trainer import train
+
+    folder, _ = train(load_recipe(options.recipe, overrides), resume=options.resume, overwrite=options.overwrite)
+    print(folder)
+
+
+def _predict(arguments: list[str]) -> None:
+    """predict the outcomes of battles with a trained run."""
+    parser = _parser("predict", _predict)
+    parser.add_argument("run", type=Path, help="folder of a trained run")
+    parser.add_argument("battles", help="battles to predict: a file, or 'sample'")
+    parser.add_argument("--output", type=Path, required=True, help="file to write: .parquet, or .csv for a submission")
+    parser.add_argument("--sample-submission", type=Path, help="a submission whose columns and ids must be repeated")
+    parser.add_argument("--inference.KEY", dest="_", help="a key of the recipe's inference section, for this time")
+    options, overrides = parser.parse_known_args(arguments)
+    for word in overrides:
+        if word.startswith("--") and not word.startswith("--inference."):
+            raise InputError(f"rewardmodel predict: unknown option {word}; see rewardmodel predict --help")
+    if options.output.suffix not in (".parquet", ".csv"):
+        raise InputError(f"--output: {options.output} ends in neither .parquet nor .csv; give one of them")
+    from rewardmodel.config import load_recipe
+    from rewardmodel.inference import predict
+    from rewardmodel.predictions import write_predictions, write_submission
+    from rewardmodel.runs import RECIPE, load_run_recipe
+
+    load_run_recipe(options.run)
+    inference = load_recipe(options.run / RECIPE, overrides).inference
+    table = predict(options.run, options.battles, inference)
+    if options.output.suffix == ".csv":
+        write_submission(table, options.output, options.sample_submission)
+    else:
+        write_predictions(table, options.output)
+    print(f"{len(table)} battles: {options.output}")
+
+
+def _evaluate(arguments: list[str]) -> None:
+    """measure predictions of battles whose outcomes are known."""
+    parser = _parser("evaluate", _evaluate)
+    parser.add_argument("predictions", help="a run folder (its held-out fold), or a predictions.parquet")
+    options = parser.parse_args(arguments)
+    from rewardmodel.report import evaluate, format_metrics
+
+    print(format_metrics(evaluate(options.predictions)))
+
+
+VERBS: dict[str, Callable[[list[str]], None]] = {
+    "run": _run,
+    "train": _train,
+    "predict": _predict,
+    "evaluate": _evaluate,
+}
+"""Commands by name; the first line of each docstring is its help."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return the exit code: 0, or 2 for what a person can mend."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: rewardmodel COMMAND ...    (rewardmodel COMMAND --help tells more)\n")
+        print("\n".join(f"  {name:<10}{verb.__doc__}" for name, verb in VERBS.items()))
+        return 0
+    try:
+        if arguments[0] not in VERBS:
+            raise InputError(f"rewardmodel: no command '{arguments[0]}'; there are: {', '.join(VERBS)}")
+        _set_up_logging()
+        VERBS[arguments[0]](arguments[1:])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser(name: str, verb: Callable) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(f"rewardmodel {name}", description=verb.__doc__, allow_abbrev=False)
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="YAML file of the recipe")
+    parser.add_argument("--resume", action="store_true", help="continue the run in trainer.output_dir")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in trainer.output_dir")
+    parser.add_argument("--SECTION.KEY", metavar="VALUE", dest="_", help="any key of the recipe; all of them follow")
+
+
+def _parse_with_recipe(
+    parser: argparse.ArgumentParser, arguments: list[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """Return the command's own options, and the overrides of recipe keys; `--help` prints both kinds."""
+    if "-h" in arguments or "--help" in arguments:
+        from rewardmodel.config import recipe_parser
+
+        parser.print_help()
+        keys = recipe_parser(parser.prog)
+        keys.usage = argparse.SUPPRESS
+        keys.print_help()
+        raise SystemExit(0)
+    recipe, own = arguments[:1], arguments[1:]
+    return parser.parse_known_args([*recipe, *own])
+
+
+def _set_up_logging() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    ours = logging.getLogger("rewardmodel")
+    ours.setLevel(logging.INFO)
+    ours.handlers = [handler]
+    ours.propagate = False

@@ -1,0 +1,279 @@
+"""A YAML recipe and command-line overrides in, a `Recipe` out: one dataclass a stage, every default in one place.
+
+`model` keeps the names of TRL's ModelConfig and `trainer` takes the keys of TRL's RewardConfig as they are.
+A field is documented once, under the field; the command line's help is made from there.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from rewardmodel.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+
+@dataclass
+class DataConfig:
+    """Which battles to learn from and to predict."""
+
+    train: str = "sample"
+    """Labelled battles: a file, or `sample` for the demonstration set inside the package."""
+    test: str | None = None
+    """Battles to predict for submission.csv: a file or `sample`; none: no submission."""
+    sample_submission: str | None = None
+    """A submission file whose columns and ids submission.csv must repeat."""
+    limit: int | None = None
+    """Use only about this many labelled battles, drawn as whole prompt groups."""
+    folds: int = 5
+    """Into how many folds the labelled battles are split, by prompt group and stratified by outcome."""
+    fold: int = 0
+    """The fold that is held out for validation, from 0."""
+    swap_augmentation: Literal["none", "random", "both"] = "random"
+    """Training order of A and B: as given, thrown by a coin once for each battle, or every battle in both orders."""
+    seed: int = 0
+    """Seed of folds, limits and swaps; trainer.seed is the one of training."""
+
+
+@dataclass
+class PromptConfig:
+    """How a battle becomes text, and text becomes a bounded number of tokens."""
+
+    template: str = "instruction"
+    """Text around the turns: a name out of rewardmodel.prompt.TEMPLATES."""
+    max_length: int = 1024
+    """Most tokens of a sequence. Longer battles lose text from the middle of turns; none is dropped."""
+
+
+@dataclass
+class ModelConfig:
+    """Backbone, quantisation and LoRA; the names are those of TRL's ModelConfig."""
+
+    model_name_or_path: str = "smollm2-135m-instruct"
+    """A hub id, a local folder, a .gguf file, or a packaged name (rewardmodel.weights.PACKAGED)."""
+    model_revision: str = "main"
+    """Branch, tag or commit of a hub id."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; `auto` takes CUDA where there is a device."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Compute precision; `auto` asks the hardware. Head and trainable weights are always float32."""
+    attn_implementation: str | None = None
+    """Attention kernel by transformers' name; none: the best that the family allows."""
+    load_in_4bit: bool = False
+    """Quantise the backbone to 4 bits with bitsandbytes; the head is left out."""
+    load_in_8bit: bool = False
+    """Quantise the backbone to 8 bits with bitsandbytes; the head is left out."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """4-bit data type."""
+    use_bnb_nested_quant: bool = True
+    """Quantise the quantisation constants too (double quantisation)."""
+    use_peft: bool = True
+    """Train LoRA adapters and the head; false: all weights."""
+    lora_r: int = 16
+    """LoRA rank."""
+    lora_alpha: int = 32
+    """LoRA scale: updates are multiplied by lora_alpha / lora_r."""
+    lora_dropout: float = 0.05
+    """Dropout before LoRA."""
+    lora_target_modules: list[str] | None = None
+    """Names of linear layers that get LoRA; none: the family's, all of attention and MLP."""
+    lora_first_layer: int = 0
+    """Layers before this one keep no LoRA, and backpropagation stops there."""
+    lora_init: Literal["default", "pissa"] = "default"
+    """Start of LoRA: zero update, or the principal singular vectors (PiSSA; needs an unquantised backbone)."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(lora_r) (rank-stabilised LoRA)."""
+    use_dora: bool = False
+    """Learn magnitude and direction apart (DoRA)."""
+
+
+@dataclass
+class ObjectiveConfig:
+    """What the model is trained to state."""
+
+    name: str = "cross_entropy"
+    """A name out of rewardmodel.objective.OBJECTIVES."""
+    label_smoothing: float = 0.0
+    """Share of probability moved from the outcome to all three evenly, in training only."""
+
+
+@dataclass
+class InferenceConfig:
+    """How trained models predict."""
+
+    swap_tta: Literal["none", "both"] = "both"
+    """Predict each battle as given, or in both orders and average."""
+    batch_tokens: int = 8192
+    """Tokens of a batch, padding included; sequences are sorted by length first."""
+
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "disable_dropout": False,
+    "eval_strategy": "epoch",
+    "gradient_checkpointing": False,
+    "learning_rate": 2e-4,
+    "load_best_model_at_end": True,
+    "logging_nan_inf_filter": False,
+    "logging_steps": 10,
+    "lr_scheduler_type": "cosine",
+    "num_train_epochs": 1,
+    "per_device_eval_batch_size": 16,
+    "per_device_train_batch_size": 8,
+    "report_to": "none",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "seed": 42,
+    "train_sampling_strategy": "group_by_length",
+    "warmup_steps": 0.05,
+}
+"""What `trainer` says where a recipe does not; every other key has TRL's own default."""
+
+TRAINER_DECIDED_ELSEWHERE = {
+    "bf16": "model.dtype",
+    "center_rewards_coefficient": "objective",
+    "chat_template_path": "prompt.template",
+    "data_seed": "trainer.seed",
+    "eos_token": "prompt.template",
+    "fp16": "model.dtype",
+    "label_smoothing_factor": "objective.label_smoothing",
+    "max_length": "prompt.max_length",
+    "model_init_kwargs": "model",
+    "pad_token": "model.model_name_or_path",
+    "trust_remote_code": "model.model_name_or_path",
+    "use_cpu": "model.device",
+}
+"""Keys of RewardConfig that another key of the recipe decides; `trainer` refuses them rather than ignore them."""
+
+
+@dataclass
+class Recipe:
+    """All that makes a run; a run folder carries its own, resolved, as recipe.yaml.
+
+    Raises:
+        InputError: `trainer` has a key that another section decides.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """Keys of trl.RewardConfig, over `TRAINER_DEFAULTS`; trainer.output_dir is the run folder."""
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+
+    def __post_init__(self) -> None:
+        for key in self.trainer:
+            if key in TRAINER_DECIDED_ELSEWHERE:
+                raise InputError(f"recipe: trainer.{key} is decided by {TRAINER_DECIDED_ELSEWHERE[key]}; set that")
+        self.trainer = {**TRAINER_DEFAULTS, **self.trainer}
+
+    @property
+    def run_folder(self) -> Path:
+        """The folder that the run is written to."""
+        return Path(self.trainer["output_dir"])
+
+
+def recipe_parser(prog: str, description: str | None = None) -> "ArgumentParser":
+    """Return a jsonargparse parser of every recipe key, with defaults and help from the dataclasses and from TRL."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+    from trl import RewardConfig
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="A recipe (YAML).")
+    for section in fields(Recipe):
+        if section.name == "trainer":
+            parser.add_class_arguments(RewardConfig, "trainer", skip=set(TRAINER_DECIDED_ELSEWHERE))
+            parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items()})
+        else:
+            parser.add_class_arguments(section.default_factory, section.name)  # type: ignore[arg-type]
+    return parser
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe of a YAML file with command-line overrides on top.
+
+    Args:
+        path: the recipe; `trainer.output_dir` defaults to runs/ and the file's name.
+        overrides: as typed: `["--trainer.learning_rate", "1e-4"]` or `["--trainer.learning_rate=1e-4"]`.
+
+    Raises:
+        InputError: no such file, no mapping, an unknown key (the nearest is named), or a value of another type.
+    """
+    path = Path(path)
+    given = _read_mapping(path)
+    parser = recipe_parser("rewardmodel")
+    known = set(parser.get_defaults(skip_validation=True).keys())
+    keys = [*_leaves(given, known), *(word[2:].split("=")[0] for word in overrides if word.startswith("--"))]
+    for key in keys:
+        _check_key(key, known, path)
+    try:
+        parsed = parser.parse_args(["--config", str(path), *overrides])
+    except Exception as error:
+        raise InputError(f"{path}: {_reason(error)}") from error
+    sections = parsed.as_dict()
+    set_here = {key.removeprefix("trainer.") for key in keys if key.startswith("trainer.")}
+    trainer = {key: _plain(sections["trainer"][key]) for key in [*TRAINER_DEFAULTS, *sorted(set_here)]}
+    trainer.setdefault("output_dir", str(Path("runs") / path.stem))
+    return Recipe(
+        **{
+            section.name: section.type(**sections[section.name])  # type: ignore[operator]
+            for section in fields(Recipe)
+            if section.name != "trainer"
+        },
+        trainer=trainer,
+    )
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML that `load_recipe` reads back to an equal one."""
+    return yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: no recipe can be read there ({error}); give the path of a YAML file") from error
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML ({' '.join(str(error).split())}); mend that line") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
+        raise InputError(f"{path}: a recipe has one mapping a section: {', '.join(f.name for f in fields(Recipe))}")
+    return content
+
+
+def _leaves(tree: Mapping[str, Any], known: set[str], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and name not in known:
+            yield from _leaves(value, known, f"{name}.")
+        else:
+            yield name
+
+
+def _check_key(key: str, known: set[str], where: Path) -> None:
+    section, _, name = key.partition(".")
+    if key in known:
+        return
+    if section == "trainer" and name in TRAINER_DECIDED_ELSEWHERE:
+        raise InputError(f"{where}: trainer.{name} is decided by {TRAINER_DECIDED_ELSEWHERE[name]}; set that")
+    raise InputError(f"{where}: unknown key '{key}'{nearest(key, known) or '; see rewardmodel run --help'}")
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).replace("Parser key", "key").replace("typing.Literal", "one of ").split())
+    return re.sub(r"<class '([\w.]+)'>", r"\1", text)
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value

@@ -1,0 +1,103 @@
+"""A trained run and battles in, the predictions table out: length-sorted batches, both orders averaged."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from rewardmodel.battles import swap
+from rewardmodel.config import InferenceConfig, Recipe
+from rewardmodel.formats import read_battles
+from rewardmodel.model import autocast, load_model, placement
+from rewardmodel.objective import OBJECTIVES, Objective
+from rewardmodel.pairs import PadCollator, length_sorted_batches, tokenize
+from rewardmodel.predictions import predictions_table
+from rewardmodel.runs import MODEL, load_run_recipe
+from rewardmodel.weights import resolve
+
+logger = logging.getLogger(__name__)
+
+
+def predict(run: str | Path, battles: Any, inference: InferenceConfig | None = None) -> pd.DataFrame:
+    """Return the predictions table of battles by a trained run, one row a battle, in their order.
+
+    Template and truncation are those that the run was trained with.
+
+    Args:
+        run: the run folder.
+        battles: a Dataset, a DataFrame or a path; labelled or not.
+        inference: in the place of the recipe's.
+
+    Raises:
+        InputError: no trained run, no battles, or a backbone that is not there.
+        FloatingPointError: a prediction that is no number; the battles are named.
+    """
+    run = Path(run)
+    recipe = load_run_recipe(run)
+    battles = read_battles(battles, role="test")
+    model, tokenizer = load_model(recipe.model, run / MODEL)
+    return predict_with(model, tokenizer, recipe, battles, inference or recipe.inference)
+
+
+def predict_with(
+    model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, battles: Dataset, inference: InferenceConfig
+) -> pd.DataFrame:
+    """Return the predictions table of battles by a model in memory; `recipe` is the one it was trained with."""
+    objective = OBJECTIVES[recipe.objective.name]
+    _, dtype = placement(recipe.model, resolve(recipe.model.model_name_or_path, recipe.model.model_revision))
+
+    def one_order(battles: Dataset, name: str) -> np.ndarray:
+        rows = tokenize(battles, tokenizer, recipe.prompt)
+        return probabilities(model, rows, tokenizer.pad_token_id, objective, dtype, inference.batch_tokens, name)
+
+    as_given = one_order(battles, "A first")
+    exchanged = one_order(swap(battles), "B first")[:, [1, 0, 2]] if inference.swap_tta == "both" else None
+    table = predictions_table(battles, as_given, exchanged)
+    bad = ~np.isfinite(table.filter(like="p_").to_numpy(np.float64)).all(axis=1)
+    if bad.any():
+        ids = ", ".join(table["id"][bad][:5])
+        raise FloatingPointError(f"{bad.sum()} predictions are no numbers ({dtype}); the first ids: {ids}")
+    return table
+
+
+@torch.inference_mode()
+def probabilities(
+    model: Any,
+    rows: Dataset,
+    pad_token_id: int,
+    objective: Objective,
+    dtype: torch.dtype,
+    batch_tokens: int,
+    name: str = "",
+) -> np.ndarray:
+    """Return the outcome probabilities of rows, (n_rows, 3) float32, in their order.
+
+    Args:
+        model: in evaluation mode, on its device.
+        rows: of `rewardmodel.pairs.ROWS`.
+        pad_token_id: what fills the ends of shorter rows.
+        objective: its link makes probabilities of logits.
+        dtype: precision to compute in.
+        batch_tokens: tokens of a batch, padding included.
+        name: of the progress bar.
+    """
+    collate = PadCollator(pad_token_id)
+    lengths = np.asarray(rows["length"][:])
+    result = np.empty((len(rows), 3), dtype=np.float32)
+    device = next(model.parameters()).device
+    with tqdm(total=len(rows), desc=f"predicting {name}".strip(), unit="battle") as progress:
+        for numbers in length_sorted_batches(lengths, batch_tokens):
+            batch = collate([rows[int(number)] for number in numbers])
+            with autocast(device, dtype):
+                logits = model(
+                    input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device)
+                ).logits
+            result[numbers] = objective.probabilities(logits).cpu().numpy()
+            progress.update(len(numbers))
+    return result

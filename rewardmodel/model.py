@@ -1,0 +1,289 @@
+"""A backbone folder in, a classifier with LoRA and a float32 head out; saving, and reloading with checks."""
+
+import json
+import logging
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+from rewardmodel.backbone import HEADS, Family, family
+from rewardmodel.battles import OUTCOMES
+from rewardmodel.config import ModelConfig
+from rewardmodel.errors import InputError
+from rewardmodel.files import atomic_path
+from rewardmodel.weights import fingerprint, resolve
+
+logger = logging.getLogger(__name__)
+
+BACKBONE = "backbone.json"
+"""File beside a saved model that says on which weights it stands."""
+
+
+class LastTokenHead:
+    """Forward pass of a decoder classifier: the head reads the last token that the attention mask shows, in float32.
+
+    transformers takes the last id that is not the padding id, and misses a true last token where padding and
+    end-of-sequence share an id.
+    """
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> SequenceClassifierOutputWithPast:
+        """Return logits (n, num_labels) float32 of input_ids and attention_mask (n, length), padded on either side."""
+        decoder = getattr(self, self.base_model_prefix)  # type: ignore[attr-defined]
+        hidden = decoder(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        positions = torch.arange(hidden.shape[1], device=hidden.device)
+        last = (positions * attention_mask).argmax(dim=1)
+        pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = self.score(pooled.float())  # type: ignore[attr-defined]
+        return SequenceClassifierOutputWithPast(logits=logits)
+
+
+def classifier_class(config: Any) -> Any:
+    """Return the class that loads a classifier of this configuration; decoders get `LastTokenHead`."""
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise InputError(f"model.model_name_or_path: transformers has no sequence classifier of type '{config.model_type}'")
+    upstream = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    if issubclass(upstream, GenericForSequenceClassification):
+        return type(upstream.__name__, (LastTokenHead, upstream), {"__module__": upstream.__module__})
+    return AutoModelForSequenceClassification
+
+
+def placement(config: ModelConfig, folder: Path) -> tuple[torch.device, torch.dtype]:
+    """Return the device and the precision that a backbone computes in here.
+
+    Raises:
+        InputError: CUDA asked for and absent, or float16 on a CPU.
+    """
+    device = compute_device(config)
+    return device, compute_dtype(config, device, family(AutoConfig.from_pretrained(folder).model_type))
+
+
+def compute_device(config: ModelConfig) -> torch.device:
+    """Return the device to compute on.
+
+    Raises:
+        InputError: CUDA is asked for and there is none.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("model.device: cuda is asked for, but torch sees no CUDA device; use --model.device cpu or auto")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def compute_dtype(config: ModelConfig, device: torch.device, rules: Family) -> torch.dtype:
+    """Return the precision of the backbone: bfloat16 where the hardware has it, else float16, else float32.
+
+    float16 (Turing and older) is left out for families whose activations leave its range, and on CPUs.
+    """
+    if config.dtype != "auto":
+        if config.dtype == "float16" and device.type == "cpu":
+            raise InputError("model.dtype: float16 does not train on a CPU; use bfloat16, float32 or auto")
+        return getattr(torch, config.dtype)
+    if device.type == "cpu":
+        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    if torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    return torch.float16 if rules.float16 else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Return the context in which a forward pass computes in `dtype`, the same in training and in prediction."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model folder, with a padding token and no length limit of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token
+    tokenizer.model_max_length = int(1e30)
+    return tokenizer
+
+
+def load_classifier(config: ModelConfig, folder: Path, num_labels: int) -> PreTrainedModel:
+    """Return the backbone of a folder under a float32 head, quantised or not, on its device.
+
+    Raises:
+        InputError: a device, precision or attention that is not to be had here.
+    """
+    if config.load_in_4bit and config.load_in_8bit:
+        raise InputError("model: load_in_4bit and load_in_8bit exclude each other; set one of them to false")
+    model_config = AutoConfig.from_pretrained(folder)
+    rules = family(model_config.model_type)
+    device, dtype = placement(config, folder)
+    attention = config.attn_implementation or rules.attention[0]
+    if attention not in rules.attention:
+        raise InputError(
+            f"model.attn_implementation: '{attention}' computes something else for {model_config.model_type}; "
+            f"use one of: {', '.join(rules.attention)}"
+        )
+    names = dict(enumerate(OUTCOMES)) if num_labels == len(OUTCOMES) else {0: "reward"}
+    quantised = config.load_in_4bit or config.load_in_8bit
+    model = classifier_class(model_config).from_pretrained(
+        folder,
+        id2label=names,
+        label2id={name: number for number, name in names.items()},
+        dtype=dtype if config.use_peft else torch.float32,
+        attn_implementation=attention,
+        device_map={"": device},
+        **({"quantization_config": quantization(config, dtype)} if quantised else {}),
+    )
+    for name in head_names(model):
+        head = getattr(model, name).float()
+        if any("bitsandbytes" in type(module).__module__ for module in head.modules()):
+            raise RuntimeError(f"the head '{name}' was quantised; rewardmodel.backbone.HEADS must name it")
+    logger.info("%s on %s: %s, %s attention, %s", model_config.model_type, device, dtype, attention, _bits(config))
+    return model
+
+
+def quantization(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return bitsandbytes settings that leave every head alone."""
+    return BitsAndBytesConfig(
+        load_in_4bit=config.load_in_4bit,
+        load_in_8bit=config.load_in_8bit,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=list(HEADS),
+    )
+
+
+def head_names(model: PreTrainedModel) -> list[str]:
+    """Return the names of the modules with weights that stand on the backbone: the head."""
+    children = model.named_children()
+    return [name for name, child in children if name != model.base_model_prefix and any(True for _ in child.parameters())]
+
+
+def add_lora(model: PreTrainedModel, config: ModelConfig) -> PeftModel:
+    """Return the model with trainable float32 LoRA adapters and head, everything else frozen.
+
+    Raises:
+        InputError: PiSSA on a quantised backbone, or no layer left for LoRA.
+    """
+    quantised = config.load_in_4bit or config.load_in_8bit
+    if config.lora_init == "pissa" and quantised:
+        raise InputError("model.lora_init: pissa splits the backbone's own weights; set load_in_4bit and load_in_8bit false")
+    layers = model.config.get_text_config().num_hidden_layers
+    if config.lora_first_layer >= layers:
+        raise InputError(f"model.lora_first_layer: {config.lora_first_layer}, but the backbone has layers 0 to {layers - 1}")
+    lora = LoraConfig(
+        task_type="SEQ_CLS",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules or _lora_targets(model),
+        layers_to_transform=list(range(config.lora_first_layer, layers)) if config.lora_first_layer else None,
+        init_lora_weights="pissa" if config.lora_init == "pissa" else True,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        modules_to_save=head_names(model),
+    )
+    return get_peft_model(model, lora)
+
+
+def build_model(config: ModelConfig, num_labels: int, seed: int) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Return a new model to train, its head drawn with `seed`, and the tokenizer.
+
+    Raises:
+        InputError: as `resolve`, `load_classifier` and `add_lora`.
+    """
+    folder = resolve(config.model_name_or_path, config.model_revision)
+    set_seed(seed)
+    model: Any = load_classifier(config, folder, num_labels)
+    if config.use_peft:
+        model = add_lora(model, config)
+        count, total = model.get_nb_trainable_parameters()
+        logger.info("LoRA r%d: %s of %s weights train", config.lora_r, f"{count:,}", f"{total:,}")
+    return model, load_tokenizer(folder)
+
+
+def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, folder: Path, **peft: Any) -> None:
+    """Write adapter and head (or the full model), tokenizer and the backbone's fingerprint, whole or not at all.
+
+    Args:
+        model: as trained.
+        tokenizer: saved beside it.
+        config: names the backbone.
+        folder: where to.
+        peft: further arguments of `PeftModel.save_pretrained`.
+    """
+    backbone = resolve(config.model_name_or_path, config.model_revision)
+    about = {
+        "model_name_or_path": config.model_name_or_path,
+        "model_revision": config.model_revision,
+        "fingerprint": fingerprint(backbone),
+        "num_labels": model.config.num_labels,
+    }
+    with atomic_path(folder) as partial:
+        model.save_pretrained(partial, **peft)
+        tokenizer.save_pretrained(partial)
+        (partial / BACKBONE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def load_model(config: ModelConfig, folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Return a saved model, ready to predict, and its tokenizer.
+
+    Raises:
+        InputError: no saved model there, one without its head, or a backbone that is not the one it was trained on.
+    """
+    about = _read_about(folder)
+    if not (folder / "adapter_config.json").is_file():
+        model: Any = load_classifier(config, folder, about["num_labels"])
+        return model.eval(), load_tokenizer(folder)
+    backbone = resolve(config.model_name_or_path, config.model_revision)
+    if fingerprint(backbone) != about["fingerprint"]:
+        raise InputError(
+            f"{folder}: trained on other weights of {about['model_name_or_path']} than those in {backbone}; "
+            "give the backbone that it was trained on"
+        )
+    classifier = load_classifier(config, backbone, about["num_labels"])
+    _check_head(folder, head_names(classifier))
+    model = PeftModel.from_pretrained(classifier, folder)
+    return model.eval(), load_tokenizer(folder)
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / BACKBONE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: no trained model there; has the run finished training?") from error
+
+
+def _check_head(folder: Path, heads: list[str]) -> None:
+    with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
+        keys = list(weights.keys())
+    for head in heads:
+        if not any(f".{head}." in key for key in keys):
+            raise InputError(f"{folder}: the saved adapter has no head '{head}'; save it with modules_to_save=['{head}']")
+
+
+def _lora_targets(model: PreTrainedModel) -> list[str]:
+    targets = family(model.config.model_type).lora_targets
+    if targets:
+        return list(targets)
+    backbone = getattr(model, model.base_model_prefix)
+    linear = {name.rpartition(".")[2] for name, module in backbone.named_modules() if isinstance(module, torch.nn.Linear)}
+    logger.info("%s is not in the table of families; LoRA on: %s", model.config.model_type, ", ".join(sorted(linear)))
+    return sorted(linear - set(HEADS))
+
+
+def _bits(config: ModelConfig) -> str:
+    if config.load_in_4bit:
+        return f"4-bit {config.bnb_4bit_quant_type}"
+    return "8-bit" if config.load_in_8bit else "not quantised"

@@ -1,0 +1,99 @@
+"""Battles in, tokenised rows and padded batches out."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, List, Value
+from datasets.fingerprint import Hasher
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from rewardmodel.battles import OUTCOMES
+from rewardmodel.config import PromptConfig
+from rewardmodel.prompt import PromptEncoder
+
+ROWS = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "length": Value("int32"),
+        "full_length": Value("int32"),
+        "labels": List(Value("float32"), length=3),
+        "weight": Value("float32"),
+    }
+)
+"""One battle a row: its tokens, their number now and without truncation, and its outcome (NaN if unlabelled)."""
+
+MODEL_COLUMNS = ("input_ids", "length", "labels", "weight")
+"""Columns that the collator and the length-grouped sampler read."""
+
+Batch = dict[str, torch.Tensor]
+
+
+def tokenize(battles: Dataset, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> Dataset:
+    """Return one row of `ROWS` a battle, in the same order; cached by content and settings where battles are on disk.
+
+    Raises:
+        InputError: the template is unknown, or does not fit into `config.max_length`.
+    """
+    encoder = PromptEncoder(tokenizer, config)
+
+    def rows(batch: dict[str, list]) -> dict[str, Sequence]:
+        encoded = list(encoder(batch["prompt"], batch["response_a"], batch["response_b"]))
+        return {
+            "input_ids": [row.input_ids for row in encoded],
+            "length": [len(row.input_ids) for row in encoded],
+            "full_length": [row.full_length for row in encoded],
+            "labels": np.array([batch[name] for name in OUTCOMES], dtype=np.float32).T,
+            "weight": batch["weight"],
+        }
+
+    return battles.with_format(None).map(
+        rows,
+        batched=True,
+        remove_columns=battles.column_names,
+        features=ROWS,
+        new_fingerprint=Hasher.hash([battles._fingerprint, tokenizer.backend_tokenizer.to_str(), config]),
+        desc="tokenizing",
+    )
+
+
+def share_cut(rows: Dataset) -> float:
+    """Return the share of battles that lost tokens to the budget."""
+    return float(np.mean(np.asarray(rows["length"][:]) < np.asarray(rows["full_length"][:])))
+
+
+@dataclass(frozen=True)
+class PadCollator:
+    """Pads rows on the right to the longest of the batch.
+
+    Attributes:
+        pad_token_id: any id; padding is told by the attention mask, never by this.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Batch:
+        """Return input_ids (n, longest) int64, attention_mask likewise, labels (n, 3) and weight (n,) float32."""
+        ids = [torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows]
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            "labels": torch.tensor([row["labels"] for row in rows], dtype=torch.float32),
+            "weight": torch.tensor([row["weight"] for row in rows], dtype=torch.float32),
+        }
+
+
+def length_sorted_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+    """Yield row numbers of batches, the longest rows first, each of at most `batch_tokens` padded tokens.
+
+    Every row is in exactly one batch; a row longer than the budget has a batch of its own.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        rows = max(1, batch_tokens // max(1, int(lengths[order[start]])))
+        yield order[start : start + rows]
+        start += rows

@@ -1,0 +1,111 @@
+"""The run folder: what its files are called, and when a run may be written there.
+
+    recipe.yaml          the resolved recipe; prediction reads template and truncation from here
+    environment.json     versions, hardware, backbone and data fingerprints
+    checkpoint-N/        states to resume from, while training
+    model/               the trained model: PEFT's own layout with the head, and the tokenizer
+    validation.parquet   predictions of the held-out fold
+    predictions.parquet, submission.csv     predictions of data.test
+    metrics.json         what `evaluate` found
+"""
+
+import hashlib
+import json
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from rewardmodel.config import Recipe, dump_recipe, load_recipe
+from rewardmodel.errors import InputError
+from rewardmodel.files import write_text
+
+RECIPE = "recipe.yaml"
+ENVIRONMENT = "environment.json"
+MODEL = "model"
+VALIDATION = "validation.parquet"
+PREDICTIONS = "predictions.parquet"
+SUBMISSION = "submission.csv"
+METRICS = "metrics.json"
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "scikit-learn")
+
+
+def open_run(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
+    """Return the run folder, holding the resolved recipe and nothing of another run.
+
+    Raises:
+        InputError: the folder holds a run already and neither `resume` nor `overwrite` is set, or holds
+            something else, or `resume` finds a run of another recipe.
+    """
+    folder, text = recipe.run_folder, dump_recipe(recipe)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not (folder / RECIPE).is_file():
+            raise InputError(f"trainer.output_dir: {folder} is there and is no run folder; name another")
+        if resume:
+            _check_same_recipe(folder, recipe)
+            return folder
+        if not overwrite:
+            raise InputError(
+                f"trainer.output_dir: {folder} already holds a run; continue it with --resume, replace it with "
+                "--overwrite, or name another"
+            )
+        shutil.rmtree(folder)
+    write_text(folder / RECIPE, text)
+    return folder
+
+
+def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
+    before = load_run_recipe(folder)
+    for section in ("data", "prompt", "model", "objective", "trainer"):
+        if getattr(before, section) != getattr(recipe, section):
+            raise InputError(
+                f"{folder}: the run there has another '{section}' section; resume with the same recipe, "
+                "or start anew with --overwrite"
+            )
+
+
+def load_run_recipe(folder: Path) -> Recipe:
+    """Return the recipe that a run carries.
+
+    Raises:
+        InputError: the folder is no run.
+    """
+    if not (folder / RECIPE).is_file():
+        raise InputError(f"{folder}: no {RECIPE} there; give the folder of a run")
+    return load_recipe(folder / RECIPE)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the latest complete checkpoint: its trainer_state.json, which is written last, can be read."""
+    numbered = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob("checkpoint-*")]
+    for _, path in sorted(numbered, reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return path
+    return None
+
+
+def data_fingerprint(battles: Dataset) -> str:
+    """Return a digest of ids, texts and outcomes, the same wherever and in whatever file they stand."""
+    digest = hashlib.sha256()
+    for batch in battles.with_format(None).remove_columns(["group", "fold", "source"]).iter(batch_size=1000):
+        digest.update(json.dumps(batch, ensure_ascii=False).encode())
+    return digest.hexdigest()[:16]
+
+
+def write_environment(folder: Path, facts: dict[str, Any]) -> None:
+    """Write what the run was made with: versions, machine, and the given facts."""
+    packages = {name: metadata.version(name) for name in ("rewardmodel", *PACKAGES)}
+    environment = {"python": platform.python_version(), "platform": platform.platform(), "packages": packages, **facts}
+    write_json(folder / ENVIRONMENT, environment)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, indented, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,208 @@
+"""A recipe and labelled battles in, a trained run folder out: `train`, and the TRL trainer under it."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import EvalPrediction, PreTrainedTokenizerBase
+from trl import RewardConfig, RewardTrainer
+
+from rewardmodel.battles import AUGMENTATIONS, is_labelled
+from rewardmodel.config import ObjectiveConfig, Recipe
+from rewardmodel.errors import InputError, nearest
+from rewardmodel.folds import assign_folds, assign_groups, limit
+from rewardmodel.formats import read_battles
+from rewardmodel.metrics import accuracy, log_loss
+from rewardmodel.model import build_model, placement, save_model
+from rewardmodel.objective import OBJECTIVES, Objective
+from rewardmodel.pairs import MODEL_COLUMNS, PadCollator, share_cut, tokenize
+from rewardmodel.runs import MODEL, data_fingerprint, last_checkpoint, open_run, write_environment
+from rewardmodel.weights import fingerprint, resolve
+
+logger = logging.getLogger(__name__)
+
+
+class PreferenceTrainer(RewardTrainer):
+    """TRL's RewardTrainer for battles: any head width, soft outcomes, the loss a mean over battles.
+
+    Takes rows of `rewardmodel.pairs.ROWS`. What stays TRL's: set-up of PEFT, checkpointing, padding token,
+    optimisation, logging. What is ours: no row is dropped, trainable weights stay float32 under 4-bit, and the
+    loss of an optimiser step is the weighted mean over its battles, however they are spread over micro-batches.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: Any,
+        args: RewardConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None,
+        processing_class: PreTrainedTokenizerBase,
+        objective: ObjectiveConfig,
+    ) -> None:
+        self.objective = find_objective(objective)
+        self.label_smoothing = objective.label_smoothing
+        trainable = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+        labels = model.config.id2label
+        model.config.num_labels = 1  # all that TRL lets in
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=PadCollator(processing_class.pad_token_id),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=self.validation_metrics,
+        )
+        model.config.id2label = labels
+        model.config.label2id = {name: number for number, name in labels.items()}
+        for name, weight in model.named_parameters():
+            if name in trainable:  # TRL casts them to bfloat16 on a quantised backbone
+                weight.data = trainable[name].to(weight.device)
+        if args.gradient_checkpointing:
+            model.disable_input_require_grads()  # needless without re-entrance, and it defeats lora_first_layer
+        self.label_names = ["labels"]
+
+    def validation_metrics(self, evaluated: EvalPrediction) -> dict[str, float]:
+        """Return log loss and accuracy of the validation battles in the order given."""
+        logits = torch.from_numpy(np.asarray(evaluated.predictions))
+        predicted = self.objective.probabilities(logits).double().numpy()
+        true = np.asarray(evaluated.label_ids, dtype=np.float64)
+        return {"log_loss": log_loss(predicted, true), "accuracy": accuracy(predicted, true)}
+
+    def compute_loss(
+        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+    ) -> Any:
+        """Return this micro-batch's share of the mean loss over the step's battles (its own mean in evaluation)."""
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        losses = self.objective.loss(outputs.logits, inputs["labels"], self.label_smoothing if model.training else 0.0)
+        total = (losses * inputs["weight"]).sum()
+        if model.training and num_items_in_batch is not None:
+            loss = total / num_items_in_batch * self.accelerator.num_processes  # gradients are averaged over processes
+        else:
+            loss = total / inputs["weight"].sum()
+        return (loss, {"logits": outputs.logits}) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
+        """Return the total weight of the battles of an optimiser step, over all micro-batches and processes."""
+        if not batch_samples:
+            return None
+        weight = torch.stack([batch["weight"].sum() for batch in batch_samples]).sum().to(device)
+        return self.accelerator.gather(weight).sum()
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        """Return the rows as they are: TRL would drop the long ones."""
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = list(MODEL_COLUMNS)
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Write nothing: TRL's card describes a pairwise reward model."""
+
+
+def find_objective(config: ObjectiveConfig) -> Objective:
+    """Return the entry of `OBJECTIVES`, or raise InputError naming the nearest."""
+    if config.name not in OBJECTIVES:
+        raise InputError(f"objective.name: no objective '{config.name}'{nearest(config.name, OBJECTIVES)}")
+    return OBJECTIVES[config.name]
+
+
+def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> RewardConfig:
+    """Return TRL's arguments: the recipe's `trainer` section, and what other sections decide for it."""
+    keys = dict(recipe.trainer)
+    if keys["eval_strategy"] == "no":
+        keys["load_best_model_at_end"] = False
+    return RewardConfig(
+        **keys,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=device.type == "cpu",
+        max_length=None,
+        metric_for_best_model="log_loss",
+        greater_is_better=False,
+        dataloader_pin_memory=device.type == "cuda",
+    )
+
+
+def split(battles: Dataset, recipe: Recipe) -> tuple[Dataset, Dataset]:
+    """Return (training, validation) battles: grouped by prompt, the recipe's fold held out.
+
+    Raises:
+        InputError: unlabelled battles, too few prompts, or a fold that is not there.
+    """
+    data = recipe.data
+    if not is_labelled(battles):
+        raise InputError(
+            f"data.train: {_source(battles)} has no outcomes (winner_model_a, winner_model_b, winner_tie); "
+            "training needs labelled battles, give it as data.test to predict it"
+        )
+    if not 0 <= data.fold < data.folds:
+        raise InputError(f"data.fold: {data.fold}, but data.folds makes folds 0 to {data.folds - 1}")
+    battles = assign_groups(battles)
+    if data.limit is not None:
+        battles = limit(battles, data.limit, data.seed)
+    battles = assign_folds(battles, data.folds, data.seed)
+    fold = np.asarray(battles["fold"][:])
+    return battles.select(np.flatnonzero(fold != data.fold)), battles.select(np.flatnonzero(fold == data.fold))
+
+
+def train(
+    recipe: Recipe, battles: Any = None, *, resume: bool = False, overwrite: bool = False
+) -> tuple[Path, Dataset]:
+    """Train a model on labelled battles and save it as a run.
+
+    Args:
+        recipe: what to do; `recipe.run_folder` is written.
+        battles: a Dataset, a DataFrame or a path in the place of `recipe.data.train`.
+        resume: continue the run that is there from its last complete checkpoint; one that is done stays as it is.
+        overwrite: replace the run that is there.
+
+    Returns:
+        The run folder and its validation battles.
+
+    Raises:
+        InputError: what was given cannot be used; nothing was written then.
+    """
+    objective = find_objective(recipe.objective)
+    training, validation = split(read_battles(recipe.data.train if battles is None else battles), recipe)
+    backbone = resolve(recipe.model.model_name_or_path, recipe.model.model_revision)
+    device, dtype = placement(recipe.model, backbone)
+    args = training_arguments(recipe, dtype, device)
+    run = open_run(recipe, resume, overwrite)
+    if (run / MODEL).is_dir():
+        logger.info("%s: already trained", run)
+        return run, validation
+
+    model, tokenizer = build_model(recipe.model, objective.head_width, args.seed)
+    augmented = AUGMENTATIONS[recipe.data.swap_augmentation](training, recipe.data.seed)
+    rows = tokenize(augmented, tokenizer, recipe.prompt)
+    validation_rows = tokenize(validation, tokenizer, recipe.prompt)
+    logger.info(
+        "%d battles to train on (%d rows), %d for validation; %.1f %% lose text to max_length %d",
+        len(training), len(rows), len(validation), 100 * share_cut(rows), recipe.prompt.max_length,
+    )  # fmt: skip
+    write_environment(
+        run,
+        {
+            "backbone": {"name": recipe.model.model_name_or_path, "fingerprint": fingerprint(backbone)},
+            "data": {"training": data_fingerprint(training), "validation": data_fingerprint(validation)},
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "dtype": str(dtype).removeprefix("torch."),
+        },
+    )
+    trainer = PreferenceTrainer(model, args, rows, validation_rows, tokenizer, recipe.objective)
+    checkpoint = last_checkpoint(run) if resume else None
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.is_world_process_zero():
+        save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, recipe.model, run / MODEL)
+    trainer.accelerator.wait_for_everyone()
+    return run, validation
+
+
+def _source(battles: Dataset) -> str:
+    return battles["source"][0]

