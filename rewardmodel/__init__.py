@@ -17,7 +17,7 @@ _HOMES = {
     "run": "pipeline",
 }
 
-__all__ = list(_HOMES)  # noqa: PLE0604  (names are strings)
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,7 @@
 Every later stage may rely on it: ids are unique, turns line up, and outcomes are probabilities.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -104,10 +104,26 @@ def validate(battles: Dataset, where: str) -> Dataset:
     if not len(battles):
         raise InputError(f"{where}: no battles; give a file with at least one row under the header")
     table = battles.with_format("arrow")[:]
+    _check_texts(table, where)
     _check_ids(table.column("id"), where)
     _check_turns(table, where)
     _check_outcomes(table, where)
     return battles
+
+
+def _check_texts(table: pa.Table, where: str) -> None:
+    for name in ("id", *TEXTS):
+        column = table.column(name)
+        row = _first_true(pc.is_null(column))
+        if row is None and name != "id":
+            holes = pc.is_null(pc.list_flatten(column))
+            hole = _first_true(holes)
+            row = None if hole is None else pc.list_parent_indices(column)[hole].as_py()
+        if row is not None:
+            raise InputError(f"{where}: row {row + 1}, column '{name}': null; give a text (an empty one may stand)")
+    row = _first_true(pc.equal(pc.list_value_length(table.column("prompt")), 0))
+    if row is not None:
+        raise InputError(f"{where}: row {row + 1}, column 'prompt': no turns; a battle needs a prompt")
 
 
 def _check_ids(ids: pa.ChunkedArray, where: str) -> None:
@@ -117,7 +133,7 @@ def _check_ids(ids: pa.ChunkedArray, where: str) -> None:
     for row, name in enumerate(ids.to_pylist(), start=1):
         if name in first_row:
             raise InputError(
-                f"{where}: row {row}, column 'id': '{name}' was already used in row {first_row[name]}; "
+                f"{where}: row {row}, column 'id': {name!r} was already used in row {first_row[name]}; "
                 "give every battle an id of its own"
             )
         first_row[name] = row
@@ -161,7 +177,7 @@ def _first_true(mask: pa.ChunkedArray | pa.Array) -> int | None:
     return None if row < 0 else row
 
 
-def from_columns(columns: dict[str, Sequence], source: str) -> Dataset:
+def from_columns(columns: Mapping[str, Sequence], source: str) -> Dataset:
     """Return a table of battles from parsed columns, filling the ones that may be absent.
 
     Args:

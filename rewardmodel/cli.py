@@ -32,7 +32,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def _train(arguments: list[str]) -> None:
-    """train a model on labelled battles and save it as a run."""
+    """Train a model on labelled battles and save it as a run."""
     parser = _parser("train", _train)
     _add_recipe(parser)
     options, overrides = _parse_with_recipe(parser, arguments)
@@ -44,7 +44,7 @@ def _train(arguments: list[str]) -> None:
 
 
 def _predict(arguments: list[str]) -> None:
-    """predict the outcomes of battles with a trained run."""
+    """Predict the outcomes of battles with a trained run."""
     parser = _parser("predict", _predict)
     parser.add_argument("run", type=Path, help="folder of a trained run")
     parser.add_argument("battles", help="battles to predict: a file, or 'sample'")
@@ -73,7 +73,7 @@ def _predict(arguments: list[str]) -> None:
 
 
 def _evaluate(arguments: list[str]) -> None:
-    """measure predictions of battles whose outcomes are known."""
+    """Measure predictions of battles whose outcomes are known."""
     parser = _parser("evaluate", _evaluate)
     parser.add_argument("predictions", help="a run folder (its held-out fold), or a predictions.parquet")
     options = parser.parse_args(arguments)
@@ -120,9 +120,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--SECTION.KEY", metavar="VALUE", dest="_", help="any key of the recipe; all of them follow")
 
 
-def _parse_with_recipe(
-    parser: argparse.ArgumentParser, arguments: list[str]
-) -> tuple[argparse.Namespace, list[str]]:
+def _parse_with_recipe(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return the command's own options, and the overrides of recipe keys; `--help` prints both kinds."""
     if "-h" in arguments or "--help" in arguments:
         from rewardmodel.config import recipe_parser

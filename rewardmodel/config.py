@@ -65,6 +65,9 @@ class ModelConfig:
     """Compute precision; `auto` asks the hardware. Head and trainable weights are always float32."""
     attn_implementation: str | None = None
     """Attention kernel by transformers' name; none: the best that the family allows."""
+    pooling: Literal["last", "responses"] = "last"
+    """What the head reads: the last token, as plain transformers does, or the means over response A and over
+    response B side by side, which small backbones learn from much sooner (only rewardmodel loads such a head)."""
     load_in_4bit: bool = False
     """Quantise the backbone to 4 bits with bitsandbytes; the head is left out."""
     load_in_8bit: bool = False
@@ -113,8 +116,13 @@ class InferenceConfig:
     """Tokens of a batch, padding included; sequences are sorted by length first."""
 
 
+EARLY_STOPPING = "early_stopping_patience"
+EARLY_STOPPING_HELP = "Stop after so many evaluations in a row without a better validation log loss; null: never."
+"""The one key of `trainer` that RewardConfig does not have (in transformers it is a callback's argument)."""
+
 TRAINER_DEFAULTS: dict[str, Any] = {
     "disable_dropout": False,
+    EARLY_STOPPING: None,
     "eval_strategy": "epoch",
     "gradient_checkpointing": False,
     "learning_rate": 2e-4,
@@ -190,9 +198,10 @@ def recipe_parser(prog: str, description: str | None = None) -> "ArgumentParser"
     for section in fields(Recipe):
         if section.name == "trainer":
             parser.add_class_arguments(RewardConfig, "trainer", skip=set(TRAINER_DECIDED_ELSEWHERE))
+            parser.add_argument(f"--trainer.{EARLY_STOPPING}", type=int | None, default=None, help=EARLY_STOPPING_HELP)
             parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items()})
         else:
-            parser.add_class_arguments(section.default_factory, section.name)  # type: ignore[arg-type]
+            parser.add_class_arguments(section.default_factory, section.name)
     return parser
 
 
@@ -223,7 +232,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     trainer.setdefault("output_dir", str(Path("runs") / path.stem))
     return Recipe(
         **{
-            section.name: section.type(**sections[section.name])  # type: ignore[operator]
+            section.name: section.default_factory(**sections[section.name])
             for section in fields(Recipe)
             if section.name != "trainer"
         },

@@ -15,8 +15,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield partial
         if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(partial, path)
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            os.replace(path, old)
+            try:
+                os.replace(partial, path)
+            except OSError:
+                os.replace(old, path)
+                raise
+            shutil.rmtree(old)
+        else:
+            os.replace(partial, path)
     finally:
         if partial.is_dir():
             shutil.rmtree(partial)

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import unicodedata
+import warnings
 
 import numpy as np
 from datasets import Dataset, Value
@@ -47,18 +48,28 @@ def assign_folds(battles: Dataset, folds: int, seed: int = 0) -> Dataset:
     """Return the battles with `fold`, 0 to folds - 1: whole groups, outcome shares alike, whatever the row order.
 
     Raises:
-        InputError: fewer groups than folds.
+        InputError: fewer than two folds, or fewer groups than folds.
     """
+    if folds < 2:
+        raise InputError(f"data.folds: {folds}; one fold is held out and the others train, so set at least 2")
     groups = np.asarray(battles.with_format(None)["group"][:])
     distinct = len(np.unique(groups))
     if distinct < folds:
-        raise InputError(f"data.folds: {folds} folds need {folds} different prompts, but there are {distinct}; use fewer")
+        raise InputError(
+            f"data.folds: {folds} folds need {folds} different prompts, but there are {distinct}; use fewer"
+        )
     order = np.lexsort((np.asarray(battles.with_format(None)["id"][:]), groups))
     likeliest = outcomes(battles).argmax(axis=1)
     fold = np.full(len(battles), -1)
+    rare = np.bincount(likeliest, minlength=3) < folds
+    strata = np.where(rare[likeliest], 3, likeliest)  # outcomes too rare for every fold share a stratum
+    if np.bincount(strata).max() < folds:
+        strata = np.zeros_like(strata)
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    for number, (_, held_out) in enumerate(splitter.split(order, likeliest[order], groups[order])):
-        fold[order[held_out]] = number
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The least populated class")
+        for number, (_, held_out) in enumerate(splitter.split(order, strata[order], groups[order])):
+            fold[order[held_out]] = number
     return _with_column(battles, "fold", fold, "int32")
 
 

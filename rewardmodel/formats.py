@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from datasets import Dataset, concatenate_datasets
 
@@ -40,10 +41,14 @@ def read_battles(source: str | Path | pd.DataFrame | Dataset, role: str = "train
         InputError: nothing there, no known format, or a row that is no battle (the row and column are named).
     """
     if isinstance(source, Dataset):
-        return validate(source.cast(FEATURES) if source.features != FEATURES else source, "data set")
+        if source.features == FEATURES:
+            return validate(source, "data set")
+        if set(FEATURES) <= set(source.column_names):
+            return validate(source.select_columns(list(FEATURES)).cast(FEATURES), "data set")
+        return _battles(source.column_names, enumerate(source.with_format(None), start=1), "data set")
     if isinstance(source, pd.DataFrame):
-        rows = ((number, row) for number, row in enumerate(source.to_dict("records"), start=1))
-        return _battles(list(source.columns), rows, "data frame")
+        records: Any = source.to_dict("records")
+        return _battles(list(source.columns), enumerate(records, start=1), "data frame")
     if str(source) == "sample":
         with resources.as_file(resources.files("rewardmodel") / "sample" / SAMPLE[role]) as path:
             return read_csv(path)
@@ -68,9 +73,17 @@ def read_csv(path: Path) -> Dataset:
             header = next(reader, [])
             return _battles(header, _csv_rows(reader, header, path), str(path))
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+        raise InputError(f"{path}: byte {_broken_byte(path)} is not UTF-8; save the file as UTF-8") from error
     except csv.Error as error:
         raise InputError(f"{path}: line {reader.line_num}: {error}; check the quotes of that row") from error
+
+
+def _broken_byte(path: Path) -> int:
+    try:
+        path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    return 0
 
 
 def _csv_rows(reader: Any, header: list[str], path: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -121,14 +134,12 @@ def _check_header(header: list[str], where: str) -> bool:
     return bool(given)
 
 
-def _parse_row(
-    row: dict[str, Any], number: int, labelled: bool, where: str, repaired: Counter[str]
-) -> dict[str, Any]:
+def _parse_row(row: dict[str, Any], number: int, labelled: bool, where: str, repaired: Counter[str]) -> dict[str, Any]:
     def refuse(column: str, reason: str) -> InputError:
         return InputError(f"{where}: row {number}, column '{column}': {reason}")
 
-    parsed: dict[str, Any] = {name: str(row.get(name, "") or "") for name in ("model_a", "model_b")}
-    parsed["id"] = str(row["id"]).strip()
+    parsed: dict[str, Any] = {name: _text(row.get(name)) for name in ("model_a", "model_b")}
+    parsed["id"] = _text(row["id"])
     if not parsed["id"]:
         raise refuse("id", "empty; give every battle an id")
     for name in TEXTS:
@@ -150,7 +161,7 @@ def _parse_turns(
     value: Any, column: str, refuse: Callable[[str, str], InputError], repaired: Counter[str]
 ) -> list[str]:
     """Return the turns of one text: a JSON list (or a list) of strings, null standing for an empty turn."""
-    if value is None or (isinstance(value, float) and pd.isna(value)):
+    if _is_missing(value):
         return []
     turns = value
     if isinstance(value, str):
@@ -158,10 +169,8 @@ def _parse_turns(
             return []
         try:
             turns = json.loads(value, strict=False)
-        except ValueError:
-            raise refuse(
-                column, f'{_shown(value)} is not a JSON list; write a list of turns, like ["..."]'
-            ) from None
+        except (ValueError, RecursionError):
+            raise refuse(column, f'{_shown(value)} is not a JSON list; write a list of turns, like ["..."]') from None
     turns = [] if turns is None else turns
     if not hasattr(turns, "__iter__") or isinstance(turns, str | dict):
         raise refuse(column, f'{_shown(value)} is not a list; write a list of turns, like ["..."]')
@@ -185,6 +194,14 @@ def _valid_text(text: str, repaired: Counter[str]) -> str:
         repaired["turns with broken characters, replaced by �"] += 1
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def _text(value: Any) -> str:
+    return "" if _is_missing(value) else str(value).strip()
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and np.isnan(value))
 
 
 def _shown(value: Any) -> str:

@@ -16,7 +16,7 @@ from rewardmodel.config import InferenceConfig, Recipe
 from rewardmodel.formats import read_battles
 from rewardmodel.model import autocast, load_model, placement
 from rewardmodel.objective import OBJECTIVES, Objective
-from rewardmodel.pairs import PadCollator, length_sorted_batches, tokenize
+from rewardmodel.pairs import MODEL_INPUTS, PadCollator, length_sorted_batches, tokenize
 from rewardmodel.predictions import predictions_table
 from rewardmodel.runs import MODEL, load_run_recipe
 from rewardmodel.weights import resolve
@@ -46,7 +46,11 @@ def predict(run: str | Path, battles: Any, inference: InferenceConfig | None = N
 
 
 def predict_with(
-    model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, battles: Dataset, inference: InferenceConfig
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    battles: Dataset,
+    inference: InferenceConfig,
 ) -> pd.DataFrame:
     """Return the predictions table of battles by a model in memory; `recipe` is the one it was trained with."""
     objective = OBJECTIVES[recipe.objective.name]
@@ -95,9 +99,7 @@ def probabilities(
         for numbers in length_sorted_batches(lengths, batch_tokens):
             batch = collate([rows[int(number)] for number in numbers])
             with autocast(device, dtype):
-                logits = model(
-                    input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device)
-                ).logits
+                logits = model(**{name: batch[name].to(device) for name in MODEL_INPUTS}).logits
             result[numbers] = objective.probabilities(logits).cpu().numpy()
             progress.update(len(numbers))
     return result

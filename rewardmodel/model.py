@@ -2,16 +2,17 @@
 
 import json
 import logging
+import math
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -35,33 +36,79 @@ BACKBONE = "backbone.json"
 """File beside a saved model that says on which weights it stands."""
 
 
-class LastTokenHead:
-    """Forward pass of a decoder classifier: the head reads the last token that the attention mask shows, in float32.
+def last_token(hidden: torch.Tensor, attention_mask: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
+    """Return the hidden state of the last token that the attention mask shows, (n, width).
 
     transformers takes the last id that is not the padding id, and misses a true last token where padding and
     end-of-sequence share an id.
     """
+    positions = torch.arange(hidden.shape[1], device=hidden.device)
+    last = (positions * attention_mask).argmax(dim=1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> SequenceClassifierOutputWithPast:
-        """Return logits (n, num_labels) float32 of input_ids and attention_mask (n, length), padded on either side."""
+
+def response_means(hidden: torch.Tensor, attention_mask: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
+    """Return the mean hidden state over response A beside that over response B, (n, 2 * width) float32."""
+    means = []
+    for segment in (1, 2):
+        inside = (segment_ids == segment).unsqueeze(-1).to(torch.float32)
+        means.append((hidden.float() * inside).sum(dim=1) / inside.sum(dim=1).clamp(min=1))
+    return torch.cat(means, dim=-1)
+
+
+POOLINGS = {"last": (last_token, 1), "responses": (response_means, 2)}
+"""What the head reads, by the recipe's `model.pooling`: the pooling, and its width in hidden sizes."""
+
+
+class PooledHead:
+    """A decoder classifier whose float32 head reads a pooling of the hidden states.
+
+    Mixed into transformers' own classes, so that loading, saving and PEFT work as ever. A new head is zero: it
+    starts even-handed, not at random.
+    """
+
+    pooling: str
+    _keys_to_ignore_on_load_missing = (r"^score\.weight$",)
+    _keys_to_ignore_on_load_unexpected = (r"^lm_head\.",)
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        width = POOLINGS[self.pooling][1] * config.get_text_config().hidden_size
+        if width != self.score.in_features:  # type: ignore[has-type]
+            self.score = torch.nn.Linear(width, config.num_labels, bias=False)
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        if module is self.score:
+            torch.nn.init.zeros_(module.weight)
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, segment_ids: torch.Tensor, **_: Any
+    ) -> SequenceClassifierOutputWithPast:
+        """Return logits (n, num_labels) float32; the arguments are (n, length), padded on either side."""
         decoder = getattr(self, self.base_model_prefix)  # type: ignore[attr-defined]
         hidden = decoder(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        positions = torch.arange(hidden.shape[1], device=hidden.device)
-        last = (positions * attention_mask).argmax(dim=1)
-        pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = self.score(pooled.float())  # type: ignore[attr-defined]
+            pooled = POOLINGS[self.pooling][0](hidden, attention_mask, segment_ids)
+            logits = self.score(pooled.float())
         return SequenceClassifierOutputWithPast(logits=logits)
 
 
-def classifier_class(config: Any) -> Any:
-    """Return the class that loads a classifier of this configuration; decoders get `LastTokenHead`."""
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise InputError(f"model.model_name_or_path: transformers has no sequence classifier of type '{config.model_type}'")
-    upstream = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
-    if issubclass(upstream, GenericForSequenceClassification):
-        return type(upstream.__name__, (LastTokenHead, upstream), {"__module__": upstream.__module__})
-    return AutoModelForSequenceClassification
+def classifier_class(config: Any, pooling: str) -> Any:
+    """Return the class that loads a classifier of this configuration, with `PooledHead`.
+
+    Raises:
+        InputError: transformers has no such class, or its head is its own (encoders).
+    """
+    known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    upstream = known.get(type(config), None)
+    if upstream is None or not issubclass(upstream, GenericForSequenceClassification):
+        raise InputError(
+            f"model.model_name_or_path: a backbone of type '{config.model_type}' has no decoder classifier in "
+            "transformers; use a Llama, Mistral, Qwen or Gemma class one"
+        )
+    return type(upstream.__name__, (PooledHead, upstream), {"__module__": upstream.__module__, "pooling": pooling})
 
 
 def placement(config: ModelConfig, folder: Path) -> tuple[torch.device, torch.dtype]:
@@ -81,7 +128,9 @@ def compute_device(config: ModelConfig) -> torch.device:
         InputError: CUDA is asked for and there is none.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("model.device: cuda is asked for, but torch sees no CUDA device; use --model.device cpu or auto")
+        raise InputError(
+            "model.device: cuda is asked for, but torch sees no CUDA device; use --model.device cpu or auto"
+        )
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
@@ -135,7 +184,7 @@ def load_classifier(config: ModelConfig, folder: Path, num_labels: int) -> PreTr
         )
     names = dict(enumerate(OUTCOMES)) if num_labels == len(OUTCOMES) else {0: "reward"}
     quantised = config.load_in_4bit or config.load_in_8bit
-    model = classifier_class(model_config).from_pretrained(
+    model = classifier_class(model_config, config.pooling).from_pretrained(
         folder,
         id2label=names,
         label2id={name: number for number, name in names.items()},
@@ -167,7 +216,9 @@ def quantization(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
 def head_names(model: PreTrainedModel) -> list[str]:
     """Return the names of the modules with weights that stand on the backbone: the head."""
     children = model.named_children()
-    return [name for name, child in children if name != model.base_model_prefix and any(True for _ in child.parameters())]
+    return [
+        name for name, child in children if name != model.base_model_prefix and any(True for _ in child.parameters())
+    ]
 
 
 def add_lora(model: PreTrainedModel, config: ModelConfig) -> PeftModel:
@@ -178,10 +229,16 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> PeftModel:
     """
     quantised = config.load_in_4bit or config.load_in_8bit
     if config.lora_init == "pissa" and quantised:
-        raise InputError("model.lora_init: pissa splits the backbone's own weights; set load_in_4bit and load_in_8bit false")
+        raise InputError(
+            "model.lora_init: pissa splits the backbone's own weights; set load_in_4bit and load_in_8bit false"
+        )
+    if config.lora_init == "pissa" and config.use_dora:
+        raise InputError("model.lora_init: pissa and use_dora both rewrite the backbone's weights; choose one of them")
     layers = model.config.get_text_config().num_hidden_layers
     if config.lora_first_layer >= layers:
-        raise InputError(f"model.lora_first_layer: {config.lora_first_layer}, but the backbone has layers 0 to {layers - 1}")
+        raise InputError(
+            f"model.lora_first_layer: {config.lora_first_layer}, but the backbone has layers 0 to {layers - 1}"
+        )
     lora = LoraConfig(
         task_type="SEQ_CLS",
         r=config.lora_r,
@@ -194,7 +251,10 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> PeftModel:
         use_dora=config.use_dora,
         modules_to_save=head_names(model),
     )
-    return get_peft_model(model, lora)
+    adapted = get_peft_model(model, lora)
+    if config.lora_init == "pissa":
+        adapted.pissa_start = {name: weight.clone() for name, weight in get_peft_model_state_dict(adapted).items()}
+    return adapted
 
 
 def build_model(config: ModelConfig, num_labels: int, seed: int) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -213,15 +273,11 @@ def build_model(config: ModelConfig, num_labels: int, seed: int) -> tuple[Any, P
     return model, load_tokenizer(folder)
 
 
-def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, folder: Path, **peft: Any) -> None:
+def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, folder: Path) -> None:
     """Write adapter and head (or the full model), tokenizer and the backbone's fingerprint, whole or not at all.
 
-    Args:
-        model: as trained.
-        tokenizer: saved beside it.
-        config: names the backbone.
-        folder: where to.
-        peft: further arguments of `PeftModel.save_pretrained`.
+    A PiSSA adapter holds a part of the backbone; it is saved as its difference from the start of training, an
+    ordinary LoRA of twice the rank on the untouched backbone.
     """
     backbone = resolve(config.model_name_or_path, config.model_revision)
     about = {
@@ -231,9 +287,30 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, config: ModelConf
         "num_labels": model.config.num_labels,
     }
     with atomic_path(folder) as partial:
-        model.save_pretrained(partial, **peft)
+        model.save_pretrained(partial)
+        if config.use_peft and config.lora_init == "pissa":
+            _subtract_start(partial, model.pissa_start)
         tokenizer.save_pretrained(partial)
         (partial / BACKBONE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def _subtract_start(folder: Path, start: dict[str, torch.Tensor]) -> None:
+    """Rewrite a saved PiSSA adapter as B A - B0 A0 = [B, -B0] [A; A0].
+
+    PEFT's own conversion leaves out the modules to save, and so the head.
+    """
+    weights = load_file(folder / "adapter_model.safetensors")
+    for name in weights:
+        if ".lora_A." in name:
+            weights[name] = torch.cat([weights[name], start[name].to("cpu")], dim=0)
+        elif ".lora_B." in name:
+            weights[name] = torch.cat([weights[name], -start[name].to("cpu")], dim=1)
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    lora = LoraConfig.from_pretrained(folder)
+    lora.init_lora_weights = True
+    lora.lora_alpha *= math.sqrt(2) if lora.use_rslora else 2
+    lora.r *= 2
+    lora.save_pretrained(folder)
 
 
 def load_model(config: ModelConfig, folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -270,7 +347,9 @@ def _check_head(folder: Path, heads: list[str]) -> None:
         keys = list(weights.keys())
     for head in heads:
         if not any(f".{head}." in key for key in keys):
-            raise InputError(f"{folder}: the saved adapter has no head '{head}'; save it with modules_to_save=['{head}']")
+            raise InputError(
+                f"{folder}: the saved adapter has no head '{head}'; save it with modules_to_save=['{head}']"
+            )
 
 
 def _lora_targets(model: PreTrainedModel) -> list[str]:
@@ -278,7 +357,9 @@ def _lora_targets(model: PreTrainedModel) -> list[str]:
     if targets:
         return list(targets)
     backbone = getattr(model, model.base_model_prefix)
-    linear = {name.rpartition(".")[2] for name, module in backbone.named_modules() if isinstance(module, torch.nn.Linear)}
+    linear = {
+        name.rpartition(".")[2] for name, module in backbone.named_modules() if isinstance(module, torch.nn.Linear)
+    }
     logger.info("%s is not in the table of families; LoRA on: %s", model.config.model_type, ", ".join(sorted(linear)))
     return sorted(linear - set(HEADS))
 

@@ -1,6 +1,6 @@
 """Battles in, tokenised rows and padded batches out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +18,21 @@ from rewardmodel.prompt import PromptEncoder
 ROWS = Features(
     {
         "input_ids": List(Value("int32")),
+        "segment_ids": List(Value("int8")),
         "length": Value("int32"),
         "full_length": Value("int32"),
         "labels": List(Value("float32"), length=3),
         "weight": Value("float32"),
     }
 )
-"""One battle a row: its tokens, their number now and without truncation, and its outcome (NaN if unlabelled)."""
+"""One battle a row: its tokens, the segment of each (1: response A, 2: response B, 0: neither), their number now and
+without truncation, its outcome (NaN if unlabelled) and its weight in the loss."""
 
-MODEL_COLUMNS = ("input_ids", "length", "labels", "weight")
+MODEL_COLUMNS = ("input_ids", "segment_ids", "length", "labels", "weight")
 """Columns that the collator and the length-grouped sampler read."""
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "segment_ids")
+"""Tensors of a batch that the model's forward pass takes."""
 
 Batch = dict[str, torch.Tensor]
 
@@ -40,10 +45,11 @@ def tokenize(battles: Dataset, tokenizer: PreTrainedTokenizerBase, config: Promp
     """
     encoder = PromptEncoder(tokenizer, config)
 
-    def rows(batch: dict[str, list]) -> dict[str, Sequence]:
+    def rows(batch: dict[str, list]) -> dict[str, Any]:
         encoded = list(encoder(batch["prompt"], batch["response_a"], batch["response_b"]))
         return {
             "input_ids": [row.input_ids for row in encoded],
+            "segment_ids": [row.segment_ids for row in encoded],
             "length": [len(row.input_ids) for row in encoded],
             "full_length": [row.full_length for row in encoded],
             "labels": np.array([batch[name] for name in OUTCOMES], dtype=np.float32).T,
@@ -76,11 +82,13 @@ class PadCollator:
     pad_token_id: int
 
     def __call__(self, rows: list[dict[str, Any]]) -> Batch:
-        """Return input_ids (n, longest) int64, attention_mask likewise, labels (n, 3) and weight (n,) float32."""
+        """Return `MODEL_INPUTS` (n, longest) int64, labels (n, 3) float32 and weight (n,) float32."""
         ids = [torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows]
+        segments = [torch.as_tensor(row["segment_ids"], dtype=torch.int64) for row in rows]
         return {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            "segment_ids": pad_sequence(segments, batch_first=True),
             "labels": torch.tensor([row["labels"] for row in rows], dtype=torch.float32),
             "weight": torch.tensor([row["weight"] for row in rows], dtype=torch.float32),
         }

@@ -88,7 +88,7 @@ def write_submission(table: pd.DataFrame, path: Path, sample: Path | None = None
         InputError: `sample` has other columns or other ids; nothing is written then.
     """
     submission = pd.DataFrame(predicted(table), columns=list(OUTCOMES))
-    submission.insert(0, "id", table["id"])
+    submission.insert(0, "id", table["id"].to_numpy())
     if sample is not None:
         submission = _match(submission, sample)
     with atomic_path(path) as partial:
@@ -98,7 +98,7 @@ def write_submission(table: pd.DataFrame, path: Path, sample: Path | None = None
 def _match(submission: pd.DataFrame, sample: Path) -> pd.DataFrame:
     """Return the submission, after a check that it has the sample's columns and ids."""
     try:
-        expected = pd.read_csv(sample, dtype={"id": "str"})
+        expected = pd.read_csv(sample, dtype={"id": "str"}, keep_default_na=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{sample}: no sample submission can be read there; give a CSV file") from error
     if list(expected.columns) != list(submission.columns):

@@ -32,11 +32,11 @@ class Template:
 TEMPLATES = {
     # Ends in a fixed question, so that the last token, which the head reads, is never part of a response.
     "instruction": Template(
-        head="Two assistants answered the same user. Decide which response people prefer.\n",
-        prompt="\n### Prompt:\n",
+        head="",
+        prompt="### Prompt:\n",
         response_a="\n\n### Response A:\n",
         response_b="\n\n### Response B:\n",
-        tail="\n\n### Verdict:\nThe better response, or a tie if both are alike, is:",
+        tail="\n\n### Which response is better, A or B, or is it a tie?\nAnswer:",
     ),
     "encoder": Template(
         head="",
@@ -56,9 +56,13 @@ LEAST_ROUND = 48
 
 
 class Encoded(NamedTuple):
-    """The tokens of one battle, and how many there would be without truncation."""
+    """One battle as tokens; for each token 1 in response A, 2 in response B (markers included), else 0.
+
+    `full_length` is the number of tokens that there would be without truncation.
+    """
 
     input_ids: list[int]
+    segment_ids: list[int]
     full_length: int
 
 
@@ -108,7 +112,9 @@ class PromptEncoder:
         self, prompts: Sequence[list[str]], responses_a: Sequence[list[str]], responses_b: Sequence[list[str]]
     ) -> Iterator[Encoded]:
         """Yield the tokens of each battle, in order; the arguments are lists of turns."""
-        texts = [turn for battle in zip(prompts, responses_a, responses_b, strict=True) for turns in battle for turn in turns]
+        texts = [
+            turn for battle in zip(prompts, responses_a, responses_b, strict=True) for turns in battle for turn in turns
+        ]
         tokens = iter(self._tokens([self._neutral(text) for text in texts]))
         for prompt in prompts:
             prompt_turns, a_turns, b_turns = ([next(tokens) for _ in prompt] for _ in range(3))
@@ -117,16 +123,22 @@ class PromptEncoder:
     def _assemble(self, rounds: list[Round]) -> Encoded:
         fixed = len(self.head) + len(self.tail)
         full_length = fixed + sum(self.overhead + sum(map(len, turns)) for turns in rounds)
-        sizes = keep_rounds([tuple(map(len, turns)) for turns in rounds], self.max_length - fixed, self.overhead, len(self.mark))
-        input_ids = list(self.head)
+        sizes = keep_rounds(
+            [tuple(map(len, turns)) for turns in rounds],
+            self.max_length - fixed,
+            self.overhead,
+            len(self.mark),
+        )
+        pieces = [(0, self.head)]
         if len(sizes) < len(rounds):
-            input_ids += self.mark
+            pieces.append((0, self.mark))
         for turns, kept in zip(rounds[len(rounds) - len(sizes) :], sizes, strict=True):
-            for before, ids, size in zip(self.before, turns, kept, strict=True):
-                input_ids += before
-                input_ids += cut_middle(ids, size, self.mark)
-        input_ids += self.tail
-        return Encoded(input_ids, full_length)
+            for segment, (before, ids, size) in enumerate(zip(self.before, turns, kept, strict=True)):
+                pieces.append((segment, before + cut_middle(ids, size, self.mark)))
+        pieces.append((0, self.tail))
+        input_ids = [token for _, ids in pieces for token in ids]
+        segment_ids = [segment for segment, ids in pieces for _ in ids]
+        return Encoded(input_ids, segment_ids, full_length)
 
     def _neutral(self, text: str) -> str:
         """Return `text` with a blank inside anything that looks like a marker of the template."""
@@ -143,9 +155,7 @@ class PromptEncoder:
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
-def keep_rounds(
-    rounds: Sequence[tuple[int, ...]], budget: int, overhead: int, mark: int
-) -> list[tuple[int, int, int]]:
+def keep_rounds(rounds: Sequence[tuple[int, ...]], budget: int, overhead: int, mark: int) -> list[tuple[int, int, int]]:
     """Return how many tokens of (prompt, response A, response B) stay, for the latest rounds that fit.
 
     Exchanging A and B in `rounds` exchanges them in the answer and changes nothing else.

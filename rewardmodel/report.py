@@ -38,7 +38,7 @@ def evaluate(predictions: str | Path | pd.DataFrame) -> dict[str, Any]:
 
 def _measure(table: pd.DataFrame, where: str) -> dict[str, Any]:
     true, probabilities = true_outcomes(table), predicted(table)
-    if np.isnan(true).any():
+    if not len(true) or np.isnan(true).any():
         raise InputError(f"{where}: the outcomes of these battles are not known; give predictions of labelled battles")
     prior = np.broadcast_to(class_prior(true), true.shape)
     result: dict[str, Any] = {
@@ -65,7 +65,7 @@ def format_metrics(result: dict[str, Any]) -> str:
         lines.append(f"  {name:<28}{metric['value']:.4f}   95 % [{metric['low']:.4f}, {metric['high']:.4f}]")
     gain = result["prior"] - result["metrics"]["log_loss"]["value"]
     lines.append(f"  {'class prior, log_loss':<28}{result['prior']:.4f}   the model is {abs(gain):.4f} "
-                 f"{'better' if gain > 0 else 'WORSE'}")  # fmt: skip
+                 f"{'better' if gain >= 0 else 'WORSE'}")  # fmt: skip
     if "orders" in result:
         orders = result["orders"]
         lines.append(f"  {'log_loss, A first / B first':<28}{orders['log_loss_ab']:.4f} / {orders['log_loss_ba']:.4f}")

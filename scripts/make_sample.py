@@ -69,8 +69,7 @@ def report(battles: list[dict]) -> None:
     shares = {key: sum(battle[key] for battle in battles) / len(battles) for key in OUTCOMES}
     decided = [battle for battle in battles if not battle["winner_tie"]]
     longer_wins = sum(
-        (len(battle["response_a"]) > len(battle["response_b"])) == bool(battle["winner_model_a"])
-        for battle in decided
+        (len(battle["response_a"]) > len(battle["response_b"])) == bool(battle["winner_model_a"]) for battle in decided
     ) / len(decided)
     print(f"{len(battles)} battles, " + ", ".join(f"{key} {share:.3f}" for key, share in shares.items()))
     print(f"the longer response wins {longer_wins:.3f} of decided battles")

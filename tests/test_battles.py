@@ -1,0 +1,257 @@
+import numpy as np
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rewardmodel.battles import (
+    AUGMENTATIONS,
+    FEATURES,
+    OUTCOMES,
+    from_columns,
+    is_labelled,
+    outcomes,
+    swap,
+    swap_both,
+    swap_randomly,
+    validate,
+    weights,
+)
+from rewardmodel.errors import InputError
+
+
+def battles_of(count=3, **columns):
+    """Return battles a, b, tie, a, b, ... whose every cell tells its row and side."""
+    winners = np.eye(3)[np.arange(count) % 3]
+    given = {
+        "id": [f"id{row}" for row in range(count)],
+        "prompt": [[f"prompt {row}", "and then?"] for row in range(count)],
+        "response_a": [[f"first {row}", "x"] for row in range(count)],
+        "response_b": [[f"second {row}", "y"] for row in range(count)],
+        "model_a": [f"model-a{row}" for row in range(count)],
+        "model_b": [f"model-b{row}" for row in range(count)],
+        **dict(zip(OUTCOMES, winners.T.tolist(), strict=True)),
+    }
+    return from_columns(given | columns, "made")
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+turns = st.tuples(texts, texts).map(list)
+outcome = st.tuples(*[st.integers(0, 9)] * 3).filter(any).map(lambda shares: np.array(shares) / sum(shares))
+rows = st.lists(st.tuples(turns, turns, turns, texts, texts, outcome), min_size=1, max_size=5)
+
+
+def from_rows(drawn):
+    names = ("prompt", "response_a", "response_b", "model_a", "model_b")
+    columns = {name: [row[place] for row in drawn] for place, name in enumerate(names)}
+    columns |= dict(zip(OUTCOMES, np.stack([row[5] for row in drawn]).T.tolist(), strict=True))
+    return from_columns({"id": [str(row) for row in range(len(drawn))], **columns}, "drawn")
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows)
+def test_swap_twice_is_identity(drawn):
+    battles = from_rows(drawn)
+    assert swap(swap(battles)).to_dict() == battles.to_dict()
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows)
+def test_swap_exchanges_responses_models_and_outcomes_only(drawn):
+    battles = from_rows(drawn)
+    before, after = battles.to_dict(), swap(battles).to_dict()
+    exchanged = ["response", "model", "winner_model"]
+    for stem in exchanged:
+        assert after[f"{stem}_a"] == before[f"{stem}_b"]
+        assert after[f"{stem}_b"] == before[f"{stem}_a"]
+    for name in before:
+        if name.rpartition("_")[0] not in exchanged:
+            assert after[name] == before[name]
+
+
+def test_swap_keeps_columns_their_order_and_types():
+    swapped = swap(battles_of())
+    assert swapped.column_names == list(FEATURES)
+    assert swapped.features == FEATURES
+
+
+def test_swap_exchanges_outcome_columns_and_leaves_ties():
+    assert outcomes(swap(battles_of())).tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1]]
+
+
+def test_swap_of_unlabelled_battles_stays_unlabelled():
+    battles = battles_of(**{name: [None] * 3 for name in OUTCOMES})
+    assert not is_labelled(swap(battles))
+
+
+def test_swap_follows_selected_rows():
+    picked = battles_of(6).select([4, 1])
+    assert swap(picked)["response_a"][:] == [["second 4", "y"], ["second 1", "y"]]
+
+
+def test_swap_randomly_keeps_rows_and_gives_each_as_it_is_or_swapped():
+    battles = battles_of(60)
+    thrown = swap_randomly(battles, seed=3)
+    assert thrown["id"][:] == battles["id"][:]
+    for row, as_given, swapped in zip(thrown, battles, swap(battles), strict=True):
+        assert row in (as_given, swapped)
+
+
+def test_swap_randomly_is_deterministic_by_seed():
+    battles = battles_of(60)
+    once, again, other = (swap_randomly(battles, seed)["model_a"][:] for seed in (1, 1, 2))
+    assert once == again
+    assert once != other
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_swap_randomly_swaps_about_half(seed):
+    thrown = swap_randomly(battles_of(4000), seed)
+    share = np.mean([model.startswith("model-b") for model in thrown["model_a"]])
+    assert abs(share - 0.5) < 0.032  # four standard deviations of a fair coin
+
+
+def test_swap_both_is_the_battles_then_their_swapped_copies():
+    battles = battles_of()
+    both = swap_both(battles)
+    assert both.select(range(3)).to_dict() == battles.to_dict()
+    assert both.select(range(3, 6)).to_dict() == swap(battles).to_dict()
+
+
+def test_swap_both_balances_the_outcomes():
+    share_a, share_b, _ = outcomes(swap_both(battles_of(7))).mean(axis=0)
+    assert share_a == share_b
+
+
+@pytest.mark.parametrize(("name", "length"), [("none", 4), ("random", 4), ("both", 8)])
+def test_augmentation_has_the_length_that_its_name_says(name, length):
+    assert len(AUGMENTATIONS[name](battles_of(4), 0)) == length
+
+
+def test_augmentation_none_changes_nothing():
+    battles = battles_of(4)
+    assert AUGMENTATIONS["none"](battles, 0).to_dict() == battles.to_dict()
+
+
+def test_outcomes_are_float64_in_the_order_a_b_tie():
+    array = outcomes(battles_of(4))
+    assert array.dtype == np.float64
+    assert array.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0]]
+
+
+def test_outcomes_of_unlabelled_battles_are_nan():
+    array = outcomes(battles_of(**{name: [None] * 3 for name in OUTCOMES}))
+    assert array.shape == (3, 3)
+    assert array.dtype == np.float64
+    assert np.isnan(array).all()
+
+
+def test_outcomes_do_not_depend_on_the_format_of_the_data_set():
+    battles = battles_of()
+    np.testing.assert_array_equal(outcomes(battles.with_format("numpy")), outcomes(battles))
+
+
+def test_weights_are_float32_and_1_unless_given():
+    assert weights(battles_of()).dtype == np.float32
+    assert weights(battles_of()).tolist() == [1, 1, 1]
+    assert weights(battles_of(weight=[0.5, 2, 0])).tolist() == [0.5, 2, 0]
+
+
+def test_is_labelled_tells_battles_with_outcomes_from_those_without():
+    assert is_labelled(battles_of())
+    assert not is_labelled(battles_of(**{name: [None] * 3 for name in OUTCOMES}))
+    assert not is_labelled(battles_of().select([]))
+
+
+def test_from_columns_fills_what_is_absent():
+    columns = {"id": ["1"], "prompt": [["p"]], "response_a": [["a"]], "response_b": [["b"]]}
+    assert from_columns(columns, "file").to_list() == [
+        {
+            **{name: value[0] for name, value in columns.items()},
+            **{"model_a": "", "model_b": "", **dict.fromkeys(OUTCOMES)},
+            **{"weight": 1.0, "source": "file", "group": -1, "fold": -1},
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {},
+        {name: [None] * 3 for name in OUTCOMES},
+        {"winner_model_a": [0.2, 0, 0], "winner_model_b": [0.5, 1, 0], "winner_tie": [0.3, 0, 1]},
+        {"winner_model_a": [0.9995, 0, 0], "winner_model_b": [0, 1, 0], "winner_tie": [0, 0, 1]},
+    ],
+    ids=["hard", "unlabelled", "soft", "within the tolerance"],
+)
+def test_validate_returns_good_battles_unchanged(columns):
+    battles = battles_of(**columns)
+    assert validate(battles, "file.csv") is battles
+
+
+BAD = {
+    "duplicate id": ({"id": ["x", "y", "x"]}, "row 3", ["column 'id'", "'x'", "row 1"]),
+    "response_a turns": (
+        {"response_a": [["1", "2"], ["1"], ["1", "2"]]},
+        "row 2",
+        ["column 'response_a'", "1 turns"],
+    ),
+    "response_b turns": (
+        {"response_b": [["1", "2"]] * 2 + [["1"] * 3]},
+        "row 3",
+        ["column 'response_b'", "3 turns"],
+    ),
+    "sum above 1": ({"winner_model_a": [1.0, 0, 1]}, "row 3", [*OUTCOMES, "1, 0, 1"]),
+    "sum below 1": ({"winner_model_b": [0.0, 0.99, 0]}, "row 2", [*OUTCOMES, "0, 0.99, 0"]),
+    "negative": (
+        {"winner_model_a": [1.0, -1, 0], "winner_tie": [0.0, 1, 1]},
+        "row 2",
+        [*OUTCOMES, "-1, 1, 1"],
+    ),
+    "NaN in one cell": ({"winner_tie": [0, float("nan"), 1]}, "row 2", ["column 'winner_tie'", "no number"]),
+    "null in one cell": ({"winner_model_b": [0, 1, None]}, "row 3", ["column 'winner_model_b'", "no number"]),
+    "null in one column": ({"winner_tie": [None] * 3}, "row 1", ["column 'winner_tie'", "no number"]),
+    "infinite": ({"winner_model_a": [float("inf"), 0, 0]}, "row 1", ["column 'winner_model_a'", "no number"]),
+}
+
+
+@pytest.mark.parametrize(("columns", "row", "fragments"), BAD.values(), ids=BAD)
+def test_validate_names_where_row_and_column(columns, row, fragments):
+    with pytest.raises(InputError) as caught:
+        validate(battles_of(**columns), "file.csv")
+    message = str(caught.value)
+    assert message.startswith(f"file.csv: {row}, ")
+    assert all(fragment in message for fragment in fragments)
+    assert "\n" not in message
+
+
+def test_validate_names_the_first_bad_row_of_a_chunked_table():
+    battles = swap_both(battles_of(4))
+    with pytest.raises(InputError, match=r"^here: row 5, column 'id': 'id0' was already used in row 1"):
+        validate(battles, "here")
+
+
+def test_validate_counts_rows_as_selected():
+    battles = battles_of(4, winner_tie=[0.0, 0, 1, 1]).select([3, 0])
+    with pytest.raises(InputError, match=r"^here: row 1, "):
+        validate(battles, "here")
+
+
+def test_validate_refuses_an_empty_table():
+    with pytest.raises(InputError, match=r"^file.csv: no battles"):
+        validate(Dataset.from_dict({name: [] for name in FEATURES}, features=FEATURES), "file.csv")
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"id": ["a", None, "b"]},
+        {"prompt": [["1", "2"], None, ["1", "2"]]},
+        {"response_a": [["1", "2"], ["1", None], ["1", "2"]]},
+        {"prompt": [[]] * 3, "response_a": [[]] * 3, "response_b": [[]] * 3},
+    ],
+    ids=["null id", "null prompt", "null turn", "no turns"],
+)
+def test_validate_refuses_cells_that_later_stages_cannot_read(columns):
+    with pytest.raises(InputError):
+        validate(battles_of(**columns), "data set")

@@ -1,0 +1,298 @@
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, battle_frame, make_backbone
+from safetensors.torch import load_file, save_file
+
+from rewardmodel.backbone import HEADS, Family
+from rewardmodel.config import ModelConfig, PromptConfig
+from rewardmodel.errors import InputError
+from rewardmodel.formats import read_battles
+from rewardmodel.model import (
+    add_lora,
+    autocast,
+    build_model,
+    compute_dtype,
+    load_classifier,
+    load_model,
+    save_model,
+)
+from rewardmodel.pairs import MODEL_INPUTS, PadCollator, tokenize
+
+VARIANTS = {
+    "plain": {},
+    "4bit": {"load_in_4bit": True},
+    "8bit": {"load_in_8bit": True},
+    "responses": {"pooling": "responses", "load_in_4bit": True},
+}
+
+
+def config_of(folder, **changes) -> ModelConfig:
+    return ModelConfig(model_name_or_path=str(folder), device="cpu", dtype="float32", lora_r=4, **changes)
+
+
+def batch_of(tokenizer, battles: int = 6):
+    rows = tokenize(read_battles(battle_frame(2)), tokenizer, PromptConfig(max_length=160)).select(range(battles))
+    return PadCollator(tokenizer.pad_token_id)(list(rows))
+
+
+def logits(model, batch) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(**{name: batch[name] for name in MODEL_INPUTS}).logits
+
+
+def train_a_little(model, batch) -> None:
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        output = model(**{name: batch[name] for name in MODEL_INPUTS}).logits
+        torch.nn.functional.cross_entropy(output, batch["labels"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+RELOAD = """
+import json, sys, torch
+from rewardmodel.config import ModelConfig
+from rewardmodel.model import load_model
+from rewardmodel.pairs import MODEL_INPUTS
+config, folder, batch, out = sys.argv[1:]
+model, _ = load_model(ModelConfig(**json.loads(config)), __import__("pathlib").Path(folder))
+batch = torch.load(batch)
+with torch.no_grad():
+    torch.save(model(**{name: batch[name] for name in MODEL_INPUTS}).logits, out)
+"""
+
+
+def reload_in_fresh_process(config: ModelConfig, folder, batch, tmp_path) -> torch.Tensor:
+    torch.save(batch, tmp_path / "batch.pt")
+    arguments = [json.dumps(dataclasses.asdict(config)), folder, tmp_path / "batch.pt", tmp_path / "out.pt"]
+    subprocess.run([sys.executable, "-c", RELOAD, *map(str, arguments)], check=True, capture_output=True)
+    return torch.load(tmp_path / "out.pt")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_model_predicts_the_same(family, variant, backbone, tmp_path):
+    config = config_of(backbone(family), **VARIANTS[variant])
+    model, tokenizer = build_model(config, 3, seed=0)
+    batch = batch_of(tokenizer)
+    train_a_little(model, batch)
+    before = logits(model, batch)
+    assert before.std() > 1e-3  # training moved it away from the even start
+    save_model(model, tokenizer, config, tmp_path / "model")
+    again, _ = load_model(config, tmp_path / "model")
+    assert torch.equal(logits(again, batch), before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fresh_process_predicts_the_same_in_4_bits(family, backbone, tmp_path):
+    config = config_of(backbone(family), load_in_4bit=True)
+    model, tokenizer = build_model(config, 3, seed=0)
+    batch = batch_of(tokenizer)
+    train_a_little(model, batch)
+    save_model(model, tokenizer, config, tmp_path / "model")
+    fresh = reload_in_fresh_process(config, tmp_path / "model", batch, tmp_path)
+    assert (fresh.softmax(-1) - logits(model, batch).softmax(-1)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_head_and_adapters_are_float32_and_the_backbone_is_quantised(family, variant, backbone):
+    model, _ = build_model(config_of(backbone(family), **VARIANTS[variant]), 3, seed=0)
+    for name, module in model.named_modules():
+        if any(head in name.split(".") for head in HEADS):
+            assert "bitsandbytes" not in type(module).__module__, name
+    assert {weight.dtype for weight in model.parameters() if weight.requires_grad} == {torch.float32}
+    quantised = sum("bitsandbytes" in type(module).__module__ for module in model.modules())
+    assert bool(quantised) == (variant != "plain")
+
+
+@pytest.mark.parametrize("pooling", ["last", "responses"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_battle_alone_equals_the_battle_in_a_batch(family, pooling, backbone):
+    model, tokenizer = build_model(config_of(backbone(family), pooling=pooling), 3, seed=0)
+    batch = batch_of(tokenizer)
+    train_a_little(model, batch)
+    together = logits(model, batch).softmax(-1)
+    for row in range(len(together)):
+        length = int(batch["attention_mask"][row].sum())
+        alone = {name: batch[name][row : row + 1, :length] for name in MODEL_INPUTS}
+        assert (logits(model, alone).softmax(-1) - together[row]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("pooling", ["last", "responses"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_left_padding_equals_right_padding(family, pooling, backbone):
+    model, tokenizer = build_model(config_of(backbone(family), pooling=pooling), 3, seed=0)
+    right = batch_of(tokenizer)
+    train_a_little(model, right)
+    lengths = right["attention_mask"].sum(dim=1)
+    width = right["attention_mask"].shape[1]
+    assert (lengths < width).any()
+    left = {
+        name: torch.stack([row.roll(width - int(n)) for row, n in zip(right[name], lengths, strict=True)])
+        for name in MODEL_INPUTS
+    }
+    assert (logits(model, left).softmax(-1) - logits(model, right).softmax(-1)).abs().max() <= 1e-5
+
+
+def test_a_true_last_token_that_is_the_padding_id_counts(backbone):
+    model, _ = build_model(config_of(backbone("llama")), 3, seed=0)
+    torch.nn.init.normal_(model.get_submodule("base_model.model.score").modules_to_save["default"].weight)
+    ids = torch.tensor([[5, 6, 7, 0]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "segment_ids": torch.zeros_like(ids)}
+    shorter = {name: tensor[:, :3] for name, tensor in inputs.items()}
+    assert not torch.allclose(logits(model, inputs), logits(model, shorter))
+
+
+def test_lora_only_from_a_layer_up(backbone):
+    model, _ = build_model(config_of(backbone("llama"), lora_first_layer=1), 3, seed=0)
+    adapted = {name for name, weight in model.named_parameters() if weight.requires_grad and "lora_" in name}
+    assert adapted
+    assert all(".layers.1." in name for name in adapted)
+
+
+def test_lora_is_on_every_linear_layer_but_the_head(backbone):
+    model, _ = build_model(config_of(backbone("qwen3")), 3, seed=0)
+    adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("key", ["use_rslora", "use_dora"])
+def test_lora_variants_are_saved_and_reloaded(key, backbone, tmp_path):
+    config = config_of(backbone("llama"), **{key: True}, load_in_4bit=True)
+    model, tokenizer = build_model(config, 3, seed=0)
+    assert getattr(model.peft_config["default"], key)
+    batch = batch_of(tokenizer)
+    train_a_little(model, batch)
+    save_model(model, tokenizer, config, tmp_path / "model")
+    again, _ = load_model(config, tmp_path / "model")
+    assert (logits(again, batch) - logits(model, batch)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_pissa_leaves_as_plain_lora_on_the_untouched_backbone(use_rslora, backbone, tmp_path):
+    config = config_of(backbone("llama"), lora_init="pissa", use_rslora=use_rslora)
+    model, tokenizer = build_model(config, 3, seed=0)
+    batch = batch_of(tokenizer)
+    train_a_little(model, batch)
+    save_model(model, tokenizer, config, tmp_path / "model")
+    saved = json.loads((tmp_path / "model" / "adapter_config.json").read_text())
+    assert saved["init_lora_weights"] is True
+    again, _ = load_model(config, tmp_path / "model")
+    assert (logits(again, batch).softmax(-1) - logits(model, batch).softmax(-1)).abs().max() <= 1e-5
+
+
+def test_peft_alone_loads_the_adapter(backbone, tmp_path):
+    from peft import AutoPeftModelForSequenceClassification
+
+    config = config_of(backbone("llama"))
+    model, tokenizer = build_model(config, 3, seed=0)
+    batch = batch_of(tokenizer)
+    train_a_little(model, batch)
+    save_model(model, tokenizer, config, tmp_path / "model")
+    plain = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=3).eval()
+    with torch.no_grad():
+        theirs = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    assert (theirs - logits(model, batch)).abs().max() <= 1e-5
+
+
+def test_a_full_fine_tune_is_saved_and_reloaded(backbone, tmp_path):
+    config = config_of(backbone("llama"), use_peft=False)
+    model, tokenizer = build_model(config, 3, seed=0)
+    batch = batch_of(tokenizer)
+    train_a_little(model, batch)
+    assert all(weight.requires_grad for weight in model.parameters())
+    save_model(model, tokenizer, config, tmp_path / "model")
+    again, _ = load_model(config, tmp_path / "model")
+    assert torch.equal(logits(again, batch), logits(model, batch))
+
+
+def saved_model(config: ModelConfig, folder) -> None:
+    model, tokenizer = build_model(config, 3, seed=0)
+    save_model(model, tokenizer, config, folder)
+
+
+def test_a_model_saved_without_its_head_is_refused(backbone, tmp_path):
+    config = config_of(backbone("llama"))
+    saved_model(config, tmp_path / "model")
+    file = tmp_path / "model" / "adapter_model.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if ".score." not in key}, file)
+    with pytest.raises(InputError, match="the saved adapter has no head 'score'"):
+        load_model(config, tmp_path / "model")
+
+
+def test_another_backbone_is_refused(backbone, tmp_path):
+    config = config_of(backbone("llama"))
+    saved_model(config, tmp_path / "model")
+    another = make_backbone("llama", tmp_path / "another", initializer_range=0.1)
+    other = dataclasses.replace(config, model_name_or_path=str(another))
+    with pytest.raises(InputError, match="trained on other weights"):
+        load_model(other, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"load_in_4bit": True, "load_in_8bit": True}, "exclude each other"),
+        ({"lora_init": "pissa", "load_in_4bit": True}, "pissa"),
+        ({"lora_init": "pissa", "use_dora": True}, "choose one"),
+        ({"lora_first_layer": 2}, "layers 0 to 1"),
+        ({"attn_implementation": "nonsense"}, "computes something else|use one of"),
+        ({"device": "cuda"}, "torch sees no CUDA device"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_mend(changes, message, backbone):
+    if changes.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    config = dataclasses.replace(config_of(backbone("llama")), **changes)
+    with pytest.raises(InputError, match=message):
+        build_model(config, 3, seed=0)
+
+
+def test_gemma2_is_not_run_with_attention_that_drops_its_cap(backbone):
+    with pytest.raises(InputError, match="gemma2"):
+        load_classifier(config_of(backbone("gemma2"), attn_implementation="sdpa"), backbone("gemma2"), 3)
+
+
+def test_precision_follows_the_hardware(monkeypatch):
+    auto, cpu, cuda = ModelConfig(), torch.device("cpu"), torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert compute_dtype(auto, cpu, Family()) == torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert compute_dtype(auto, cpu, Family()) == torch.float32
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert compute_dtype(auto, cuda, Family()) == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert compute_dtype(auto, cuda, Family()) == torch.float16
+    assert compute_dtype(auto, cuda, Family(float16=False)) == torch.float32
+    with pytest.raises(InputError, match="float16 does not train on a CPU"):
+        compute_dtype(ModelConfig(dtype="float16"), cpu, Family())
+
+
+def test_the_head_computes_in_float32_under_autocast(backbone):
+    config = dataclasses.replace(config_of(backbone("llama")), dtype="bfloat16")
+    model, tokenizer = build_model(config, 3, seed=0)
+    with autocast(torch.device("cpu"), torch.bfloat16):
+        assert logits(model, batch_of(tokenizer)).dtype == torch.float32
+
+
+def test_a_new_head_starts_even_handed(backbone):
+    model, tokenizer = build_model(config_of(backbone("gemma2")), 3, seed=0)
+    assert np.allclose(logits(model, batch_of(tokenizer)).softmax(-1).numpy(), 1 / 3)
+
+
+def test_add_lora_finds_linear_layers_of_a_family_that_is_not_in_the_table(tmp_path):
+    folder = make_backbone("olmo2", tmp_path)
+    config = config_of(folder)
+    model = add_lora(load_classifier(config, folder, 3), config)
+    adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert {"q_proj", "down_proj"} <= adapted
+    assert "score" not in adapted

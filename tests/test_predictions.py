@@ -1,0 +1,236 @@
+import csv
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rewardmodel.battles import OUTCOMES, from_columns
+from rewardmodel.errors import InputError
+from rewardmodel.predictions import (
+    PROBABILITIES,
+    average,
+    predicted,
+    predictions_table,
+    read_predictions,
+    true_outcomes,
+    write_predictions,
+    write_submission,
+)
+
+SUBMISSION_HEADER = "id,winner_model_a,winner_model_b,winner_tie"
+IDS = ["007", "1e5", "a,b", "x"]
+
+
+def battles_of(ids=IDS, labelled=True):
+    columns = {"id": ids, **{name: [["text"]] * len(ids) for name in ("prompt", "response_a", "response_b")}}
+    if labelled:
+        columns |= dict(zip(OUTCOMES, np.eye(3)[np.arange(len(ids)) % 3].T.tolist(), strict=True))
+    return from_columns(columns | {"group": list(range(10, 10 + len(ids)))}, "made")
+
+
+def probabilities(count, seed=0, dtype=np.float32):
+    return np.random.default_rng(seed).dirichlet([1, 1, 1], count).astype(dtype)
+
+
+def table_of(ids=IDS):
+    return predictions_table(battles_of(ids), probabilities(len(ids), 1), probabilities(len(ids), 2))
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.reader(file))
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 20), orders=st.integers(1, 4))
+def test_average_is_float64_rows_that_sum_to_1(seed, count, orders):
+    mean = average([probabilities(count, seed + order) for order in range(orders)])
+    assert mean.dtype == np.float64
+    assert mean.shape == (count, 3)
+    np.testing.assert_allclose(mean.sum(axis=1), 1, atol=1e-15)
+
+
+def test_average_is_the_mean():
+    first, second = np.array([[0.5, 0.25, 0.25]]), np.array([[0.25, 0.75, 0.0]])
+    assert average([first, second]).tolist() == [[0.375, 0.5, 0.125]]
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_average_does_not_depend_on_which_order_comes_first(seed):
+    first, second = probabilities(5, seed), probabilities(5, seed + 1)
+    np.testing.assert_array_equal(average([first, second]), average([second, first]))
+
+
+def test_average_of_half_precision_is_computed_in_double():
+    half = np.array([[1e-4, 0.5, 0.5]], dtype=np.float16)
+    assert average([half, half])[0, 0] == pytest.approx(float(half[0, 0]) / half[0].astype(float).sum(), rel=1e-12)
+
+
+def test_table_has_its_columns_in_order():
+    both = ["id", "group", *OUTCOMES, *PROBABILITIES]
+    both += [f"ab_{name}" for name in PROBABILITIES] + [f"ba_{name}" for name in PROBABILITIES]
+    assert list(table_of()) == both
+    assert list(predictions_table(battles_of(), probabilities(4), None)) == both[:-3]
+
+
+def test_table_keeps_rows_ids_groups_and_outcomes_of_the_battles():
+    table = table_of()
+    assert table["id"].tolist() == IDS
+    assert table["group"].tolist() == [10, 11, 12, 13]
+    assert true_outcomes(table).tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0]]
+
+
+def test_table_of_unlabelled_battles_has_null_outcomes():
+    table = predictions_table(battles_of(labelled=False), probabilities(4), None)
+    assert table[list(OUTCOMES)].isna().all(axis=None)
+    assert true_outcomes(table).dtype == np.float64
+
+
+def test_table_predicts_the_average_of_both_orders():
+    first, second = probabilities(4, 1), probabilities(4, 2)
+    table = predictions_table(battles_of(), first, second)
+    np.testing.assert_array_equal(predicted(table), average([first, second]))
+    np.testing.assert_array_equal(predicted(table, "ab"), first)
+    np.testing.assert_array_equal(predicted(table, "ba"), second)
+
+
+def test_table_of_one_order_predicts_that_order():
+    first = probabilities(4, dtype=np.float64)
+    np.testing.assert_allclose(predicted(predictions_table(battles_of(), first, None)), first, rtol=1e-15)
+
+
+def test_predictions_survive_parquet(tmp_path):
+    path = tmp_path / "run" / "predictions.parquet"
+    write_predictions(table_of(), path)
+    pd.testing.assert_frame_equal(read_predictions(path), table_of())
+    assert [file.name for file in path.parent.iterdir()] == ["predictions.parquet"]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"id,group\n1,2\n"], ids=["missing", "empty", "CSV"])
+def test_file_that_is_no_parquet_is_refused(tmp_path, content):
+    path = tmp_path / "predictions.parquet"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read_predictions(path)
+    assert str(caught.value).startswith(f"{path}: no predictions can be read there")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("column", ["id", "group", "winner_tie", "p_model_b"])
+def test_parquet_that_is_no_predictions_table_is_refused_with_the_column(tmp_path, column):
+    path = tmp_path / "other.parquet"
+    table_of().drop(columns=column).to_parquet(path)
+    with pytest.raises(InputError, match=f"column '{column}' is missing"):
+        read_predictions(path)
+
+
+def test_submission_is_the_id_and_the_three_outcomes_as_given(tmp_path):
+    path = tmp_path / "submission.csv"
+    table = table_of()
+    write_submission(table, path)
+    assert path.read_text().splitlines()[0] == SUBMISSION_HEADER
+    header, *rows = rows_of(path)
+    assert header == SUBMISSION_HEADER.split(",")
+    assert [row[0] for row in rows] == IDS
+    np.testing.assert_array_equal(np.array([row[1:] for row in rows], float), predicted(table))
+
+
+def test_submission_is_exactly_these_bytes(tmp_path):
+    exact = np.array([[0.5, 0.25, 0.25], [0, 1, 0]])
+    write_submission(predictions_table(battles_of(["007", "8"]), exact, None), tmp_path / "submission.csv")
+    expected = f"{SUBMISSION_HEADER}\n007,0.5,0.25,0.25\n8,0.0,1.0,0.0\n"
+    assert (tmp_path / "submission.csv").read_bytes() == expected.encode()
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_submission_rows_sum_to_1_as_they_are_written(tmp_path_factory, seed):
+    path = tmp_path_factory.getbasetemp() / "submission.csv"
+    ids = [str(row) for row in range(20)]
+    write_submission(predictions_table(battles_of(ids), probabilities(20, seed), probabilities(20, seed + 1)), path)
+    written = pd.read_csv(path)[list(OUTCOMES)].to_numpy()
+    np.testing.assert_allclose(written.sum(axis=1), 1, atol=1e-9)
+
+
+def test_submission_out_of_a_parquet_file_is_the_same(tmp_path):
+    write_predictions(table_of(), tmp_path / "predictions.parquet")
+    write_submission(read_predictions(tmp_path / "predictions.parquet"), tmp_path / "second.csv")
+    write_submission(table_of(), tmp_path / "first.csv")
+    assert (tmp_path / "second.csv").read_bytes() == (tmp_path / "first.csv").read_bytes()
+
+
+def sample_of(tmp_path, ids, header=SUBMISSION_HEADER):
+    path = tmp_path / "sample_submission.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header.split(","), *([name, *["0.3"] * header.count(",")] for name in ids)])
+    return path
+
+
+@pytest.mark.parametrize("ids", [IDS, IDS[::-1]], ids=["same order", "other order"])
+def test_submission_with_the_ids_of_the_sample_is_written_in_the_order_of_the_table(tmp_path, ids):
+    write_submission(table_of(), tmp_path / "submission.csv", sample_of(tmp_path, ids))
+    assert [row[0] for row in rows_of(tmp_path / "submission.csv")] == ["id", *IDS]
+
+
+def test_ids_of_the_sample_are_text_even_where_all_are_numbers(tmp_path):
+    table = table_of(["007", "8"])
+    write_submission(table, tmp_path / "submission.csv", sample_of(tmp_path, ["007", "8"]))
+    assert [row[0] for row in rows_of(tmp_path / "submission.csv")] == ["id", "007", "8"]
+
+
+BAD_SAMPLES = {
+    "an id more": (SUBMISSION_HEADER, [*IDS, "new"], "id 'new' is not among the predicted battles"),
+    "an id less": (SUBMISSION_HEADER, IDS[1:], "id '007' is predicted, but is not there"),
+    "an id without its zeros": (
+        SUBMISSION_HEADER,
+        ["7", *IDS[1:]],
+        "id '007' is predicted, but is not there",
+    ),
+    "a column less": ("id,winner_model_a,winner_model_b", IDS, "columns "),
+    "another order": ("id,winner_model_b,winner_model_a,winner_tie", IDS, "columns "),
+    "another column": ("id,winner_model_a,winner_model_b,tie", IDS, "columns "),
+    "a column more": (f"{SUBMISSION_HEADER},note", IDS, "columns "),
+}
+
+
+@pytest.mark.parametrize(("header", "ids", "reason"), BAD_SAMPLES.values(), ids=BAD_SAMPLES)
+def test_sample_submission_of_other_columns_or_ids_is_refused_and_nothing_written(tmp_path, header, ids, reason):
+    sample = sample_of(tmp_path, ids, header)
+    with pytest.raises(InputError) as caught:
+        write_submission(table_of(), tmp_path / "submission.csv", sample)
+    assert str(caught.value).startswith(f"{sample}: {reason}")
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == [sample]
+
+
+def test_refused_submission_leaves_the_one_before(tmp_path):
+    write_submission(table_of(), tmp_path / "submission.csv")
+    before = (tmp_path / "submission.csv").read_bytes()
+    with pytest.raises(InputError):
+        write_submission(table_of(["1", "2"]), tmp_path / "submission.csv", sample_of(tmp_path, IDS))
+    assert (tmp_path / "submission.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [None, b"", b"id\n\xff\n"], ids=["missing", "empty", "not UTF-8"])
+def test_sample_submission_that_cannot_be_read_is_refused(tmp_path, content):
+    sample = tmp_path / "sample_submission.csv"
+    if content is not None:
+        sample.write_bytes(content)
+    with pytest.raises(InputError, match=r"no sample submission can be read there"):
+        write_submission(table_of(), tmp_path / "submission.csv", sample)
+
+
+def test_submission_of_reordered_rows_keeps_each_id_with_its_probabilities(tmp_path):
+    table = table_of()
+    write_submission(table.iloc[::-1], tmp_path / "submission.csv")
+    written = pd.read_csv(tmp_path / "submission.csv", dtype={"id": str}).set_index("id")
+    np.testing.assert_array_equal(written.loc[IDS].to_numpy(), predicted(table))
+
+
+def test_id_that_pandas_takes_for_missing_is_an_id(tmp_path):
+    write_submission(table_of(["NA", "1"]), tmp_path / "submission.csv", sample_of(tmp_path, ["NA", "1"]))
+    assert [row[0] for row in rows_of(tmp_path / "submission.csv")] == ["id", "NA", "1"]

@@ -1,0 +1,236 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rewardmodel.battles import swap
+from rewardmodel.config import ObjectiveConfig, dump_recipe
+from rewardmodel.errors import InputError
+from rewardmodel.formats import read_battles
+from rewardmodel.model import build_model
+from rewardmodel.objective import OBJECTIVES
+from rewardmodel.pairs import tokenize
+from rewardmodel.runs import MODEL
+from rewardmodel.trainer import PreferenceTrainer, find_objective, split, train, training_arguments
+
+
+def adapter(run) -> dict[str, torch.Tensor]:
+    return load_file(run / MODEL / "adapter_model.safetensors")
+
+
+def assert_same_weights(one, two) -> None:
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+def with_trainer(recipe, **keys):
+    return dataclasses.replace(recipe, trainer={**recipe.trainer, **keys})
+
+
+def make_trainer(recipe, training, validation) -> PreferenceTrainer:
+    model, tokenizer = build_model(recipe.model, 3, seed=0)
+    rows = [tokenize(battles, tokenizer, recipe.prompt) for battles in (training, validation)]
+    args = training_arguments(recipe, torch.float32, torch.device("cpu"))
+    return PreferenceTrainer(model, args, *rows, tokenizer, recipe.objective)
+
+
+def test_training_learns_to_tell_kind_from_rude(recipe):
+    recipe = with_trainer(recipe, num_train_epochs=12, lr_scheduler_type="constant")
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, pooling="responses", lora_r=16))
+    run, _ = train(recipe)
+    log = [entry for entry in json.loads((latest_state(run)).read_text())["log_history"] if "eval_log_loss" in entry]
+    assert min(entry["eval_log_loss"] for entry in log) < 0.6  # the class prior is 1.04
+
+
+def latest_state(run):
+    return max(run.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.split("-")[1]))
+
+
+def test_the_best_checkpoint_by_log_loss_is_what_is_saved(recipe):
+    recipe = with_trainer(recipe, num_train_epochs=3, save_total_limit=10, learning_rate=0.3)
+    run, _ = train(recipe)
+    state = json.loads(latest_state(run).read_text())
+    losses = {entry["step"]: entry["eval_log_loss"] for entry in state["log_history"] if "eval_log_loss" in entry}
+    best = run / f"checkpoint-{min(losses, key=losses.get)}"
+    assert_same_weights(adapter(run), load_file(best / "adapter_model.safetensors"))
+
+
+def test_the_same_seed_trains_the_same_weights(recipe, tmp_path):
+    one, _ = train(with_trainer(recipe, output_dir=str(tmp_path / "one")))
+    two, _ = train(with_trainer(recipe, output_dir=str(tmp_path / "two")))
+    other, _ = train(with_trainer(recipe, output_dir=str(tmp_path / "other"), seed=4))
+    assert_same_weights(adapter(one), adapter(two))
+    assert any(not torch.equal(weight, adapter(other)[name]) for name, weight in adapter(one).items())
+
+
+TRAIN = """
+import sys
+from rewardmodel.config import load_recipe
+from rewardmodel.trainer import train
+train(load_recipe(sys.argv[1]), resume="--resume" in sys.argv)
+"""
+
+
+def test_a_killed_run_resumes_to_the_same_weights(recipe, tmp_path):
+    keys = {"num_train_epochs": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    whole, _ = train(with_trainer(recipe, **keys, output_dir=str(tmp_path / "whole")))
+    killed = with_trainer(recipe, **keys, output_dir=str(tmp_path / "killed"))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(killed))
+    process = subprocess.Popen([sys.executable, "-c", TRAIN, str(file)], stderr=subprocess.DEVNULL)
+    while not list(killed.run_folder.glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None, "ended before its first checkpoint"
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed.run_folder / MODEL).exists()
+    run, _ = train(killed, resume=True)
+    assert_same_weights(adapter(whole), adapter(run))
+
+
+def test_resuming_passes_over_a_checkpoint_that_was_cut_off(recipe, tmp_path):
+    recipe = with_trainer(recipe, num_train_epochs=2, save_total_limit=10)
+    run, _ = train(recipe)
+    before = adapter(run)
+    (run / MODEL).rename(tmp_path / "elsewhere")
+    latest_state(run).write_text('{"half')
+    again, _ = train(recipe, resume=True)
+    assert_same_weights(adapter(again), before)
+
+
+def test_a_finished_run_is_not_trained_again(recipe):
+    run, _ = train(recipe)
+    written = (run / MODEL / "adapter_model.safetensors").stat().st_mtime_ns
+    train(recipe, resume=True)
+    assert (run / MODEL / "adapter_model.safetensors").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(2, 4), (1, 8), (4, 2)])
+def test_a_step_does_not_depend_on_the_micro_batches(recipe, batch, accumulation, tmp_path):
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, lora_dropout=0.0))
+    recipe = with_trainer(recipe, save_strategy="no", eval_strategy="no", train_sampling_strategy="sequential")
+    battles = read_battles(recipe.data.train)
+    weights = np.linspace(0.5, 2, 13).astype(np.float32)  # 13: the last step is ragged
+    battles = battles.select(range(13)).remove_columns("weight").add_column("weight", weights)
+
+    def trained(batch: int, accumulation: int):
+        keys = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        trainer = make_trainer(with_trainer(recipe, **keys), battles, battles)
+        trainer.train()
+        return {name: weight.detach() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+
+    whole, parts = trained(8, 1), trained(batch, accumulation)
+    for name in whole:
+        assert (whole[name] - parts[name]).abs().max() <= 1e-5, name
+
+
+def test_the_loss_is_the_weighted_mean_over_battles(recipe):
+    battles = read_battles(recipe.data.train).select(range(4))
+    battles = battles.remove_columns("weight").add_column("weight", np.array([1, 2, 3, 4], dtype=np.float32))
+    trainer = make_trainer(recipe, battles, battles)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    trainer.model.eval()
+    loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    each = -(batch["labels"] * outputs["logits"].log_softmax(-1)).sum(-1)
+    assert loss.item() == pytest.approx((each * torch.tensor([1.0, 2, 3, 4])).sum().item() / 10, abs=1e-6)
+
+
+def test_four_bit_training_keeps_float32_weights_and_moves_head_and_adapters(recipe):
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, load_in_4bit=True))
+    battles = read_battles(recipe.data.train).select(range(8))
+    trainer = make_trainer(with_trainer(recipe, eval_strategy="no", save_strategy="no"), battles, battles)
+    before = {name: w.detach().clone() for name, w in trainer.model.named_parameters() if w.requires_grad}
+    trainer.args.num_train_epochs = 8  # a zero head and zero B: A moves from the third step on
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    assert {after[name].dtype for name in before} == {torch.float32}
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert set(moved) == set(before)
+
+
+def test_gradient_checkpointing_changes_no_weight(recipe, tmp_path):
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, lora_first_layer=1))
+    plain, _ = train(with_trainer(recipe, output_dir=str(tmp_path / "plain")))
+    saving, _ = train(with_trainer(recipe, output_dir=str(tmp_path / "saving"), gradient_checkpointing=True))
+    for name, weight in adapter(plain).items():
+        assert (weight - adapter(saving)[name]).abs().max() <= 1e-5, name
+
+
+@pytest.mark.parametrize("augmentation", ["none", "both"])
+def test_swap_augmentation_is_data(recipe, augmentation, caplog):
+    caplog.set_level("INFO", logger="rewardmodel.trainer")
+    data = dataclasses.replace(recipe.data, swap_augmentation=augmentation)
+    train(with_trainer(dataclasses.replace(recipe, data=data), max_steps=1))
+    rows = {"none": 36, "both": 72}[augmentation]
+    assert f"36 battles to train on ({rows} rows), 12 for validation" in caplog.text
+
+
+def test_early_stopping_ends_a_run_that_gets_worse(recipe):
+    recipe = with_trainer(recipe, num_train_epochs=10, learning_rate=0.5, early_stopping_patience=1)
+    run, _ = train(recipe)
+    state = json.loads(latest_state(run).read_text())
+    assert state["epoch"] < 10
+
+
+def test_split_holds_out_whole_prompts_and_one_fold(recipe):
+    battles = read_battles(recipe.data.train)
+    training, validation = split(battles, recipe)
+    assert len(training) + len(validation) == len(battles)
+    assert not set(training["group"]) & set(validation["group"])
+    assert set(validation["fold"]) == {0}
+
+
+def test_a_limit_keeps_whole_prompts(recipe):
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, limit=20))
+    training, validation = split(read_battles(recipe.data.train), recipe)
+    assert 20 <= len(training) + len(validation) < 24
+
+
+def test_unlabelled_battles_cannot_be_trained_on(recipe, frame):
+    unlabelled = frame.drop(columns=[name for name in frame if name.startswith("winner")])
+    with pytest.raises(InputError, match="has no outcomes"):
+        train(recipe, unlabelled)
+    assert not recipe.run_folder.exists()
+
+
+def test_nothing_of_an_older_run_is_lost_to_a_mistake(recipe):
+    run, _ = train(with_trainer(recipe, max_steps=1))
+    before = sorted(path.name for path in run.iterdir())
+    with pytest.raises(InputError, match=r"--resume.*--overwrite"):
+        train(recipe)
+    broken = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train="nowhere.csv"))
+    with pytest.raises(InputError, match=r"nowhere\.csv"):
+        train(broken, overwrite=True)
+    with pytest.raises(InputError, match="another 'data' section"):
+        train(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, seed=1)), resume=True)
+    assert sorted(path.name for path in run.iterdir()) == before
+    again, _ = train(with_trainer(recipe, max_steps=2), overwrite=True)
+    assert not (again / "checkpoint-1").exists()
+
+
+def test_cross_entropy_takes_soft_outcomes():
+    logits, soft = torch.randn(5, 3, dtype=torch.float64), torch.rand(5, 3, dtype=torch.float64).softmax(-1)
+    loss = OBJECTIVES["cross_entropy"].loss(logits, soft, 0.0)
+    assert torch.allclose(loss, -(soft * logits.log_softmax(-1)).sum(-1))
+    smooth = OBJECTIVES["cross_entropy"].loss(logits, soft, 0.3)
+    assert torch.allclose(smooth, -((0.7 * soft + 0.1) * logits.log_softmax(-1)).sum(-1))
+
+
+def test_an_unknown_objective_names_the_nearest():
+    with pytest.raises(InputError, match="did you mean 'cross_entropy'"):
+        find_objective(ObjectiveConfig(name="crossentropy"))
+
+
+def test_swapped_battles_train_on_swapped_outcomes(recipe, tokenizer):
+    battles = read_battles(recipe.data.train)
+    rows, swapped = (tokenize(data, tokenizer, recipe.prompt) for data in (battles, swap(battles)))
+    assert np.array_equal(np.array(rows["labels"])[:, [1, 0, 2]], np.array(swapped["labels"]))
