@@ -3,6 +3,7 @@
 import argparse
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -141,3 +142,6 @@ def _set_up_logging() -> None:
     ours.setLevel(logging.INFO)
     ours.handlers = [handler]
     ours.propagate = False
+    # Noise that a person can do nothing about: an optional kernel, and an old name that peft asks transformers by.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

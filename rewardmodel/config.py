@@ -6,7 +6,7 @@ A field is documented once, under the field; the command line's help is made fro
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -187,6 +187,16 @@ class Recipe:
         return Path(self.trainer["output_dir"])
 
 
+SECTIONS: dict[str, Any] = {
+    "data": DataConfig,
+    "prompt": PromptConfig,
+    "model": ModelConfig,
+    "objective": ObjectiveConfig,
+    "inference": InferenceConfig,
+}
+"""The sections that are ours; the sixth, `trainer`, is TRL's."""
+
+
 def recipe_parser(prog: str, description: str | None = None) -> "ArgumentParser":
     """Return a jsonargparse parser of every recipe key, with defaults and help from the dataclasses and from TRL."""
     from jsonargparse import ArgumentParser, set_parsing_settings
@@ -195,13 +205,11 @@ def recipe_parser(prog: str, description: str | None = None) -> "ArgumentParser"
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="A recipe (YAML).")
-    for section in fields(Recipe):
-        if section.name == "trainer":
-            parser.add_class_arguments(RewardConfig, "trainer", skip=set(TRAINER_DECIDED_ELSEWHERE))
-            parser.add_argument(f"--trainer.{EARLY_STOPPING}", type=int | None, default=None, help=EARLY_STOPPING_HELP)
-            parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items()})
-        else:
-            parser.add_class_arguments(section.default_factory, section.name)
+    for name, section in SECTIONS.items():
+        parser.add_class_arguments(section, name)
+    parser.add_class_arguments(RewardConfig, "trainer", skip=set(TRAINER_DECIDED_ELSEWHERE))
+    parser.add_argument(f"--trainer.{EARLY_STOPPING}", type=int | None, default=None, help=EARLY_STOPPING_HELP)
+    parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items()})
     return parser
 
 
@@ -223,21 +231,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for key in keys:
         _check_key(key, known, path)
     try:
-        parsed = parser.parse_args(["--config", str(path), *overrides])
+        parsed = parser.parse_args([*(["--config", str(path)] if given else []), *overrides])
     except Exception as error:
         raise InputError(f"{path}: {_reason(error)}") from error
     sections = parsed.as_dict()
     set_here = {key.removeprefix("trainer.") for key in keys if key.startswith("trainer.")}
     trainer = {key: _plain(sections["trainer"][key]) for key in [*TRAINER_DEFAULTS, *sorted(set_here)]}
     trainer.setdefault("output_dir", str(Path("runs") / path.stem))
-    return Recipe(
-        **{
-            section.name: section.default_factory(**sections[section.name])
-            for section in fields(Recipe)
-            if section.name != "trainer"
-        },
-        trainer=trainer,
-    )
+    return Recipe(trainer=trainer, **{name: section(**sections[name]) for name, section in SECTIONS.items()})
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -257,7 +258,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
-        raise InputError(f"{path}: a recipe has one mapping a section: {', '.join(f.name for f in fields(Recipe))}")
+        raise InputError(f"{path}: a recipe has one mapping a section: {', '.join([*SECTIONS, 'trainer'])}")
     return content
 
 

@@ -1,0 +1,153 @@
+import ast
+import dataclasses
+from pathlib import Path
+
+import pytest
+from conftest import make_backbone
+
+from rewardmodel.config import (
+    SECTIONS,
+    TRAINER_DECIDED_ELSEWHERE,
+    TRAINER_DEFAULTS,
+    Recipe,
+    dump_recipe,
+    load_recipe,
+    recipe_parser,
+)
+from rewardmodel.errors import InputError
+from rewardmodel.model import build_model
+from rewardmodel.objective import OBJECTIVES
+from rewardmodel.pairs import tokenize
+from rewardmodel.trainer import split, training_arguments
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+MODEL_TYPES = {
+    "smollm2-135m-instruct": "llama",
+    "gemma3-270m": "gemma3_text",
+    "google/gemma-2-9b-it": "gemma2",
+    "google/gemma-2-2b-it": "gemma2",
+    "meta-llama/Meta-Llama-3-8B-Instruct": "llama",
+    "Qwen/Qwen3-4B-Instruct-2507": "qwen3",
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def written(text: str) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return path
+
+    return written
+
+
+def test_there_are_recipes():
+    assert {path.stem for path in RECIPES} >= {
+        "quickstart",
+        "arena_smollm2_135m",
+        "arena_gemma3_270m",
+        "gemma2_9b_qlora",
+        "gemma2_2b_qlora",
+        "llama3_8b_qlora",
+        "qwen3_4b_qlora",
+    }
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_read_and_builds_a_tiny_model_of_its_family(path, tmp_path):
+    import torch
+
+    recipe = load_recipe(path)
+    assert recipe.trainer["output_dir"] == f"runs/{path.stem}"
+    folder = make_backbone(MODEL_TYPES[recipe.model.model_name_or_path], tmp_path / "backbone")
+    first_layer = min(recipe.model.lora_first_layer, 1)
+    model = dataclasses.replace(
+        recipe.model, model_name_or_path=str(folder), lora_first_layer=first_layer, device="cpu", dtype="float32"
+    )
+    built, tokenizer = build_model(model, OBJECTIVES[recipe.objective.name].head_width, seed=0)
+    rows = tokenize(sample_battles(recipe), tokenizer, recipe.prompt)
+    assert len(rows) == 4
+    assert any(weight.requires_grad for weight in built.parameters())
+    args = training_arguments(recipe, torch.float32, torch.device("cpu"))
+    assert args.learning_rate == recipe.trainer["learning_rate"]
+
+
+def sample_battles(recipe: Recipe):
+    from rewardmodel.formats import read_battles
+
+    training, _ = split(read_battles("sample"), recipe)
+    return training.select(range(4))
+
+
+def test_a_dumped_recipe_reads_back_equal(tmp_path, write):
+    path = write("trainer:\n  lr_scheduler_kwargs: {num_cycles: 2}\n  warmup_steps: 7\ndata:\n  limit: 5\n")
+    recipe = load_recipe(path, ["--model.lora_target_modules", "[q_proj]"])
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_recipe(recipe))
+    assert load_recipe(again) == recipe
+
+
+@pytest.mark.parametrize("style", [["--trainer.learning_rate", "1e-4"], ["--trainer.learning_rate=1e-4"]])
+def test_overrides_win_and_scientific_notation_is_a_number(style, write):
+    recipe = load_recipe(write("trainer:\n  learning_rate: 3e-4\n  seed: 7\n"), style)
+    assert recipe.trainer["learning_rate"] == 1e-4
+    assert recipe.trainer["seed"] == 7
+
+
+def test_an_empty_recipe_is_the_defaults_with_a_run_folder_of_its_name(write):
+    recipe = load_recipe(write(""))
+    assert recipe == Recipe(trainer={"output_dir": "runs/recipe"})
+    assert recipe.trainer == {**TRAINER_DEFAULTS, "output_dir": "runs/recipe"}
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("model:\n  lora_rr: 3\n", [], "unknown key 'model.lora_rr'; did you mean 'model.lora_r'?"),
+        ("modle:\n  lora_r: 3\n", [], "unknown key 'modle.lora_r'; did you mean 'model.lora_r'?"),
+        ("", ["--trainer.learning_rat", "1"], "did you mean 'trainer.learning_rate'?"),
+        ("", ["--trainer.learning_rat=1"], "did you mean 'trainer.learning_rate'?"),
+        ("trainer:\n  max_length: 3\n", [], "trainer.max_length is decided by prompt.max_length"),
+        ("", ["--trainer.bf16", "true"], "trainer.bf16 is decided by model.dtype"),
+        ("model:\n  lora_r: many\n", [], "model.lora_r"),
+        ("data:\n  swap_augmentation: twice\n", [], "one of ['none', 'random', 'both']"),
+        ("- a list\n", [], "one mapping a section"),
+        ("model: 3\n", [], "one mapping a section"),
+        ("model: [\n", [], "not YAML"),
+        ("", ["stray"], "stray"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_file_and_key(text, overrides, message, write):
+    path = write(text)
+    with pytest.raises(InputError) as caught:
+        load_recipe(path, overrides)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_in_python_refuses_the_same_keys():
+    with pytest.raises(InputError, match=r"trainer\.fp16 is decided by model\.dtype"):
+        Recipe(trainer={"fp16": True})
+
+
+def test_keys_decided_elsewhere_name_keys_that_are_there():
+    known = set(recipe_parser("x").get_defaults(skip_validation=True).keys())
+    for target in TRAINER_DECIDED_ELSEWHERE.values():
+        assert target in known or target in SECTIONS
+
+
+def test_every_field_is_documented_under_itself_and_read_by_something():
+    config = ast.parse((ROOT / "rewardmodel" / "config.py").read_text())
+    others = "".join(path.read_text() for path in (ROOT / "rewardmodel").glob("*.py") if path.name != "config.py")
+    for section in (node for node in config.body if isinstance(node, ast.ClassDef) and node.name in class_names()):
+        for field, after in zip(section.body, [*section.body[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign):
+                assert isinstance(after, ast.Expr), f"{section.name}.{field.target.id} has no text under it"
+                assert f".{field.target.id}" in others, f"nothing reads {section.name}.{field.target.id}"
+
+
+def class_names() -> set[str]:
+    return {section.__name__ for section in SECTIONS.values()}
