@@ -93,7 +93,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return the exit code: 0, or 2 for what a person can mend."""
+    """Run one command and return the exit code: 0; 2 for what a person can mend; 1 for numbers gone wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: rewardmodel COMMAND ...    (rewardmodel COMMAND --help tells more)\n")
@@ -107,6 +107,12 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; a run continues from its last checkpoint with --resume", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -131,8 +137,7 @@ def _parse_with_recipe(parser: argparse.ArgumentParser, arguments: list[str]) ->
         keys.usage = argparse.SUPPRESS
         keys.print_help()
         raise SystemExit(0)
-    recipe, own = arguments[:1], arguments[1:]
-    return parser.parse_known_args([*recipe, *own])
+    return parser.parse_known_args(arguments)
 
 
 def _set_up_logging() -> None:
@@ -145,3 +150,7 @@ def _set_up_logging() -> None:
     # Noise that a person can do nothing about: an optional kernel, and an old name that peft asks transformers by.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

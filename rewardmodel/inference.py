@@ -11,15 +11,15 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from rewardmodel.backbone import family
 from rewardmodel.battles import swap
 from rewardmodel.config import InferenceConfig, Recipe
 from rewardmodel.formats import read_battles
-from rewardmodel.model import autocast, load_model, placement
+from rewardmodel.model import autocast, compute_dtype, load_model
 from rewardmodel.objective import OBJECTIVES, Objective
 from rewardmodel.pairs import MODEL_INPUTS, PadCollator, length_sorted_batches, tokenize
 from rewardmodel.predictions import predictions_table
 from rewardmodel.runs import MODEL, load_run_recipe
-from rewardmodel.weights import resolve
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def predict_with(
 ) -> pd.DataFrame:
     """Return the predictions table of battles by a model in memory; `recipe` is the one it was trained with."""
     objective = OBJECTIVES[recipe.objective.name]
-    _, dtype = placement(recipe.model, resolve(recipe.model.model_name_or_path, recipe.model.model_revision))
+    dtype = compute_dtype(recipe.model, next(model.parameters()).device, family(model.config.model_type))
 
     def one_order(battles: Dataset, name: str) -> np.ndarray:
         rows = tokenize(battles, tokenizer, recipe.prompt)

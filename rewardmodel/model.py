@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def compute_device(config: ModelConfig) -> torch.device:
         )
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # set by accelerate launch and torchrun
 
 
 def compute_dtype(config: ModelConfig, device: torch.device, rules: Family) -> torch.dtype:
@@ -96,6 +97,8 @@ def load_classifier(config: ModelConfig, folder: Path, num_labels: int) -> PreTr
     """
     if config.load_in_4bit and config.load_in_8bit:
         raise InputError("model: load_in_4bit and load_in_8bit exclude each other; set one of them to false")
+    if (config.load_in_4bit or config.load_in_8bit) and not config.use_peft:
+        raise InputError("model.use_peft: a quantised backbone cannot train itself; leave it true, or quantise nothing")
     model_config = AutoConfig.from_pretrained(folder)
     rules = family(model_config.model_type)
     device, dtype = placement(config, folder)

@@ -35,27 +35,38 @@ METRICS = "metrics.json"
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "scikit-learn")
 
 
-def open_run(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
-    """Return the run folder, holding the resolved recipe and nothing of another run.
+def check_run(recipe: Recipe, resume: bool, overwrite: bool) -> None:
+    """Raise if the run may not be written to its folder; touch nothing.
 
     Raises:
         InputError: the folder holds a run already and neither `resume` nor `overwrite` is set, or holds
             something else, or `resume` finds a run of another recipe.
     """
-    folder, text = recipe.run_folder, dump_recipe(recipe)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not (folder / RECIPE).is_file():
-            raise InputError(f"trainer.output_dir: {folder} is there and is no run folder; name another")
-        if resume:
-            _check_same_recipe(folder, recipe)
-            return folder
-        if not overwrite:
-            raise InputError(
-                f"trainer.output_dir: {folder} already holds a run; continue it with --resume, replace it with "
-                "--overwrite, or name another"
-            )
+    folder = recipe.run_folder
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / RECIPE).is_file():
+        raise InputError(f"trainer.output_dir: {folder} is there and is no run folder; name another")
+    if resume:
+        _check_same_recipe(folder, recipe)
+    elif not overwrite:
+        raise InputError(
+            f"trainer.output_dir: {folder} already holds a run; continue it with --resume, replace it with "
+            "--overwrite, or name another"
+        )
+
+
+def open_run(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
+    """Return the run folder, holding the resolved recipe and nothing of another run.
+
+    Raises:
+        InputError: as `check_run`.
+    """
+    check_run(recipe, resume, overwrite)
+    folder = recipe.run_folder
+    if folder.exists() and not resume:
         shutil.rmtree(folder)
-    write_text(folder / RECIPE, text)
+    write_text(folder / RECIPE, dump_recipe(recipe))
     return folder
 
 

@@ -19,7 +19,7 @@ from rewardmodel.metrics import accuracy, log_loss
 from rewardmodel.model import build_model, placement, save_model
 from rewardmodel.objective import OBJECTIVES, Objective
 from rewardmodel.pairs import MODEL_COLUMNS, MODEL_INPUTS, PadCollator, share_cut, tokenize
-from rewardmodel.runs import MODEL, data_fingerprint, last_checkpoint, open_run, write_environment
+from rewardmodel.runs import MODEL, check_run, data_fingerprint, last_checkpoint, open_run, write_environment
 from rewardmodel.weights import fingerprint, resolve
 
 logger = logging.getLogger(__name__)
@@ -124,23 +124,36 @@ def find_objective(config: ObjectiveConfig) -> Objective:
 
 
 def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> RewardConfig:
-    """Return TRL's arguments: the recipe's `trainer` section, and what other sections decide for it."""
+    """Return TRL's arguments: the recipe's `trainer` section, and what other sections decide for it.
+
+    Raises:
+        InputError: keys that transformers refuses together, or several GPUs in one process.
+    """
     keys = {key: value for key, value in recipe.trainer.items() if key != EARLY_STOPPING}
     for old, new in RENAMED.items():
         if old in keys and new in RewardConfig.__dataclass_fields__:
             keys.setdefault(new, keys.pop(old))
-    if keys["eval_strategy"] == "no":
+    if keys["eval_strategy"] == "no" or keys["save_strategy"] == "no":
         keys["load_best_model_at_end"] = False
-    return RewardConfig(
-        **keys,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-        use_cpu=device.type == "cpu",
-        max_length=None,
-        metric_for_best_model="log_loss",
-        greater_is_better=False,
-        dataloader_pin_memory=device.type == "cuda",
-    )
+    try:
+        args = RewardConfig(
+            **keys,
+            bf16=dtype == torch.bfloat16,
+            fp16=dtype == torch.float16,
+            use_cpu=device.type == "cpu",
+            max_length=None,
+            metric_for_best_model="log_loss",
+            greater_is_better=False,
+            dataloader_pin_memory=device.type == "cuda",
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"trainer: {' '.join(str(error).split())}") from error
+    if args.n_gpu > 1:
+        raise InputError(
+            f"model.device: one process sees {args.n_gpu} GPUs; start it with accelerate launch -m rewardmodel.cli, "
+            "or show it one with CUDA_VISIBLE_DEVICES=0"
+        )
+    return args
 
 
 def split(battles: Dataset, recipe: Recipe) -> tuple[Dataset, Dataset]:
@@ -183,32 +196,31 @@ def train(
         InputError: what was given cannot be used; nothing was written then.
     """
     objective = find_objective(recipe.objective)
+    check_run(recipe, resume, overwrite)
     training, validation = split(read_battles(recipe.data.train if battles is None else battles), recipe)
+    if resume and (recipe.run_folder / MODEL).is_dir():
+        logger.info("%s: already trained", recipe.run_folder)
+        return recipe.run_folder, validation
+
     backbone = resolve(recipe.model.model_name_or_path, recipe.model.model_revision)
     device, dtype = placement(recipe.model, backbone)
     args = training_arguments(recipe, dtype, device)
-    run = open_run(recipe, resume, overwrite)
-    if (run / MODEL).is_dir():
-        logger.info("%s: already trained", run)
-        return run, validation
-
     model, tokenizer = build_model(recipe.model, objective.head_width, args.seed)
     augmented = AUGMENTATIONS[recipe.data.swap_augmentation](training, recipe.data.seed)
-    rows = tokenize(augmented, tokenizer, recipe.prompt)
-    validation_rows = tokenize(validation, tokenizer, recipe.prompt)
+    rows, validation_rows = (tokenize(part, tokenizer, recipe.prompt) for part in (augmented, validation))
     logger.info(
         "%d battles to train on (%d rows), %d for validation; %.1f %% lose text to max_length %d",
         len(training), len(rows), len(validation), 100 * share_cut(rows), recipe.prompt.max_length,
     )  # fmt: skip
-    write_environment(
-        run,
-        {
-            "backbone": {"name": recipe.model.model_name_or_path, "fingerprint": fingerprint(backbone)},
-            "data": {"training": data_fingerprint(training), "validation": data_fingerprint(validation)},
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "dtype": str(dtype).removeprefix("torch."),
-        },
-    )
+
+    run = open_run(recipe, resume, overwrite)
+    facts = {
+        "backbone": {"name": recipe.model.model_name_or_path, "fingerprint": fingerprint(backbone)},
+        "data": {"training": data_fingerprint(training), "validation": data_fingerprint(validation)},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    write_environment(run, facts)
     trainer = PreferenceTrainer(model, args, rows, validation_rows, tokenizer, recipe.objective)
     if recipe.trainer[EARLY_STOPPING] is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.trainer[EARLY_STOPPING]))

@@ -243,6 +243,7 @@ def test_another_backbone_is_refused(backbone, tmp_path):
     [
         ({"load_in_4bit": True, "load_in_8bit": True}, "exclude each other"),
         ({"lora_init": "pissa", "load_in_4bit": True}, "pissa"),
+        ({"use_peft": False, "load_in_4bit": True}, "cannot train itself"),
         ({"lora_init": "pissa", "use_dora": True}, "choose one"),
         ({"lora_first_layer": 2}, "layers 0 to 1"),
         ({"attn_implementation": "nonsense"}, "computes something else|use one of"),
