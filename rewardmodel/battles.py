@@ -108,6 +108,7 @@ def validate(battles: Dataset, where: str) -> Dataset:
     _check_ids(table.column("id"), where)
     _check_turns(table, where)
     _check_outcomes(table, where)
+    _check_weights(table.column("weight"), where)
     return battles
 
 
@@ -170,6 +171,13 @@ def _check_outcomes(table: pa.Table, where: str) -> None:
             f"{where}: row {row + 1}, columns {', '.join(OUTCOMES)}: {values} are not probabilities that sum to 1; "
             "mark one of them 1 and the others 0, or give shares"
         )
+
+
+def _check_weights(weights: pa.ChunkedArray, where: str) -> None:
+    usable = pc.and_(pc.is_finite(weights), pc.greater(weights, 0)).combine_chunks().fill_null(False)
+    row = _first_true(pc.invert(usable))
+    if row is not None:
+        raise InputError(f"{where}: row {row + 1}, column 'weight': {weights[row]}; give a number above 0")
 
 
 def _first_true(mask: pa.ChunkedArray | pa.Array) -> int | None:

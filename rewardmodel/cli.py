@@ -47,27 +47,32 @@ def _train(arguments: list[str]) -> None:
 def _predict(arguments: list[str]) -> None:
     """Predict the outcomes of battles with a trained run."""
     parser = _parser("predict", _predict)
+    parser.epilog = "--inference.KEY VALUE, --model.device and --model.dtype overrule the run's recipe for this time"
     parser.add_argument("run", type=Path, help="folder of a trained run")
     parser.add_argument("battles", help="battles to predict: a file, or 'sample'")
     parser.add_argument("--output", type=Path, required=True, help="file to write: .parquet, or .csv for a submission")
     parser.add_argument("--sample-submission", type=Path, help="a submission whose columns and ids must be repeated")
-    parser.add_argument("--inference.KEY", dest="_", help="a key of the recipe's inference section, for this time")
     options, overrides = parser.parse_known_args(arguments)
     for word in overrides:
-        if word.startswith("--") and not word.startswith("--inference."):
+        if word.startswith("--") and not word.startswith(("--inference.", "--model.device", "--model.dtype")):
             raise InputError(f"rewardmodel predict: unknown option {word}; see rewardmodel predict --help")
     if options.output.suffix not in (".parquet", ".csv"):
         raise InputError(f"--output: {options.output} ends in neither .parquet nor .csv; give one of them")
+    if options.sample_submission and options.output.suffix != ".csv":
+        raise InputError(f"--sample-submission: {options.output} is no submission; let --output end in .csv")
     from rewardmodel.config import load_recipe
+    from rewardmodel.formats import read_battles
     from rewardmodel.inference import predict
-    from rewardmodel.predictions import write_predictions, write_submission
+    from rewardmodel.predictions import check_sample, write_predictions, write_submission
     from rewardmodel.runs import RECIPE, load_run_recipe
 
     load_run_recipe(options.run)
-    inference = load_recipe(options.run / RECIPE, overrides).inference
-    table = predict(options.run, options.battles, inference)
+    battles = read_battles(options.battles, role="test")
+    if options.sample_submission:
+        check_sample(options.sample_submission, battles["id"])
+    table = predict(options.run, battles, load_recipe(options.run / RECIPE, overrides))
     if options.output.suffix == ".csv":
-        write_submission(table, options.output, options.sample_submission)
+        write_submission(table, options.output)
     else:
         write_predictions(table, options.output)
     print(f"{len(table)} battles: {options.output}")
@@ -124,7 +129,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="YAML file of the recipe")
     parser.add_argument("--resume", action="store_true", help="continue the run in trainer.output_dir")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in trainer.output_dir")
-    parser.add_argument("--SECTION.KEY", metavar="VALUE", dest="_", help="any key of the recipe; all of them follow")
+    parser.epilog = "any key of the recipe can be overruled: --SECTION.KEY VALUE"
 
 
 def _parse_with_recipe(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -137,6 +142,8 @@ def _parse_with_recipe(parser: argparse.ArgumentParser, arguments: list[str]) ->
         keys.usage = argparse.SUPPRESS
         keys.print_help()
         raise SystemExit(0)
+    if arguments and arguments[0].startswith("-"):
+        raise InputError(f"{parser.prog}: the recipe comes first: {parser.prog} RECIPE [--section.key VALUE ...]")
     return parser.parse_known_args(arguments)
 
 

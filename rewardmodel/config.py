@@ -131,6 +131,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,
     "lr_scheduler_type": "cosine",
     "num_train_epochs": 1,
+    "output_dir": "runs/unnamed",
     "per_device_eval_batch_size": 16,
     "per_device_train_batch_size": 8,
     "report_to": "none",
@@ -142,21 +143,27 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 """What `trainer` says where a recipe does not; every other key has TRL's own default."""
 
-TRAINER_DECIDED_ELSEWHERE = {
-    "bf16": "model.dtype",
-    "center_rewards_coefficient": "objective",
-    "chat_template_path": "prompt.template",
-    "data_seed": "trainer.seed",
-    "eos_token": "prompt.template",
-    "fp16": "model.dtype",
-    "label_smoothing_factor": "objective.label_smoothing",
-    "max_length": "prompt.max_length",
-    "model_init_kwargs": "model",
-    "pad_token": "model.model_name_or_path",
-    "trust_remote_code": "model.model_name_or_path",
-    "use_cpu": "model.device",
+TRAINER_REFUSED = {
+    "bf16": "set model.dtype",
+    "bf16_full_eval": "set model.dtype",
+    "center_rewards_coefficient": "set objective.name; no objective takes it",
+    "chat_template_path": "set prompt.template",
+    "data_seed": "set trainer.seed",
+    "dataset_num_proc": "leave it out; tokenising takes one process",
+    "eos_token": "set prompt.template",
+    "fp16": "set model.dtype",
+    "fp16_full_eval": "set model.dtype",
+    "greater_is_better": "leave it out; the measure is the validation log loss",
+    "label_smoothing_factor": "set objective.label_smoothing",
+    "max_length": "set prompt.max_length",
+    "metric_for_best_model": "leave it out; the measure is the validation log loss",
+    "model_init_kwargs": "set the keys of model",
+    "pad_to_multiple_of": "leave it out; rows are padded to the longest of a batch",
+    "pad_token": "leave it out; padding is told by the attention mask",
+    "trust_remote_code": "leave it out; code out of a model folder is never run",
+    "use_cpu": "set model.device",
 }
-"""Keys of RewardConfig that another key of the recipe decides; `trainer` refuses them rather than ignore them."""
+"""Keys of RewardConfig that would be overruled or read by nothing, each with what to do instead."""
 
 
 @dataclass
@@ -164,7 +171,7 @@ class Recipe:
     """All that makes a run; a run folder carries its own, resolved, as recipe.yaml.
 
     Raises:
-        InputError: `trainer` has a key that another section decides.
+        InputError: `trainer` has a key out of `TRAINER_REFUSED`.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -177,8 +184,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for key in self.trainer:
-            if key in TRAINER_DECIDED_ELSEWHERE:
-                raise InputError(f"recipe: trainer.{key} is decided by {TRAINER_DECIDED_ELSEWHERE[key]}; set that")
+            if key in TRAINER_REFUSED:
+                raise InputError(f"recipe: trainer.{key} is not taken: {TRAINER_REFUSED[key]}")
         self.trainer = {**TRAINER_DEFAULTS, **self.trainer}
 
     @property
@@ -207,7 +214,7 @@ def recipe_parser(prog: str, description: str | None = None) -> "ArgumentParser"
     parser.add_argument("--config", action="config", help="A recipe (YAML).")
     for name, section in SECTIONS.items():
         parser.add_class_arguments(section, name)
-    parser.add_class_arguments(RewardConfig, "trainer", skip=set(TRAINER_DECIDED_ELSEWHERE))
+    parser.add_class_arguments(RewardConfig, "trainer", skip=set(TRAINER_REFUSED))
     parser.add_argument(f"--trainer.{EARLY_STOPPING}", type=int | None, default=None, help=EARLY_STOPPING_HELP)
     parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items()})
     return parser
@@ -237,7 +244,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     sections = parsed.as_dict()
     set_here = {key.removeprefix("trainer.") for key in keys if key.startswith("trainer.")}
     trainer = {key: _plain(sections["trainer"][key]) for key in [*TRAINER_DEFAULTS, *sorted(set_here)]}
-    trainer.setdefault("output_dir", str(Path("runs") / path.stem))
+    if "output_dir" not in set_here:
+        trainer["output_dir"] = str(Path("runs") / path.stem)
     return Recipe(trainer=trainer, **{name: section(**sections[name]) for name, section in SECTIONS.items()})
 
 
@@ -275,8 +283,8 @@ def _check_key(key: str, known: set[str], where: Path) -> None:
     section, _, name = key.partition(".")
     if key in known:
         return
-    if section == "trainer" and name in TRAINER_DECIDED_ELSEWHERE:
-        raise InputError(f"{where}: trainer.{name} is decided by {TRAINER_DECIDED_ELSEWHERE[name]}; set that")
+    if section == "trainer" and name in TRAINER_REFUSED:
+        raise InputError(f"{where}: trainer.{name} is not taken: {TRAINER_REFUSED[name]}")
     raise InputError(f"{where}: unknown key '{key}'{nearest(key, known) or '; see rewardmodel run --help'}")
 
 

@@ -55,9 +55,9 @@ def read_battles(source: str | Path | pd.DataFrame | Dataset, role: str = "train
     path = Path(source)
     if not path.is_file():
         raise InputError(f"{path}: no such file; give the path of a battles file, or 'sample'")
-    if path.suffix not in READERS:
+    if path.suffix.lower() not in READERS:
         raise InputError(f"{path}: no format has the ending '{path.suffix}'; known: {', '.join(READERS)}")
-    return READERS[path.suffix](path)
+    return READERS[path.suffix.lower()](path)
 
 
 def read_csv(path: Path) -> Dataset:
@@ -70,7 +70,7 @@ def read_csv(path: Path) -> Dataset:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
-            header = next(reader, [])
+            header = next((fields for fields in reader if fields), [])
             return _battles(header, _csv_rows(reader, header, path), str(path))
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: byte {_broken_byte(path)} is not UTF-8; save the file as UTF-8") from error
@@ -98,30 +98,33 @@ def _csv_rows(reader: Any, header: list[str], path: Path) -> Iterator[tuple[int,
 
 def _battles(header: list[str], rows: Iterator[tuple[int, dict[str, Any]]], where: str) -> Dataset:
     """Return validated battles of numbered rows with the competition's columns."""
-    labelled = _check_header(header, where)
+    numbers = _check_header(header, where)
     source = Path(where).stem
     repaired: Counter[str] = Counter()
-    chunks, columns = [], _no_rows(labelled)
+    chunks, columns = [], _no_rows(numbers)
     for number, row in rows:
-        for name, value in _parse_row(row, number, labelled, where, repaired).items():
+        for name, value in _parse_row(row, number, numbers, where, repaired).items():
             columns[name].append(value)
         if len(columns["id"]) == ROWS_A_CHUNK:
             chunks.append(from_columns(columns, source))
-            columns = _no_rows(labelled)
+            columns = _no_rows(numbers)
     chunks.append(from_columns(columns, source))
     for what, count in repaired.items():
         logger.warning("%s: %d %s", where, count, what)
     return validate(concatenate_datasets(chunks), where)
 
 
-def _no_rows(labelled: bool) -> dict[str, list]:
-    return {name: [] for name in ("id", *TEXTS, "model_a", "model_b", *(OUTCOMES if labelled else ()))}
+def _no_rows(numbers: list[str]) -> dict[str, list]:
+    return {name: [] for name in ("id", *TEXTS, "model_a", "model_b", *numbers)}
 
 
-def _check_header(header: list[str], where: str) -> bool:
-    """Return whether the columns are those of labelled battles."""
+def _check_header(header: list[str], where: str) -> list[str]:
+    """Return the columns of numbers: the outcomes of labelled battles, and their weights where given."""
     if not header:
         raise InputError(f"{where}: the file is empty; give one with a header and at least one battle")
+    twice = [name for name, count in Counter(header).items() if count > 1 and name in FEATURES]
+    if twice:
+        raise InputError(f"{where}: column '{twice[0]}' is there twice; keep one of them")
     given = [name for name in OUTCOMES if name in header]
     for name in ("id", *TEXTS, *(OUTCOMES if given else ())):
         if name not in header:
@@ -131,10 +134,12 @@ def _check_header(header: list[str], where: str) -> bool:
                 f"{'' if nearest(name, spare) else ';'} columns needed: id, {', '.join(TEXTS)}, "
                 f"and to train on: {', '.join(OUTCOMES)}"
             )
-    return bool(given)
+    return [*(OUTCOMES if given else ()), *(["weight"] if "weight" in header else ())]
 
 
-def _parse_row(row: dict[str, Any], number: int, labelled: bool, where: str, repaired: Counter[str]) -> dict[str, Any]:
+def _parse_row(
+    row: dict[str, Any], number: int, numbers: list[str], where: str, repaired: Counter[str]
+) -> dict[str, Any]:
     def refuse(column: str, reason: str) -> InputError:
         return InputError(f"{where}: row {number}, column '{column}': {reason}")
 
@@ -144,16 +149,16 @@ def _parse_row(row: dict[str, Any], number: int, labelled: bool, where: str, rep
         raise refuse("id", "empty; give every battle an id")
     for name in TEXTS:
         parsed[name] = _parse_turns(row[name], name, refuse, repaired)
-    for name in ("response_a", "response_b"):
+    rounds = max(1, *(len(parsed[name]) for name in TEXTS))
+    for name in TEXTS:
         if not parsed[name]:
-            parsed[name] = [""] * len(parsed["prompt"])
-            repaired["missing responses read as empty turns"] += 1
-    if labelled:
-        for name in OUTCOMES:
-            try:
-                parsed[name] = float(row[name])
-            except (TypeError, ValueError):
-                raise refuse(name, f"{_shown(row[name])} is no number; give 1, 0 or a probability") from None
+            parsed[name] = [""] * rounds
+            repaired["missing texts read as empty turns"] += 1
+    for name in numbers:
+        try:
+            parsed[name] = None if _is_missing(row[name]) or row[name] == "" else float(row[name])
+        except (TypeError, ValueError):
+            raise refuse(name, f"{_shown(row[name])} is no number; give 1, 0 or a probability") from None
     return parsed
 
 
@@ -181,8 +186,6 @@ def _parse_turns(
         elif not isinstance(turn, str):
             raise refuse(column, f"the turn {_shown(turn)} is not text; put it in quotes, or write null")
         texts.append(_valid_text(turn or "", repaired))
-    if column == "prompt" and not texts:
-        raise refuse(column, "no turns; a battle needs a prompt")
     return texts
 
 
@@ -201,7 +204,7 @@ def _text(value: Any) -> str:
 
 
 def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and np.isnan(value))
+    return value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value))
 
 
 def _shown(value: Any) -> str:

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rewardmodel.backbone import family
 from rewardmodel.battles import swap
-from rewardmodel.config import InferenceConfig, Recipe
+from rewardmodel.config import Recipe
+from rewardmodel.folds import assign_groups
 from rewardmodel.formats import read_battles
 from rewardmodel.model import autocast, compute_dtype, load_model
 from rewardmodel.objective import OBJECTIVES, Objective
@@ -24,7 +25,7 @@ from rewardmodel.runs import MODEL, load_run_recipe
 logger = logging.getLogger(__name__)
 
 
-def predict(run: str | Path, battles: Any, inference: InferenceConfig | None = None) -> pd.DataFrame:
+def predict(run: str | Path, battles: Any, recipe: Recipe | None = None) -> pd.DataFrame:
     """Return the predictions table of battles by a trained run, one row a battle, in their order.
 
     Template and truncation are those that the run was trained with.
@@ -32,17 +33,17 @@ def predict(run: str | Path, battles: Any, inference: InferenceConfig | None = N
     Args:
         run: the run folder.
         battles: a Dataset, a DataFrame or a path; labelled or not.
-        inference: in the place of the recipe's.
+        recipe: in the place of the run's own, for another device, precision or way to predict.
 
     Raises:
         InputError: no trained run, no battles, or a backbone that is not there.
         FloatingPointError: a prediction that is no number; the battles are named.
     """
     run = Path(run)
-    recipe = load_run_recipe(run)
+    recipe = recipe or load_run_recipe(run)
     battles = read_battles(battles, role="test")
     model, tokenizer = load_model(recipe.model, run / MODEL)
-    return predict_with(model, tokenizer, recipe, battles, inference or recipe.inference)
+    return predict_with(model, tokenizer, recipe, battles)
 
 
 def predict_with(
@@ -50,9 +51,9 @@ def predict_with(
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
     battles: Dataset,
-    inference: InferenceConfig,
 ) -> pd.DataFrame:
     """Return the predictions table of battles by a model in memory; `recipe` is the one it was trained with."""
+    inference = recipe.inference
     objective = OBJECTIVES[recipe.objective.name]
     dtype = compute_dtype(recipe.model, next(model.parameters()).device, family(model.config.model_type))
 
@@ -60,6 +61,8 @@ def predict_with(
         rows = tokenize(battles, tokenizer, recipe.prompt)
         return probabilities(model, rows, tokenizer.pad_token_id, objective, dtype, inference.batch_tokens, name)
 
+    if min(battles["group"]) < 0:
+        battles = assign_groups(battles)
     as_given = one_order(battles, "A first")
     exchanged = one_order(swap(battles), "B first")[:, [1, 0, 2]] if inference.swap_tta == "both" else None
     table = predictions_table(battles, as_given, exchanged)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -105,10 +106,10 @@ def load_classifier(config: ModelConfig, folder: Path, num_labels: int) -> PreTr
     attention = config.attn_implementation or rules.attention[0]
     if attention not in rules.attention:
         raise InputError(
-            f"model.attn_implementation: '{attention}' computes something else for {model_config.model_type}; "
+            f"model.attn_implementation: '{attention}' is not known to compute {model_config.model_type}; "
             f"use one of: {', '.join(rules.attention)}"
         )
-    names = dict(enumerate(OUTCOMES)) if num_labels == len(OUTCOMES) else {0: "reward"}
+    names = dict(enumerate(OUTCOMES[:num_labels]))
     quantised = config.load_in_4bit or config.load_in_8bit
     model = classifier_class(model_config, config.pooling).from_pretrained(
         folder,
@@ -119,6 +120,10 @@ def load_classifier(config: ModelConfig, folder: Path, num_labels: int) -> PreTr
         device_map={"": device},
         **({"quantization_config": quantization(config, dtype)} if quantised else {}),
     )
+    for module in model.modules():
+        # On CPUs with bfloat16, bitsandbytes repacks a weight when it first evaluates, and then has no gradient for it.
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
     for name in head_names(model):
         head = getattr(model, name).float()
         if any("bitsandbytes" in type(module).__module__ for module in head.modules()):
@@ -160,11 +165,15 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> PeftModel:
         )
     if config.lora_init == "pissa" and config.use_dora:
         raise InputError("model.lora_init: pissa and use_dora both rewrite the backbone's weights; choose one of them")
+    if config.lora_init == "pissa" and model.dtype != torch.float32:
+        raise InputError("model.lora_init: pissa is exact on a float32 backbone only; set model.dtype float32")
     layers = model.config.get_text_config().num_hidden_layers
     if config.lora_first_layer >= layers:
         raise InputError(
             f"model.lora_first_layer: {config.lora_first_layer}, but the backbone has layers 0 to {layers - 1}"
         )
+    if config.lora_r < 1:
+        raise InputError(f"model.lora_r: {config.lora_r}; the rank is at least 1")
     lora = LoraConfig(
         task_type="SEQ_CLS",
         r=config.lora_r,
@@ -177,14 +186,18 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> PeftModel:
         use_dora=config.use_dora,
         modules_to_save=head_names(model),
     )
-    adapted = get_peft_model(model, lora)
+    try:
+        adapted = get_peft_model(model, lora)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"model.lora_r, model.lora_target_modules: PEFT refuses them: {reason}") from error
     if config.lora_init == "pissa":
         adapted.pissa_start = {name: weight.clone() for name, weight in get_peft_model_state_dict(adapted).items()}
     return adapted
 
 
 def build_model(config: ModelConfig, num_labels: int, seed: int) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Return a new model to train, its head drawn with `seed`, and the tokenizer.
+    """Return a new model to train, its adapters drawn with `seed`, and the tokenizer.
 
     Raises:
         InputError: as `resolve`, `load_classifier` and `add_lora`.
@@ -194,6 +207,9 @@ def build_model(config: ModelConfig, num_labels: int, seed: int) -> tuple[Any, P
     model: Any = load_classifier(config, folder, num_labels)
     if config.use_peft:
         model = add_lora(model, config)
+        if folder.parent.name == "snapshots":  # of the hub's cache: PEFT shall find the backbone on other machines too
+            model.peft_config["default"].base_model_name_or_path = config.model_name_or_path
+            model.peft_config["default"].revision = folder.name
         count, total = model.get_nb_trainable_parameters()
         logger.info("LoRA r%d: %s of %s weights train", config.lora_r, f"{count:,}", f"{total:,}")
     return model, load_tokenizer(folder)

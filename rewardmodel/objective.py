@@ -1,11 +1,10 @@
 """Logits and outcome probabilities in, a loss a battle and predicted probabilities out, for each objective.
 
-An objective is one entry of `OBJECTIVES`: how wide the head is, which encoding feeds it, its loss and its link.
+An objective is one entry of `OBJECTIVES`: how wide the head is, its loss and its link.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +16,11 @@ class Objective:
 
     Attributes:
         head_width: outputs of the classification head.
-        encoding: `joint`: prompt, A and B stand in one sequence.
         loss: (logits (n, head_width) float32, outcomes (n, 3) float32, label_smoothing) -> (n,) loss a battle.
         probabilities: logits (n, head_width) -> (n, 3) float32: A, B, tie; rows sum to 1.
     """
 
     head_width: int
-    encoding: Literal["joint"]
     loss: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     probabilities: Callable[[torch.Tensor], torch.Tensor]
 
@@ -39,6 +36,6 @@ def softmax(logits: torch.Tensor) -> torch.Tensor:
 
 
 OBJECTIVES = {
-    "cross_entropy": Objective(3, "joint", cross_entropy, softmax),
+    "cross_entropy": Objective(3, cross_entropy, softmax),
 }
 """Objectives by the recipe's `objective.name`."""

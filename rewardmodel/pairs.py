@@ -1,5 +1,6 @@
 """Battles in, tokenised rows and padded batches out."""
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from datasets.fingerprint import Hasher
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from rewardmodel import prompt
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.config import PromptConfig
 from rewardmodel.prompt import PromptEncoder
@@ -61,7 +63,7 @@ def tokenize(battles: Dataset, tokenizer: PreTrainedTokenizerBase, config: Promp
         batched=True,
         remove_columns=battles.column_names,
         features=ROWS,
-        new_fingerprint=Hasher.hash([battles._fingerprint, tokenizer.backend_tokenizer.to_str(), config]),
+        new_fingerprint=Hasher.hash([battles._fingerprint, encoder.settings(), inspect.getsource(prompt)]),
         desc="tokenizing",
     )
 

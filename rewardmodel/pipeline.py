@@ -9,7 +9,7 @@ from rewardmodel.errors import InputError
 from rewardmodel.formats import read_battles
 from rewardmodel.inference import predict_with
 from rewardmodel.model import load_model
-from rewardmodel.predictions import write_predictions, write_submission
+from rewardmodel.predictions import check_sample, write_predictions, write_submission
 from rewardmodel.report import evaluate
 from rewardmodel.runs import MODEL, PREDICTIONS, SUBMISSION, VALIDATION
 from rewardmodel.trainer import train
@@ -35,17 +35,18 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> tup
     """
     data = recipe.data
     test = read_battles(data.test, role="test") if data.test else None
-    if data.sample_submission and not Path(data.sample_submission).is_file():
-        raise InputError(f"data.sample_submission: no file {data.sample_submission}; give its path, or leave it out")
+    if data.sample_submission:
+        if test is None:
+            raise InputError("data.sample_submission: there is no data.test to submit; give it, or leave this out")
+        check_sample(Path(data.sample_submission), test["id"])
     folder, validation = train(recipe, resume=resume, overwrite=overwrite)
 
     model, tokenizer = load_model(recipe.model, folder / MODEL)
-    held_out = predict_with(model, tokenizer, recipe, validation, recipe.inference)
+    held_out = predict_with(model, tokenizer, recipe, validation)
     write_predictions(held_out, folder / VALIDATION)
     metrics = evaluate(folder)
     if test is not None:
-        predictions = predict_with(model, tokenizer, recipe, test, recipe.inference)
+        predictions = predict_with(model, tokenizer, recipe, test)
         write_predictions(predictions, folder / PREDICTIONS)
-        sample = Path(data.sample_submission) if data.sample_submission else None
-        write_submission(predictions, folder / SUBMISSION, sample)
+        write_submission(predictions, folder / SUBMISSION)
     return folder, metrics

@@ -5,7 +5,7 @@ Columns, one battle a row, in the order of the battles: `id`, `group`, the true 
 `ba_*` with the responses exchanged; all of them speak of the battle's own A and B.
 """
 
-import csv
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -76,36 +76,34 @@ def read_predictions(path: Path) -> pd.DataFrame:
     return table
 
 
-def write_submission(table: pd.DataFrame, path: Path, sample: Path | None = None) -> None:
+def write_submission(table: pd.DataFrame, path: Path) -> None:
     """Write submission.csv: `id` and the three outcome columns, in the table's order, rows summing to 1.
 
     Args:
         table: predictions.
         path: the file to write, whole or not at all.
-        sample: a submission file whose columns and ids must be the same.
-
-    Raises:
-        InputError: `sample` has other columns or other ids; nothing is written then.
     """
     submission = pd.DataFrame(predicted(table), columns=list(OUTCOMES))
     submission.insert(0, "id", table["id"].to_numpy())
-    if sample is not None:
-        submission = _match(submission, sample)
     with atomic_path(path) as partial:
-        submission.to_csv(partial, index=False, quoting=csv.QUOTE_MINIMAL, lineterminator="\n")
+        submission.to_csv(partial, index=False, lineterminator="\n")
 
 
-def _match(submission: pd.DataFrame, sample: Path) -> pd.DataFrame:
-    """Return the submission, after a check that it has the sample's columns and ids."""
+def check_sample(sample: Path, ids: Iterable[str]) -> None:
+    """Raise unless a sample submission has the columns of a submission and these ids.
+
+    Raises:
+        InputError: it cannot be read, has other columns, or other ids.
+    """
     try:
         expected = pd.read_csv(sample, dtype={"id": "str"}, keep_default_na=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{sample}: no sample submission can be read there; give a CSV file") from error
-    if list(expected.columns) != list(submission.columns):
-        raise InputError(f"{sample}: columns {list(expected.columns)}, but a submission has {list(submission.columns)}")
-    here, there = set(submission["id"]), set(expected["id"])
+    columns = ["id", *OUTCOMES]
+    if list(expected.columns) != columns:
+        raise InputError(f"{sample}: columns {list(expected.columns)}, but a submission has {columns}")
+    here, there = set(ids), set(expected["id"])
     if here != there:
         name = sorted(here ^ there)[0]
-        side = "is not among the predicted battles" if name in there else "is predicted, but is not there"
+        side = "is not among the battles to predict" if name in there else "is to be predicted, but is not there"
         raise InputError(f"{sample}: id '{name}' {side}; give the sample submission of the same test file")
-    return submission

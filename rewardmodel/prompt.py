@@ -27,6 +27,8 @@ class Template:
     response_a: str
     response_b: str
     tail: str
+    markers: tuple[str, ...]
+    """What a battle's own text must not look like, in any case: there it gets a blank inside."""
 
 
 TEMPLATES = {
@@ -37,6 +39,7 @@ TEMPLATES = {
         response_a="\n\n### Response A:\n",
         response_b="\n\n### Response B:\n",
         tail="\n\n### Which response is better, A or B, or is it a tie?\nAnswer:",
+        markers=("### Prompt:", "### Response A:", "### Response B:", "### Which response is better"),
     ),
     "encoder": Template(
         head="",
@@ -44,6 +47,7 @@ TEMPLATES = {
         response_a=" {sep} RESPONSE A: ",
         response_b=" {sep} RESPONSE B: ",
         tail="",
+        markers=("RESPONSE A:", "RESPONSE B:"),
     ),
 }
 """Templates by the recipe's `prompt.template`."""
@@ -94,7 +98,8 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self.max_length = config.max_length
         template = TEMPLATES[config.template]
-        self._markers = _marker_pattern(template)
+        spellings = (re.escape(marker).replace(r"\ ", r"\s+") for marker in template.markers)
+        self._markers = re.compile("|".join(spellings), re.IGNORECASE)
         begin, end = _special_frame(tokenizer)
         self.head = begin + self._fixed(template.head)
         self.tail = self._fixed(template.tail) + end
@@ -120,6 +125,11 @@ class PromptEncoder:
             prompt_turns, a_turns, b_turns = ([next(tokens) for _ in prompt] for _ in range(3))
             yield self._assemble([Round(*turns) for turns in zip(prompt_turns, a_turns, b_turns, strict=True)])
 
+    def settings(self) -> list:
+        """Return all that the tokens depend on, besides the texts and this module's code."""
+        fixed = [self.head, self.tail, list(self.before), self.mark, self._markers.pattern, self.max_length]
+        return [*fixed, self.tokenizer.backend_tokenizer.to_str()]
+
     def _assemble(self, rounds: list[Round]) -> Encoded:
         fixed = len(self.head) + len(self.tail)
         full_length = fixed + sum(self.overhead + sum(map(len, turns)) for turns in rounds)
@@ -142,7 +152,7 @@ class PromptEncoder:
 
     def _neutral(self, text: str) -> str:
         """Return `text` with a blank inside anything that looks like a marker of the template."""
-        return self._markers.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text) if self._markers else text
+        return self._markers.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
     def _fixed(self, text: str) -> list[int]:
         separator = self.tokenizer.sep_token or ""
@@ -203,10 +213,3 @@ def _special_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
     framed = tokenizer("a")["input_ids"]
     start = next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)
     return framed[:start], framed[start + len(bare) :]
-
-
-def _marker_pattern(template: Template) -> re.Pattern[str] | None:
-    texts = (template.prompt, template.response_a, template.response_b, template.tail)
-    lines = {line.strip() for text in texts for line in text.replace("{sep}", "").splitlines()}
-    markers = [re.escape(line).replace(r"\ ", r"\s+") for line in sorted(lines) if line.endswith(":")]
-    return re.compile("|".join(markers), re.IGNORECASE) if markers else None

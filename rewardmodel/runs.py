@@ -13,6 +13,7 @@ import hashlib
 import json
 import platform
 import shutil
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,11 @@ def open_run(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
 
 
 def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
-    before = load_run_recipe(folder)
+    before, now = asdict(load_run_recipe(folder)), asdict(recipe)
+    for key in ("test", "sample_submission"):  # not a matter of training
+        before["data"][key] = now["data"][key]
     for section in ("data", "prompt", "model", "objective", "trainer"):
-        if getattr(before, section) != getattr(recipe, section):
+        if before[section] != now[section]:
             raise InputError(
                 f"{folder}: the run there has another '{section}' section; resume with the same recipe, "
                 "or start anew with --overwrite"
@@ -111,6 +114,20 @@ def data_fingerprint(battles: Dataset) -> str:
     for batch in battles.with_format(None).select_columns(columns).iter(batch_size=1000):
         digest.update(json.dumps(batch, ensure_ascii=False).encode())
     return digest.hexdigest()[:16]
+
+
+def check_same_inputs(folder: Path, facts: dict[str, Any]) -> None:
+    """Raise if the run in a folder began on another backbone or on other battles.
+
+    Raises:
+        InputError: the fingerprints in its environment.json are others than those in `facts`.
+    """
+    if not (folder / ENVIRONMENT).is_file():
+        return
+    before = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+    for what in ("backbone", "data"):
+        if before[what] != facts[what]:
+            raise InputError(f"{folder}: the run there began on another {what}; give the same, or use --overwrite")
 
 
 def write_environment(folder: Path, facts: dict[str, Any]) -> None:

@@ -1,6 +1,9 @@
 """A recipe and labelled battles in, a trained run folder out: `train`, and the TRL trainer under it."""
 
 import logging
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import RewardConfig, RewardTrainer
 
 from rewardmodel.battles import AUGMENTATIONS, is_labelled
@@ -19,7 +23,15 @@ from rewardmodel.metrics import accuracy, log_loss
 from rewardmodel.model import build_model, placement, save_model
 from rewardmodel.objective import OBJECTIVES, Objective
 from rewardmodel.pairs import MODEL_COLUMNS, MODEL_INPUTS, PadCollator, share_cut, tokenize
-from rewardmodel.runs import MODEL, check_run, data_fingerprint, last_checkpoint, open_run, write_environment
+from rewardmodel.runs import (
+    MODEL,
+    check_run,
+    check_same_inputs,
+    data_fingerprint,
+    last_checkpoint,
+    open_run,
+    write_environment,
+)
 from rewardmodel.weights import fingerprint, resolve
 
 logger = logging.getLogger(__name__)
@@ -105,6 +117,13 @@ class PreferenceTrainer(RewardTrainer):
         weight = torch.stack([batch["weight"].sum() for batch in batch_samples]).sum().to(device)
         return self.accelerator.gather(weight).sum()
 
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+        """Return the sampler; one that groups by length draws each epoch by seed and epoch alone."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            return EpochSampler(sampler, lambda: self.args.seed + int(self.state.epoch))
+        return sampler
+
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         """Return the rows as they are: TRL would drop the long ones."""
         return dataset
@@ -114,6 +133,24 @@ class PreferenceTrainer(RewardTrainer):
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Write nothing: TRL's card describes a pairwise reward model."""
+
+
+class EpochSampler(torch.utils.data.Sampler):
+    """Draws a length-grouped order anew each epoch, from a seed of that epoch.
+
+    transformers draws it from the global random state, which a resumed run does not have back yet at that point.
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: Callable[[], int]) -> None:
+        self.sampler = sampler
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator = torch.Generator().manual_seed(self.seed())
+        return iter(self.sampler)
 
 
 def find_objective(config: ObjectiveConfig) -> Objective:
@@ -130,6 +167,7 @@ def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device)
         InputError: keys that transformers refuses together, or several GPUs in one process.
     """
     keys = {key: value for key, value in recipe.trainer.items() if key != EARLY_STOPPING}
+    keys.setdefault("dataloader_pin_memory", device.type == "cuda")
     for old, new in RENAMED.items():
         if old in keys and new in RewardConfig.__dataclass_fields__:
             keys.setdefault(new, keys.pop(old))
@@ -144,15 +182,21 @@ def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device)
             max_length=None,
             metric_for_best_model="log_loss",
             greater_is_better=False,
-            dataloader_pin_memory=device.type == "cuda",
+            restore_callback_states_from_checkpoint=recipe.trainer[EARLY_STOPPING] is not None,
         )
     except (TypeError, ValueError) as error:
         raise InputError(f"trainer: {' '.join(str(error).split())}") from error
-    if args.n_gpu > 1:
+    if args.n_gpu > 1 or args.world_size > 1:
         raise InputError(
-            f"model.device: one process sees {args.n_gpu} GPUs; start it with accelerate launch -m rewardmodel.cli, "
-            "or show it one with CUDA_VISIBLE_DEVICES=0"
+            f"model.device: {args.n_gpu} GPUs, {args.world_size} processes; a run is one process on one device: "
+            "show it one GPU with CUDA_VISIBLE_DEVICES=0"
         )
+    if recipe.trainer[EARLY_STOPPING] is not None and not args.load_best_model_at_end:
+        raise InputError(
+            f"trainer.{EARLY_STOPPING}: needs the best checkpoint; set eval_strategy and save_strategy alike, not 'no'"
+        )
+    if args.per_device_train_batch_size < 1 or args.per_device_eval_batch_size < 1:
+        raise InputError("trainer.per_device_train_batch_size, per_device_eval_batch_size: give at least 1")
     return args
 
 
@@ -170,6 +214,8 @@ def split(battles: Dataset, recipe: Recipe) -> tuple[Dataset, Dataset]:
         )
     if not 0 <= data.fold < data.folds:
         raise InputError(f"data.fold: {data.fold}, but data.folds makes folds 0 to {data.folds - 1}")
+    if data.limit is not None and data.limit < 1:
+        raise InputError(f"data.limit: {data.limit}; give a positive number of battles, or leave it out")
     battles = assign_groups(battles)
     if data.limit is not None:
         battles = limit(battles, data.limit, data.seed)
@@ -195,6 +241,7 @@ def train(
     Raises:
         InputError: what was given cannot be used; nothing was written then.
     """
+    recipe = recipe if battles is None else _with_source(recipe, battles)
     objective = find_objective(recipe.objective)
     check_run(recipe, resume, overwrite)
     training, validation = split(read_battles(recipe.data.train if battles is None else battles), recipe)
@@ -213,15 +260,16 @@ def train(
         len(training), len(rows), len(validation), 100 * share_cut(rows), recipe.prompt.max_length,
     )  # fmt: skip
 
-    run = open_run(recipe, resume, overwrite)
     facts = {
         "backbone": {"name": recipe.model.model_name_or_path, "fingerprint": fingerprint(backbone)},
         "data": {"training": data_fingerprint(training), "validation": data_fingerprint(validation)},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "dtype": str(dtype).removeprefix("torch."),
+        "compute": {"device": _device_name(device), "dtype": str(dtype).removeprefix("torch.")},
     }
-    write_environment(run, facts)
+    if resume:
+        check_same_inputs(recipe.run_folder, facts)
     trainer = PreferenceTrainer(model, args, rows, validation_rows, tokenizer, recipe.objective)
+    run = open_run(recipe, resume, overwrite)
+    write_environment(run, facts)
     if recipe.trainer[EARLY_STOPPING] is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.trainer[EARLY_STOPPING]))
     checkpoint = last_checkpoint(run) if resume else None
@@ -230,6 +278,16 @@ def train(
         save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, recipe.model, run / MODEL)
     trainer.accelerator.wait_for_everyone()
     return run, validation
+
+
+def _with_source(recipe: Recipe, battles: Any) -> Recipe:
+    """Return the recipe with `data.train` telling what was given in its place."""
+    given = str(battles) if isinstance(battles, str | Path) else f"<{type(battles).__name__}>"
+    return replace(recipe, data=replace(recipe.data, train=given))
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
 def _source(battles: Dataset) -> str:

@@ -8,8 +8,10 @@ import hashlib
 import importlib.util
 import logging
 import os
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock
@@ -21,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 """What a hub repository must hold for us: weights, configuration, tokenizer; code is never fetched."""
+
+HUB_COPIES = ("consolidated*", "original/*", "onnx/*")
+"""The same weights in other layouts, which some repositories hold beside."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +116,13 @@ def _packaged_gguf(name: str) -> Path:
     return packaged.gguf(Path(spec.origin).parent)
 
 
+@cache  # one answer a process: a branch may move while a run trains
 def _from_hub(name: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
@@ -125,27 +132,45 @@ def _from_hub(name: str, revision: str) -> Path:
         RepositoryNotFoundError: "the hub has no such repository; check the spelling, or log in if it is private",
         LocalEntryNotFoundError: "not in the local cache, and the hub cannot be reached; connect, or give a folder",
         HfHubHTTPError: "the hub answered with an error; check model.model_revision and the connection",
-        OSError: "the hub cannot be reached; connect, or give a local folder",
+        HFValidationError: "no hub id is spelt so; give owner/name, or the path of a folder that is there",
+        Exception: "the hub cannot be reached; connect, or give a local folder",
     }
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
-    except tuple(mends) as error:
+        folder = Path(
+            snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_COPIES))
+        )
+    except Exception as error:
         mend = next(text for kind, text in mends.items() if isinstance(error, kind))
         raise InputError(f"model.model_name_or_path: hub id '{name}': {mend}") from error
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(f"model.model_name_or_path: hub id '{name}' has no safetensors; give a repository that has")
+    return folder
 
 
 def _converted(gguf: Path) -> Path:
     """Return the model folder made from a GGUF file, making it if the cache has none of this content."""
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    folder = cache_folder() / f"{gguf.stem}-{digest}"
+    stat = gguf.stat()
+    folder = cache_folder() / f"{gguf.stem}-{_digest(gguf, stat.st_size, stat.st_mtime_ns)}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
         if not folder.is_dir():
             logger.info("converting %s to a model folder, once: %s", gguf.name, folder)
             with atomic_path(folder) as partial:
-                _convert(gguf, partial)
+                try:
+                    _convert(gguf, partial)
+                except (ValueError, KeyError, struct.error) as error:
+                    reason = " ".join(str(error).split())
+                    raise InputError(
+                        f"model.model_name_or_path: {gguf}: transformers reads no model out of it ({reason}); "
+                        "give another GGUF file"
+                    ) from error
     return folder
+
+
+@cache
+def _digest(path: Path, size: int, modified: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _convert(gguf: Path, folder: Path) -> None:

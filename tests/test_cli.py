@@ -276,14 +276,12 @@ def test_keys_that_transformers_refuses_together_are_refused(refusal, recipe_fil
     assert not recipe.run_folder.exists()
 
 
-@pytest.mark.xfail(strict=True, reason="what PEFT refuses is a traceback", raises=ValueError)
 @pytest.mark.parametrize(("key", "value"), [("model.lora_r", "0"), ("model.lora_target_modules", "[none]")])
 def test_settings_that_peft_refuses_exit_with_their_key(key, value, recipe_file, capsys):
     assert main(["train", recipe_file(), f"--{key}", value]) == 2
     assert key.partition(".")[2] in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.xfail(strict=True, reason="transformers' callback asserts in the first step", raises=AssertionError)
 def test_early_stopping_without_evaluation_is_refused(recipe_file, capsys):
     overrides = ["--trainer.early_stopping_patience", "2", "--trainer.eval_strategy", "no"]
     assert main(["train", recipe_file(), *overrides]) == 2

@@ -1,14 +1,16 @@
 import ast
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 from conftest import make_backbone
+from trl import RewardConfig
 
 from rewardmodel.config import (
     SECTIONS,
-    TRAINER_DECIDED_ELSEWHERE,
     TRAINER_DEFAULTS,
+    TRAINER_REFUSED,
     Recipe,
     dump_recipe,
     load_recipe,
@@ -109,8 +111,8 @@ def test_an_empty_recipe_is_the_defaults_with_a_run_folder_of_its_name(write):
         ("modle:\n  lora_r: 3\n", [], "unknown key 'modle.lora_r'; did you mean 'model.lora_r'?"),
         ("", ["--trainer.learning_rat", "1"], "did you mean 'trainer.learning_rate'?"),
         ("", ["--trainer.learning_rat=1"], "did you mean 'trainer.learning_rate'?"),
-        ("trainer:\n  max_length: 3\n", [], "trainer.max_length is decided by prompt.max_length"),
-        ("", ["--trainer.bf16", "true"], "trainer.bf16 is decided by model.dtype"),
+        ("trainer:\n  max_length: 3\n", [], "trainer.max_length is not taken: set prompt.max_length"),
+        ("", ["--trainer.bf16", "true"], "trainer.bf16 is not taken: set model.dtype"),
         ("model:\n  lora_r: many\n", [], "model.lora_r"),
         ("data:\n  swap_augmentation: twice\n", [], "one of ['none', 'random', 'both']"),
         ("- a list\n", [], "one mapping a section"),
@@ -129,14 +131,16 @@ def test_a_mistake_is_one_line_that_names_file_and_key(text, overrides, message,
 
 
 def test_a_recipe_in_python_refuses_the_same_keys():
-    with pytest.raises(InputError, match=r"trainer\.fp16 is decided by model\.dtype"):
+    with pytest.raises(InputError, match=r"trainer\.fp16 is not taken: set model\.dtype"):
         Recipe(trainer={"fp16": True})
 
 
-def test_keys_decided_elsewhere_name_keys_that_are_there():
+def test_refused_keys_are_trls_and_name_keys_that_are_there():
     known = set(recipe_parser("x").get_defaults(skip_validation=True).keys())
-    for target in TRAINER_DECIDED_ELSEWHERE.values():
-        assert target in known or target in SECTIONS
+    assert set(TRAINER_REFUSED) <= set(RewardConfig.__dataclass_fields__)
+    assert not {f"trainer.{key}" for key in TRAINER_REFUSED} & known
+    for mend in TRAINER_REFUSED.values():
+        assert set(re.findall(r"\w+\.\w+", mend)) <= known
 
 
 def test_every_field_is_documented_under_itself_and_read_by_something():

@@ -53,8 +53,9 @@ def test_a_module_is_short_and_says_what_it_is_for(name):
 def test_functions_are_taken_in_at_once(name):
     for node in ast.walk(ast.parse(MODULES[name].read_text())):
         if isinstance(node, ast.FunctionDef):
-            body = node.end_lineno - node.body[0].lineno + 1
-            assert body <= 50, f"{name}.{node.name} has {body} lines"
+            first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
+            lines = node.end_lineno - first.lineno + 1
+            assert lines <= 40, f"{name}.{node.name} has {lines} lines under its docstring"
 
 
 def test_the_readme_names_every_module():

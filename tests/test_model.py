@@ -245,6 +245,7 @@ def test_another_backbone_is_refused(backbone, tmp_path):
         ({"lora_init": "pissa", "load_in_4bit": True}, "pissa"),
         ({"use_peft": False, "load_in_4bit": True}, "cannot train itself"),
         ({"lora_init": "pissa", "use_dora": True}, "choose one"),
+        ({"lora_init": "pissa", "dtype": "bfloat16"}, "float32"),
         ({"lora_first_layer": 2}, "layers 0 to 1"),
         ({"attn_implementation": "nonsense"}, "computes something else|use one of"),
         ({"device": "cuda"}, "torch sees no CUDA device"),

@@ -107,7 +107,6 @@ def test_the_cache_tells_tokenizers_apart(battles_on_disk):
     assert all(row["input_ids"][0] != 1 for row in bare)
 
 
-@pytest.mark.xfail(strict=True, reason="the cache key holds the backend tokenizer, but not its sep_token")
 def test_the_cache_tells_separators_apart(battles_on_disk):
     config = PromptConfig(template="encoder", max_length=160)
     plain, separated = make_tokenizer(), make_tokenizer()

@@ -162,7 +162,6 @@ def test_a_sample_submission_of_other_ids_leaves_no_submission(recipe, tmp_path)
     assert not list(tmp_path.rglob("*submission.csv*"))
 
 
-@pytest.mark.xfail(strict=True, reason="ids of the sample are compared when the submission is written, after training")
 def test_a_sample_submission_of_other_ids_is_refused_before_anything_is_trained(recipe, tmp_path):
     with pytest.raises(InputError):
         pipeline.run(with_other_sample(recipe, tmp_path))

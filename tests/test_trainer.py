@@ -87,7 +87,7 @@ def test_a_killed_run_resumes_to_the_same_weights(recipe, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(dump_recipe(killed))
     process = subprocess.Popen([sys.executable, "-c", TRAIN, str(file)], stderr=subprocess.DEVNULL)
-    while not list(killed.run_folder.glob("checkpoint-*/trainer_state.json")):
+    while not list(killed.run_folder.glob("checkpoint-1[2-9]/trainer_state.json")):  # in the third of four epochs
         assert process.poll() is None, "ended before its first checkpoint"
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
@@ -95,6 +95,17 @@ def test_a_killed_run_resumes_to_the_same_weights(recipe, tmp_path):
     assert not (killed.run_folder / MODEL).exists()
     run, _ = train(killed, resume=True)
     assert_same_weights(adapter(whole), adapter(run))
+
+
+def test_early_stopping_counts_on_after_a_resume(recipe, tmp_path):
+    keys = {"num_train_epochs": 10, "learning_rate": 0.5, "early_stopping_patience": 2, "save_total_limit": 100}
+    recipe = with_trainer(recipe, **keys)
+    run, _ = train(recipe)
+    steps = latest_state(run).parent.name
+    (run / MODEL).rename(tmp_path / "elsewhere")
+    latest_state(run).unlink()  # the resume begins between the first bad evaluation and the last
+    train(recipe, resume=True)
+    assert latest_state(run).parent.name == steps
 
 
 def test_resuming_passes_over_a_checkpoint_that_was_cut_off(recipe, tmp_path):
@@ -163,6 +174,34 @@ def test_gradient_checkpointing_changes_no_weight(recipe, tmp_path):
     saving, _ = train(with_trainer(recipe, output_dir=str(tmp_path / "saving"), gradient_checkpointing=True))
     for name, weight in adapter(plain).items():
         assert (weight - adapter(saving)[name]).abs().max() <= 1e-5, name
+
+
+def test_evaluation_in_between_leaves_4_bit_gradients_alone(recipe):
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, load_in_4bit=True, dtype="bfloat16"))
+    battles = read_battles(recipe.data.train).select(range(4))
+    trainer = make_trainer(recipe, battles, battles)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+
+    def gradients():
+        trainer.model.train()
+        trainer.model.zero_grad()
+        trainer.compute_loss(trainer.model, batch).backward()
+        return {name: w.grad.clone() for name, w in trainer.model.named_parameters() if w.requires_grad}
+
+    for name, weight in trainer.model.named_parameters():  # a zero start has no gradient to speak of
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    trainer.model.config.attention_dropout = 0.0
+    for module in trainer.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    before = gradients()
+    trainer.model.eval()
+    with torch.no_grad():
+        trainer.compute_loss(trainer.model, batch)
+    after = gradients()
+    for name in before:
+        assert torch.equal(before[name], after[name]), name
 
 
 @pytest.mark.parametrize("augmentation", ["none", "both"])

@@ -160,7 +160,6 @@ def test_a_hub_id_without_network_says_what_to_do():
     assert "the hub cannot be reached; connect, or give a folder" in message
 
 
-@pytest.mark.xfail(strict=True, reason="HFValidationError is a ValueError, which _from_hub does not catch")
 @pytest.mark.parametrize("name", ["my models/llama", "owner/name..", "owner/-name"])
 def test_a_name_that_cannot_be_a_hub_id_is_refused(name):
     assert f"'{name}'" in refusal(name)
@@ -294,7 +293,6 @@ def test_a_conversion_that_failed_is_tried_again(gguf, empty_cache, tmp_path, mo
     assert (resolve(path) / "tokenizer.json").is_file()
 
 
-@pytest.mark.xfail(strict=True, reason="a broken or unknown GGUF file raises what transformers raises, no InputError")
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"<html>not found</html>"], ids=["empty", "cut", "html"])
 def test_a_file_that_is_no_gguf_is_refused(content, empty_cache, tmp_path):
     (tmp_path / "broken.gguf").write_bytes(content)
