@@ -45,7 +45,9 @@ def tiny(backbone):
 
 
 def predict_tiny(tiny, battles, **inference):
-    return predict_with(*tiny, battles, InferenceConfig(**inference))
+    model, tokenizer, recipe = tiny
+    recipe = dataclasses.replace(recipe, inference=InferenceConfig(**inference))
+    return predict_with(model, tokenizer, recipe, battles)
 
 
 def test_predictions_are_one_row_a_battle_in_their_order(tiny, battles):
@@ -89,6 +91,20 @@ def test_predictions_do_not_depend_on_the_batches(tiny, battles, batch_tokens):
     np.testing.assert_allclose(predicted(table), predicted(predict_tiny(tiny, battles)), rtol=0, atol=1e-5)
 
 
+def test_battles_without_groups_get_one_a_prompt(tiny, battles):
+    assert set(battles["group"]) == {-1}
+    groups = predict_tiny(tiny, battles)["group"].to_numpy()
+    assert groups.min() >= 0
+    prompts = [tuple(turns) for turns in battles["prompt"]]
+    assert len(set(zip(groups, prompts, strict=True))) == len(set(groups)) == len(set(prompts)) == 6
+
+
+def test_groups_that_battles_have_are_kept(tiny, battles):
+    groups = list(range(100, 100 + len(battles)))
+    grouped = battles.remove_columns("group").add_column("group", groups)
+    assert predict_tiny(tiny, grouped)["group"].tolist() == groups
+
+
 def test_unlabelled_battles_are_predicted_like_labelled_ones(tiny, battles):
     unlabelled = read_battles(battle_frame(6).drop(columns=list(OUTCOMES)))
     table = predict_tiny(tiny, unlabelled)
@@ -100,7 +116,7 @@ def test_predictions_that_are_no_numbers_name_the_battles(tiny, battles):
     model, tokenizer = build_model(tiny[2].model, 3, seed=0)
     fill_head(model, float("nan"))
     with pytest.raises(FloatingPointError) as caught:
-        predict_with(model.eval(), tokenizer, tiny[2], battles, InferenceConfig())
+        predict_with(model.eval(), tokenizer, tiny[2], battles)
     message = str(caught.value)
     assert message.startswith(f"{len(battles)} predictions are no numbers (torch.float32)")
     assert message.endswith(", ".join(battles["id"][:5]))
@@ -128,7 +144,7 @@ def in_memory(run, file, **prompt):
     model, tokenizer = load_model(recipe.model, run / MODEL)
     battles = read_battles(file)
     assert share_cut(tokenize(battles, tokenizer, PromptConfig(template="encoder", max_length=100))) > 0
-    return predict_with(model, tokenizer, recipe, battles, recipe.inference)
+    return predict_with(model, tokenizer, recipe, battles)
 
 
 def test_a_run_and_a_file_predict_what_the_model_in_memory_predicts(trained):
@@ -144,10 +160,11 @@ def test_template_and_truncation_are_those_of_the_run(trained, prompt):
     assert np.abs(predicted(predict(run, file)) - predicted(in_memory(run, file, **prompt))).max() > 1e-3
 
 
-def test_the_inference_section_is_the_run_s_own_unless_another_is_given(trained):
+def test_the_recipe_is_the_run_s_own_unless_another_is_given(trained):
     run, file = trained
     assert "ba_p_tie" not in predict(run, file)
-    assert "ba_p_tie" in predict(run, file, InferenceConfig(swap_tta="both"))
+    other = dataclasses.replace(load_run_recipe(run), inference=InferenceConfig(swap_tta="both"))
+    assert "ba_p_tie" in predict(run, file, other)
 
 
 def test_predicting_writes_nothing_into_the_run(trained):

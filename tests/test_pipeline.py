@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import platform
 
 import numpy as np
 import pandas as pd
@@ -79,7 +80,8 @@ def test_the_environment_tells_the_machine_the_backbone_and_the_data(finished):
     training, validation = split(read_battles(recipe.data.train), recipe)
     assert environment["data"] == {"training": data_fingerprint(training), "validation": data_fingerprint(validation)}
     assert environment["backbone"]["name"] == recipe.model.model_name_or_path
-    assert (environment["device"], environment["dtype"]) == ("cpu", "float32")
+    assert environment["compute"]["dtype"] == "float32"
+    assert environment["compute"]["device"] == platform.machine()
     assert {"torch", "transformers", "trl", "peft"} <= set(environment["packages"])
 
 
@@ -168,10 +170,22 @@ def test_a_sample_submission_of_other_ids_is_refused_before_anything_is_trained(
     assert not recipe.run_folder.exists()
 
 
-def test_a_sample_submission_without_a_test_file_changes_nothing(recipe, tmp_path):
+def test_a_sample_submission_without_a_test_file_is_refused_before_anything_is_trained(recipe, tmp_path):
     sample = write_csv(sample_frame(IDS), tmp_path / "sample.csv")
-    folder, _ = pipeline.run(with_data(quick(recipe), sample_submission=str(sample)))
-    assert not (folder / SUBMISSION).exists()
+    with pytest.raises(InputError, match=r"^data\.sample_submission: there is no data\.test to submit"):
+        pipeline.run(with_data(quick(recipe), sample_submission=str(sample)))
+    assert not recipe.run_folder.exists()
+
+
+def test_a_finished_run_resumed_with_a_test_file_predicts_it_without_training(recipe, tmp_path):
+    folder, metrics = pipeline.run(quick(recipe))
+    weights = (folder / MODEL / "adapter_model.safetensors").stat().st_mtime_ns
+    test = write_csv(unlabelled_frame(), tmp_path / "test.csv")
+    sample = write_csv(sample_frame(IDS), tmp_path / "sample.csv")
+    wider = with_data(quick(recipe), test=str(test), sample_submission=str(sample))
+    assert pipeline.run(wider, resume=True) == (folder, metrics)
+    assert (folder / MODEL / "adapter_model.safetensors").stat().st_mtime_ns == weights
+    assert pd.read_csv(folder / SUBMISSION, dtype={"id": str})["id"].tolist() == IDS
 
 
 def test_as_a_library_a_data_frame_is_trained_on_and_predicted(recipe, frame):

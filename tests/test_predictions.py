@@ -11,6 +11,7 @@ from rewardmodel.errors import InputError
 from rewardmodel.predictions import (
     PROBABILITIES,
     average,
+    check_sample,
     predicted,
     predictions_table,
     read_predictions,
@@ -171,24 +172,24 @@ def sample_of(tmp_path, ids, header=SUBMISSION_HEADER):
 
 
 @pytest.mark.parametrize("ids", [IDS, IDS[::-1]], ids=["same order", "other order"])
-def test_submission_with_the_ids_of_the_sample_is_written_in_the_order_of_the_table(tmp_path, ids):
-    write_submission(table_of(), tmp_path / "submission.csv", sample_of(tmp_path, ids))
-    assert [row[0] for row in rows_of(tmp_path / "submission.csv")] == ["id", *IDS]
+def test_sample_with_the_ids_in_any_order_is_taken(tmp_path, ids):
+    check_sample(sample_of(tmp_path, ids), IDS)
+    check_sample(sample_of(tmp_path, ids), battles_of()["id"])
 
 
 def test_ids_of_the_sample_are_text_even_where_all_are_numbers(tmp_path):
-    table = table_of(["007", "8"])
-    write_submission(table, tmp_path / "submission.csv", sample_of(tmp_path, ["007", "8"]))
-    assert [row[0] for row in rows_of(tmp_path / "submission.csv")] == ["id", "007", "8"]
+    check_sample(sample_of(tmp_path, ["007", "8"]), ["007", "8"])
+    with pytest.raises(InputError, match="id '007' is not among the battles to predict"):
+        check_sample(sample_of(tmp_path, ["007", "8"]), ["7", "8"])
 
 
 BAD_SAMPLES = {
-    "an id more": (SUBMISSION_HEADER, [*IDS, "new"], "id 'new' is not among the predicted battles"),
-    "an id less": (SUBMISSION_HEADER, IDS[1:], "id '007' is predicted, but is not there"),
+    "an id more": (SUBMISSION_HEADER, [*IDS, "new"], "id 'new' is not among the battles to predict"),
+    "an id less": (SUBMISSION_HEADER, IDS[1:], "id '007' is to be predicted, but is not there"),
     "an id without its zeros": (
         SUBMISSION_HEADER,
         ["7", *IDS[1:]],
-        "id '007' is predicted, but is not there",
+        "id '007' is to be predicted, but is not there",
     ),
     "a column less": ("id,winner_model_a,winner_model_b", IDS, "columns "),
     "another order": ("id,winner_model_b,winner_model_a,winner_tie", IDS, "columns "),
@@ -201,18 +202,33 @@ BAD_SAMPLES = {
 def test_sample_submission_of_other_columns_or_ids_is_refused_and_nothing_written(tmp_path, header, ids, reason):
     sample = sample_of(tmp_path, ids, header)
     with pytest.raises(InputError) as caught:
-        write_submission(table_of(), tmp_path / "submission.csv", sample)
+        check_sample(sample, IDS)
     assert str(caught.value).startswith(f"{sample}: {reason}")
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == [sample]
 
 
-def test_refused_submission_leaves_the_one_before(tmp_path):
+def test_a_sample_is_left_as_it_is_whether_it_is_taken_or_refused(tmp_path):
+    sample = sample_of(tmp_path, IDS)
+    before = sample.read_bytes()
+    check_sample(sample, IDS)
+    with pytest.raises(InputError):
+        check_sample(sample, ["1", "2"])
+    assert sample.read_bytes() == before
+
+
+def test_submission_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
+    def disk_full(_, path, **__):
+        path.write_text("id,")
+        raise OSError("no space left on device")
+
     write_submission(table_of(), tmp_path / "submission.csv")
     before = (tmp_path / "submission.csv").read_bytes()
-    with pytest.raises(InputError):
-        write_submission(table_of(["1", "2"]), tmp_path / "submission.csv", sample_of(tmp_path, IDS))
+    monkeypatch.setattr(pd.DataFrame, "to_csv", disk_full)
+    with pytest.raises(OSError, match="no space left"):
+        write_submission(table_of(["1", "2"]), tmp_path / "submission.csv")
     assert (tmp_path / "submission.csv").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["submission.csv"]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"id\n\xff\n"], ids=["missing", "empty", "not UTF-8"])
@@ -221,7 +237,7 @@ def test_sample_submission_that_cannot_be_read_is_refused(tmp_path, content):
     if content is not None:
         sample.write_bytes(content)
     with pytest.raises(InputError, match=r"no sample submission can be read there"):
-        write_submission(table_of(), tmp_path / "submission.csv", sample)
+        check_sample(sample, IDS)
 
 
 def test_submission_of_reordered_rows_keeps_each_id_with_its_probabilities(tmp_path):
@@ -232,5 +248,6 @@ def test_submission_of_reordered_rows_keeps_each_id_with_its_probabilities(tmp_p
 
 
 def test_id_that_pandas_takes_for_missing_is_an_id(tmp_path):
-    write_submission(table_of(["NA", "1"]), tmp_path / "submission.csv", sample_of(tmp_path, ["NA", "1"]))
+    check_sample(sample_of(tmp_path, ["NA", "1"]), ["NA", "1"])
+    write_submission(table_of(["NA", "1"]), tmp_path / "submission.csv")
     assert [row[0] for row in rows_of(tmp_path / "submission.csv")] == ["id", "NA", "1"]
