@@ -47,8 +47,8 @@ def read_battles(source: str | Path | pd.DataFrame | Dataset, role: str = "train
             return validate(source.select_columns(list(FEATURES)).cast(FEATURES), "data set")
         return _battles(source.column_names, enumerate(source.with_format(None), start=1), "data set")
     if isinstance(source, pd.DataFrame):
-        records: Any = source.to_dict("records")
-        return _battles(list(source.columns), enumerate(records, start=1), "data frame")
+        rows = (dict(zip(source.columns, values, strict=True)) for values in source.itertuples(index=False, name=None))
+        return _battles(list(source.columns), enumerate(rows, start=1), "data frame")
     if str(source) == "sample":
         with resources.as_file(resources.files("rewardmodel") / "sample" / SAMPLE[role]) as path:
             return read_csv(path)
@@ -70,7 +70,7 @@ def read_csv(path: Path) -> Dataset:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
-            header = next((fields for fields in reader if fields), [])
+            header = next((fields for fields in reader if any(map(str.strip, fields))), [])
             return _battles(header, _csv_rows(reader, header, path), str(path))
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: byte {_broken_byte(path)} is not UTF-8; save the file as UTF-8") from error
@@ -155,10 +155,12 @@ def _parse_row(
             parsed[name] = [""] * rounds
             repaired["missing texts read as empty turns"] += 1
     for name in numbers:
+        value = row[name].strip() if isinstance(row[name], str) else row[name]
+        mend = "give a number above 0" if name == "weight" else "give 1, 0 or a probability"
         try:
-            parsed[name] = None if _is_missing(row[name]) or row[name] == "" else float(row[name])
+            parsed[name] = None if _is_missing(value) or value == "" else float(value)
         except (TypeError, ValueError):
-            raise refuse(name, f"{_shown(row[name])} is no number; give 1, 0 or a probability") from None
+            raise refuse(name, f"{_shown(value)} is no number; {mend}") from None
     return parsed
 
 
@@ -181,11 +183,12 @@ def _parse_turns(
         raise refuse(column, f'{_shown(value)} is not a list; write a list of turns, like ["..."]')
     texts = []
     for turn in turns:
-        if turn is None:
+        empty = turn is None or turn is pd.NA
+        if empty:
             repaired["null turns read as empty"] += 1
         elif not isinstance(turn, str):
             raise refuse(column, f"the turn {_shown(turn)} is not text; put it in quotes, or write null")
-        texts.append(_valid_text(turn or "", repaired))
+        texts.append(_valid_text("" if empty else turn, repaired))
     return texts
 
 
@@ -204,7 +207,7 @@ def _text(value: Any) -> str:
 
 
 def _is_missing(value: Any) -> bool:
-    return value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value))
+    return value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and np.isnan(value))
 
 
 def _shown(value: Any) -> str:

@@ -65,8 +65,9 @@ def open_run(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
     """
     check_run(recipe, resume, overwrite)
     folder = recipe.run_folder
-    if folder.exists() and not resume:
-        shutil.rmtree(folder)
+    if (folder / RECIPE).is_file() and not resume:
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     write_text(folder / RECIPE, dump_recipe(recipe))
     return folder
 
@@ -124,9 +125,12 @@ def check_same_inputs(folder: Path, facts: dict[str, Any]) -> None:
     """
     if not (folder / ENVIRONMENT).is_file():
         return
-    before = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
-    for what in ("backbone", "data"):
-        if before[what] != facts[what]:
+    try:
+        before = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{folder / ENVIRONMENT}: not JSON; the run cannot be resumed, use --overwrite") from error
+    for what in facts.keys() & {"backbone", "data"}:
+        if before.get(what) != facts[what]:
             raise InputError(f"{folder}: the run there began on another {what}; give the same, or use --overwrite")
 
 

@@ -245,7 +245,10 @@ def train(
     objective = find_objective(recipe.objective)
     check_run(recipe, resume, overwrite)
     training, validation = split(read_battles(recipe.data.train if battles is None else battles), recipe)
+    data = {"training": data_fingerprint(training), "validation": data_fingerprint(validation)}
     if resume and (recipe.run_folder / MODEL).is_dir():
+        check_same_inputs(recipe.run_folder, {"data": data})
+        open_run(recipe, resume, overwrite)
         logger.info("%s: already trained", recipe.run_folder)
         return recipe.run_folder, validation
 
@@ -262,7 +265,7 @@ def train(
 
     facts = {
         "backbone": {"name": recipe.model.model_name_or_path, "fingerprint": fingerprint(backbone)},
-        "data": {"training": data_fingerprint(training), "validation": data_fingerprint(validation)},
+        "data": data,
         "compute": {"device": _device_name(device), "dtype": str(dtype).removeprefix("torch.")},
     }
     if resume:

@@ -12,6 +12,7 @@ import yaml
 from conftest import battle_frame, write_csv
 from safetensors.torch import load_file, save_file
 
+from rewardmodel import inference
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.cli import VERBS, main
 from rewardmodel.config import DataConfig, ModelConfig, PromptConfig, Recipe, dump_recipe, load_recipe
@@ -171,7 +172,10 @@ BAD_BATTLES = {
     "turns": (more_turns, ["row 5, column 'response_b'", "2 turns, but the prompt has 1"]),
     "duplicate ids": (repeated_id, ["row 4, column 'id'", "already used in row 2"]),
     "two winners": (two_winners, ["row 6, columns winner_model_a, winner_model_b, winner_tie", "1, 1, 0"]),
-    "half labelled": (half_labelled, ["row 1, column 'winner_tie'", "is no number"]),
+    "half labelled": (
+        half_labelled,
+        ["row 1, column 'winner_tie'", "no number; label every battle of a file, or none"],
+    ),
     "too few prompts": (lambda f: f.head(8), ["data.folds: 4 folds need 4 different prompts"]),
     "unlabelled": (lambda f: f.drop(columns=list(OUTCOMES)), ["data.train: ", "has no outcomes"]),
 }
@@ -315,7 +319,7 @@ def test_a_run_that_is_there_is_left_alone(command, refusal, recipe_file, run_fo
         ("prompt:\n  max_length: long\n", ["prompt.max_length", "int", "long"]),
         ("data:\n  swap_augmentation: maybe\n", ["data.swap_augmentation", "maybe"]),
         ("trainer:\n  learning_rate: fast\n", ["trainer.learning_rate", "float", "fast"]),
-        ("trainer:\n  bf16: true\n", ["trainer.bf16 is decided by model.dtype"]),
+        ("trainer:\n  bf16: true\n", ["trainer.bf16 is not taken: set model.dtype"]),
         ("data: [1, 2\nmodel: {\n", ["not YAML", "line 2"]),
         ("- a\n- list\n", ["one mapping a section"]),
         ("data: train.csv\n", ["one mapping a section"]),
@@ -431,7 +435,7 @@ def test_predict_refuses_what_it_cannot_use(arguments, expected, refusal, run_fo
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_predict_compares_the_ids_with_a_sample_submission(run_folder, test_file, tmp_path, capsys):
+def test_predict_compares_the_ids_with_a_sample_submission(run_folder, test_file, tmp_path, capsys, monkeypatch):
     output, sample = tmp_path / "x.csv", tmp_path / "sample.csv"
     arguments = [
         "predict",
@@ -445,12 +449,28 @@ def test_predict_compares_the_ids_with_a_sample_submission(run_folder, test_file
     ids = pd.read_csv(test_file, dtype={"id": str})["id"]
     rows = pd.DataFrame({"id": ids, **dict.fromkeys(OUTCOMES, 0.3)})
     write_csv(rows.head(11), sample)
-    assert main(arguments) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {sample}: id '{ids[11]}' is predicted")
+    with monkeypatch.context() as patch:
+        patch.setattr(inference, "predict", lambda *_: pytest.fail("predicted before the ids were compared"))
+        assert main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {sample}: id '{ids[11]}' is to be predicted, but is not there")
     assert not output.exists()
     write_csv(rows, sample)
     assert main(arguments) == 0
     assert output.is_file()
+
+
+def test_predict_refuses_a_sample_submission_for_a_table(refusal, run_folder, test_file, tmp_path):
+    output, sample = tmp_path / "x.parquet", tmp_path / "sample.csv"
+    message = refusal("predict", run_folder, test_file, "--output", output, "--sample-submission", sample)
+    assert message.startswith(f"--sample-submission: {output} is no submission")
+    assert not output.exists()
+
+
+def test_a_sample_submission_without_a_test_file_is_refused(refusal, recipe_file, recipe, tmp_path):
+    message = refusal("run", recipe_file(data={"sample_submission": str(tmp_path / "sample.csv")}))
+    assert message.startswith("data.sample_submission: there is no data.test to submit")
+    assert not recipe.run_folder.exists()
 
 
 def test_predictions_that_are_no_numbers_exit_with_1_and_write_nothing(run_folder, test_file, tmp_path, capsys):

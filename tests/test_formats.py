@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewardmodel import formats
-from rewardmodel.battles import FEATURES, OUTCOMES, is_labelled, outcomes
+from rewardmodel.battles import FEATURES, OUTCOMES, is_labelled, outcomes, weights
 from rewardmodel.errors import InputError
 from rewardmodel.formats import read_battles
 
@@ -137,14 +137,30 @@ def test_missing_response_has_an_empty_turn_a_prompt_turn_and_is_counted(tmp_pat
     rows = [{**GOOD, "prompt": '["p", "q"]', "response_a": absent, "response_b": '["b", "c"]'}]
     path = write(tmp_path, csv_text(rows))
     assert read_battles(path)["response_a"][0] == ["", ""]
-    assert [text for *_, text in warnings_of(caplog)] == [f"{path}: 1 missing responses read as empty turns"]
+    assert [text for *_, text in warnings_of(caplog)] == [f"{path}: 1 missing texts read as empty turns"]
 
 
-@pytest.mark.parametrize("absent", [None, float("nan")])
+@pytest.mark.parametrize("absent", ["", "  ", "null", "[]"])
+def test_missing_prompt_has_an_empty_turn_a_response_turn_and_is_counted(tmp_path, caplog, absent):
+    rows = [{**GOOD, "prompt": absent, "response_a": '["a", "b"]', "response_b": '["c", "d"]'}]
+    path = write(tmp_path, csv_text(rows))
+    assert read_battles(path)["prompt"][0] == ["", ""]
+    assert [text for *_, text in warnings_of(caplog)] == [f"{path}: 1 missing texts read as empty turns"]
+
+
+def test_battle_without_any_text_has_one_empty_turn_of_each(tmp_path, caplog):
+    path = write(tmp_path, f"{HEADER}\n1,,,\n{ROW.replace('1,', '2,', 1)}\n")
+    battles = read_battles(path)
+    assert [battles[0][name] for name in ("prompt", "response_a", "response_b")] == [[""]] * 3
+    assert battles["prompt"][1] == ["p"]
+    assert [text for *_, text in warnings_of(caplog)] == [f"{path}: 3 missing texts read as empty turns"]
+
+
+@pytest.mark.parametrize("absent", [None, float("nan"), pd.NA])
 def test_missing_response_of_a_data_frame_is_read_as_empty_and_counted(caplog, absent):
     battles = read_battles(pd.DataFrame([{**GOOD, "response_b": absent}]))
     assert battles["response_b"][0] == [""]
-    assert [text for *_, text in warnings_of(caplog)] == ["data frame: 1 missing responses read as empty turns"]
+    assert [text for *_, text in warnings_of(caplog)] == ["data frame: 1 missing texts read as empty turns"]
 
 
 def test_lone_surrogate_is_replaced_and_counted(tmp_path, caplog):
@@ -257,7 +273,22 @@ BAD_FILES = {
     ),
     "NaN in the list": (f"{HEADER}\n1,[NaN],[],[]\n", ["row 1, column 'prompt'", "the turn nan is not text"]),
     "list in the list": (f'{HEADER}\n1,"[[""p""]]",[],[]\n', ["row 1, column 'prompt'", "is not text"]),
-    "no prompt": (f'{HEADER}\n1,[],[],"[""b""]"\n', ["row 1, column 'prompt'", "no turns"]),
+    "turns of b, without a prompt": (
+        f'{HEADER}\n1,[],"[""a"",""b""]","[""b""]"\n',
+        ["row 1, column 'response_b'", "1 turns", "has 2"],
+    ),
+    "column twice": (f"{HEADER},prompt\n{ROW},[]\n", ["column 'prompt' is there twice"]),
+    "outcome column twice": (f"{LABELLED},winner_tie\n{ROW},1,0,0,0\n", ["column 'winner_tie' is there twice"]),
+    "blank lines only": ("\n\r\n\n", ["the file is empty"]),
+    "weight of 0": (f"{HEADER},weight\n{ROW},0\n", ["row 1, column 'weight'", "0.0; give a number above 0"]),
+    "negative weight": (
+        f"{HEADER},weight\n{ROW},1\n{ROW.replace('1,', '2,', 1)},-0.5\n",
+        ["row 2, column 'weight'", "-0.5; give a number above 0"],
+    ),
+    "infinite weight": (f"{HEADER},weight\n{ROW},inf\n", ["row 1, column 'weight'", "inf"]),
+    "nan for a weight": (f"{HEADER},weight\n{ROW},nan\n", ["row 1, column 'weight'", "nan"]),
+    "blank weight": (f"{HEADER},weight\n{ROW},\n", ["row 1, column 'weight'", "give a number above 0"]),
+    "word for a weight": (f"{HEADER},weight\n{ROW},heavy\n", ["row 1, column 'weight'", "'heavy' is no number"]),
     "turns of a": (
         f'{HEADER}\n1,"[""p""]","[""a"",""b""]",[]\n',
         ["row 1, column 'response_a'", "2 turns", "has 1"],
@@ -286,7 +317,15 @@ BAD_FILES = {
     "latin-1": (f"{HEADER}\n1,für,,\n".encode("latin-1"), [f"byte {len(HEADER) + 4} is not UTF-8"]),
     "partly labelled": (
         f"{LABELLED}\n{ROW},1,0,0\n{ROW.replace('1,', '2,', 1)},,,\n",
-        ["row 2, column 'winner_model_a'", "'' is no number"],
+        ["row 2, column 'winner_model_a': no number; label every battle of a file, or none"],
+    ),
+    "partly labelled row": (
+        f"{LABELLED}\n{ROW},1,0,0\n{ROW.replace('1,', '2,', 1)},1,,0\n",
+        ["row 2, column 'winner_model_b': no number; label every battle of a file, or none"],
+    ),
+    "one outcome column blank": (
+        f"{LABELLED}\n{ROW},1,0,\n",
+        ["row 1, column 'winner_tie': no number; label every battle of a file, or none"],
     ),
 }
 
@@ -298,6 +337,55 @@ def test_bad_file_is_refused_in_one_line_that_names_file_row_and_column(tmp_path
     assert message.startswith(f"{path}: ")
     assert all(fragment in message for fragment in fragments), message
     assert "\n" not in message
+
+
+def test_file_whose_outcome_cells_are_all_blank_is_unlabelled(tmp_path):
+    battles = read_battles(write(tmp_path, f"{LABELLED}\n{ROW},,,\n{ROW.replace('1,', '2,', 1)},,,\n"))
+    assert not is_labelled(battles)
+    assert np.isnan(outcomes(battles)).all()
+
+
+def test_weights_are_read(tmp_path):
+    rows = [{**GOOD, "weight": "0.25"}, {**GOOD, "id": "2", "weight": "3"}]
+    battles = read_battles(write(tmp_path, csv_text(rows)))
+    assert battles.features == FEATURES
+    assert weights(battles).tolist() == [0.25, 3]
+    frame = pd.DataFrame(rows).astype({"weight": float})
+    assert weights(read_battles(frame)).tolist() == [0.25, 3]
+    data_set = battles.select_columns([*HEADER.split(","), "weight"])
+    assert weights(read_battles(data_set)).tolist() == [0.25, 3]
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan"), None])
+def test_weight_of_a_data_frame_or_a_data_set_is_above_0_and_finite(tmp_path, weight):
+    frame = pd.DataFrame([{**GOOD, "weight": 1.0}, {**GOOD, "id": "2", "weight": weight}])
+    assert message_of(frame).startswith("data frame: row 2, column 'weight': ")
+    battles = read_battles(write(tmp_path, f"{HEADER}\n{ROW}\n"))
+    weighted = battles.remove_columns("weight").add_column("weight", [weight])
+    assert message_of(weighted).startswith("data set: row 1, column 'weight': ")
+
+
+def test_other_columns_may_be_there_twice(tmp_path):
+    assert read_battles(write(tmp_path, f"{HEADER},note,note\n{ROW},x,y\n"))["id"][:] == ["1"]
+
+
+def test_data_frame_with_a_column_twice_is_refused():
+    frame = pd.DataFrame([[*GOOD.values(), "[]"]], columns=[*GOOD, "prompt"])
+    assert message_of(frame).startswith("data frame: column 'prompt' is there twice")
+
+
+@pytest.mark.parametrize("before", ["\n", "\r\n\r\n", "\ufeff\n"])
+def test_blank_lines_before_the_header_are_skipped(tmp_path, before):
+    path = write(tmp_path, f"{before}{HEADER}\n{ROW}\n")
+    assert read_battles(path)["id"][:] == ["1"]
+    lines = before.count("\n")
+    path = write(tmp_path, f"{before}{HEADER}\n{ROW}\n2\n")
+    assert f"row 2 (line {lines + 3})" in message_of(path)
+
+
+@pytest.mark.parametrize("name", ["battles.CSV", "battles.Csv"])
+def test_ending_may_be_in_any_case(tmp_path, name):
+    assert read_battles(write(tmp_path, f"{HEADER}\n{ROW}\n", name))["id"][:] == ["1"]
 
 
 def test_unknown_ending_is_refused_and_the_known_named(tmp_path):
@@ -339,7 +427,13 @@ def test_deeply_nested_json_is_refused_like_any_other(tmp_path):
     assert "row 1, column 'prompt'" in message_of(path)
 
 
-@pytest.mark.parametrize("absent", [None, float("nan")])
+@pytest.mark.parametrize("absent", [None, float("nan"), pd.NA])
+def test_missing_outcomes_of_every_battle_of_a_data_frame_are_no_labels(absent):
+    frame = pd.DataFrame([{**GOOD, **dict.fromkeys(OUTCOMES, absent)}])
+    assert not is_labelled(read_battles(frame))
+
+
+@pytest.mark.parametrize("absent", [None, float("nan"), pd.NA])
 def test_missing_model_of_a_data_frame_is_empty_and_missing_id_is_refused(absent):
     frame = pd.DataFrame([{**GOOD, "model_a": "m"}, {**GOOD, "id": "2", "model_a": absent}])
     assert read_battles(frame)["model_a"][:] == ["m", ""]

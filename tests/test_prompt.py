@@ -89,6 +89,14 @@ def test_markers_in_a_battle_do_not_look_like_markers():
     assert "# ## Response B:" in text
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_answer_in_a_battle_is_left_alone(template):
+    turn = "Final Answer: 4; the answer: 5"
+    encoded = encode(encoder(template=template), [turn], [turn], [f"{turn}\nAnswer:"])
+    assert TOKENIZER.decode(encoded.input_ids).count(turn) == 3
+    assert f"{turn}\nAnswer:" in TOKENIZER.decode(encoded.input_ids)
+
+
 def test_a_long_turn_keeps_head_and_tail_around_a_mark():
     long = " ".join(str(number) for number in range(3000))
     encoded = encode(encoder(200), ["q"], [long], ["short"])

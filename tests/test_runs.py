@@ -1,12 +1,22 @@
 import json
+from pathlib import Path
 
 import pytest
 from datasets import concatenate_datasets
 
 from rewardmodel.battles import OUTCOMES, from_columns, swap
-from rewardmodel.config import DataConfig, PromptConfig, Recipe, dump_recipe
+from rewardmodel.config import DataConfig, InferenceConfig, PromptConfig, Recipe, dump_recipe
 from rewardmodel.errors import InputError
-from rewardmodel.runs import RECIPE, data_fingerprint, last_checkpoint, load_run_recipe, open_run
+from rewardmodel.runs import (
+    RECIPE,
+    check_run,
+    check_same_inputs,
+    data_fingerprint,
+    last_checkpoint,
+    load_run_recipe,
+    open_run,
+    write_environment,
+)
 
 
 def recipe_of(folder, **sections):
@@ -123,6 +133,91 @@ def test_resume_continues_the_same_recipe_and_refuses_another(tmp_path):
     assert "\n" not in str(caught.value)
     assert (folder / RECIPE).read_text() == dump_recipe(recipe)
     assert last_checkpoint(folder) == kept
+
+
+def tree(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_recipe_without_a_name_has_a_run_folder_all_the_same():
+    assert Recipe().run_folder == Path("runs/unnamed")
+
+
+@pytest.mark.parametrize(("resume", "overwrite"), [(False, False), (True, False), (False, True)])
+def test_check_of_a_new_or_empty_folder_writes_nothing(tmp_path, resume, overwrite):
+    check_run(recipe_of(tmp_path / "new"), resume, overwrite)
+    assert not (tmp_path / "new").exists()
+    check_run(recipe_of(tmp_path), resume, overwrite)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_of_a_run_touches_nothing_whatever_it_finds(tmp_path):
+    recipe = recipe_of(tmp_path / "run")
+    folder = open_run(recipe, resume=False, overwrite=False)
+    checkpoint(folder, 1)
+    before = tree(folder)
+    check_run(recipe, resume=True, overwrite=False)
+    check_run(recipe, resume=False, overwrite=True)
+    check_run(recipe_of(folder, data=DataConfig(seed=1)), resume=False, overwrite=True)
+    with pytest.raises(InputError, match=r"^trainer\.output_dir: .* already holds a run"):
+        check_run(recipe, resume=False, overwrite=False)
+    with pytest.raises(InputError, match="has another 'data' section"):
+        check_run(recipe_of(folder, data=DataConfig(seed=1)), resume=True, overwrite=False)
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize(("resume", "overwrite"), [(False, False), (True, False), (False, True)])
+def test_check_refuses_a_folder_with_something_else(tmp_path, resume, overwrite):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match=r"^trainer.output_dir: .* is no run folder; name another"):
+        check_run(recipe_of(tmp_path), resume, overwrite)
+    with pytest.raises(InputError, match=r"^trainer.output_dir: .* is no run folder; name another"):
+        check_run(recipe_of(tmp_path / "thesis.tex"), resume, overwrite)
+
+
+@pytest.mark.parametrize("keys", [{"test": "test.csv"}, {"test": "test.csv", "sample_submission": "sample.csv"}])
+def test_resume_may_add_a_test_file_and_a_sample_submission(tmp_path, keys):
+    folder = open_run(recipe_of(tmp_path / "run"), resume=False, overwrite=False)
+    kept = checkpoint(folder, 1)
+    wider = recipe_of(folder, data=DataConfig(**keys), inference=InferenceConfig(swap_tta="none"))
+    assert open_run(wider, resume=True, overwrite=False) == folder
+    assert load_run_recipe(folder) == wider
+    assert last_checkpoint(folder) == kept
+
+
+@pytest.mark.parametrize("keys", [{"train": "other.csv"}, {"folds": 7}, {"fold": 1}, {"limit": 10}])
+def test_resume_may_change_no_other_key_of_the_data(tmp_path, keys):
+    folder = open_run(recipe_of(tmp_path / "run"), resume=False, overwrite=False)
+    with pytest.raises(InputError, match="has another 'data' section"):
+        check_run(recipe_of(folder, data=DataConfig(test="test.csv", **keys)), resume=True, overwrite=False)
+
+
+FACTS = {
+    "backbone": {"name": "tiny", "fingerprint": "b0"},
+    "data": {"training": "d0", "validation": "d1"},
+    "compute": {"device": "x86_64", "dtype": "float32"},
+}
+
+
+def test_the_same_inputs_may_be_resumed_on_another_machine(tmp_path):
+    check_same_inputs(tmp_path, FACTS)  # nothing is known of a run that has not begun
+    write_environment(tmp_path, FACTS)
+    check_same_inputs(tmp_path, FACTS)
+    check_same_inputs(tmp_path, FACTS | {"compute": {"device": "another", "dtype": "bfloat16"}})
+
+
+@pytest.mark.parametrize(
+    ("section", "key"), [("backbone", "fingerprint"), ("data", "training"), ("data", "validation")]
+)
+def test_inputs_of_another_fingerprint_are_refused(tmp_path, section, key):
+    write_environment(tmp_path, FACTS)
+    before = tree(tmp_path)
+    with pytest.raises(InputError) as caught:
+        check_same_inputs(tmp_path, FACTS | {section: FACTS[section] | {key: "changed"}})
+    assert str(caught.value).startswith(f"{tmp_path}: the run there began on another {section}; ")
+    assert "--overwrite" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert tree(tmp_path) == before
 
 
 def battles_of(count=3, source="made", **columns):

@@ -3,6 +3,7 @@ import json
 import logging
 import shutil
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,7 @@ from conftest import make_tokenizer
 from safetensors.torch import load_file
 
 from rewardmodel.errors import InputError
-from rewardmodel.weights import PACKAGED, cache_folder, fingerprint, resolve
+from rewardmodel.weights import PACKAGED, _from_hub, cache_folder, fingerprint, resolve
 
 WIDTH = 64
 SHAPES = {
@@ -273,8 +274,9 @@ def test_a_packaged_name_finds_the_file_inside_its_package(gguf, empty_cache, tm
 
 def test_a_conversion_that_fails_leaves_no_model_in_the_cache(empty_cache, tmp_path):
     write_gguf(tmp_path / "unknown.gguf", architecture="no-such-architecture")
-    with pytest.raises((ValueError, KeyError)):
-        resolve(str(tmp_path / "unknown.gguf"))
+    message = refusal(str(tmp_path / "unknown.gguf"))
+    assert f"{tmp_path / 'unknown.gguf'}: " in message
+    assert "no-such-architecture" in message
     assert models_in(empty_cache) == []
 
 
@@ -297,3 +299,53 @@ def test_a_conversion_that_failed_is_tried_again(gguf, empty_cache, tmp_path, mo
 def test_a_file_that_is_no_gguf_is_refused(content, empty_cache, tmp_path):
     (tmp_path / "broken.gguf").write_bytes(content)
     assert "broken.gguf" in refusal(str(tmp_path / "broken.gguf"))
+    assert models_in(empty_cache) == []
+
+
+@pytest.mark.parametrize("share", [0.001, 0.01, 0.05, 0.1, 0.5, 0.99])
+def test_a_gguf_file_that_was_cut_off_is_refused(share, gguf, empty_cache, tmp_path):
+    content = gguf[0].read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(content[: int(share * len(content))])
+    assert "cut.gguf" in refusal(str(tmp_path / "cut.gguf"))
+    assert models_in(empty_cache) == []
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Return the folders that a made-up hub hands out, by revision; `asked` counts how often it was asked."""
+    asked = []
+
+    def snapshot_download(name, revision, **_):
+        asked.append((name, revision))
+        folder = tmp_path / "hub" / revision
+        if not folder.is_dir():
+            raise ConnectionError("no route")
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    _from_hub.cache_clear()
+    yield tmp_path / "hub", asked
+    _from_hub.cache_clear()
+
+
+def test_the_hub_is_asked_once_a_revision(hub):
+    folder, asked = hub
+    for revision in ("main", "v2"):
+        (folder / revision).mkdir(parents=True)
+        (folder / revision / "model.safetensors").write_bytes(b"weights")
+    assert [resolve("owner/name", revision) for revision in ("main", "v2", "main")] == [
+        folder / "main",
+        folder / "v2",
+        folder / "main",
+    ]
+    assert asked == [("owner/name", "main"), ("owner/name", "v2")]
+
+
+def test_a_hub_that_did_not_answer_is_asked_again(hub):
+    folder, asked = hub
+    assert "the hub cannot be reached" in refusal("owner/name")
+    (folder / "main").mkdir(parents=True)
+    assert "has no safetensors" in refusal("owner/name")
+    (folder / "main" / "model.safetensors").write_bytes(b"weights")
+    assert resolve("owner/name") == folder / "main"
+    assert len(asked) == 3
