@@ -11,7 +11,7 @@ from rewardmodel.errors import InputError
 
 
 def _run(arguments: list[str]) -> None:
-    """train, judge on held-out prompts, predict data.test into submission.csv."""
+    """Train, judge on held-out prompts, predict data.test into submission.csv."""
     parser = _parser("run", _run)
     _add_recipe(parser)
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
