@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -107,6 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if arguments[0] not in VERBS:
             raise InputError(f"rewardmodel: no command '{arguments[0]}'; there are: {', '.join(VERBS)}")
+        _bound_cpu_memory()
         _set_up_logging()
         VERBS[arguments[0]](arguments[1:])
     except InputError as error:
@@ -145,6 +147,11 @@ def _parse_with_recipe(parser: argparse.ArgumentParser, arguments: list[str]) ->
     if arguments and arguments[0].startswith("-"):
         raise InputError(f"{parser.prog}: the recipe comes first: {parser.prog} RECIPE [--section.key VALUE ...]")
     return parser.parse_known_args(arguments)
+
+
+def _bound_cpu_memory() -> None:
+    # oneDNN keeps a kernel for each shape it has seen, and every batch has another length: gigabytes, and no faster.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 
 def _set_up_logging() -> None:
