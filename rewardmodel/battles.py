@@ -3,14 +3,20 @@
 Every later stage may rely on it: ids are unique, turns line up, and outcomes are probabilities.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets.arrow_writer import ArrowWriter
 
 from rewardmodel.errors import InputError
+from rewardmodel.files import cache_folder
 
 OUTCOMES = ("winner_model_a", "winner_model_b", "winner_tie")
 """Outcome columns, and the column order of every (n_battles, 3) array: A wins, B wins, tie."""
@@ -185,21 +191,51 @@ def _first_true(mask: pa.ChunkedArray | pa.Array) -> int | None:
     return None if row < 0 else row
 
 
-def from_columns(columns: Mapping[str, Sequence], source: str) -> Dataset:
-    """Return a table of battles from parsed columns, filling the ones that may be absent.
+DEFAULTS: dict[str, Any] = {
+    "model_a": "",
+    "model_b": "",
+    **dict.fromkeys(OUTCOMES),
+    "weight": 1.0,
+    "source": "",
+    "group": -1,
+    "fold": -1,
+}
+"""Values of the columns that a row need not have."""
 
-    Args:
-        columns: `id` and the three texts, each of n_battles; models and outcomes optional.
-        source: the value of the `source` column.
+
+def from_rows(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Return an Arrow table of battles, `DEFAULTS` filled in; rows have at least an id and the three texts."""
+    return pa.Table.from_pylist([{**DEFAULTS, **row} for row in rows], schema=FEATURES.arrow_schema)
+
+
+def store(tables: Iterable[pa.Table], where: str) -> Dataset:
+    """Return validated, memory-mapped battles of Arrow tables, which are written to the cache one by one.
+
+    The file is named by its content, and so is the data set's fingerprint: the same battles are stored once, and
+    what is computed from them is found again by later processes.
+
+    Raises:
+        InputError: as `validate`, or a cache folder that cannot be written.
     """
-    count = len(columns["id"])
-    defaults: dict[str, Sequence] = {
-        **{name: [""] * count for name in ("model_a", "model_b")},
-        **{name: [None] * count for name in OUTCOMES},
-        "weight": [1.0] * count,
-        "source": [source] * count,
-        "group": [-1] * count,
-        "fold": [-1] * count,
-    }
-    filled = {name: columns.get(name, defaults.get(name)) for name in FEATURES}
-    return Dataset.from_dict(filled, features=FEATURES)
+    folder = cache_folder() / "battles"
+    partial = folder / f".{uuid4().hex}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with ArrowWriter(path=str(partial), features=FEATURES) as writer:
+            for table in tables:
+                writer.write_table(table)
+            writer.finalize()
+        with partial.open("rb") as file:
+            digest = hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+        validate(Dataset.from_file(str(partial)), where)
+        path = folder / f"{digest}.arrow"
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written ({error}); set REWARDMODEL_CACHE to a folder with room"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    battles = Dataset.from_file(str(path))
+    battles._fingerprint = digest
+    return battles

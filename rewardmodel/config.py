@@ -20,25 +20,60 @@ if TYPE_CHECKING:
 
 
 @dataclass
+class Source:
+    """One file or hub data set of battles, and how to read it."""
+
+    path: str
+    """A file (.csv, .jsonl, .json, .parquet, .zip), a hub data set's id, or `sample`."""
+    format: str | None = None
+    """A name out of rewardmodel.formats.FORMATS; none: told by the columns."""
+    columns: dict[str, str | None] = field(default_factory=dict)
+    """The file's own names for our columns, like {prompt: question}; null: do as if the file had no such column."""
+    weight: float = 1.0
+    """Weight of its battles in the loss, times their own."""
+    limit: int | None = None
+    """Use only about this many of its battles, drawn as whole prompt groups."""
+    validation: bool = True
+    """Whether its battles may be held out; false: they only train, but for those that share a held-out prompt."""
+    subset: str | None = None
+    """Configuration of a hub data set."""
+    split: str | None = None
+    """Split of a hub data set; none: train, or test for data.test."""
+    revision: str = "main"
+    """Branch, tag or commit of a hub data set."""
+
+
+@dataclass
 class DataConfig:
     """Which battles to learn from and to predict."""
 
-    train: str = "sample"
-    """Labelled battles: a file, or `sample` for the demonstration set inside the package."""
-    test: str | None = None
-    """Battles to predict for submission.csv: a file or `sample`; none: no submission."""
+    train: str | Source | list[str | Source] = "sample"
+    """Labelled battles: a file, a hub data set's id, `sample` for the demonstration set inside the package, or a list
+    of such, each with its own weight, limit and columns."""
+    test: str | Source | None = None
+    """Battles to predict for submission.csv, unlabelled or not; none: no submission."""
     sample_submission: str | None = None
     """A submission file whose columns and ids submission.csv must repeat."""
     limit: int | None = None
     """Use only about this many labelled battles, drawn as whole prompt groups."""
     folds: int = 5
-    """Into how many folds the labelled battles are split, by prompt group and stratified by outcome."""
+    """Into how many folds the labelled battles are dealt, by prompt group, outcomes and sources alike."""
     fold: int = 0
     """The fold that is held out for validation, from 0."""
+    calibration: float = 0.0
+    """Share of the battles that is in no fold and is kept to fit calibration on."""
+    holdout: float = 0.0
+    """Share of the battles that is in no fold and that no command touches unless it is asked for by name."""
     swap_augmentation: Literal["none", "random", "both"] = "random"
     """Training order of A and B: as given, thrown by a coin once for each battle, or every battle in both orders."""
     seed: int = 0
-    """Seed of folds, limits and swaps; trainer.seed is the one of training."""
+    """Seed of folds, limits, swaps, and of who stands first in chosen/rejected data; trainer.seed is training's."""
+
+    def __post_init__(self) -> None:
+        self.test = Source(**self.test) if isinstance(self.test, dict) else self.test
+        given = self.train if isinstance(self.train, list) else [self.train]
+        sources = [Source(**one) if isinstance(one, dict) else one for one in given]
+        self.train = sources if isinstance(self.train, list) else sources[0]
 
 
 @dataclass
@@ -46,9 +81,12 @@ class PromptConfig:
     """How a battle becomes text, and text becomes a bounded number of tokens."""
 
     template: str = "instruction"
-    """Text around the turns: a name out of rewardmodel.prompt.TEMPLATES."""
+    """Text around the turns: a name out of rewardmodel.template.TEMPLATES, a .jinja file, or Jinja itself."""
     max_length: int = 1024
-    """Most tokens of a sequence. Longer battles lose text from the middle of turns; none is dropped."""
+    """Most tokens of a sequence. Longer battles lose text; none is dropped."""
+    truncation: Literal["balanced", "head", "tail", "head_tail"] = "balanced"
+    """What stays of a long battle, recent rounds first: `balanced` shortens the longer response and keeps head and
+    tail of each text; the others shorten texts in proportion and keep that part of each."""
 
 
 @dataclass
@@ -149,7 +187,6 @@ TRAINER_REFUSED = {
     "center_rewards_coefficient": "set objective.name; no objective takes it",
     "chat_template_path": "set prompt.template",
     "data_seed": "set trainer.seed",
-    "dataset_num_proc": "leave it out; tokenising takes one process",
     "eos_token": "set prompt.template",
     "fp16": "set model.dtype",
     "fp16_full_eval": "set model.dtype",

