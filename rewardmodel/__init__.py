@@ -1,6 +1,6 @@
 """rewardmodel: human preference battles in, a calibrated model that predicts the winner out.
 
-Each command of `rewardmodel --help` is a function here: `from rewardmodel import run, train, predict, evaluate`.
+Each command of `rewardmodel --help` is a function here: `from rewardmodel import train, predict, evaluate`.
 """
 
 from importlib import import_module
@@ -15,6 +15,7 @@ _HOMES = {
     "predict": "inference",
     "evaluate": "report",
     "run": "pipeline",
+    "prepare": "pipeline",
 }
 
 __all__ = list(_HOMES)

@@ -6,6 +6,7 @@ Every later stage may rely on it: ids are unique, turns line up, and outcomes ar
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 from uuid import uuid4
 
@@ -235,7 +236,8 @@ def store(tables: Iterable[pa.Table], where: str) -> Dataset:
             f"{folder}: cannot be written ({error}); set REWARDMODEL_CACHE to a folder with room"
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
     battles = Dataset.from_file(str(path))
     battles._fingerprint = digest
     return battles

@@ -33,6 +33,22 @@ def _run(arguments: list[str]) -> None:
         print(folder / SUBMISSION)
 
 
+def _prepare(arguments: list[str]) -> None:
+    """Read, group, deal and audit a recipe's battles: writes battles.parquet and audit.json."""
+    parser = _parser("prepare", _prepare)
+    parser.add_argument("recipe", help="YAML file of the recipe")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    parser.epilog = OVERRIDES
+    options, overrides = _parse_with_recipe(parser, arguments)
+    from rewardmodel.config import load_recipe
+
+    recipe = load_recipe(options.recipe, overrides)
+    from rewardmodel.audit import format_audit
+    from rewardmodel.pipeline import prepare
+
+    print(f"{format_audit(prepare(recipe, options.output))}\n\n{options.output}")
+
+
 def _train(arguments: list[str]) -> None:
     """Train a model on labelled battles and save it as a run."""
     parser = _parser("train", _train)
@@ -50,7 +66,9 @@ def _predict(arguments: list[str]) -> None:
     parser = _parser("predict", _predict)
     parser.epilog = "--inference.KEY VALUE, --model.device and --model.dtype overrule the run's recipe for this time"
     parser.add_argument("run", type=Path, help="folder of a trained run")
-    parser.add_argument("battles", help="battles to predict: a file, or 'sample'")
+    parser.add_argument(
+        "battles", help="a file, a hub data set, 'sample', or the run's own validation, calibration or holdout"
+    )
     parser.add_argument("--output", type=Path, required=True, help="file to write: .parquet, or .csv for a submission")
     parser.add_argument("--sample-submission", type=Path, help="a submission whose columns and ids must be repeated")
     options, overrides = parser.parse_known_args(arguments)
@@ -62,13 +80,12 @@ def _predict(arguments: list[str]) -> None:
     if options.sample_submission and options.output.suffix != ".csv":
         raise InputError(f"--sample-submission: {options.output} is no submission; let --output end in .csv")
     from rewardmodel.config import load_recipe
-    from rewardmodel.formats import read_battles
-    from rewardmodel.inference import predict
+    from rewardmodel.inference import battles_to_predict, predict
     from rewardmodel.predictions import check_sample, write_predictions, write_submission
     from rewardmodel.runs import RECIPE, load_run_recipe
 
     load_run_recipe(options.run)
-    battles = read_battles(options.battles, role="test")
+    battles = battles_to_predict(options.run, options.battles)
     if options.sample_submission:
         check_sample(options.sample_submission, battles["id"])
     table = predict(options.run, battles, load_recipe(options.run / RECIPE, overrides))
@@ -89,8 +106,11 @@ def _evaluate(arguments: list[str]) -> None:
     print(format_metrics(evaluate(options.predictions)))
 
 
+OVERRIDES = "any key of the recipe can be overruled: --SECTION.KEY VALUE"
+
 VERBS: dict[str, Callable[[list[str]], None]] = {
     "run": _run,
+    "prepare": _prepare,
     "train": _train,
     "predict": _predict,
     "evaluate": _evaluate,
@@ -131,7 +151,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="YAML file of the recipe")
     parser.add_argument("--resume", action="store_true", help="continue the run in trainer.output_dir")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in trainer.output_dir")
-    parser.epilog = "any key of the recipe can be overruled: --SECTION.KEY VALUE"
+    parser.epilog = OVERRIDES
 
 
 def _parse_with_recipe(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from rewardmodel.errors import InputError, nearest
+from rewardmodel.trainer_keys import EARLY_STOPPING, EARLY_STOPPING_HELP, TRAINER_DEFAULTS, TRAINER_REFUSED
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -154,55 +155,6 @@ class InferenceConfig:
     """Tokens of a batch, padding included; sequences are sorted by length first."""
 
 
-EARLY_STOPPING = "early_stopping_patience"
-EARLY_STOPPING_HELP = "Stop after so many evaluations in a row without a better validation log loss; null: never."
-"""The one key of `trainer` that RewardConfig does not have (in transformers it is a callback's argument)."""
-
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "disable_dropout": False,
-    EARLY_STOPPING: None,
-    "eval_strategy": "epoch",
-    "gradient_checkpointing": False,
-    "learning_rate": 2e-4,
-    "load_best_model_at_end": True,
-    "logging_nan_inf_filter": False,
-    "logging_steps": 10,
-    "lr_scheduler_type": "cosine",
-    "num_train_epochs": 1,
-    "output_dir": "runs/unnamed",
-    "per_device_eval_batch_size": 16,
-    "per_device_train_batch_size": 8,
-    "report_to": "none",
-    "save_strategy": "epoch",
-    "save_total_limit": 2,
-    "seed": 42,
-    "train_sampling_strategy": "group_by_length",
-    "warmup_steps": 0.05,
-}
-"""What `trainer` says where a recipe does not; every other key has TRL's own default."""
-
-TRAINER_REFUSED = {
-    "bf16": "set model.dtype",
-    "bf16_full_eval": "set model.dtype",
-    "center_rewards_coefficient": "set objective.name; no objective takes it",
-    "chat_template_path": "set prompt.template",
-    "data_seed": "set trainer.seed",
-    "eos_token": "set prompt.template",
-    "fp16": "set model.dtype",
-    "fp16_full_eval": "set model.dtype",
-    "greater_is_better": "leave it out; the measure is the validation log loss",
-    "label_smoothing_factor": "set objective.label_smoothing",
-    "max_length": "set prompt.max_length",
-    "metric_for_best_model": "leave it out; the measure is the validation log loss",
-    "model_init_kwargs": "set the keys of model",
-    "pad_to_multiple_of": "leave it out; rows are padded to the longest of a batch",
-    "pad_token": "leave it out; padding is told by the attention mask",
-    "trust_remote_code": "leave it out; code out of a model folder is never run",
-    "use_cpu": "set model.device",
-}
-"""Keys of RewardConfig that would be overruled or read by nothing, each with what to do instead."""
-
-
 @dataclass
 class Recipe:
     """All that makes a run; a run folder carries its own, resolved, as recipe.yaml.
@@ -269,6 +221,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     given = _read_mapping(path)
+    _check_sources(given.get("data", {}), path)
     parser = recipe_parser("rewardmodel")
     known = set(parser.get_defaults(skip_validation=True).keys())
     keys = [*_leaves(given, known), *(word[2:].split("=")[0] for word in overrides if word.startswith("--"))]
@@ -281,6 +234,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     sections = parsed.as_dict()
     set_here = {key.removeprefix("trainer.") for key in keys if key.startswith("trainer.")}
     trainer = {key: _plain(sections["trainer"][key]) for key in [*TRAINER_DEFAULTS, *sorted(set_here)]}
+    sections["prompt"]["template"] = _template_text(sections["prompt"]["template"], path)
     if "output_dir" not in set_here:
         trainer["output_dir"] = str(Path("runs") / path.stem)
     return Recipe(trainer=trainer, **{name: section(**sections[name]) for name, section in SECTIONS.items()})
@@ -305,6 +259,32 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
         raise InputError(f"{path}: a recipe has one mapping a section: {', '.join([*SECTIONS, 'trainer'])}")
     return content
+
+
+def _check_sources(data: Mapping[str, Any], where: Path) -> None:
+    known = Source.__dataclass_fields__
+    for key in ("train", "test"):
+        given = data.get(key)
+        for number, source in enumerate(given if isinstance(given, list) else [given]):
+            for name in source if isinstance(source, dict) else ():
+                if name not in known:
+                    place = f"data.{key}[{number}].{name}" if isinstance(given, list) else f"data.{key}.{name}"
+                    raise InputError(
+                        f"{where}: unknown key '{place}'{nearest(name, known)}; there are: {', '.join(known)}"
+                    )
+
+
+def _template_text(template: str, recipe: Path) -> str:
+    """Return the template that a recipe names, with the text of a .jinja file in place of its name."""
+    if not template.endswith(".jinja"):
+        return template
+    for path in (Path(template), recipe.parent / template):
+        if path.is_file():
+            try:
+                return path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"prompt.template: {path} is not UTF-8; save it as UTF-8") from error
+    raise InputError(f"prompt.template: {template}: no such file, here or beside {recipe}")
 
 
 def _leaves(tree: Mapping[str, Any], known: set[str], prefix: str = "") -> Iterator[str]:

@@ -7,6 +7,9 @@ from difflib import get_close_matches
 class InputError(ValueError):
     """What was given cannot be used; the message is one line: what is wrong, where, what to do."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message.replace("\r", "\\r").replace("\n", "\\n"))
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the known name closest to `name`, or an empty string."""

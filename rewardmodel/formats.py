@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pandas as pd
 from datasets import Dataset, concatenate_datasets
@@ -22,14 +22,14 @@ from rewardmodel.config import Source
 from rewardmodel.errors import InputError, nearest
 from rewardmodel.folds import TRAIN_ONLY, assign_groups, limit
 from rewardmodel.rows import Row, is_json_list, shown
-from rewardmodel.sources import PEEK, Rows, open_rows
+from rewardmodel.sources import PEEK, READERS, Rows, open_rows
 
 logger = logging.getLogger(__name__)
 
 ROWS_A_CHUNK = 5_000
 """Rows that are Python objects at a time; the rest is Arrow, on disk."""
 
-Given = str | Path | Source | pd.DataFrame | Dataset
+Given: TypeAlias = str | Path | Source | pd.DataFrame | Dataset
 """What battles are read from."""
 
 
@@ -47,6 +47,8 @@ def read_battles(source: Given | Sequence[Given], role: str = "train", seed: int
     """
     if not isinstance(source, Sequence) or isinstance(source, str):
         return _read(source, role, seed)
+    if not source:
+        raise InputError("data.train: an empty list; give at least one source of battles")
     names = _distinct_names(source)
     parts = [_read(one, role, seed, f"{name}/") for one, name in zip(source, names, strict=True)]
     return validate(concatenate_datasets(parts), " + ".join(names))
@@ -54,9 +56,13 @@ def read_battles(source: Given | Sequence[Given], role: str = "train", seed: int
 
 def _distinct_names(sources: Sequence[Given]) -> list[str]:
     paths = [str(_as_source(one).path) if not isinstance(one, pd.DataFrame | Dataset) else "table" for one in sources]
-    stems = [Path(path).stem for path in paths]
+    stems = [_name(path) for path in paths]
     names = stems if len(set(stems)) == len(stems) else paths
     return [f"{name}#{number}" if names.count(name) > 1 else name for number, name in enumerate(names, start=1)]
+
+
+def _name(path: str) -> str:
+    return Path(path).stem if Path(path).suffix.lower() in READERS else Path(path).name
 
 
 def _as_source(given: str | Path | Source) -> Source:
@@ -64,14 +70,13 @@ def _as_source(given: str | Path | Source) -> Source:
 
 
 def _read(given: Given, role: str, seed: int, prefix: str = "") -> Dataset:
-    if isinstance(given, Dataset) and given.features == FEATURES:
+    if isinstance(given, Dataset) and given.features == FEATURES and not prefix:
         return validate(given, "data set")
-    if isinstance(given, Dataset) and set(FEATURES) <= set(given.column_names):
-        return validate(given.select_columns(list(FEATURES)).cast(FEATURES), "data set")
     source = Source("") if isinstance(given, pd.DataFrame | Dataset) else _as_source(given)
     if not source.weight > 0:
         raise InputError(f"{source.path}: weight: {source.weight}; give a number above 0, or leave the source out")
-    with open_rows(given if isinstance(given, pd.DataFrame | Dataset) else source, role) as opened:
+    wanted = {*KNOWN, *(name for name in source.columns.values() if name)}
+    with open_rows(given if isinstance(given, pd.DataFrame | Dataset) else source, role, wanted) as opened:
         raw = _renamed(opened, source.columns)
         reader = _Reader(raw, _find_format(raw, source.format), source, seed, prefix)
         battles = store(reader.tables(), raw.where)
@@ -131,8 +136,8 @@ def _find_format(raw: Rows, name: str | None) -> "Format":
             spare = nearest(column, here - KNOWN).replace("did you mean", "is it")
             needs = "; ".join(f"{one}: {', '.join(FORMATS[one].needs)}" for one in FORMATS)
             raise InputError(
-                f"{raw.where}: column '{column}' is missing{spare or ';'} the columns of each format are: {needs} (and the "
-                f"outcome: {', '.join(OUTCOMES)}, or winner, or p_b); other names go into data.train.columns"
+                f"{raw.where}: column '{column}' is missing{spare or ';'} the columns of each format are: {needs} (and "
+                f"the outcome: {', '.join(OUTCOMES)}, or winner, or p_b); other names go into data.train.columns"
             )
     return FORMATS[name]
 
@@ -144,7 +149,8 @@ class _Reader:
         self.raw, self.format, self.source, self.seed, self.prefix = raw, format, source, seed, prefix
         self.columns = set(raw.columns)
         self.identifier = next((name for name in ("id", "question_id") if name in self.columns), None)
-        self.name = Path(raw.where).stem
+        self.name = _name(raw.where)
+        self.labelled: bool | None = None
 
     def tables(self) -> Iterator[Any]:
         first = list(islice(self.raw.rows, PEEK))
@@ -177,8 +183,14 @@ class _Reader:
         if not identifier:
             raise row.refuse(self.identifier or "id", "empty; give every battle an id")
         weight = row.share("weight", "give a number above 0") if "weight" in self.columns else 1.0
+        parsed = self.format.parse(row)
+        labelled = parsed[OUTCOMES[0]] is not None
+        if OUTCOMES[0] not in self.columns and labelled != (self.labelled if self.labelled is not None else labelled):
+            column = "winner" if "winner" in self.columns else "p_b"
+            raise row.refuse(column, "labelled battles and others mix; label every battle of a file, or none")
+        self.labelled = labelled
         return {
-            **self.format.parse(row),
+            **parsed,
             "id": self.prefix + identifier,
             "source": row.text("source") or row.text("subset") or self.name,
             "weight": None if weight is None else weight * self.source.weight,
@@ -206,6 +218,8 @@ def _competition(row: Row) -> dict[str, Any]:
 def _conversations(row: Row) -> dict[str, Any]:
     prompt, response_a = _rounds(row.dialogue("conversation_a", "user"))
     other, response_b = _rounds(row.dialogue("conversation_b", "user"))
+    if not prompt:
+        raise row.refuse("conversation_a", "empty; give its messages")
     if prompt != other:
         raise row.refuse("conversation_b", "its user turns are others than those of conversation_a; give both the same")
     texts = {"prompt": prompt, "response_a": response_a, "response_b": response_b}
@@ -238,40 +252,37 @@ def _whole(row: Row, column: str, prompt: list[tuple[str, str]]) -> list[tuple[s
     if not prompt and not own_prompt:
         raise row.refuse(column, "there is no prompt: give a column 'prompt', or messages that begin with the user's")
     users = [[text.strip() for role, text in part if role == "user"] for part in (prompt, said)]
-    return said if own_prompt and users[1][: len(users[0])] == users[0] else prompt + said
+    if own_prompt and users[1][: len(users[0])] == users[0]:
+        return [one for one in prompt if one[0] == "system" and one not in said] + said
+    return prompt + said
 
 
 def _rounds(messages: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
-    """Return prompt turns and response turns; what a system message says opens the prompt turn after it."""
+    """Return prompt turns and response turns; system messages are part of the prompt turn where they stand."""
     prompts: list[str] = []
     responses: list[str] = []
-    opening: list[str] = []
-    before = "assistant"
+    asked = False
     for role, text in messages:
-        if role == "system":
-            opening.append(text)
-            continue
-        if role == "user" and before == "user":
-            prompts[-1] = "\n\n".join([prompts[-1], *opening, text])
-        elif role == "user" or not prompts:
-            prompts.append("\n\n".join([*opening, text] if role == "user" else opening))
-            responses.append("" if role == "user" else text)
+        asks = role != "assistant"
+        if asks and asked:
+            prompts[-1] += f"\n\n{text}"
+        elif asks or not prompts:
+            prompts.append(text if asks else "")
+            responses.append("" if asks else text)
         else:
-            responses[-1] = text if before == "user" else f"{responses[-1]}\n\n{text}"
-        if role == "user":
-            opening = []
-        before = role
+            responses[-1] = text if asked else f"{responses[-1]}\n\n{text}"
+        asked = asks
     return prompts, responses
 
 
 def _outcome(row: Row) -> dict[str, float | None]:
     """Return the outcome: a judge's P(B better) if there is one, else probabilities or votes, else who won by name."""
     values: Sequence[float | None]
-    if "p_b" in row.values:
-        p = row.share("p_b")
-        if p is not None and not 0 <= p <= 1:
+    p = row.share("p_b")
+    if p is not None:
+        if not 0 <= p <= 1:
             raise row.refuse("p_b", f"{p:g} is no probability; give P(B better), from 0 to 1")
-        values = [None] * 3 if p is None else [1 - p, p, 0.0]
+        values = [1 - p, p, 0.0]
     elif OUTCOMES[0] in row.values:
         values = [row.share(name) for name in OUTCOMES]
     else:

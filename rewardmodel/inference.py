@@ -14,15 +14,20 @@ from transformers import PreTrainedTokenizerBase
 from rewardmodel.backbone import family
 from rewardmodel.battles import swap
 from rewardmodel.config import Recipe
+from rewardmodel.errors import InputError
 from rewardmodel.folds import assign_groups
 from rewardmodel.formats import read_battles
 from rewardmodel.model import autocast, compute_dtype, load_model
 from rewardmodel.objective import OBJECTIVES, Objective
 from rewardmodel.pairs import MODEL_INPUTS, PadCollator, length_sorted_batches, tokenize
+from rewardmodel.parts import fingerprints, load_battles, split
 from rewardmodel.predictions import predictions_table
-from rewardmodel.runs import MODEL, load_run_recipe
+from rewardmodel.runs import MODEL, check_same_inputs, load_run_recipe
 
 logger = logging.getLogger(__name__)
+
+OWN_PARTS = ("validation", "calibration", "holdout")
+"""Parts of a run's own battles that it can be asked to predict by name."""
 
 
 def predict(run: str | Path, battles: Any, recipe: Recipe | None = None) -> pd.DataFrame:
@@ -32,7 +37,7 @@ def predict(run: str | Path, battles: Any, recipe: Recipe | None = None) -> pd.D
 
     Args:
         run: the run folder.
-        battles: a Dataset, a DataFrame or a path; labelled or not.
+        battles: as for `battles_to_predict`; labelled or not.
         recipe: in the place of the run's own, for another device, precision or way to predict.
 
     Raises:
@@ -41,9 +46,30 @@ def predict(run: str | Path, battles: Any, recipe: Recipe | None = None) -> pd.D
     """
     run = Path(run)
     recipe = recipe or load_run_recipe(run)
-    battles = read_battles(battles, role="test")
+    battles = battles_to_predict(run, battles)
     model, tokenizer = load_model(recipe.model, run / MODEL)
     return predict_with(model, tokenizer, recipe, battles)
+
+
+def battles_to_predict(run: Path, battles: Any) -> Dataset:
+    """Return the battles of a Dataset, a DataFrame or a path, or a part of the run's own that never trained.
+
+    Args:
+        run: the run folder.
+        battles: what to read; `validation`, `calibration` and `holdout` are the run's own.
+
+    Raises:
+        InputError: nothing there, or the run's own battles are not what they were.
+    """
+    if not (isinstance(battles, str) and battles in OWN_PARTS):
+        return read_battles(battles, role="test")
+    data = load_run_recipe(run).data
+    parts = split(load_battles(data), data.fold)
+    check_same_inputs(run, {"data": fingerprints(parts)})
+    part: Dataset = getattr(parts, battles)
+    if not len(part):
+        raise InputError(f"{run}: its data.{battles} is 0: no battles were kept for that; set it before training")
+    return part
 
 
 def predict_with(
@@ -58,7 +84,7 @@ def predict_with(
     dtype = compute_dtype(recipe.model, next(model.parameters()).device, family(model.config.model_type))
 
     def one_order(battles: Dataset, name: str) -> np.ndarray:
-        rows = tokenize(battles, tokenizer, recipe.prompt)
+        rows = tokenize(battles, tokenizer, recipe.prompt, recipe.trainer.get("dataset_num_proc"))
         return probabilities(model, rows, tokenizer.pad_token_id, objective, dtype, inference.batch_tokens, name)
 
     if min(battles["group"]) < 0:

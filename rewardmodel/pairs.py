@@ -12,9 +12,11 @@ from datasets.fingerprint import Hasher
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from rewardmodel import prompt
+from rewardmodel import prompt, template, truncation
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.config import PromptConfig
+from rewardmodel.errors import InputError
+from rewardmodel.files import cache_folder
 from rewardmodel.prompt import PromptEncoder
 
 ROWS = Features(
@@ -22,13 +24,14 @@ ROWS = Features(
         "input_ids": List(Value("int32")),
         "segment_ids": List(Value("int8")),
         "length": Value("int32"),
-        "full_length": Value("int32"),
+        "full": List(Value("int32")),
+        "kept": List(Value("int32")),
         "labels": List(Value("float32"), length=3),
         "weight": Value("float32"),
     }
 )
-"""One battle a row: its tokens, the segment of each (1: response A, 2: response B, 0: neither), their number now and
-without truncation, its outcome (NaN if unlabelled) and its weight in the loss."""
+"""One battle a row: its tokens, the segment of each (1: response A, 2: response B, 0: neither), their number; tokens of
+prompt and responses before and after truncation; its outcome (NaN if unlabelled) and its weight in the loss."""
 
 MODEL_COLUMNS = ("input_ids", "segment_ids", "length", "labels", "weight")
 """Columns that the collator and the length-grouped sampler read."""
@@ -36,16 +39,32 @@ MODEL_COLUMNS = ("input_ids", "segment_ids", "length", "labels", "weight")
 MODEL_INPUTS = ("input_ids", "attention_mask", "segment_ids")
 """Tensors of a batch that the model's forward pass takes."""
 
+BATTLES_A_BATCH = 500
+"""Battles that are tokenised at a time."""
+
 Batch = dict[str, torch.Tensor]
 
 
-def tokenize(battles: Dataset, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> Dataset:
-    """Return one row of `ROWS` a battle, in the same order; cached by content and settings where battles are on disk.
+def tokenize(
+    battles: Dataset, tokenizer: PreTrainedTokenizerBase, config: PromptConfig, num_proc: int | None = None
+) -> Dataset:
+    """Return one row of `ROWS` a battle, in the same order; kept in the cache by battles and settings.
+
+    Args:
+        battles: what to tokenise.
+        tokenizer: of the backbone.
+        config: template, budget and policy.
+        num_proc: processes; none: this one, with the tokenizer's own threads.
 
     Raises:
         InputError: the template is unknown, or does not fit into `config.max_length`.
     """
     encoder = PromptEncoder(tokenizer, config)
+    if encoder.responses != template.JOINT:
+        raise InputError(
+            f"prompt.template: '{config.template}' encodes each response alone, but the objective compares both in one "
+            f"sequence; use one with response_a and response_b, like: {', '.join(template.TEMPLATES)}"
+        )
 
     def rows(batch: dict[str, list]) -> dict[str, Any]:
         encoded = list(encoder(batch["prompt"], batch["response_a"], batch["response_b"]))
@@ -53,24 +72,32 @@ def tokenize(battles: Dataset, tokenizer: PreTrainedTokenizerBase, config: Promp
             "input_ids": [row.input_ids for row in encoded],
             "segment_ids": [row.segment_ids for row in encoded],
             "length": [len(row.input_ids) for row in encoded],
-            "full_length": [row.full_length for row in encoded],
+            "full": [row.full for row in encoded],
+            "kept": [row.kept for row in encoded],
             "labels": np.array([batch[name] for name in OUTCOMES], dtype=np.float32).T,
             "weight": batch["weight"],
         }
 
+    sources = [inspect.getsource(module) for module in (prompt, template, truncation)]
+    fingerprint = Hasher.hash([battles._fingerprint, encoder.settings(), sources])
+    folder = cache_folder() / "tokens"
+    folder.mkdir(parents=True, exist_ok=True)
     return battles.with_format(None).map(
         rows,
         batched=True,
+        batch_size=BATTLES_A_BATCH,
+        num_proc=num_proc,
         remove_columns=battles.column_names,
         features=ROWS,
-        new_fingerprint=Hasher.hash([battles._fingerprint, encoder.settings(), inspect.getsource(prompt)]),
+        new_fingerprint=fingerprint,
+        cache_file_name=str(folder / f"{fingerprint}.arrow"),
         desc="tokenizing",
     )
 
 
-def share_cut(rows: Dataset) -> float:
-    """Return the share of battles that lost tokens to the budget."""
-    return float(np.mean(np.asarray(rows["length"][:]) < np.asarray(rows["full_length"][:])))
+def retention(rows: Dataset) -> dict[str, float]:
+    """Return what truncation left of tokenised battles, as `rewardmodel.truncation.retention` does."""
+    return truncation.retention(*(np.array(rows[name][:]) for name in ("full", "kept")))
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,28 @@
-"""A recipe in, a whole run out: train, predict the held-out fold, evaluate, predict the test file."""
+"""A recipe in, a whole run out: `run` trains, judges and predicts; `prepare` only reads and audits its battles."""
 
 import logging
 from pathlib import Path
 from typing import Any
 
+from rewardmodel.audit import audit
 from rewardmodel.config import Recipe
 from rewardmodel.errors import InputError
+from rewardmodel.files import atomic_path
 from rewardmodel.formats import read_battles
 from rewardmodel.inference import predict_with
-from rewardmodel.model import load_model
+from rewardmodel.model import load_model, load_tokenizer
+from rewardmodel.parts import load_battles
 from rewardmodel.predictions import check_sample, write_predictions, write_submission
+from rewardmodel.prompt import PromptEncoder
 from rewardmodel.report import evaluate
-from rewardmodel.runs import MODEL, PREDICTIONS, SUBMISSION, VALIDATION
+from rewardmodel.runs import CALIBRATION, MODEL, PREDICTIONS, SUBMISSION, VALIDATION, write_json
 from rewardmodel.trainer import train
+from rewardmodel.weights import resolve
 
 logger = logging.getLogger(__name__)
+
+BATTLES, AUDIT = "battles.parquet", "audit.json"
+"""What `prepare` writes."""
 
 
 def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> tuple[Path, dict[str, Any]]:
@@ -39,14 +47,42 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> tup
         if test is None:
             raise InputError("data.sample_submission: there is no data.test to submit; give it, or leave this out")
         check_sample(Path(data.sample_submission), test["id"])
-    folder, validation = train(recipe, resume=resume, overwrite=overwrite)
+    folder, parts = train(recipe, resume=resume, overwrite=overwrite)
 
     model, tokenizer = load_model(recipe.model, folder / MODEL)
-    held_out = predict_with(model, tokenizer, recipe, validation)
-    write_predictions(held_out, folder / VALIDATION)
+    for part, name in ((parts.validation, VALIDATION), (parts.calibration, CALIBRATION)):
+        if len(part):
+            write_predictions(predict_with(model, tokenizer, recipe, part), folder / name)
     metrics = evaluate(folder)
     if test is not None:
         predictions = predict_with(model, tokenizer, recipe, test)
         write_predictions(predictions, folder / PREDICTIONS)
         write_submission(predictions, folder / SUBMISSION)
     return folder, metrics
+
+
+def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Read, group and deal the recipe's battles, audit them, and write battles.parquet and audit.json.
+
+    Args:
+        recipe: its sections data, prompt and model (for the tokenizer) are read.
+        folder: where both files go.
+
+    Returns:
+        What `rewardmodel.audit.audit` found.
+
+    Raises:
+        InputError: what was given cannot be used; nothing was written then.
+    """
+    battles = load_battles(recipe.data)
+    try:
+        backbone = resolve(recipe.model.model_name_or_path, recipe.model.model_revision, weights=False)
+        encoder = PromptEncoder(load_tokenizer(backbone), recipe.prompt)
+    except InputError as error:  # a licence not accepted yet, or no network: the rest can be told all the same
+        logger.warning("no tokenizer, so nothing about tokens: %s", error)
+        encoder = None
+    facts = audit(battles, encoder, recipe.data.seed)
+    with atomic_path(folder / BATTLES) as partial:
+        battles.to_parquet(partial)
+    write_json(folder / AUDIT, facts)
+    return facts

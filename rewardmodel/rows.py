@@ -35,9 +35,10 @@ class Row:
     def share(self, column: str, mend: str = "give 1, 0 or a probability") -> float | None:
         """Return a number, or None where there is nothing."""
         value = self.values.get(column)
-        value = value.strip() if isinstance(value, str) else value
+        if _is_missing(value) or (isinstance(value, str) and not value.strip()):
+            return None
         try:
-            return None if _is_missing(value) or value == "" else float(value)
+            return float(value)  # type: ignore[arg-type]
         except (TypeError, ValueError, OverflowError):
             raise self.refuse(column, f"{shown(value)} is no number; {mend}") from None
 
@@ -63,7 +64,7 @@ class Row:
         Roles are user, assistant and system. `Human:`/`Assistant:` transcripts are taken apart.
         """
         value = self.values.get(column)
-        if isinstance(value, str) and not value.lstrip().startswith("[{"):
+        if isinstance(value, str) and not MESSAGES.match(value):
             said = TRANSCRIPT.split(value)
             if said[0] or len(said) == 1:
                 return [(speaker, self.valid(value))]
@@ -129,6 +130,9 @@ ROLES = {
     "system": "system",
 }  # fmt: skip
 """Who speaks in a message, by the names that data sets have for it."""
+
+MESSAGES = re.compile(r"\s*\[\s*\{")
+"""How a JSON list of messages begins."""
 
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
 

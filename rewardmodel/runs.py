@@ -5,6 +5,7 @@ environment.json     versions, hardware, backbone and data fingerprints
 checkpoint-N/        states to resume from, while training
 model/               the trained model: PEFT's own layout with the head, and the tokenizer
 validation.parquet   predictions of the held-out fold
+calibration.parquet  predictions of the battles kept to fit calibration on (data.calibration)
 predictions.parquet, submission.csv     predictions of data.test
 metrics.json         what `evaluate` found
 """
@@ -29,6 +30,7 @@ RECIPE = "recipe.yaml"
 ENVIRONMENT = "environment.json"
 MODEL = "model"
 VALIDATION = "validation.parquet"
+CALIBRATION = "calibration.parquet"
 PREDICTIONS = "predictions.parquet"
 SUBMISSION = "submission.csv"
 METRICS = "metrics.json"

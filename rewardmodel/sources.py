@@ -6,12 +6,14 @@ What a row means is for `formats`; here it is only a mapping of column names to 
 import csv
 import io
 import json
+import lzma
+import os
 import re
 import sys
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import resources
 from itertools import chain, islice
@@ -48,36 +50,54 @@ class Rows(NamedTuple):
     notes: Counter[str]
 
 
+class Asked(NamedTuple):
+    """What a reader is asked for: the file's name, its role, the columns that are wanted, what to close in the end."""
+
+    where: str
+    role: str
+    wanted: Collection[str]
+    opened: ExitStack
+
+
 @contextmanager
-def open_rows(source: Source | pd.DataFrame | Dataset, role: str = "train") -> Iterator[Rows]:
+def open_rows(source: Source | pd.DataFrame | Dataset, role: str, wanted: Collection[str]) -> Iterator[Rows]:
     """Yield the raw rows of a source; a file is open only inside the context.
 
     Args:
         source: where they are.
         role: `train` or `test`: which file of `sample` or of an archive, and which split on the hub.
+        wanted: columns that will be read; others need not be in the rows, where leaving them out is cheaper.
 
     Raises:
         InputError: nothing there, no reader for it, or a file that breaks off; raised while rows are read, too.
     """
     if isinstance(source, pd.DataFrame):
-        names = list(source.columns)
+        names = list(map(str, source.columns))
         tuples = source.itertuples(index=False, name=None)
         yield _rows((dict(zip(names, row, strict=True)) for row in tuples), "data frame", names)
     elif isinstance(source, Dataset):
-        yield _rows(source.with_format(None), "data set", source.column_names)
+        yield _of_dataset(source, "data set", wanted)
     elif source.path == "sample":
-        with ExitStack() as opened:
-            resource = resources.files("rewardmodel") / "sample" / SAMPLE[role]
-            path = opened.enter_context(resources.as_file(resource))
-            yield _read(opened.enter_context(path.open("rb")), str(path), role, opened)
-    elif Path(source.path).is_file():
-        with ExitStack() as opened:
-            yield _read(opened.enter_context(Path(source.path).open("rb")), source.path, role, opened)
+        with resources.as_file(resources.files("rewardmodel") / "sample" / SAMPLE[role]) as path:
+            yield from _of_file(path, role, wanted)
+    elif os.path.isfile(source.path):
+        yield from _of_file(Path(source.path), role, wanted)
     elif HUB_ID.fullmatch(source.path) and Path(source.path).suffix.lower() not in READERS:
-        battles = _from_hub(source, role)
-        yield _rows(battles.with_format(None), source.path, battles.column_names)
+        yield _of_dataset(_from_hub(source, role), source.path, wanted)
     else:
         raise InputError(f"{source.path}: no such file; give the path of a battles file, a hub id, or 'sample'")
+
+
+def _of_dataset(dataset: Dataset, where: str, wanted: Collection[str]) -> Rows:
+    names = dataset.column_names
+    return _rows(dataset.with_format(None).select_columns([name for name in names if name in wanted]), where, names)
+
+
+def _of_file(path: Path, role: str, wanted: Collection[str]) -> Iterator[Rows]:
+    with ExitStack() as opened:
+        with _failures(str(path), lambda: 0):
+            file = opened.enter_context(path.open("rb"))
+        yield _read(file, Asked(str(path), role, wanted, opened))
 
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -96,17 +116,20 @@ def _from_hub(source: Source, role: str) -> Dataset:
         ) from error
 
 
-def _read(file: IO[bytes], where: str, role: str, opened: ExitStack) -> Rows:
-    suffix = Path(where).suffix.lower()
+def _read(file: IO[bytes], asked: Asked) -> Rows:
+    suffix = Path(asked.where).suffix.lower()
     if suffix not in READERS:
-        raise InputError(f"{where}: no format has the ending '{suffix}'; known: {', '.join(READERS)}")
-    with _failures(where, lambda: 0):
-        return READERS[suffix](file, where, role, opened)
+        raise InputError(f"{asked.where}: no format has the ending '{suffix}'; known: {', '.join(READERS)}")
+    with _failures(asked.where, lambda: 0):
+        return READERS[suffix](file, asked)
 
 
-def _read_csv(file: IO[bytes], where: str, _: str, opened: ExitStack) -> Rows:
+def _read_csv(file: IO[bytes], asked: Asked) -> Rows:
+    where = asked.where
     csv.field_size_limit(sys.maxsize)
-    text = opened.enter_context(io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=""))
+    text = asked.opened.enter_context(
+        io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    )
     reader = csv.reader(text, strict=True)
     notes: Counter[str] = Counter()
 
@@ -139,8 +162,10 @@ def _read_csv(file: IO[bytes], where: str, _: str, opened: ExitStack) -> Rows:
     return _rows(rows(), where, header, notes)
 
 
-def _read_json_lines(file: IO[bytes], where: str, _: str, opened: ExitStack) -> Rows:
-    lines = opened.enter_context(io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="\n"))
+def _read_json_lines(file: IO[bytes], asked: Asked) -> Rows:
+    where = asked.where
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
+    lines = asked.opened.enter_context(text)
     notes: Counter[str] = Counter()
 
     def rows() -> Iterator[Any]:
@@ -164,11 +189,14 @@ NOT_UTF8 = re.compile("[\udc80-\udcff]")
 """What `surrogateescape` makes of bytes that are no UTF-8."""
 
 
-def _read_json(file: IO[bytes], where: str, *_: Any) -> Rows:
-    content = _parsed(file.read().decode("utf-8-sig"), where)
+def _read_json(file: IO[bytes], asked: Asked) -> Rows:
+    text = file.read().decode("utf-8-sig")
+    if text.lstrip().startswith("{"):
+        raise InputError(f"{asked.where}: not a JSON list of objects, one a battle; is it JSON Lines? Name it .jsonl")
+    content = _parsed(text, asked.where)
     if not isinstance(content, list):
-        raise InputError(f"{where}: not a JSON list; give a list of objects, one a battle, or name JSON Lines .jsonl")
-    return _rows(content, where, None)
+        raise InputError(f"{asked.where}: not a JSON list; give a list of objects, one a battle")
+    return _rows(content, asked.where, None)
 
 
 def _parsed(text: str, where: str) -> Any:
@@ -178,29 +206,32 @@ def _parsed(text: str, where: str) -> Any:
         raise InputError(f"{where}: not JSON ({' '.join(str(error).split())}); mend it there") from error
 
 
-def _read_parquet(file: IO[bytes], where: str, *_: Any) -> Rows:
+def _read_parquet(file: IO[bytes], asked: Asked) -> Rows:
     table = pq.ParquetFile(file)
     names = table.schema_arrow.names
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"{where}: column '{twice}' is there twice; keep one of them")
-    batches = table.iter_batches(batch_size=PARQUET_ROWS)
-    return _rows((row for batch in batches for row in batch.to_pylist()), where, names)
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise InputError(f"{asked.where}: column '{twice[0]}' is there twice; keep one of them")
+    batches = table.iter_batches(PARQUET_ROWS, columns=[name for name in names if name in asked.wanted])
+    return _rows((row for batch in batches for row in batch.to_pylist()), asked.where, names)
 
 
-def _read_zip(file: IO[bytes], where: str, role: str, opened: ExitStack) -> Rows:
-    archive = opened.enter_context(zipfile.ZipFile(file))
-    members = [name for name in archive.namelist() if Path(name).suffix.lower() in set(READERS) - {".zip"}]
-    wanted = members if len(members) == 1 else [name for name in members if Path(name).stem == role]
+def _read_zip(file: IO[bytes], asked: Asked) -> Rows:
+    archive = asked.opened.enter_context(zipfile.ZipFile(file))
+    endings = set(READERS) - {".zip"}
+    names = [Path(name) for name in archive.namelist()]
+    members = [name for name in names if name.suffix.lower() in endings and not name.name.startswith("._")]
+    wanted = members if len(members) == 1 else [name for name in members if name.stem == asked.role]
     if len(wanted) != 1:
         raise InputError(
-            f"{where}: which file in it? {', '.join(members[:8]) or 'none has a known ending'}; "
-            f"one must be alone or be named {role}, like {SAMPLE[role]}: unpack it and give the file"
+            f"{asked.where}: which file in it? {', '.join(map(str, members[:8])) or 'none has a known ending'}; either "
+            f"there is one, or one is called {asked.role}: unpack it and give the file"
         )
-    return _read(opened.enter_context(archive.open(wanted[0])), f"{where}/{wanted[0]}", role, opened)
+    member = asked.opened.enter_context(archive.open(wanted[0].as_posix()))
+    return _read(member, asked._replace(where=f"{asked.where}/{wanted[0]}"))
 
 
-READERS: dict[str, Callable[[IO[bytes], str, str, ExitStack], Rows]] = {
+READERS: dict[str, Callable[[IO[bytes], Asked], Rows]] = {
     ".csv": _read_csv,
     ".jsonl": _read_json_lines,
     ".ndjson": _read_json_lines,
@@ -208,7 +239,7 @@ READERS: dict[str, Callable[[IO[bytes], str, str, ExitStack], Rows]] = {
     ".parquet": _read_parquet,
     ".zip": _read_zip,
 }
-"""Readers by file ending: (open file, its name, role, what to close in the end) -> raw rows."""
+"""Readers by file ending: (open file, what is asked for) -> raw rows."""
 
 
 def _rows(rows: Iterable[Any], where: str, columns: list[str] | None, notes: Counter[str] | None = None) -> Rows:
@@ -232,7 +263,7 @@ def _numbered(rows: Iterable[Any], where: str) -> Iterator[tuple[int, dict[str, 
 
 UNREADABLE = (
     pa.ArrowException, OSError, ValueError, OverflowError,
-    zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError,
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError,
 )  # fmt: skip
 """What libraries raise on files that are broken or of a kind that they do not know."""
 

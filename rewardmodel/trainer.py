@@ -14,24 +14,23 @@ from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedTokeni
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import RewardConfig, RewardTrainer
 
-from rewardmodel.battles import AUGMENTATIONS, is_labelled
-from rewardmodel.config import EARLY_STOPPING, ObjectiveConfig, Recipe
+from rewardmodel.battles import AUGMENTATIONS
+from rewardmodel.config import ObjectiveConfig, Recipe
 from rewardmodel.errors import InputError, nearest
-from rewardmodel.folds import assign_folds, assign_groups, limit
-from rewardmodel.formats import read_battles
 from rewardmodel.metrics import accuracy, log_loss
 from rewardmodel.model import build_model, placement, save_model
 from rewardmodel.objective import OBJECTIVES, Objective
-from rewardmodel.pairs import MODEL_COLUMNS, MODEL_INPUTS, PadCollator, share_cut, tokenize
+from rewardmodel.pairs import MODEL_COLUMNS, MODEL_INPUTS, PadCollator, retention, tokenize
+from rewardmodel.parts import Parts, fingerprints, load_battles, split
 from rewardmodel.runs import (
     MODEL,
     check_run,
     check_same_inputs,
-    data_fingerprint,
     last_checkpoint,
     open_run,
     write_environment,
 )
+from rewardmodel.trainer_keys import EARLY_STOPPING
 from rewardmodel.weights import fingerprint, resolve
 
 logger = logging.getLogger(__name__)
@@ -200,33 +199,7 @@ def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device)
     return args
 
 
-def split(battles: Dataset, recipe: Recipe) -> tuple[Dataset, Dataset]:
-    """Return (training, validation) battles: grouped by prompt, the recipe's fold held out.
-
-    Raises:
-        InputError: unlabelled battles, too few prompts, or a fold that is not there.
-    """
-    data = recipe.data
-    if not is_labelled(battles):
-        raise InputError(
-            f"data.train: {_source(battles)} has no outcomes (winner_model_a, winner_model_b, winner_tie); "
-            "training needs labelled battles, give it as data.test to predict it"
-        )
-    if not 0 <= data.fold < data.folds:
-        raise InputError(f"data.fold: {data.fold}, but data.folds makes folds 0 to {data.folds - 1}")
-    if data.limit is not None and data.limit < 1:
-        raise InputError(f"data.limit: {data.limit}; give a positive number of battles, or leave it out")
-    battles = assign_groups(battles)
-    if data.limit is not None:
-        battles = limit(battles, data.limit, data.seed)
-    battles = assign_folds(battles, data.folds, data.seed)
-    fold = np.asarray(battles["fold"][:])
-    return battles.select(np.flatnonzero(fold != data.fold)), battles.select(np.flatnonzero(fold == data.fold))
-
-
-def train(
-    recipe: Recipe, battles: Any = None, *, resume: bool = False, overwrite: bool = False
-) -> tuple[Path, Dataset]:
+def train(recipe: Recipe, battles: Any = None, *, resume: bool = False, overwrite: bool = False) -> tuple[Path, Parts]:
     """Train a model on labelled battles and save it as a run.
 
     Args:
@@ -236,7 +209,7 @@ def train(
         overwrite: replace the run that is there.
 
     Returns:
-        The run folder and its validation battles.
+        The run folder and its battles, by part.
 
     Raises:
         InputError: what was given cannot be used; nothing was written then.
@@ -244,23 +217,28 @@ def train(
     recipe = recipe if battles is None else _with_source(recipe, battles)
     objective = find_objective(recipe.objective)
     check_run(recipe, resume, overwrite)
-    training, validation = split(read_battles(recipe.data.train if battles is None else battles), recipe)
-    data = {"training": data_fingerprint(training), "validation": data_fingerprint(validation)}
+    parts = split(load_battles(recipe.data, battles), recipe.data.fold)
+    data = fingerprints(parts)
     if resume and (recipe.run_folder / MODEL).is_dir():
         check_same_inputs(recipe.run_folder, {"data": data})
         open_run(recipe, resume, overwrite)
         logger.info("%s: already trained", recipe.run_folder)
-        return recipe.run_folder, validation
+        return recipe.run_folder, parts
 
     backbone = resolve(recipe.model.model_name_or_path, recipe.model.model_revision)
     device, dtype = placement(recipe.model, backbone)
     args = training_arguments(recipe, dtype, device)
     model, tokenizer = build_model(recipe.model, objective.head_width, args.seed)
-    augmented = AUGMENTATIONS[recipe.data.swap_augmentation](training, recipe.data.seed)
-    rows, validation_rows = (tokenize(part, tokenizer, recipe.prompt) for part in (augmented, validation))
+    rows, validation_rows = (
+        tokenize(part, tokenizer, recipe.prompt, args.dataset_num_proc)
+        for part in (AUGMENTATIONS[recipe.data.swap_augmentation](parts.training, recipe.data.seed), parts.validation)
+    )
+    kept = retention(rows)
     logger.info(
-        "%d battles to train on (%d rows), %d for validation; %.1f %% lose text to max_length %d",
-        len(training), len(rows), len(validation), 100 * share_cut(rows), recipe.prompt.max_length,
+        "%d battles to train on (%d rows), %d for validation; max_length %d cuts %.1f %% of battles and keeps %.1f %% "
+        "of the responses' tokens",
+        len(parts.training), len(rows), len(parts.validation), recipe.prompt.max_length,
+        100 * kept["battles_cut"], 100 * kept["responses_kept"],
     )  # fmt: skip
 
     facts = {
@@ -280,7 +258,7 @@ def train(
     if trainer.is_world_process_zero():
         save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, recipe.model, run / MODEL)
     trainer.accelerator.wait_for_everyone()
-    return run, validation
+    return run, parts
 
 
 def _with_source(recipe: Recipe, battles: Any) -> Recipe:
@@ -291,7 +269,3 @@ def _with_source(recipe: Recipe, battles: Any) -> Recipe:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-
-
-def _source(battles: Dataset) -> str:
-    return battles["source"][0]

@@ -55,12 +55,13 @@ PACKAGED = {
 """Packaged backbones by name."""
 
 
-def resolve(name: str, revision: str = "main") -> Path:
+def resolve(name: str, revision: str = "main", weights: bool = True) -> Path:
     """Return the local folder of a backbone, fetching or converting it when needed.
 
     Args:
         name: local folder, `.gguf` file, packaged name, or hub id.
         revision: of a hub id.
+        weights: whether the weights are needed; without them a hub id's configuration and tokenizer are fetched.
 
     Raises:
         InputError: nothing of that name, or a hub that cannot be reached.
@@ -79,7 +80,7 @@ def resolve(name: str, revision: str = "main") -> Path:
             f"model.model_name_or_path: no backbone '{name}'{nearest(name, PACKAGED) or ';'} give a hub id "
             f"(owner/name), a local folder, a .gguf file, or one of: {', '.join(PACKAGED)}"
         )
-    return _from_hub(name, revision)
+    return _from_hub(name, revision, weights)
 
 
 def fingerprint(folder: Path) -> str:
@@ -110,7 +111,7 @@ def _packaged_gguf(name: str) -> Path:
 
 
 @cache  # one answer a process: a branch may move while a run trains
-def _from_hub(name: str, revision: str) -> Path:
+def _from_hub(name: str, revision: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -128,14 +129,15 @@ def _from_hub(name: str, revision: str) -> Path:
         HFValidationError: "no hub id is spelt so; give owner/name, or the path of a folder that is there",
         Exception: "the hub cannot be reached; connect, or give a local folder",
     }
+    unwanted = [*HUB_COPIES, *([] if weights else ["*.safetensors"])]
     try:
         folder = Path(
-            snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_COPIES))
+            snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=unwanted)
         )
     except Exception as error:
         mend = next(text for kind, text in mends.items() if isinstance(error, kind))
         raise InputError(f"model.model_name_or_path: hub id '{name}': {mend}") from error
-    if not any(folder.glob("*.safetensors")):
+    if weights and not any(folder.glob("*.safetensors")):
         raise InputError(f"model.model_name_or_path: hub id '{name}' has no safetensors; give a repository that has")
     return folder
 

@@ -152,3 +152,14 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("REWARDMODEL_REAL_DATA is not set: no real battles to test on")
     return Path(folder)
+
+
+def from_columns(columns, source: str):
+    """Return battles in memory of columns by name, the others at their defaults."""
+    from datasets import Dataset
+
+    from rewardmodel.battles import DEFAULTS, FEATURES
+
+    count = len(columns["id"])
+    defaults = {name: [value] * count for name, value in {**DEFAULTS, "source": source}.items()}
+    return Dataset.from_dict({name: columns.get(name, defaults.get(name)) for name in FEATURES}, features=FEATURES)

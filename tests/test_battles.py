@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from conftest import from_columns
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,9 +9,10 @@ from rewardmodel.battles import (
     AUGMENTATIONS,
     FEATURES,
     OUTCOMES,
-    from_columns,
+    from_rows,
     is_labelled,
     outcomes,
+    store,
     swap,
     swap_both,
     swap_randomly,
@@ -18,6 +20,7 @@ from rewardmodel.battles import (
     weights,
 )
 from rewardmodel.errors import InputError
+from rewardmodel.formats import read_battles
 
 
 def battles_of(count=3, **columns):
@@ -41,7 +44,7 @@ outcome = st.tuples(*[st.integers(0, 9)] * 3).filter(any).map(lambda shares: np.
 rows = st.lists(st.tuples(turns, turns, turns, texts, texts, outcome), min_size=1, max_size=5)
 
 
-def from_rows(drawn):
+def battles_drawn(drawn):
     names = ("prompt", "response_a", "response_b", "model_a", "model_b")
     columns = {name: [row[place] for row in drawn] for place, name in enumerate(names)}
     columns |= dict(zip(OUTCOMES, np.stack([row[5] for row in drawn]).T.tolist(), strict=True))
@@ -51,14 +54,14 @@ def from_rows(drawn):
 @settings(deadline=None, max_examples=30)
 @given(rows)
 def test_swap_twice_is_identity(drawn):
-    battles = from_rows(drawn)
+    battles = battles_drawn(drawn)
     assert swap(swap(battles)).to_dict() == battles.to_dict()
 
 
 @settings(deadline=None, max_examples=30)
 @given(rows)
 def test_swap_exchanges_responses_models_and_outcomes_only(drawn):
-    battles = from_rows(drawn)
+    battles = battles_drawn(drawn)
     before, after = battles.to_dict(), swap(battles).to_dict()
     exchanged = ["response", "model", "winner_model"]
     for stem in exchanged:
@@ -163,13 +166,16 @@ def test_is_labelled_tells_battles_with_outcomes_from_those_without():
     assert not is_labelled(battles_of().select([]))
 
 
-def test_from_columns_fills_what_is_absent():
-    columns = {"id": ["1"], "prompt": [["p"]], "response_a": [["a"]], "response_b": [["b"]]}
-    assert from_columns(columns, "file").to_list() == [
+ROW = {"id": "1", "prompt": ["p"], "response_a": ["a"], "response_b": ["b"]}
+"""The least that a battle has."""
+
+
+def test_from_rows_fills_what_is_absent():
+    assert from_rows([ROW]).to_pylist() == [
         {
-            **{name: value[0] for name, value in columns.items()},
+            **ROW,
             **{"model_a": "", "model_b": "", **dict.fromkeys(OUTCOMES)},
-            **{"weight": 1.0, "source": "file", "group": -1, "fold": -1},
+            **{"weight": 1.0, "source": "", "group": -1, "fold": -1},
         }
     ]
 
@@ -255,3 +261,104 @@ def test_validate_refuses_an_empty_table():
 def test_validate_refuses_cells_that_later_stages_cannot_read(columns):
     with pytest.raises(InputError):
         validate(battles_of(**columns), "data set")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Return the folder of stored battles, not there yet."""
+    monkeypatch.setenv("REWARDMODEL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "battles"
+
+
+def files_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def numbered(count):
+    return [{**ROW, "id": str(number)} for number in range(count)]
+
+
+def test_stored_battles_are_the_tables_one_after_the_other(cache):
+    battles = store([from_rows(numbered(5)[:2]), from_rows(numbered(5)[2:])], "file")
+    assert battles.to_list() == from_rows(numbered(5)).to_pylist()
+    assert battles.features == FEATURES
+
+
+def test_stored_battles_are_one_file_named_by_the_fingerprint(cache):
+    battles = store([from_rows(numbered(2))], "file")
+    assert [entry["filename"] for entry in battles.cache_files] == [str(cache / f"{battles._fingerprint}.arrow")]
+    assert files_in(cache) == [f"{battles._fingerprint}.arrow"]
+
+
+def test_same_battles_are_stored_once_and_have_one_fingerprint(cache):
+    once, again = (store([from_rows(numbered(3))], "file") for _ in range(2))
+    assert once._fingerprint == again._fingerprint
+    assert len(files_in(cache)) == 1
+
+
+def test_other_battles_have_another_file_and_fingerprint(cache):
+    some, more = (store([from_rows(numbered(count))], "file") for count in (2, 3))
+    assert some._fingerprint != more._fingerprint
+    assert len(files_in(cache)) == 2
+
+
+def test_same_battles_out_of_csv_and_parquet_are_stored_once(cache, tmp_path, frame):
+    frame.to_csv(tmp_path / "train.csv", index=False)
+    frame.to_parquet(tmp_path / "train.parquet")
+    csv, parquet = (read_battles(tmp_path / f"train.{ending}") for ending in ("csv", "parquet"))
+    assert csv._fingerprint == parquet._fingerprint
+    assert len(files_in(cache)) == 1
+
+
+def test_battles_stay_readable_when_the_same_are_stored_again(cache):
+    first = store([from_rows(numbered(2))], "file")
+    store([from_rows(numbered(2))], "file")
+    assert first["id"][:] == ["0", "1"]
+
+
+def test_nothing_stays_of_battles_that_are_refused(cache):
+    with pytest.raises(InputError, match=r"^file: row 2, column 'id'"):
+        store([from_rows([ROW, ROW])], "file")
+    assert files_in(cache) == []
+
+
+def test_nothing_stays_where_a_row_is_refused_on_the_way(cache):
+    def tables():
+        yield from_rows(numbered(2))
+        raise InputError("file: row 3: bad")
+
+    with pytest.raises(InputError, match=r"^file: row 3: bad$"):
+        store(tables(), "file")
+    assert files_in(cache) == []
+
+
+def test_nothing_stays_of_a_file_with_a_bad_row(cache, tmp_path, frame):
+    frame.loc[30, "response_a"] = "[5]"
+    frame.to_csv(tmp_path / "train.csv", index=False)
+    with pytest.raises(InputError, match="row 31, column 'response_a'"):
+        read_battles(tmp_path / "train.csv")
+    assert files_in(cache) == []
+
+
+def test_storing_no_battles_is_refused_and_leaves_nothing(cache):
+    with pytest.raises(InputError, match=r"^file: no battles"):
+        store([from_rows([])], "file")
+    assert files_in(cache) == []
+
+
+def test_cache_folder_that_cannot_be_written_is_refused_in_one_line(cache, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("rewardmodel.battles.ArrowWriter", refuse)
+    with pytest.raises(InputError) as caught:
+        store([from_rows(numbered(1))], "file")
+    reason = "cannot be written ([Errno 13] Permission denied); set REWARDMODEL_CACHE to a folder with room"
+    assert str(caught.value) == f"{cache}: {reason}"
+
+
+def test_cache_folder_that_is_a_file_is_refused_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("REWARDMODEL_CACHE", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="cannot be written"):
+        store([from_rows(numbered(1))], "file")

@@ -11,7 +11,9 @@ from rewardmodel.config import (
     SECTIONS,
     TRAINER_DEFAULTS,
     TRAINER_REFUSED,
+    DataConfig,
     Recipe,
+    Source,
     dump_recipe,
     load_recipe,
     recipe_parser,
@@ -20,7 +22,8 @@ from rewardmodel.errors import InputError
 from rewardmodel.model import build_model
 from rewardmodel.objective import OBJECTIVES
 from rewardmodel.pairs import tokenize
-from rewardmodel.trainer import split, training_arguments
+from rewardmodel.parts import load_battles
+from rewardmodel.trainer import training_arguments
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -69,18 +72,11 @@ def test_every_recipe_is_read_and_builds_a_tiny_model_of_its_family(path, tmp_pa
         recipe.model, model_name_or_path=str(folder), lora_first_layer=first_layer, device="cpu", dtype="float32"
     )
     built, tokenizer = build_model(model, OBJECTIVES[recipe.objective.name].head_width, seed=0)
-    rows = tokenize(sample_battles(recipe), tokenizer, recipe.prompt)
+    rows = tokenize(load_battles(DataConfig()).select(range(4)), tokenizer, recipe.prompt)
     assert len(rows) == 4
     assert any(weight.requires_grad for weight in built.parameters())
     args = training_arguments(recipe, torch.float32, torch.device("cpu"))
     assert args.learning_rate == recipe.trainer["learning_rate"]
-
-
-def sample_battles(recipe: Recipe):
-    from rewardmodel.formats import read_battles
-
-    training, _ = split(read_battles("sample"), recipe)
-    return training.select(range(4))
 
 
 def test_a_dumped_recipe_reads_back_equal(tmp_path, write):
@@ -155,3 +151,49 @@ def test_every_field_is_documented_under_itself_and_read_by_something():
 
 def class_names() -> set[str]:
     return {section.__name__ for section in SECTIONS.values()}
+
+
+def test_sources_of_a_recipe_are_read_and_dumped_and_read_back(tmp_path, write):
+    path = write(
+        "data:\n  train:\n  - a.csv\n  - {path: b.parquet, weight: 0.5, columns: {prompt: question, id: null}}\n"
+    )
+    recipe = load_recipe(path)
+    assert recipe.data.train == ["a.csv", Source("b.parquet", weight=0.5, columns={"prompt": "question", "id": None})]
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_recipe(recipe))
+    assert load_recipe(again).data == recipe.data
+
+
+def test_a_path_on_the_command_line_takes_the_place_of_sources(write):
+    path = write("data:\n  train: [{path: a.csv}]\n")
+    assert load_recipe(path, ["--data.train", "b.csv"]).data.train == "b.csv"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "data:\n  train: [a.csv, {path: b.csv, wieght: 2}]\n",
+            r"unknown key 'data.train\[1\].wieght'; did you mean 'weight'",
+        ),
+        ("data:\n  test: {paht: b.csv}\n", "unknown key 'data.test.paht'; did you mean 'path'"),
+    ],
+)
+def test_an_unknown_key_of_a_source_names_the_nearest(write, text, message):
+    with pytest.raises(InputError, match=message):
+        load_recipe(write(text))
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_template_file_becomes_part_of_the_recipe(tmp_path, write, monkeypatch, beside):
+    path = write("prompt: {template: mine.jinja}\n")
+    folder = path.parent if beside else tmp_path / "here"
+    folder.mkdir(exist_ok=True)
+    (folder / "mine.jinja").write_text("{{ rounds[0].prompt }}\n")
+    monkeypatch.chdir(tmp_path if beside else folder)
+    assert load_recipe(path).prompt.template == "{{ rounds[0].prompt }}\n"
+
+
+def test_a_template_file_that_is_not_there_is_refused(write):
+    with pytest.raises(InputError, match=r"nowhere\.jinja: no such file"):
+        load_recipe(write("prompt: {template: nowhere.jinja}\n"))

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
+from conftest import from_columns
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rewardmodel.battles import FEATURES, OUTCOMES, from_columns, outcomes, swap
+from rewardmodel.battles import FEATURES, OUTCOMES, outcomes, swap
 from rewardmodel.errors import InputError
 from rewardmodel.folds import TRIVIAL_RESPONSES, assign_folds, assign_groups, limit
 
@@ -191,7 +192,7 @@ def test_unlabelled_battles_are_split_too():
 @pytest.mark.parametrize("folds", [3, 5])
 def test_fewer_groups_than_folds_are_refused_with_both_numbers(folds):
     battles = assign_groups(battles_of(["one", "two"] * 10))
-    with pytest.raises(InputError, match=rf"^data.folds: {folds} folds need {folds} different prompts, .* are 2; "):
+    with pytest.raises(InputError, match=rf"^data.folds: {folds} parts need as many .* are 2; "):
         assign_folds(battles, folds)
 
 

@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewardmodel import formats
-from rewardmodel.battles import FEATURES, OUTCOMES, is_labelled, outcomes, weights
+from rewardmodel import formats, sources
+from rewardmodel.battles import FEATURES, OUTCOMES, TEXTS, is_labelled, outcomes, swap, weights
+from rewardmodel.config import Source
 from rewardmodel.errors import InputError
-from rewardmodel.formats import read_battles
+from rewardmodel.folds import TRAIN_ONLY
+from rewardmodel.formats import FORMATS, read_battles
 
 HEADER = "id,prompt,response_a,response_b"
 LABELLED = f"{HEADER},winner_model_a,winner_model_b,winner_tie"
@@ -243,7 +245,7 @@ def test_data_set_with_only_the_columns_of_the_competition_is_read(tmp_path):
 BAD_FILES = {
     "missing column": (
         "id,prompt,response_a\n1,x,y\n",
-        ["column 'response_b' is missing", "columns needed: id"],
+        ["column 'response_b' is missing", "competition: prompt, response_a, response_b; "],
     ),
     "misspelt column": (
         f"{HEADER.replace('prompt', 'promt')}\n{ROW}\n",
@@ -266,7 +268,7 @@ BAD_FILES = {
     ),
     "JSON text": (f'{HEADER}\n1,"[""p""]","""a""",[]\n', ["row 1, column 'response_a'", "is not a list"]),
     "JSON object": (f'{HEADER}\n1,"{{""p"": 1}}",[],[]\n', ["row 1, column 'prompt'", "is not a list"]),
-    "JSON number": (f'{HEADER}\n1,"[""p""]",[],5\n', ["row 1, column 'response_b'", "'5' is not a list"]),
+    "JSON number": (f'{HEADER}\n1,"[""p""]",[],5\n', ["row 1, column 'response_b'", ": 5 is not a list"]),
     "number in the list": (
         f"{HEADER}\n{ROW}\n2,[7],[],[]\n",
         ["row 2, column 'prompt'", "the turn 7 is not text"],
@@ -314,7 +316,7 @@ BAD_FILES = {
     "line after a long field": (f'{HEADER}\n1,"[""p\n\n""]",[],[]\n2\n', ["row 2 (line 5)", "1 fields"]),
     "open quote": (f"{HEADER}\n{ROW[:-1]}\n", ["line 2", "check the quotes"]),
     "text after a quote": (f'{HEADER}\n{ROW}\n"2"x,[],[],[]\n', ["line 3", "check the quotes"]),
-    "latin-1": (f"{HEADER}\n1,für,,\n".encode("latin-1"), [f"byte {len(HEADER) + 4} is not UTF-8"]),
+    "latin-1": (f"{HEADER}\n1,für,,\n".encode("latin-1"), ["row 1, column 'prompt': byte 0xfc is not UTF-8; save"]),
     "partly labelled": (
         f"{LABELLED}\n{ROW},1,0,0\n{ROW.replace('1,', '2,', 1)},,,\n",
         ["row 2, column 'winner_model_a': no number; label every battle of a file, or none"],
@@ -390,7 +392,7 @@ def test_ending_may_be_in_any_case(tmp_path, name):
 
 def test_unknown_ending_is_refused_and_the_known_named(tmp_path):
     path = write(tmp_path, f"{HEADER}\n{ROW}\n", "battles.xlsx")
-    assert message_of(path) == f"{path}: no format has the ending '.xlsx'; known: {', '.join(formats.READERS)}"
+    assert message_of(path) == f"{path}: no format has the ending '.xlsx'; known: {', '.join(sources.READERS)}"
 
 
 @pytest.mark.parametrize("name", ["absent.csv", "."])
@@ -412,10 +414,10 @@ def test_long_values_are_cut_in_messages(tmp_path):
     assert len(message_of(path)) < 200 + len(str(path))
 
 
-def test_broken_byte_far_into_a_file_is_counted_from_its_start(tmp_path):
+def test_broken_byte_far_into_a_file_is_named_by_its_row_and_column(tmp_path):
     good = "".join(f'{number},"[""p""]",[],[]\n' for number in range(2000)).encode()
     content = HEADER.encode() + b"\n" + good + b"x,\xff,,\n"
-    assert f"byte {content.index(0xFF)} is not UTF-8" in message_of(write(tmp_path, content))
+    assert "row 2001, column 'prompt': byte 0xff is not UTF-8" in message_of(write(tmp_path, content))
 
 
 def test_message_about_an_id_with_a_newline_is_one_line():
@@ -438,6 +440,490 @@ def test_missing_model_of_a_data_frame_is_empty_and_missing_id_is_refused(absent
     frame = pd.DataFrame([{**GOOD, "model_a": "m"}, {**GOOD, "id": "2", "model_a": absent}])
     assert read_battles(frame)["model_a"][:] == ["m", ""]
     assert "row 2, column 'id': empty" in message_of(frame.assign(id=["1", absent]))
+
+
+def texts_of(battle):
+    return [battle[name] for name in TEXTS]
+
+
+def outcome_of(battle):
+    return [battle[name] for name in OUTCOMES]
+
+
+def test_battles_without_ids_are_numbered_from_1():
+    frame = pd.DataFrame([GOOD, GOOD]).drop(columns="id")
+    assert read_battles(frame)["id"][:] == ["1", "2"]
+
+
+def test_file_of_plain_strings_has_one_turn_each(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    path = write(tmp_path, csv_text([{"id": 1, "prompt": "Hi\nyou", "response_a": "[a", "response_b": ""}]))
+    assert texts_of(read_battles(path)[0]) == [["Hi\nyou"], ["[a"], [""]]
+    assert f"{path}: texts are plain strings, one turn each (no JSON lists)" in caplog.messages
+
+
+def test_one_json_list_makes_the_texts_of_a_file_json(tmp_path):
+    rows = [{"id": 1, **dict.fromkeys(TEXTS, "plain")}, {**GOOD, "id": 2}]
+    assert "row 1, column 'prompt': 'plain' is not a JSON list" in message_of(write(tmp_path, csv_text(rows)))
+
+
+VOTES = {
+    **{"model_a": [1, 0, 0], "model_b": [0, 1, 0], "tie": [0, 0, 1]},
+    **{"tie (bothbad)": [0, 0, 1], "both_bad": [0, 0, 1], "bothbad": [0, 0, 1], "both bad": [0, 0, 1]},
+    **{"A": [1, 0, 0], "b": [0, 1, 0], " Model_A ": [1, 0, 0], "": [None] * 3},
+}
+
+
+@pytest.mark.parametrize(("winner", "outcome"), VOTES.items(), ids=VOTES)
+def test_winner_names_the_outcome(winner, outcome):
+    assert outcome_of(read_battles(pd.DataFrame([{**GOOD, "winner": winner}]))[0]) == outcome
+
+
+@pytest.mark.parametrize("winner", ["gpt-4", "0", "nan", "tie (bothgood)"])
+def test_unknown_winner_is_refused_and_the_known_named(winner):
+    message = message_of(pd.DataFrame([{**GOOD, "winner": winner}]))
+    assert message.startswith(f"data frame: row 1, column 'winner': '{winner}' names no outcome; known: model_a, a, ")
+
+
+@pytest.mark.parametrize(("column", "value"), [("winner", "model_a"), ("p_b", 0.5)])
+def test_partly_labelled_file_names_the_column_that_it_has(column, value):
+    frame = pd.DataFrame([{**GOOD, column: value}, {**GOOD, "id": "2", column: None}])
+    assert f"row 2, column '{column}'" in message_of(frame)
+
+
+@pytest.mark.parametrize(
+    ("p", "outcome"), [(0, [1, 0, 0]), ("0.25", [0.75, 0.25, 0]), (1.0, [0, 1, 0]), (None, [None] * 3)]
+)
+def test_p_b_is_the_probability_that_b_is_better(p, outcome):
+    assert outcome_of(read_battles(pd.DataFrame([{**GOOD, "p_b": p}]))[0]) == outcome
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.1, "nan", "inf"])
+def test_p_b_that_is_no_probability_is_refused(p):
+    assert "row 1, column 'p_b': " in message_of(pd.DataFrame([{**GOOD, "p_b": p}]))
+
+
+def test_judge_goes_before_votes():
+    rows = [{**GOOD, "p_b": 0.25, "winner": "tie", **dict(zip(OUTCOMES, [1, 0, 0], strict=True))}]
+    assert outcome_of(read_battles(pd.DataFrame(rows))[0]) == [0.75, 0.25, 0]
+
+
+def test_probabilities_go_before_the_name_of_the_winner():
+    rows = [{**GOOD, "winner": "model_b", **dict(zip(OUTCOMES, [0.5, 0.25, 0.25], strict=True))}]
+    assert outcome_of(read_battles(pd.DataFrame(rows))[0]) == [0.5, 0.25, 0.25]
+
+
+def said(*texts, first="user"):
+    roles = ["user", "assistant"] if first == "user" else ["assistant", "user"]
+    return [{"role": roles[place % 2], "content": text} for place, text in enumerate(texts)]
+
+
+def parts(*messages):
+    """Return messages as the arena-140k set has them."""
+    return [{**one, "content": [{"type": "text", "text": one["content"], "image": None}]} for one in messages]
+
+
+def test_arena_33k_is_read():
+    """Columns of lmsys/chatbot_arena_conversations."""
+    row = {
+        **{"question_id": "58210e39b3fd4441a2bd4a518bb44c2d", "model_a": "chatglm-6b", "model_b": "koala-13b"},
+        **{"winner": "model_b", "judge": "arena_user_973", "turn": 1, "anony": True, "language": "English"},
+        **{"conversation_a": said("What?", "This."), "conversation_b": said("What?", "That.")},
+        **{"tstamp": 1682351591.1322, "toxic_chat_tag": {"roberta-large": {"flagged": False}}},
+    }
+    [battle] = read_battles(pd.DataFrame([row]))
+    assert (battle["id"], battle["model_a"], battle["model_b"]) == (row["question_id"], "chatglm-6b", "koala-13b")
+    assert texts_of(battle) == [["What?"], ["This."], ["That."]]
+    assert outcome_of(battle) == [0, 1, 0]
+
+
+def test_arena_55k_is_read():
+    """Columns of lmarena-ai/arena-human-preference-55k: those of the competition."""
+    row = {**GOOD, "model_a": "x", "model_b": "y", **dict(zip(OUTCOMES, [0, 0, 1], strict=True))}
+    assert outcome_of(read_battles(pd.DataFrame([row]))[0]) == [0, 0, 1]
+
+
+def test_arena_100k_is_read():
+    """Columns of lmarena-ai/arena-human-preference-100k."""
+    row = {
+        **{"question_id": "c4b9", "model_a": "m1", "model_b": "m2", "winner": "tie (bothbad)", "is_code": False},
+        **{"conversation_a": said("q1", "a1", "q2", "a2"), "conversation_b": said("q1", "b1", "q2", "b2")},
+    }
+    [battle] = read_battles(pd.DataFrame([row]))
+    assert texts_of(battle) == [["q1", "q2"], ["a1", "a2"], ["b1", "b2"]]
+    assert (battle["id"], outcome_of(battle)) == ("c4b9", [0, 0, 1])
+
+
+def test_arena_140k_is_read(tmp_path):
+    """Columns of lmarena-ai/arena-human-preference-140k, contents in parts, out of Parquet."""
+    row = {
+        **{"id": "aa-01", "model_a": "m1", "model_b": "m2", "winner": "both_bad", "evaluation_order": 1},
+        **{"conversation_a": parts(*said("q", "a")), "conversation_b": parts(*said("q", "b"))},
+        **{"conv_metadata": {"turns": 1}, "language": "pl"},
+    }
+    pd.DataFrame([row]).to_parquet(tmp_path / "arena.parquet")
+    [battle] = read_battles(tmp_path / "arena.parquet")
+    assert texts_of(battle) == [["q"], ["a"], ["b"]]
+    assert (battle["id"], outcome_of(battle)) == ("aa-01", [0, 0, 1])
+
+
+def test_images_of_an_arena_conversation_are_left_out_and_counted(caplog):
+    question = {
+        "role": "user",
+        "content": [{"type": "image", "image": "x.png"}, {"type": "text", "text": "What is it?"}],
+    }
+    rows = [{name: [question, *said(name, first="assistant")] for name in FORMATS["conversations"].needs}]
+    assert read_battles(pd.DataFrame(rows))["prompt"][0] == ["What is it?"]
+    assert [text for *_, text in warnings_of(caplog)] == [
+        "data frame: 2 message parts without text (null, images), left out"
+    ]
+
+
+S = {"role": "system", "content": "S"}
+EMPTY = {"role": "assistant", "content": ""}
+CONVERSATIONS = {
+    "system message": ([S, *said("q", "a")], ["S\n\nq"], ["a"]),
+    "system message before the second turn": ([*said("q", "a"), S, *said("r", "b")], ["q", "S\n\nr"], ["a", "b"]),
+    "two user messages": ([*said("q"), *said("r", "a")], ["q\n\nr"], ["a"]),
+    "two assistant messages": ([*said("q", "a"), *said("b", first="assistant")], ["q"], ["a\n\nb"]),
+    "assistant first": (said("hello", "q", "a", first="assistant"), ["", "q"], ["hello", "a"]),
+    "no last answer": (said("q", "a", "r"), ["q", "r"], ["a", ""]),
+    "empty answer": ([*said("q"), EMPTY, *said("r", "b")], ["q", "r"], ["", "b"]),
+}
+
+
+@pytest.mark.parametrize(("conversation", "prompt", "response"), CONVERSATIONS.values(), ids=CONVERSATIONS)
+def test_conversation_becomes_rounds(conversation, prompt, response):
+    frame = pd.DataFrame([{"conversation_a": conversation, "conversation_b": conversation}])
+    assert texts_of(read_battles(frame)[0]) == [prompt, response, response]
+
+
+@pytest.mark.parametrize(
+    ("conversation", "prompt"),
+    [
+        ([S, *said("hello", "q", "a", first="assistant")], ["S", "q"]),
+        ([*said("q"), S, *said("a", first="assistant")], ["q\n\nS"]),
+    ],
+    ids=["assistant first", "between question and answer"],
+)
+def test_system_message_is_said_once(conversation, prompt):
+    frame = pd.DataFrame([{"conversation_a": conversation, "conversation_b": conversation}])
+    assert read_battles(frame)["prompt"][0] == prompt
+
+
+@pytest.mark.parametrize(
+    "other",
+    [said("Q", "a"), said("q", "a", "r", "a"), [S, *said("q", "a")], []],
+    ids=["text", "more", "system", "none"],
+)
+def test_conversations_of_differing_user_turns_are_refused(other):
+    message = message_of(pd.DataFrame([{"conversation_a": said("q", "a"), "conversation_b": other}]))
+    assert message.startswith("data frame: row 1, column 'conversation_b': its user turns are others")
+
+
+def test_conversations_are_read_out_of_csv(tmp_path):
+    row = {"conversation_a": json.dumps(said("q", "a")), "conversation_b": json.dumps(said("q", "b"))}
+    assert texts_of(read_battles(write(tmp_path, csv_text([row])))[0]) == [["q"], ["a"], ["b"]]
+
+
+HUMAN = "\n\nHuman: "
+ASSISTANT = "\n\nAssistant: "
+PREFERENCES = {
+    "texts": ({"prompt": "q", "chosen": "good", "rejected": "bad"}, ["q"], ["good"], ["bad"]),
+    "messages": (
+        {
+            **{"prompt": said("q"), "chosen": said("good", first="assistant")},
+            **{"rejected": said("bad", first="assistant")},
+        },
+        *(["q"], ["good"], ["bad"]),
+    ),
+    "rounds before": (
+        {
+            **{"prompt": said("q", "a", "r"), "chosen": said("good", first="assistant")},
+            **{"rejected": said("bad", first="assistant")},
+        },
+        *(["q", "r"], ["a", "good"], ["a", "bad"]),
+    ),
+    "implicit prompt": (
+        {"chosen": said("q", "a", "r", "good"), "rejected": said("q", "a", "r", "bad")},
+        *(["q", "r"], ["a", "good"], ["a", "bad"]),
+    ),
+    "UltraFeedback": (
+        {"prompt": "q", "chosen": said("q", "good"), "rejected": said("q", "bad"), "score_chosen": 8.5},
+        *(["q"], ["good"], ["bad"]),
+    ),
+    "a prompt with other white space": (
+        {"prompt": "q\n", "chosen": said("q", "good"), "rejected": said("q", "bad")},
+        *(["q"], ["good"], ["bad"]),
+    ),
+    "hh-rlhf": (
+        {
+            "chosen": f"{HUMAN}q{ASSISTANT}a{HUMAN}r{ASSISTANT}good",
+            "rejected": f"{HUMAN}q{ASSISTANT}a{HUMAN}r{ASSISTANT}bad",
+        },
+        *(["q", "r"], ["a", "good"], ["a", "bad"]),
+    ),
+    "system message": (
+        {
+            **{"prompt": [S, *said("q")], "chosen": said("good", first="assistant")},
+            **{"rejected": said("bad", first="assistant")},
+        },
+        *(["S\n\nq"], ["good"], ["bad"]),
+    ),
+    "null prompt": (
+        {"prompt": None, "chosen": said("q", "good"), "rejected": said("q", "bad")},
+        *(["q"], ["good"], ["bad"]),
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "prompt", "chosen", "rejected"), PREFERENCES.values(), ids=PREFERENCES)
+def test_preference_is_a_battle_that_the_chosen_response_wins(row, prompt, chosen, rejected):
+    [battle] = read_battles(pd.DataFrame([row]))
+    assert battle["prompt"] == prompt
+    placed = {"response_a": [1, 0, 0], "response_b": [0, 1, 0]}
+    won = next(name for name in placed if battle[name] == chosen)
+    assert outcome_of(battle) == placed[won]
+    assert battle[({*placed} - {won}).pop()] == rejected
+
+
+@pytest.mark.parametrize("prompt", [[S, *said("q")], [S]])
+def test_system_message_of_the_prompt_stays_where_the_conversation_is_whole(prompt):
+    row = {"prompt": prompt, "chosen": said("q", "good"), "rejected": said("q", "bad")}
+    assert read_battles(pd.DataFrame([row]))["prompt"][0] == ["S\n\nq"]
+
+
+BAD_PREFERENCES = {
+    "no prompt": ({"chosen": "good", "rejected": "bad"}, "row 1, column 'chosen': there is no prompt"),
+    "no chosen": ({"prompt": "q", "chosen": None, "rejected": "bad"}, "row 1, column 'chosen': empty"),
+    "no rejected": ({"prompt": "q", "chosen": "good", "rejected": []}, "row 1, column 'rejected': empty"),
+    "two prompts": (
+        {"chosen": said("q", "good"), "rejected": said("r", "bad")},
+        "row 1, column 'rejected': its user turns are others than those of chosen",
+    ),
+    "number": ({"prompt": "q", "chosen": 5, "rejected": 4}, "row 1, column 'chosen': 5 is not a list; write a text"),
+    "one column": ({"prompt": "q", "chosen": "good"}, "column 'rejected' is missing"),
+}
+
+
+@pytest.mark.parametrize(("row", "fragment"), BAD_PREFERENCES.values(), ids=BAD_PREFERENCES)
+def test_bad_preference_is_refused(row, fragment):
+    assert message_of(pd.DataFrame([row])).startswith(f"data frame: {fragment}")
+
+
+def preferences(count=1):
+    return pd.DataFrame(
+        {
+            **{"id": [str(number) for number in range(count)], "prompt": [f"q{number}" for number in range(count)]},
+            **{"chosen": ["good"] * count, "rejected": ["bad"] * count},
+            **{"chosen_model": ["winner"] * count, "rejected_model": ["loser"] * count},
+        }
+    )
+
+
+def test_coin_puts_about_half_of_the_chosen_second():
+    second = np.mean([text == ["good"] for text in read_battles(preferences(4000))["response_b"]])
+    assert abs(second - 0.5) < 0.032  # four standard deviations of a fair coin
+
+
+def test_outcome_and_models_follow_the_coin():
+    for battle in read_battles(preferences(50)):
+        first = battle["response_a"] == ["good"]
+        assert outcome_of(battle) == ([1, 0, 0] if first else [0, 1, 0])
+        assert [battle["model_a"], battle["model_b"]] == (["winner", "loser"] if first else ["loser", "winner"])
+
+
+def test_coin_depends_on_the_seed():
+    once, again, other = (read_battles(preferences(50), seed=seed)["model_a"][:] for seed in (1, 1, 2))
+    assert once == again
+    assert once != other
+
+
+def test_coin_depends_on_no_order_and_no_id():
+    frame = preferences(50)
+    turned = frame.iloc[::-1].assign(id=frame["id"].tolist())
+    assert read_battles(turned)["model_a"][::-1] == read_battles(frame)["model_a"][:]
+
+
+def test_reward_bench_is_read():
+    row = {
+        **{"prompt": "q", "chosen": "good", "rejected": "bad", "chosen_model": "big", "rejected_model": "small"},
+        **{"subset": "alpacaeval-easy", "id": 30},
+    }
+    [battle] = read_battles(pd.DataFrame([row]))
+    assert (battle["id"], battle["source"]) == ("30", "alpacaeval-easy")
+    assert {battle["model_a"], battle["model_b"]} == {"big", "small"}
+
+
+def test_source_of_a_row_goes_before_its_subset_and_the_name_of_the_file(tmp_path):
+    rows = [{**GOOD, "id": n, "source": a, "subset": b} for n, (a, b) in enumerate([("x", "y"), ("", "y"), ("", "")])]
+    assert read_battles(write(tmp_path, csv_text(rows), "mine.csv"))["source"][:] == ["x", "y", "mine"]
+
+
+OTHER = {"key": "7", "question": '["p"]', "one": '["a"]', "two": '["b"]', "winner": "model_b"}
+NAMES = {"id": "key", "prompt": "question", "response_a": "one", "response_b": "two"}
+
+
+def test_columns_of_other_names_are_mapped(tmp_path):
+    [battle] = read_battles(Source(str(write(tmp_path, csv_text([OTHER]))), columns=NAMES))
+    assert (battle["id"], texts_of(battle), outcome_of(battle)) == ("7", [["p"], ["a"], ["b"]], [0, 1, 0])
+
+
+def test_column_that_is_mapped_to_null_is_not_there(tmp_path):
+    path = str(write(tmp_path, csv_text([OTHER])))
+    assert not is_labelled(read_battles(Source(path, columns={**NAMES, "winner": None})))
+
+
+def test_mapping_takes_the_place_of_a_column_of_that_name(tmp_path):
+    path = str(write(tmp_path, csv_text([GOOD])))
+    swapped = Source(path, columns={"response_a": "response_b", "response_b": "response_a"})
+    assert texts_of(read_battles(swapped)[0]) == [["p"], ["b"], ["a"]]
+
+
+def test_mapped_columns_may_be_those_of_preference_data(tmp_path):
+    path = write(tmp_path, csv_text([{"instruction": "q", "better": "good", "worse": "bad"}]))
+    columns = {"prompt": "instruction", "chosen": "better", "rejected": "worse"}
+    assert read_battles(Source(str(path), columns=columns))["prompt"][0] == ["q"]
+
+
+MAPPINGS = {
+    "ours": ({"promt": "question"}, "columns.promt: no column of ours; did you mean 'prompt'?; known: "),
+    "theirs": (
+        {"prompt": "qestion"},
+        "columns.prompt: the file has no column 'qestion'; did you mean 'question'?; it has",
+    ),
+    "nothing near": (
+        {"prompt": "zzz"},
+        "columns.prompt: the file has no column 'zzz'; it has: key, question, one, two",
+    ),
+}
+
+
+@pytest.mark.parametrize(("columns", "fragment"), MAPPINGS.values(), ids=MAPPINGS)
+def test_wrong_mapping_is_refused_and_the_nearest_name_is_said(tmp_path, columns, fragment):
+    path = write(tmp_path, csv_text([OTHER]))
+    assert message_of(Source(str(path), columns=columns)).startswith(f"{path}: {fragment}")
+
+
+def test_mapped_column_that_is_there_twice_is_refused(tmp_path):
+    path = write(tmp_path, "id,question,question,response_a,response_b\n1,[],[],[],[]\n")
+    assert "column 'question' is there twice" in message_of(Source(str(path), columns={"prompt": "question"}))
+
+
+def test_format_may_be_named(tmp_path):
+    path = str(write(tmp_path, csv_text([{**GOOD, "chosen": "x", "rejected": "y"}])))
+    assert texts_of(read_battles(Source(path, format="competition"))[0]) == [["p"], ["a"], ["b"]]
+    assert "column 'conversation_a' is missing" in message_of(Source(path, format="conversations"))
+    assert "format: no format 'preferences'; did you mean 'preference'?" in message_of(
+        Source(path, format="preferences")
+    )
+
+
+def test_ids_of_several_sources_begin_with_the_name_of_the_source(tmp_path):
+    paths = [write(tmp_path, csv_text([GOOD]), name) for name in ("one.csv", "two.csv")]
+    battles = read_battles(paths)
+    assert battles["id"][:] == ["one/1", "two/1"]
+    assert battles["source"][:] == ["one", "two"]
+
+
+def test_sources_of_the_same_stem_are_named_by_their_paths(tmp_path):
+    (tmp_path / "x").mkdir()
+    paths = [write(tmp_path, csv_text([GOOD]), name) for name in ("a.csv", "x/a.csv")]
+    assert read_battles(paths)["id"][:] == [f"{path}/1" for path in paths]
+
+
+def test_source_that_is_given_twice_is_numbered(tmp_path):
+    path = write(tmp_path, csv_text([GOOD]))
+    assert read_battles([path, path])["id"][:] == [f"{path}#1/1", f"{path}#2/1"]
+
+
+def test_sources_may_be_of_several_formats_and_kinds(tmp_path):
+    path = write(tmp_path, csv_text([{**GOOD, "winner": "tie"}]), "arena.csv")
+    assert read_battles([str(path), preferences(1), Source(str(path))])["id"][:] == [
+        f"{path}#1/1",
+        "table/0",
+        f"{path}#3/1",
+    ]
+
+
+def test_labelled_and_unlabelled_sources_do_not_mix(tmp_path):
+    paths = [
+        write(tmp_path, csv_text([{**GOOD, "winner": "tie"}]), "one.csv"),
+        write(tmp_path, csv_text([GOOD]), "two.csv"),
+    ]
+    assert message_of(paths).startswith("one + two: row 2, column 'winner_model_a': no number; label every battle")
+
+
+def test_list_without_sources_is_refused_in_one_line():
+    message_of([])
+
+
+def test_ids_of_several_data_sets_of_battles_begin_with_their_names():
+    battles = read_battles(pd.DataFrame([GOOD]))
+    assert read_battles([battles, swap(battles)])["id"][:] == ["table#1/1", "table#2/1"]
+
+
+@pytest.mark.parametrize(("column", "value"), [("weight", "heavy"), ("prompt", 5)])
+def test_data_set_of_battles_with_a_column_of_another_type_is_refused_in_one_line(column, value):
+    battles = read_battles(pd.DataFrame([GOOD])).remove_columns(column).add_column(column, [value])
+    assert message_of(battles).startswith("data set: ")
+
+
+def test_weight_of_a_source_multiplies_the_weights_of_its_rows(tmp_path):
+    paths = [
+        write(tmp_path, csv_text([{**GOOD, "weight": "0.5"}]), "a.csv"),
+        write(tmp_path, csv_text([GOOD]), "b.csv"),
+    ]
+    assert weights(read_battles([Source(str(path), weight=3) for path in paths])).tolist() == [1.5, 3]
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("nan")])
+def test_weight_of_a_source_is_above_0(tmp_path, weight):
+    path = write(tmp_path, csv_text([GOOD]))
+    assert message_of(Source(str(path), weight=weight)).startswith(f"{path}: weight: {weight}; give a number above 0")
+
+
+def grouped(prompts=10, each=4):
+    count = prompts * each
+    rows = [{**GOOD, "id": number, "prompt": json.dumps([f"p{number % prompts}"])} for number in range(count)]
+    return csv_text(rows)
+
+
+def test_limit_draws_whole_prompt_groups(tmp_path):
+    source = Source(str(write(tmp_path, grouped())), limit=9)
+    prompts = [prompt for [prompt] in read_battles(source)["prompt"]]
+    assert len(prompts) == 12
+    assert all(prompts.count(prompt) == 4 for prompt in prompts)
+
+
+def test_limit_draws_by_the_seed(tmp_path):
+    source = Source(str(write(tmp_path, grouped())), limit=9)
+    once, again, other = (read_battles(source, seed=seed)["id"][:] for seed in (0, 0, 1))
+    assert once == again
+    assert once != other
+
+
+def test_limit_above_the_number_of_battles_keeps_all(tmp_path):
+    assert len(read_battles(Source(str(write(tmp_path, grouped())), limit=99))) == 40
+
+
+def test_limit_of_0_is_refused(tmp_path):
+    path = write(tmp_path, grouped())
+    assert message_of(Source(str(path), limit=0)).startswith(f"{path}: limit: 0; give a positive number")
+
+
+def test_battles_that_must_not_be_held_out_are_marked(tmp_path):
+    paths = [write(tmp_path, csv_text([GOOD]), name) for name in ("one.csv", "two.csv")]
+    battles = read_battles([str(paths[0]), Source(str(paths[1]), validation=False)])
+    assert battles["fold"][:] == [-1, TRAIN_ONLY]
+
+
+def test_swapped_file_is_the_swapped_battles(tmp_path):
+    row = {**GOOD, "model_a": "x", "model_b": "y", "winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0}
+    names = {"response": None, "model": None, "winner_model": None}
+    other = {f"{stem}_{side}": row[f"{stem}_{'b' if side == 'a' else 'a'}"] for stem in names for side in "ab"}
+    battles, swapped = (read_battles(pd.DataFrame([one])) for one in (row, {**row, **other}))
+    assert swapped.to_dict() == swap(battles).to_dict()
 
 
 @pytest.fixture(scope="module")

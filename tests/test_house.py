@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent
 MODULES = {path.stem: path for path in (ROOT / "rewardmodel").glob("*.py") if path.stem != "__init__"}
 
 LEVELS = [
-    {"errors", "files"},
+    {"errors", "files", "trainer_keys"},
     {"config", "battles", "metrics", "backbone", "objective", "rows", "truncation", "template"},
     {"sources", "folds", "predictions", "prompt", "weights", "runs", "head"},
     {"formats", "pairs", "model"},

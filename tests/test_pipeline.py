@@ -11,8 +11,8 @@ from rewardmodel import pipeline
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.config import DataConfig, ModelConfig, PromptConfig, Recipe
 from rewardmodel.errors import InputError
-from rewardmodel.formats import read_battles
 from rewardmodel.inference import predict
+from rewardmodel.parts import fingerprints, load_battles, split
 from rewardmodel.predictions import predicted, read_predictions
 from rewardmodel.runs import (
     ENVIRONMENT,
@@ -22,10 +22,9 @@ from rewardmodel.runs import (
     RECIPE,
     SUBMISSION,
     VALIDATION,
-    data_fingerprint,
     load_run_recipe,
 )
-from rewardmodel.trainer import split, train
+from rewardmodel.trainer import train
 
 IDS = ["0900", "7", "x-3", "0033", "12345678901234567890", "00", "a,b", "猫"]
 """Ids that would not survive being read as numbers, in no order."""
@@ -77,8 +76,8 @@ def test_a_run_folder_holds_all_that_is_promised(finished):
 def test_the_environment_tells_the_machine_the_backbone_and_the_data(finished):
     recipe, folder, _ = finished
     environment = json.loads((folder / ENVIRONMENT).read_text())
-    training, validation = split(read_battles(recipe.data.train), recipe)
-    assert environment["data"] == {"training": data_fingerprint(training), "validation": data_fingerprint(validation)}
+    parts = split(load_battles(recipe.data), recipe.data.fold)
+    assert environment["data"] == fingerprints(parts)
     assert environment["backbone"]["name"] == recipe.model.model_name_or_path
     assert environment["compute"]["dtype"] == "float32"
     assert environment["compute"]["device"] == platform.machine()
@@ -111,7 +110,7 @@ def test_the_predictions_are_those_of_the_saved_model(finished):
 
 def test_validation_is_the_held_out_fold(finished):
     recipe, folder, _ = finished
-    _, validation = split(read_battles(recipe.data.train), recipe)
+    validation = split(load_battles(recipe.data), recipe.data.fold).validation
     table = read_predictions(folder / VALIDATION)
     assert table["id"].tolist() == validation["id"][:]
     assert len(table) == 12
@@ -190,8 +189,8 @@ def test_a_finished_run_resumed_with_a_test_file_predicts_it_without_training(re
 
 def test_as_a_library_a_data_frame_is_trained_on_and_predicted(recipe, frame):
     recipe = with_data(quick(recipe), train="nowhere.csv")
-    folder, validation = train(recipe, frame)
-    assert len(validation) == 12
+    folder, parts = train(recipe, frame)
+    assert len(parts.validation) == 12
     table = predict(folder, frame.head(5))
     assert table["id"].tolist() == frame["id"].head(5).tolist()
 

@@ -3,10 +3,11 @@ import csv
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import from_columns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewardmodel.battles import OUTCOMES, from_columns
+from rewardmodel.battles import OUTCOMES
 from rewardmodel.errors import InputError
 from rewardmodel.predictions import (
     PROBABILITIES,

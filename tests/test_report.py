@@ -5,8 +5,9 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import from_columns
 
-from rewardmodel.battles import OUTCOMES, from_columns
+from rewardmodel.battles import OUTCOMES
 from rewardmodel.errors import InputError
 from rewardmodel.metrics import class_prior, log_loss, summary
 from rewardmodel.predictions import predicted, predictions_table, true_outcomes, write_predictions

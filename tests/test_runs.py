@@ -2,9 +2,10 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import from_columns
 from datasets import concatenate_datasets
 
-from rewardmodel.battles import OUTCOMES, from_columns, swap
+from rewardmodel.battles import OUTCOMES, swap
 from rewardmodel.config import DataConfig, InferenceConfig, PromptConfig, Recipe, dump_recipe
 from rewardmodel.errors import InputError
 from rewardmodel.runs import (

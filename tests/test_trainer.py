@@ -19,7 +19,7 @@ from rewardmodel.model import build_model
 from rewardmodel.objective import OBJECTIVES
 from rewardmodel.pairs import tokenize
 from rewardmodel.runs import MODEL
-from rewardmodel.trainer import PreferenceTrainer, find_objective, split, train, training_arguments
+from rewardmodel.trainer import PreferenceTrainer, find_objective, train, training_arguments
 
 
 def adapter(run) -> dict[str, torch.Tensor]:
@@ -219,20 +219,6 @@ def test_early_stopping_ends_a_run_that_gets_worse(recipe):
     run, _ = train(recipe)
     state = json.loads(latest_state(run).read_text())
     assert state["epoch"] < 10
-
-
-def test_split_holds_out_whole_prompts_and_one_fold(recipe):
-    battles = read_battles(recipe.data.train)
-    training, validation = split(battles, recipe)
-    assert len(training) + len(validation) == len(battles)
-    assert not set(training["group"]) & set(validation["group"])
-    assert set(validation["fold"]) == {0}
-
-
-def test_a_limit_keeps_whole_prompts(recipe):
-    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, limit=20))
-    training, validation = split(read_battles(recipe.data.train), recipe)
-    assert 20 <= len(training) + len(validation) < 24
 
 
 def test_unlabelled_battles_cannot_be_trained_on(recipe, frame):

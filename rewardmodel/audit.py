@@ -1,0 +1,377 @@
+"""Battles in, what is in them and what is wrong with them out: facts for a file, and lines for a terminal."""
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+
+from rewardmodel.battles import OUTCOMES, TEXTS, outcomes
+from rewardmodel.duplicates import duplicates, near_duplicates, winner
+from rewardmodel.folds import CALIBRATION, HOLDOUT, TRAIN_ONLY
+from rewardmodel.prompt import PromptEncoder, total
+from rewardmodel.truncation import LEAST_ROUND, Sizes, retention
+
+SAMPLE = 20_000
+"""Battles, drawn with the seed, whose tokens are counted; all of them where there are fewer."""
+
+MAX_LENGTHS = (512, 1024, 1536, 2048, 3072, 4096, 8192)
+"""Budgets at which truncation is measured, besides the encoder's own."""
+
+PERCENTILES = (5, 25, 50, 75, 95, 99)
+
+SCRIPTS = ("Latin", "Han", "Japanese", "Hangul", "Cyrillic", "Arabic", "Devanagari", "Hebrew", "Thai", "Greek")
+"""Scripts that are told apart, as Unicode names them; letters of others are `other`, and no letters are `none`."""
+
+PARTS = {TRAIN_ONLY: "train only", CALIBRATION: "calibration", HOLDOUT: "holdout", -1: "not dealt"}
+
+IMBALANCE, DEVIATION, LARGE_GROUP, FEW = 0.01, 0.02, 0.1, 50
+"""What is told as wrong, beyond chance: a share of A's wins farther from one half; an outcome's share in a part farther
+from its share in all; a group with more of the battles. Groups and sources of fewer battles are not looked at."""
+
+Facts = dict[str, Any]
+
+
+def audit(battles: Dataset, encoder: PromptEncoder | None = None, seed: int = 0) -> Facts:
+    """Return what is in the battles, as values that JSON can hold.
+
+    Args:
+        battles: with `group` and `fold` set; -1 where they are not.
+        encoder: counts tokens and says what its truncation keeps; none: no `tokens`.
+        seed: draws the battles whose tokens are counted.
+
+    Returns:
+        `battles`; `sources`: name -> battles and outcome shares; `outcomes`: mean outcome by name, None if unlabelled;
+        `position` and `longer_response`: how often A, and the longer response, wins decided battles (likeliest
+        outcome, None if there are none); `turns`; `empty_turns` and `characters` by column; `scripts`: share of
+        battles by the script of most letters of the prompt; `groups`; `duplicates`; `near_duplicates`; `parts`:
+        battles, outcome shares and their largest deviation from all battles' by fold and part; `tokens`.
+    """
+    survey, array = _survey(battles), outcomes(battles)
+    verdict = winner(array)
+    longer = np.sign(survey.characters[:, 1] - survey.characters[:, 2]) * verdict
+    return {
+        "battles": len(battles),
+        "sources": _sources(survey, array),
+        "outcomes": _shares(array.mean(axis=0)),
+        "position": _wins(verdict),
+        "longer_response": _wins(longer),
+        "turns": _turns(survey.turns),
+        "empty_turns": dict(zip(TEXTS, survey.empty.tolist(), strict=True)),
+        "scripts": survey.scripts,
+        "characters": {name: _percentiles(survey.characters[:, column]) for column, name in enumerate(TEXTS)},
+        "groups": _groups(np.asarray(battles.with_format(None)["group"][:])),
+        "duplicates": duplicates(battles),
+        "near_duplicates": near_duplicates(battles),
+        "parts": _parts(np.asarray(battles.with_format(None)["fold"][:]), array),
+        "tokens": None if encoder is None else _tokens(battles, encoder, seed),
+    }
+
+
+class _Survey(NamedTuple):
+    """What one pass over the texts gives, one row a battle: source (its number), turns, and characters (3 columns).
+
+    Besides, the sources' names, the empty turns of each column, and the share of battles by script.
+    """
+
+    sources: list[str]
+    source: np.ndarray
+    turns: np.ndarray
+    characters: np.ndarray
+    empty: np.ndarray
+    scripts: dict[str, float]
+
+
+def _survey(battles: Dataset) -> _Survey:
+    numbers: dict[str, int] = {}
+    source, turns, characters, scripts = [], [], [], []
+    empty = np.zeros(len(TEXTS), np.int64)
+    for table in battles.with_format("arrow").select_columns([*TEXTS, "source"]).iter(batch_size=1000):
+        source.append([numbers.setdefault(name, len(numbers)) for name in table.column("source").to_pylist()])
+        columns = [table.column(name).combine_chunks() for name in TEXTS]
+        turns.append(pc.list_value_length(columns[0]).to_numpy())
+        characters.append(np.stack([_characters(column) for column in columns], axis=1))
+        empty += [pc.sum(pc.equal(pc.utf8_trim_whitespace(column.flatten()), "")).as_py() or 0 for column in columns]
+        scripts.append(_scripts(pc.binary_join(columns[0], "\n")))
+    names = [*SCRIPTS, "other", "none"]
+    share = np.bincount(np.concatenate(scripts), minlength=len(names)) / len(battles)
+    found = {names[number]: float(share[number]) for number in np.argsort(-share, kind="stable") if share[number]}
+    return _Survey(
+        list(numbers), np.concatenate(source), np.concatenate(turns), np.concatenate(characters), empty, found
+    )
+
+
+def _characters(column: pa.ListArray) -> np.ndarray:
+    """Return the characters of all turns of each battle, (n,) int64."""
+    lengths = pc.utf8_length(column.flatten()).to_numpy()
+    return np.bincount(pc.list_parent_indices(column), lengths, minlength=len(column)).astype(np.int64)
+
+
+def _scripts(texts: pa.StringArray) -> np.ndarray:
+    """Return the number of each text's script, (n,): of `SCRIPTS`, then other, then none; kana make Han Japanese."""
+    none, han, kana = len(SCRIPTS) + 1, SCRIPTS.index("Han"), SCRIPTS.index("Japanese")
+    latin = pc.match_substring_regex(texts, "[A-Za-z]").to_numpy(zero_copy_only=False)
+    script = np.where(latin, SCRIPTS.index("Latin"), none)
+    mixed = pc.invert(pc.string_is_ascii(texts))
+    named = [r"\p{Hiragana}\p{Katakana}" if name == "Japanese" else rf"\p{{{name}}}" for name in SCRIPTS]
+    classes = [*(f"[{one}]" for one in named), rf"[^{''.join(named)}\P{{L}}]"]
+    counts = np.stack([pc.count_substring_regex(texts.filter(mixed), one).to_numpy() for one in classes], axis=1)
+    counts[:, kana] += np.where(counts[:, kana] > 0, counts[:, han], 0)
+    counts[counts[:, kana] > 0, han] = 0
+    script[mixed.to_numpy(zero_copy_only=False)] = np.where(counts.any(axis=1), counts.argmax(axis=1), none)
+    return script
+
+
+def _shares(mean: np.ndarray) -> dict[str, float] | None:
+    """Return the (3,) mean outcomes by name, or None if they are not known."""
+    return None if np.isnan(mean).any() else dict(zip(OUTCOMES, mean.tolist(), strict=True))
+
+
+def _sources(survey: _Survey, array: np.ndarray) -> dict[str, Any]:
+    counts = np.bincount(survey.source)
+    means = np.stack([np.bincount(survey.source, column) for column in array.T], axis=1) / counts[:, None]
+    return {
+        name: {"battles": int(count), "outcomes": _shares(mean)}
+        for name, count, mean in zip(survey.sources, counts, means, strict=True)
+    }
+
+
+def _wins(sign: np.ndarray) -> dict[str, Any] | None:
+    """Return how often +1 stands among +1 and -1, with Wilson's 95 % interval, and whether it holds one half."""
+    won, decided = int((sign > 0).sum()), int((sign != 0).sum())
+    if not decided:
+        return None
+    share, spread = won / decided, 1.96**2 / decided
+    middle = (share + spread / 2) / (1 + spread)
+    half = (spread * share * (1 - share) + spread**2 / 4) ** 0.5 / (1 + spread)
+    low, high = middle - half, middle + half
+    return {"decided": decided, "share": share, "low": low, "high": high, "balanced": low <= 0.5 <= high}
+
+
+def _turns(turns: np.ndarray) -> dict[str, Any]:
+    shares = {"1": turns == 1, "2": turns == 2, "3+": turns > 2}
+    return {**{name: float(mask.mean()) for name, mask in shares.items()}, "most": int(turns.max())}
+
+
+def _percentiles(values: np.ndarray) -> dict[str, float]:
+    found = np.percentile(values, PERCENTILES)
+    named = {str(percent): float(value) for percent, value in zip(PERCENTILES, found, strict=True)}
+    return {"mean": float(values.mean()), **named, "max": float(values.max())}
+
+
+def _groups(groups: np.ndarray) -> dict[str, Any] | None:
+    """Return how many groups there are, the share of battles that are not alone in theirs, and the largest one."""
+    if (groups < 0).any():
+        return None
+    sizes = np.unique(groups, return_counts=True)[1]
+    return {"number": len(sizes), "shared": float(sizes[sizes > 1].sum() / len(groups)), "largest": int(sizes.max())}
+
+
+def _parts(fold: np.ndarray, array: np.ndarray) -> dict[str, Any]:
+    parts: dict[str, Any] = {}
+    for part in sorted(set(fold.tolist()), key=lambda part: (part < 0, abs(part))):
+        mean, shares = array[fold == part].mean(axis=0), _shares(array[fold == part].mean(axis=0))
+        deviation = None if shares is None else float(np.abs(mean - array.mean(axis=0)).max())
+        name = PARTS.get(part, f"fold {part}")
+        parts[name] = {"battles": int((fold == part).sum()), "outcomes": shares, "deviation": deviation}
+    return parts
+
+
+def _tokens(battles: Dataset, encoder: PromptEncoder, seed: int) -> dict[str, Any]:
+    """Return percentiles of tokens, and what truncation keeps at each budget, beside a plain cut on the right.
+
+    Where each response is encoded alone, there are two sequences a battle, and the prompt keeps what it keeps in the
+    shorter of both. A plain cut takes the same layout, whole, and leaves its first `max_length` tokens.
+    """
+    count = min(SAMPLE, len(battles))
+    rows = np.sort(np.random.default_rng(seed).choice(len(battles), count, replace=False))
+    least = encoder.fixed(1).length + len(encoder.mark) + LEAST_ROUND
+    budgets = sorted(length for length in {*MAX_LENGTHS, encoder.max_length} if length >= least)
+    full, sequences, kept = [], [], []
+    for batch in battles.select(rows).with_format(None).select_columns(list(TEXTS)).iter(batch_size=500):
+        for rounds in encoder.rounds(*(batch[name] for name in TEXTS)):
+            sizes = [tuple(map(len, texts)) for texts in rounds]
+            each = [sizes] if len(encoder.responses) > 1 else [[(turn[0], turn[n]) for turn in sizes] for n in (1, 2)]
+            full.append(total(sizes))
+            sequences += [sum(total(one)) + encoder.fixed(len(one)).length for one in each]
+            kept.append(_joined([_kept(encoder, one, budgets) for one in each]))
+    sizes_of, stays = np.array(full), np.array(kept)
+    lengths = {"prompt": sizes_of[:, 0], "both_responses": sizes_of[:, 1:].sum(axis=1),
+               "longer_response": sizes_of[:, 1:].max(axis=1), "sequence": np.array(sequences)}  # fmt: skip
+    return {
+        "battles": count,
+        "max_length": encoder.max_length,
+        "truncation": encoder.truncation,
+        "lengths": {name: _percentiles(values) for name, values in lengths.items()},
+        "retention": [
+            {"max_length": length, "kept": retention(sizes_of, stays[:, 0, number]),
+             "right_cut": retention(sizes_of, stays[:, 1, number])}
+            for number, length in enumerate(budgets)
+        ],
+    }  # fmt: skip
+
+
+def _kept(encoder: PromptEncoder, rounds: Sequence[Sizes], budgets: list[int]) -> np.ndarray:
+    """Return the tokens of each text that stay, (2, n_budgets, n_texts) int64: by our truncation, by a right cut."""
+    ours = [encoder.total_kept(rounds, encoder.keep(rounds, length)) for length in budgets]
+    fixed, right, place = encoder.fixed(len(rounds)), np.zeros((len(budgets), len(rounds[0])), np.int64), 0
+    for before, (number, text) in zip(fixed.before, fixed.turns, strict=True):
+        place += len(before)
+        right[:, text] += np.clip(np.array(budgets) - place, 0, rounds[number][text])
+        place += rounds[number][text]
+    return np.stack([ours, right])
+
+
+def _joined(sequences: list[np.ndarray]) -> np.ndarray:
+    """Return the kept tokens of prompt and both responses of a battle's sequences, along the last axis."""
+    prompt = np.min([kept[..., :1] for kept in sequences], axis=0)
+    return np.concatenate([prompt, *(kept[..., 1:] for kept in sequences)], axis=-1)
+
+
+MOST_ROWS, MOST_NAMES = 12, 4
+"""Sources, and parts, that are shown one by one; scripts, and sources in a sentence, that are named."""
+
+
+def format_audit(facts: Facts) -> str:
+    """Return what `audit` found as lines for a terminal, with a sentence for each thing that is wrong."""
+    tokens, wrong = facts["tokens"], _wrong(facts)
+    lines = [*_outcome_lines(facts), "", *_text_lines(facts), *(["", *_token_lines(tokens)] if tokens else []), ""]
+    wrapped = [
+        textwrap.fill(one, 118, initial_indent="  - ", subsequent_indent="    ", break_long_words=False,
+                      break_on_hyphens=False)
+        for one in wrong
+    ]  # fmt: skip
+    return "\n".join([*lines, "what is wrong" if wrong else "nothing looks wrong", *wrapped])
+
+
+def _outcome_lines(facts: Facts) -> list[str]:
+    lines = [f"{'':32}{'battles':>9}{'A wins':>9}{'B wins':>9}{'tie':>9}", _outcome_row("all battles", facts)]
+    sources = sorted(facts["sources"].items(), key=lambda item: -item[1]["battles"])
+    for title, rows in (("sources", sources), ("folds and parts", list(facts["parts"].items()))):
+        lines += [title, *(_outcome_row(f"  {name}", row) for name, row in rows[:MOST_ROWS])]
+        lines += [f"  and {len(rows) - MOST_ROWS} more"] * (len(rows) > MOST_ROWS)
+    for name, key in (("A wins", "position"), ("the longer response wins", "longer_response")):
+        if wins := facts[key]:
+            low, high = 100 * wins["low"], 100 * wins["high"]
+            verdict = f"50 is {'inside' if wins['balanced'] else 'outside'}"
+            of = f"{wins['decided']:>9,}{_percent(wins['share'])}"
+            lines.append(f"{name:<32}{of} of those decided, 95 % [{low:.1f}, {high:.1f}]: {verdict}")
+    return lines
+
+
+def _outcome_row(name: str, row: Facts) -> str:
+    shares = row["outcomes"]
+    shown = "  not labelled" if shares is None else "".join(_percent(shares[outcome]) for outcome in OUTCOMES)
+    return f"{name if len(name) <= 31 else name[:30] + '…':<32}{row['battles']:>9,}{shown}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:>7.1f} %"
+
+
+def _text_lines(facts: Facts) -> list[str]:
+    turns, groups, same, near = (facts[name] for name in ("turns", "groups", "duplicates", "near_duplicates"))
+    grouped = "not assigned"
+    if groups:
+        grouped = (
+            f"{groups['number']:,}; the largest has {_count(groups['largest'])}; {100 * groups['shared']:.1f} % of "
+        )
+        grouped += "the battles share theirs"
+    lines = {
+        "turns": ", ".join(f"{name}: {100 * turns[name]:.1f} %" for name in ("1", "2", "3+"))
+        + f"; at most {turns['most']}",
+        "empty turns": ", ".join(f"{name}: {count:,}" for name, count in facts["empty_turns"].items()),
+        "script of prompt": _first([f"{name}: {100 * share:.1f} %" for name, share in facts["scripts"].items()]),
+        "prompt groups": grouped,
+        "repeats": f"{_count(same['battles'])}, exactly; both responses are the same in "
+        f"{_count(same['identical_responses']['battles'])}",
+        "similar prompts": f"{near['pairs']:,} pairs among {near['prompts']:,} prompts, of different groups",
+    }
+    shown = [f"{name:<18}{line}" for name, line in lines.items()]
+    return [*shown, "", *_percentile_lines("characters", facts["characters"])]
+
+
+def _first(names: list[str]) -> str:
+    more = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _count(battles: int) -> str:
+    return f"{battles:,} battle{'' if battles == 1 else 's'}"
+
+
+def _percentile_lines(title: str, rows: dict[str, dict[str, float]]) -> list[str]:
+    heads = ("mean", *(f"{percent} %" for percent in PERCENTILES), "max")
+    lines = [f"{title:<26}" + "".join(f"{head:>9}" for head in heads)]
+    for name, row in rows.items():
+        lines.append(f"  {name.replace('_', ' '):<24}" + "".join(f"{value:>9,.0f}" for value in row.values()))
+    return lines
+
+
+def _token_lines(tokens: Facts) -> list[str]:
+    lines = _percentile_lines(f"tokens of {_count(tokens['battles'])}", tokens["lengths"])
+    lines += ["", f"what stays by '{tokens['truncation']}' | by a plain cut on the right (*: the recipe's max_length)"]
+    lines.append(
+        f"{'max_length':>12}{'battles cut':>18}{'of prompts':>18}{'of responses':>18}{'shorter rest, tokens':>24}"
+    )
+    for row in tokens["retention"]:
+        both = (row["kept"], row["right_cut"])
+        names = ("battles_cut", "prompt_kept", "responses_kept")
+        cells = [" | ".join(f"{100 * one[name]:5.1f}" for one in both) + " %" for name in names]
+        rest = " | ".join(f"{one['less_kept_response']:5,.0f}" for one in both)
+        mark = "*" if row["max_length"] == tokens["max_length"] else " "
+        lines.append(f"{mark}{row['max_length']:>11,}" + "".join(f"{cell:>18}" for cell in cells) + f"{rest:>24}")
+    return lines
+
+
+def _wrong(facts: Facts) -> list[str]:
+    """Return a sentence for each thing that is wrong."""
+    return [*_wrong_outcomes(facts), *_wrong_texts(facts)]
+
+
+def _wrong_outcomes(facts: Facts) -> Iterator[str]:
+    position = facts["position"]
+    if facts["outcomes"] is None:
+        yield "The battles are not labelled: they can be predicted, but not trained on."
+        return
+    if position and not position["balanced"] and abs(position["share"] - 0.5) > IMBALANCE:
+        yield (
+            f"A wins {100 * position['share']:.1f} % of decided battles: position is not balanced; "
+            "data.swap_augmentation mends it in training."
+        )
+    large = {name: row["outcomes"]["winner_tie"] for name, row in facts["sources"].items() if row["battles"] >= FEW}
+    without = [name for name, tie in large.items() if not tie]
+    if without and facts["outcomes"]["winner_tie"] > 0:
+        yield f"There are ties, but none in {_first(without)}: a model learns which texts come from where ties are."
+    for name, part in facts["parts"].items():
+        if name != PARTS[TRAIN_ONLY] and part["deviation"] > max(DEVIATION, 1.5 / part["battles"] ** 0.5):
+            yield f"An outcome's share in {name} is {100 * part['deviation']:.1f} points off its share in all battles."
+
+
+def _wrong_texts(facts: Facts) -> Iterator[str]:
+    same, near, groups = (facts[name] for name in ("duplicates", "near_duplicates", "groups"))
+    conflicts, decided = same["label_conflicts"], same["identical_responses"]["decided"]
+    if same["battles"]:
+        yield f"{_count(same['battles'])} repeat another one (A and B may be exchanged), so that it counts more than once."
+    if conflicts["sets"]:
+        yield (
+            f"{_count(conflicts['sets'])} stand there several times with different winners, {conflicts['battles']:,} rows "
+            f"in all; no model is right on all of them: {_examples(conflicts['examples'])}."
+        )
+    if decided:
+        yield f"{_count(decided)} have a winner though both responses are the same."
+    if near["pairs"]:
+        yield (
+            f"{near['pairs']:,} pairs of prompts of different groups are nearly the same ({_count(near['battles'])}); they "
+            f"may lie on both sides of a split: {_examples([one['ids'] for one in near['examples']])}."
+        )
+    if groups and groups["largest"] > max(LARGE_GROUP * facts["battles"], FEW):
+        share = 100 * groups["largest"] / facts["battles"]
+        yield f"One prompt group has {share:.0f} % of the battles: folds cannot be alike."
+
+
+def _examples(ids: list[list[str]]) -> str:
+    return "e.g. " + "; ".join(" and ".join(one[:2]) for one in ids[:2])

@@ -1,0 +1,108 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from conftest import battle_frame
+
+from rewardmodel.battles import outcomes
+from rewardmodel.config import DataConfig, Source
+from rewardmodel.errors import InputError
+from rewardmodel.parts import Parts, fingerprints, load_battles, split
+
+
+@pytest.fixture
+def data(recipe) -> DataConfig:
+    return recipe.data
+
+
+def parts_of(data, battles=None, **keys) -> Parts:
+    data = dataclasses.replace(data, **keys)
+    return split(load_battles(data, battles), data.fold)
+
+
+def test_whole_prompts_and_one_fold_are_held_out(data):
+    parts = parts_of(data)
+    assert [len(part) for part in parts] == [36, 12, 0, 0]
+    assert not set(parts.training["group"]) & set(parts.validation["group"])
+    assert set(parts.validation["fold"]) == {0}
+
+
+def test_every_battle_is_in_one_part(data, frame):
+    parts = parts_of(data, folds=2, calibration=0.25, holdout=0.25)
+    ids = [name for part in parts for name in part["id"]]
+    assert sorted(ids) == sorted(frame["id"])
+    assert [len(part) for part in parts] == [12] * 4
+
+
+def test_no_prompt_is_in_two_parts(data):
+    groups = [set(part["group"]) for part in parts_of(data, folds=2, calibration=0.25, holdout=0.25)]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 12
+
+
+def test_calibration_and_holdout_do_not_depend_on_the_fold(data):
+    first, second = (parts_of(data, folds=2, fold=fold, calibration=0.25, holdout=0.25) for fold in (0, 1))
+    assert first.calibration["id"][:] == second.calibration["id"][:]
+    assert first.holdout["id"][:] == second.holdout["id"][:]
+    assert first.validation["id"][:] == second.training["id"][:]
+
+
+def test_a_source_that_only_trains_is_never_held_out(data, tmp_path):
+    extra = battle_frame(30, seed=5)
+    extra["prompt"] = extra["prompt"].str.replace("question", "riddle")
+    for name in ("response_a", "response_b"):
+        extra[name] = extra[name].str.replace("answer", "solution of this riddle, at some length, for all to read,")
+    extra.to_csv(tmp_path / "extra.csv", index=False)
+    parts = parts_of(data, train=[data.train, Source(str(tmp_path / "extra.csv"), validation=False)])
+    assert [len(part) for part in parts] == [36 + 120, 12, 0, 0]
+    assert set(parts.validation["source"]) == {"train"}
+
+
+def test_a_battle_that_only_trains_leaves_with_the_held_out_prompt_it_shares(data, frame, tmp_path):
+    frame.to_csv(tmp_path / "again.csv", index=False)
+    parts = parts_of(data, train=[data.train, Source(str(tmp_path / "again.csv"), validation=False)])
+    assert [len(part) for part in parts] == [72, 24, 0, 0]
+    assert not set(parts.training["group"]) & set(parts.validation["group"])
+
+
+def test_a_limit_keeps_whole_prompts(data):
+    parts = parts_of(data, limit=20)
+    assert 20 <= len(parts.training) + len(parts.validation) < 24
+
+
+def test_unlabelled_battles_are_refused(data, frame):
+    unlabelled = frame.drop(columns=[name for name in frame if name.startswith("winner")])
+    with pytest.raises(InputError, match="has no outcomes"):
+        load_battles(data, unlabelled)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"fold": 4}, "data.fold: 4, but data.folds makes folds 0 to 3"),
+        ({"fold": -1}, "data.fold: -1"),
+        ({"limit": 0}, "data.limit: 0; give a positive number"),
+        ({"calibration": 1.0}, "data.calibration: 1.0; give a share"),
+        ({"calibration": 0.5, "holdout": 0.5}, "data.calibration: 0.5; give a share from 0 to 1 that leaves battles"),
+        ({"holdout": -0.1}, "data.holdout: -0.1; give a share"),
+    ],
+)
+def test_what_cannot_be_dealt_is_refused(data, keys, message):
+    with pytest.raises(InputError, match=message):
+        parts_of(data, **keys)
+
+
+def test_fingerprints_tell_the_parts_apart(data):
+    prints = fingerprints(parts_of(data))
+    assert prints == fingerprints(parts_of(data))
+    assert prints["training"] != prints["validation"]
+    assert prints != fingerprints(parts_of(data, seed=1))
+
+
+def test_real_battles_of_all_sources_share_no_group_and_no_part_has_other_outcomes(real_data):
+    sources = [str(real_data / "kaggle" / "train.csv"), *map(str, sorted((real_data / "battles").glob("*.parquet")))]
+    parts = split(load_battles(DataConfig(train=sources, calibration=0.1, holdout=0.1)), 0)
+    groups = [set(part["group"][:]) for part in parts]
+    assert sum(map(len, groups)) == len(set.union(*groups))
+    whole = np.concatenate([outcomes(part) for part in parts]).mean(axis=0)
+    for part in parts:
+        assert np.abs(outcomes(part).mean(axis=0) - whole).max() < 0.02
