@@ -72,10 +72,7 @@ def audit(battles: Dataset, encoder: PromptEncoder | None = None, seed: int = 0)
 
 
 class _Survey(NamedTuple):
-    """What one pass over the texts gives, one row a battle: source (its number), turns, and characters (3 columns).
-
-    Besides, the sources' names, the empty turns of each column, and the share of battles by script.
-    """
+    """What one pass over the texts gives; `source` (its number), `turns` and `characters` (3 columns) by battle."""
 
     sources: list[str]
     source: np.ndarray
@@ -91,17 +88,16 @@ def _survey(battles: Dataset) -> _Survey:
     empty = np.zeros(len(TEXTS), np.int64)
     for table in battles.with_format("arrow").select_columns([*TEXTS, "source"]).iter(batch_size=1000):
         source.append([numbers.setdefault(name, len(numbers)) for name in table.column("source").to_pylist()])
-        columns = [table.column(name).combine_chunks() for name in TEXTS]
-        turns.append(pc.list_value_length(columns[0]).to_numpy())
-        characters.append(np.stack([_characters(column) for column in columns], axis=1))
-        empty += [pc.sum(pc.equal(pc.utf8_trim_whitespace(column.flatten()), "")).as_py() or 0 for column in columns]
-        scripts.append(_scripts(pc.binary_join(columns[0], "\n")))
-    names = [*SCRIPTS, "other", "none"]
-    share = np.bincount(np.concatenate(scripts), minlength=len(names)) / len(battles)
-    found = {names[number]: float(share[number]) for number in np.argsort(-share, kind="stable") if share[number]}
-    return _Survey(
-        list(numbers), np.concatenate(source), np.concatenate(turns), np.concatenate(characters), empty, found
-    )
+        texts = [table.column(name).combine_chunks() for name in TEXTS]
+        turns.append(pc.list_value_length(texts[0]).to_numpy())
+        characters.append(np.stack([_characters(column) for column in texts], axis=1))
+        empty += [pc.sum(pc.equal(pc.utf8_trim_whitespace(column.flatten()), "")).as_py() for column in texts]
+        scripts.append(_scripts(pc.binary_join(texts[0], "\n")))
+    share = np.bincount(np.concatenate(scripts), minlength=len(SCRIPTS) + 2) / len(battles)
+    ranked = sorted(zip([*SCRIPTS, "other", "none"], share.tolist(), strict=True), key=lambda item: -item[1])
+    found = {name: here for name, here in ranked if here}
+    numbered, rounds = np.concatenate(source), np.concatenate(turns)
+    return _Survey(list(numbers), numbered, rounds, np.concatenate(characters), empty, found)
 
 
 def _characters(column: pa.ListArray) -> np.ndarray:
@@ -133,10 +129,8 @@ def _shares(mean: np.ndarray) -> dict[str, float] | None:
 def _sources(survey: _Survey, array: np.ndarray) -> dict[str, Any]:
     counts = np.bincount(survey.source)
     means = np.stack([np.bincount(survey.source, column) for column in array.T], axis=1) / counts[:, None]
-    return {
-        name: {"battles": int(count), "outcomes": _shares(mean)}
-        for name, count, mean in zip(survey.sources, counts, means, strict=True)
-    }
+    rows = zip(survey.sources, counts, means, strict=True)
+    return {name: {"battles": int(count), "outcomes": _shares(mean)} for name, count, mean in rows}
 
 
 def _wins(sign: np.ndarray) -> dict[str, Any] | None:
@@ -172,7 +166,7 @@ def _groups(groups: np.ndarray) -> dict[str, Any] | None:
 
 def _parts(fold: np.ndarray, array: np.ndarray) -> dict[str, Any]:
     parts: dict[str, Any] = {}
-    for part in sorted(set(fold.tolist()), key=lambda part: (part < 0, abs(part))):
+    for part in sorted(np.unique(fold).tolist(), key=lambda part: (part < 0, abs(part))):
         mean, shares = array[fold == part].mean(axis=0), _shares(array[fold == part].mean(axis=0))
         deviation = None if shares is None else float(np.abs(mean - array.mean(axis=0)).max())
         name = PARTS.get(part, f"fold {part}")
@@ -189,29 +183,33 @@ def _tokens(battles: Dataset, encoder: PromptEncoder, seed: int) -> dict[str, An
     count = min(SAMPLE, len(battles))
     rows = np.sort(np.random.default_rng(seed).choice(len(battles), count, replace=False))
     least = encoder.fixed(1).length + len(encoder.mark) + LEAST_ROUND
-    budgets = sorted(length for length in {*MAX_LENGTHS, encoder.max_length} if length >= least)
+    budgets = [length for length in sorted({*MAX_LENGTHS, encoder.max_length}) if length >= least]
+    sides = [TEXTS] if len(encoder.responses) > 1 else [(TEXTS[0], name) for name in TEXTS[1:]]
     full, sequences, kept = [], [], []
     for batch in battles.select(rows).with_format(None).select_columns(list(TEXTS)).iter(batch_size=500):
-        for rounds in encoder.rounds(*(batch[name] for name in TEXTS)):
-            sizes = [tuple(map(len, texts)) for texts in rounds]
-            each = [sizes] if len(encoder.responses) > 1 else [[(turn[0], turn[n]) for turn in sizes] for n in (1, 2)]
-            full.append(total(sizes))
-            sequences += [sum(total(one)) + encoder.fixed(len(one)).length for one in each]
-            kept.append(_joined([_kept(encoder, one, budgets) for one in each]))
-    sizes_of, stays = np.array(full), np.array(kept)
-    lengths = {"prompt": sizes_of[:, 0], "both_responses": sizes_of[:, 1:].sum(axis=1),
-               "longer_response": sizes_of[:, 1:].max(axis=1), "sequence": np.array(sequences)}  # fmt: skip
+        for each in zip(*(encoder.rounds(*(batch[name] for name in side)) for side in sides), strict=True):
+            sizes = [[tuple(map(len, texts)) for texts in rounds] for rounds in each]
+            totals = [total(rounds) for rounds in sizes]
+            full.append((totals[0][0], *(size for one in totals for size in one[1:])))
+            sequences += [sum(map(sum, rounds)) + encoder.fixed(len(rounds)).length for rounds in sizes]
+            stay = [_kept(encoder, rounds, budgets) for rounds in sizes]
+            kept.append(np.dstack([np.min([one[..., 0] for one in stay], axis=0), *(one[..., 1:] for one in stay)]))
+    sizes_of, stays, ways = np.array(full), np.array(kept), ("kept", "right_cut")
+    responses = {"both_responses": sizes_of[:, 1:].sum(axis=1), "longer_response": sizes_of[:, 1:].max(axis=1)}
+    lengths = {"prompt": sizes_of[:, 0], **responses, "sequence": np.array(sequences)}
     return {
         "battles": count,
         "max_length": encoder.max_length,
         "truncation": encoder.truncation,
         "lengths": {name: _percentiles(values) for name, values in lengths.items()},
         "retention": [
-            {"max_length": length, "kept": retention(sizes_of, stays[:, 0, number]),
-             "right_cut": retention(sizes_of, stays[:, 1, number])}
+            {
+                "max_length": length,
+                **{name: retention(sizes_of, stays[:, way, number]) for way, name in enumerate(ways)},
+            }
             for number, length in enumerate(budgets)
         ],
-    }  # fmt: skip
+    }
 
 
 def _kept(encoder: PromptEncoder, rounds: Sequence[Sizes], budgets: list[int]) -> np.ndarray:
@@ -225,26 +223,16 @@ def _kept(encoder: PromptEncoder, rounds: Sequence[Sizes], budgets: list[int]) -
     return np.stack([ours, right])
 
 
-def _joined(sequences: list[np.ndarray]) -> np.ndarray:
-    """Return the kept tokens of prompt and both responses of a battle's sequences, along the last axis."""
-    prompt = np.min([kept[..., :1] for kept in sequences], axis=0)
-    return np.concatenate([prompt, *(kept[..., 1:] for kept in sequences)], axis=-1)
-
-
 MOST_ROWS, MOST_NAMES = 12, 4
 """Sources, and parts, that are shown one by one; scripts, and sources in a sentence, that are named."""
 
 
 def format_audit(facts: Facts) -> str:
     """Return what `audit` found as lines for a terminal, with a sentence for each thing that is wrong."""
-    tokens, wrong = facts["tokens"], _wrong(facts)
+    tokens, wrong = facts["tokens"], [*_wrong_outcomes(facts), *_wrong_texts(facts)]
     lines = [*_outcome_lines(facts), "", *_text_lines(facts), *(["", *_token_lines(tokens)] if tokens else []), ""]
-    wrapped = [
-        textwrap.fill(one, 118, initial_indent="  - ", subsequent_indent="    ", break_long_words=False,
-                      break_on_hyphens=False)
-        for one in wrong
-    ]  # fmt: skip
-    return "\n".join([*lines, "what is wrong" if wrong else "nothing looks wrong", *wrapped])
+    wrap = textwrap.TextWrapper(118, "  - ", "    ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join([*lines, "what is wrong" if wrong else "nothing looks wrong", *map(wrap.fill, wrong)])
 
 
 def _outcome_lines(facts: Facts) -> list[str]:
@@ -255,10 +243,9 @@ def _outcome_lines(facts: Facts) -> list[str]:
         lines += [f"  and {len(rows) - MOST_ROWS} more"] * (len(rows) > MOST_ROWS)
     for name, key in (("A wins", "position"), ("the longer response wins", "longer_response")):
         if wins := facts[key]:
-            low, high = 100 * wins["low"], 100 * wins["high"]
-            verdict = f"50 is {'inside' if wins['balanced'] else 'outside'}"
-            of = f"{wins['decided']:>9,}{_percent(wins['share'])}"
-            lines.append(f"{name:<32}{of} of those decided, 95 % [{low:.1f}, {high:.1f}]: {verdict}")
+            interval = f"95 % [{100 * wins['low']:.1f}, {100 * wins['high']:.1f}]"
+            verdict = f"of those decided, {interval}: 50 is {'inside' if wins['balanced'] else 'outside'}"
+            lines.append(f"{name:<32}{wins['decided']:>9,}{_percent(wins['share'])} {verdict}")
     return lines
 
 
@@ -274,21 +261,16 @@ def _percent(share: float) -> str:
 
 def _text_lines(facts: Facts) -> list[str]:
     turns, groups, same, near = (facts[name] for name in ("turns", "groups", "duplicates", "near_duplicates"))
-    grouped = "not assigned"
-    if groups:
-        grouped = (
-            f"{groups['number']:,}; the largest has {_count(groups['largest'])}; {100 * groups['shared']:.1f} % of "
-        )
-        grouped += "the battles share theirs"
+    twice, rounds = same["identical_responses"]["battles"], ("1", "2", "3+")
+    grouped = groups and f"{groups['number']:,}; the largest has {_count(groups['largest'])}"
+    shared = groups and f"; {100 * groups['shared']:.1f} % of battles are not alone in theirs"
     lines = {
-        "turns": ", ".join(f"{name}: {100 * turns[name]:.1f} %" for name in ("1", "2", "3+"))
-        + f"; at most {turns['most']}",
+        "turns": ", ".join(f"{name}: {100 * turns[name]:.1f} %" for name in rounds) + f"; at most {turns['most']}",
         "empty turns": ", ".join(f"{name}: {count:,}" for name, count in facts["empty_turns"].items()),
         "script of prompt": _first([f"{name}: {100 * share:.1f} %" for name, share in facts["scripts"].items()]),
-        "prompt groups": grouped,
-        "repeats": f"{_count(same['battles'])}, exactly; both responses are the same in "
-        f"{_count(same['identical_responses']['battles'])}",
-        "similar prompts": f"{near['pairs']:,} pairs among {near['prompts']:,} prompts, of different groups",
+        "prompt groups": f"{grouped}{shared}" if groups else "not assigned",
+        "exact repeats": f"{_count(same['battles'])}; both responses are the same in {_count(twice)}",
+        "similar prompts": f"at least {near['pairs']:,} pairs among {near['prompts']:,} prompts, of different groups",
     }
     shown = [f"{name:<18}{line}" for name, line in lines.items()]
     return [*shown, "", *_percentile_lines("characters", facts["characters"])]
@@ -313,37 +295,32 @@ def _percentile_lines(title: str, rows: dict[str, dict[str, float]]) -> list[str
 
 def _token_lines(tokens: Facts) -> list[str]:
     lines = _percentile_lines(f"tokens of {_count(tokens['battles'])}", tokens["lengths"])
-    lines += ["", f"what stays by '{tokens['truncation']}' | by a plain cut on the right (*: the recipe's max_length)"]
-    lines.append(
-        f"{'max_length':>12}{'battles cut':>18}{'of prompts':>18}{'of responses':>18}{'shorter rest, tokens':>24}"
+    title = (
+        f"truncation '{tokens['truncation']}' | plain right cut; tokens of the response that keeps less (*: max_length)"
     )
+    heads = ("battles cut", "prompts kept", "responses kept", "lesser response")
+    lines += ["", title, f"{'max_length':>12}" + "".join(f"{head:>18}" for head in heads)]
     for row in tokens["retention"]:
         both = (row["kept"], row["right_cut"])
         names = ("battles_cut", "prompt_kept", "responses_kept")
         cells = [" | ".join(f"{100 * one[name]:5.1f}" for one in both) + " %" for name in names]
-        rest = " | ".join(f"{one['less_kept_response']:5,.0f}" for one in both)
+        cells.append(" | ".join(f"{one['less_kept_response']:5,.0f}" for one in both) + "  ")
         mark = "*" if row["max_length"] == tokens["max_length"] else " "
-        lines.append(f"{mark}{row['max_length']:>11,}" + "".join(f"{cell:>18}" for cell in cells) + f"{rest:>24}")
+        lines.append((f"{mark}{row['max_length']:>11,}" + "".join(f"{cell:>18}" for cell in cells)).rstrip())
     return lines
 
 
-def _wrong(facts: Facts) -> list[str]:
-    """Return a sentence for each thing that is wrong."""
-    return [*_wrong_outcomes(facts), *_wrong_texts(facts)]
-
-
 def _wrong_outcomes(facts: Facts) -> Iterator[str]:
+    """Yield a sentence for each thing that is wrong with outcomes and how they are dealt."""
     position = facts["position"]
     if facts["outcomes"] is None:
         yield "The battles are not labelled: they can be predicted, but not trained on."
         return
     if position and not position["balanced"] and abs(position["share"] - 0.5) > IMBALANCE:
-        yield (
-            f"A wins {100 * position['share']:.1f} % of decided battles: position is not balanced; "
-            "data.swap_augmentation mends it in training."
-        )
-    large = {name: row["outcomes"]["winner_tie"] for name, row in facts["sources"].items() if row["battles"] >= FEW}
-    without = [name for name, tie in large.items() if not tie]
+        wins = f"A wins {100 * position['share']:.1f} % of decided battles"
+        yield f"{wins}: position is not balanced; data.swap_augmentation mends it in training."
+    large = {name: row["outcomes"] for name, row in facts["sources"].items() if row["battles"] >= FEW}
+    without = [name for name, shares in large.items() if not shares["winner_tie"]]
     if without and facts["outcomes"]["winner_tie"] > 0:
         yield f"There are ties, but none in {_first(without)}: a model learns which texts come from where ties are."
     for name, part in facts["parts"].items():
@@ -352,26 +329,22 @@ def _wrong_outcomes(facts: Facts) -> Iterator[str]:
 
 
 def _wrong_texts(facts: Facts) -> Iterator[str]:
+    """Yield a sentence for each thing that is wrong with texts and groups."""
     same, near, groups = (facts[name] for name in ("duplicates", "near_duplicates", "groups"))
     conflicts, decided = same["label_conflicts"], same["identical_responses"]["decided"]
     if same["battles"]:
-        yield f"{_count(same['battles'])} repeat another one (A and B may be exchanged), so that it counts more than once."
+        yield f"Exact repeats, with A and B exchanged or not: {_count(same['battles'])}. What is repeated counts more."
     if conflicts["sets"]:
-        yield (
-            f"{_count(conflicts['sets'])} stand there several times with different winners, {conflicts['battles']:,} rows "
-            f"in all; no model is right on all of them: {_examples(conflicts['examples'])}."
-        )
+        several = f"{_count(conflicts['sets'])}, in {conflicts['battles']:,} rows{_examples(conflicts['examples'])}"
+        yield f"Judged several times, with different winners: {several}. No model is right on all of them."
     if decided:
-        yield f"{_count(decided)} have a winner though both responses are the same."
+        yield f"A winner, though both responses are the same: {_count(decided)}."
     if near["pairs"]:
-        yield (
-            f"{near['pairs']:,} pairs of prompts of different groups are nearly the same ({_count(near['battles'])}); they "
-            f"may lie on both sides of a split: {_examples([one['ids'] for one in near['examples']])}."
-        )
+        pairs = f"{near['pairs']:,} ({_count(near['battles'])}){_examples([one['ids'] for one in near['examples']])}"
+        yield f"Pairs of prompts of different groups that are nearly the same: at least {pairs}. A split may part them."
     if groups and groups["largest"] > max(LARGE_GROUP * facts["battles"], FEW):
-        share = 100 * groups["largest"] / facts["battles"]
-        yield f"One prompt group has {share:.0f} % of the battles: folds cannot be alike."
+        yield f"One prompt group has {100 * groups['largest'] / facts['battles']:.0f} % of the battles: folds differ."
 
 
 def _examples(ids: list[list[str]]) -> str:
-    return "e.g. " + "; ".join(" and ".join(one[:2]) for one in ids[:2])
+    return ", e.g. " + "; ".join(" and ".join(one[:2]) for one in ids[:2])

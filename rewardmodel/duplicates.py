@@ -25,8 +25,12 @@ CHARACTERS = 4_000
 """Characters of a normalised prompt that count; what follows is not compared."""
 
 BANDS, ROWS = 8, 4
-"""Two prompts are compared if all `ROWS` minima of one of `BANDS` bands agree. Of pairs with similarity s,
+"""Two prompts are candidates if all `ROWS` minima of one of `BANDS` bands agree. Of pairs with similarity s,
 1 - (1 - s ** ROWS) ** BANDS are: 98.5 % at .8, all but one in a million at .95."""
+
+SPREAD = 3
+"""Candidates are measured unless fewer of all minima agree than a pair at the threshold has, less so many standard
+deviations; that leaves out one such pair in 400."""
 
 LEADERS = 4
 """Prompts of a bucket that all later ones of it are compared with; so time grows with prompts, not their square."""
@@ -91,22 +95,22 @@ def near_duplicates(battles: Dataset, threshold: float = 0.8) -> dict[str, Any]:
 
     Similarity is the Jaccard index of the sets of `GRAM` characters in a row, over the first `CHARACTERS` of the
     normalised prompt. Candidates come from MinHash (Broder 1997) in bands, and each is then measured exactly, so that
-    no pair below the threshold is counted. Some above may be missed: by chance (see `BANDS`), and in a bucket of
-    many prompts, where each is only compared with the first `LEADERS` of them.
+    no pair below the threshold is counted. Some above may be missed: by chance (see `BANDS`, `SPREAD`), and in a
+    bucket of many prompts, where each is only compared with the first `LEADERS` of them.
 
     Args:
         battles: with `group` set; prompts without a group (-1) count as different groups.
         threshold: similarity from which two prompts are nearly the same.
 
     Returns:
-        `threshold`; `prompts`: different prompts that were compared; `pairs`: of prompts that are nearly the same;
-        `battles`: that have one of these prompts; `examples`: up to `EXAMPLES`, each `ids` of two battles and their
-        `similarity`.
+        `threshold`; `prompts`: different prompts that were compared; `pairs`: of prompts that are nearly the same, at
+        least; `battles`: that have one of these prompts; `examples`: up to `EXAMPLES`, each `ids` of two battles and
+        their `similarity`.
     """
-    keys, bands, usable = _hashed(battles)
+    keys, minima, bands, usable = _hashed(battles)
     distinct, first, count = np.unique(keys[usable], return_index=True, return_counts=True)
     rows = np.flatnonzero(usable)[first]
-    pairs = _candidates(bands[rows])
+    pairs = _candidates(bands[rows], minima[rows], threshold)
     groups = np.asarray(battles.with_format(None)["group"][:])[rows[pairs]]
     pairs = pairs[(groups[:, 0] != groups[:, 1]) | (groups[:, 0] < 0)]
     similarity = _similarities(battles, rows[pairs])
@@ -126,9 +130,15 @@ def _key(*parts: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(b"\0\0".join(parts), digest_size=8).digest(), "big")
 
 
-def _hashed(battles: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return of each battle's prompt the key and the bands' keys, (n, BANDS) uint64, and whether it is long enough."""
+def _hashed(battles: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the hashes of each battle's prompt, and whether it is long enough to have some.
+
+    Returns:
+        Its key, (n,) uint64; the last byte of each minimum, (n, BANDS * ROWS) uint8; the keys of its bands, (n, BANDS)
+        uint64; (n,) bool.
+    """
     keys, usable = np.empty(len(battles), np.uint64), np.empty(len(battles), bool)
+    minima = np.zeros((len(battles), BANDS * ROWS), np.uint8)
     bands = np.zeros((len(battles), BANDS), np.uint64)
     texts, start = normalised(battles), 0
     while batch := [prompt for prompt, _, _ in islice(texts, PROMPTS_A_BATCH)]:
@@ -136,9 +146,10 @@ def _hashed(battles: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         keys[here] = [_key(prompt) for prompt in batch]
         decoded = [_compared(prompt) for prompt in batch]
         usable[here] = [len(text) >= GRAM for text in decoded]
-        bands[here][usable[here]] = _band_keys([text for text in decoded if len(text) >= GRAM])
+        least = _minima([text for text in decoded if len(text) >= GRAM])
+        minima[here][usable[here]], bands[here][usable[here]] = least.astype(np.uint8), _band_keys(least)
         start += len(batch)
-    return keys, bands, usable
+    return keys, minima, bands, usable
 
 
 def _compared(prompt: bytes) -> str:
@@ -160,10 +171,10 @@ def _grams(text: str) -> np.ndarray:
     return hashed
 
 
-def _band_keys(texts: list[str]) -> np.ndarray:
-    """Return one key for each band of MinHash minima, (n_texts, BANDS) uint64."""
+def _minima(texts: list[str]) -> np.ndarray:
+    """Return the least hash of each text's pieces under each permutation, (n_texts, BANDS * ROWS) uint32."""
     if not texts:
-        return np.zeros((0, BANDS), np.uint64)
+        return np.zeros((0, BANDS * ROWS), np.uint32)
     sizes = np.array([len(text) for text in texts])
     ends = sizes.cumsum()
     within = np.ones(ends[-1], bool)  # pieces of the joined texts that do not reach into the next text
@@ -171,24 +182,29 @@ def _band_keys(texts: list[str]) -> np.ndarray:
         within[ends - back] = False
     grams = (_grams("".join(texts))[within[: 1 - GRAM]] >> np.uint64(32)).astype(np.uint32)
     starts = ends - sizes - (GRAM - 1) * np.arange(len(texts))
-    keys = np.zeros((len(texts), BANDS), np.uint64)
-    permutations = zip(_odd_numbers(BANDS * ROWS, np.uint32), _odd_numbers(BANDS * ROWS + 1, np.uint64), strict=False)
-    for number, (factor, weight) in enumerate(permutations):
-        keys[:, number // ROWS] += np.minimum.reduceat(grams * factor + factor // 3, starts) * weight
-    return keys
+    factors = _odd_numbers(BANDS * ROWS, np.uint32)
+    return np.stack([np.minimum.reduceat(grams * factor + factor // 3, starts) for factor in factors], axis=1)
 
 
-def _candidates(bands: np.ndarray) -> np.ndarray:
-    """Return pairs of rows to compare, (n_pairs, 2) int64: of rows with a key in common, the first with later ones."""
-    count = len(bands)
+def _band_keys(minima: np.ndarray) -> np.ndarray:
+    """Return one key for the minima of each band, (n_texts, BANDS) uint64."""
+    return (minima.reshape(-1, BANDS, ROWS) * _odd_numbers(ROWS, np.uint64)).sum(axis=2, dtype=np.uint64)
+
+
+def _candidates(bands: np.ndarray, minima: np.ndarray, threshold: float) -> np.ndarray:
+    """Return pairs of rows to compare, (n_pairs, 2) int64: of rows with a band in common, the first with later ones."""
+    count, size = minima.shape
+    enough = size * threshold - SPREAD * (size * threshold * (1 - threshold)) ** 0.5
     found = [np.zeros(0, np.int64)]
     for keys in bands.T:
         order = np.argsort(keys, kind="stable")
         starts, sizes = np.unique(keys[order], return_index=True, return_counts=True)[1:]
         start = np.repeat(starts, sizes)
         for leader in range(LEADERS):
-            later = np.flatnonzero(np.arange(count) > start + leader)
-            found.append(order[start[later] + leader] * count + order[later])
+            place = np.flatnonzero(np.arange(count) > start + leader)
+            first, later = order[start[place] + leader], order[place]
+            likely = (minima[first] == minima[later]).sum(axis=1) >= enough
+            found.append(first[likely] * count + later[likely])
     return np.stack(np.divmod(np.unique(np.concatenate(found)), max(count, 1)), axis=1)
 
 

@@ -3,6 +3,7 @@
 A template puts fixed text around the turns; only the turns give way when a battle is too long.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from rewardmodel.config import PromptConfig
 from rewardmodel.errors import InputError
 from rewardmodel.template import Template, markers
 from rewardmodel.truncation import LEAST_ROUND, MARK, TRUNCATIONS, Sizes, keep_rounds, text_kept
+
+_INSIDE = re.compile(r"(?<=\S)(?=\S)")
 
 
 class Encoded(NamedTuple):
@@ -58,7 +61,8 @@ class PromptEncoder:
         self.template = Template(config.template, tokenizer)
         self.responses = self.template.responses
         self.mark = self._tokens([MARK])[0]
-        self._markers = markers(self.template.layout(2), tokenizer.all_special_tokens)
+        added = [str(token) for token in tokenizer.added_tokens_decoder.values() if not token.special]
+        self._markers = markers(self.template.layout(2), tokenizer.all_special_tokens, added)
         self._begin, self._end = _special_frame(tokenizer)
         self._layouts: dict[int, Fixed] = {}
         least = self.fixed(1).length + len(self.mark) + LEAST_ROUND
@@ -82,6 +86,10 @@ class PromptEncoder:
         self, prompts: Sequence[list[str]], *responses: Sequence[list[str]]
     ) -> Iterator[list[tuple[list[int], ...]]]:
         """Yield the tokens of each conversation's rounds: of the prompt turn and of each response to it."""
+        if len(responses) != len(self.responses):
+            raise InputError(
+                f"prompt.template: it encodes {len(self.responses)} of {len(responses)} responses; use another template"
+            )
         conversations = [list(zip(*texts, strict=True)) for texts in zip(prompts, *responses, strict=True)]
         texts = [self._neutral(text) for rounds in conversations for turns in rounds for text in turns]
         tokens = iter(self._tokens(texts))
@@ -97,7 +105,15 @@ class PromptEncoder:
     def settings(self) -> list:
         """Return all that the tokens depend on, besides the texts and the code."""
         layouts = [self.fixed(rounds) for rounds in (1, 2, 3)]
-        fixed = [self.template.text, *layouts, self.mark, self._markers.pattern, self.max_length, self.truncation]
+        fixed = [
+            self.template.text,
+            self.tokenizer.chat_template,
+            *layouts,
+            self.mark,
+            self._markers.pattern,
+            self.max_length,
+            self.truncation,
+        ]
         return [*fixed, self.tokenizer.backend_tokenizer.to_str()]
 
     def _assemble(self, rounds: list[tuple[list[int], ...]]) -> Encoded:
@@ -130,8 +146,8 @@ class PromptEncoder:
         return total(stay)
 
     def _neutral(self, text: str) -> str:
-        """Return `text` with a blank inside anything that looks like a marker of the template."""
-        return self._markers.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+        """Return `text` with a blank inside a word of anything that looks like a marker of the template."""
+        return self._markers.sub(lambda found: _INSIDE.sub(" ", found[0], count=1), text)
 
     def fixed(self, rounds: int) -> Fixed:
         """Return the tokens around the turns of a conversation of so many rounds."""

@@ -5,6 +5,7 @@ only turns can be cut, and nothing in a turn can become structure.
 """
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jinja2
@@ -37,7 +38,12 @@ CHAT = "chat"
 JOINT, SEPARATE = ("response_a", "response_b"), ("response",)
 """What a round's responses are called when both stand in one sequence, and when each stands in one of its own."""
 
-_PLACEHOLDER = re.compile("\ue000(\\d+) (\\d)\ue001")
+# Letters of both cases, so that a filter that changes a text shows.
+_PLACEHOLDER = re.compile("\ue000Turn (\\d+) tEXT (\\d)\ue001")
+
+
+FAULTS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError, OverflowError)
+"""What a template that is wrong raises when it is rendered."""
 
 
 class Layout(NamedTuple):
@@ -80,11 +86,12 @@ class Template:
         """Return the fixed text of a conversation of so many rounds."""
         names = ("prompt", *self.responses)
         placeholders = [
-            {name: f"\ue000{number} {text}\ue001" for text, name in enumerate(names)} for number in range(rounds)
+            {name: f"\ue000Turn {number} tEXT {text}\ue001" for text, name in enumerate(names)}
+            for number in range(rounds)
         ]
         try:
             rendered = (_chat if self.text == CHAT else _jinja)(self.text, self.tokenizer, placeholders)
-        except jinja2.TemplateError as error:
+        except FAULTS as error:
             raise InputError(f"prompt.template: {' '.join(str(error).split())}; mend the template") from error
         pieces = _PLACEHOLDER.split(rendered)
         turns = [(int(number), int(text)) for number, text in zip(pieces[1::3], pieces[2::3], strict=True)]
@@ -98,16 +105,24 @@ class Template:
         return Layout(pieces[:-1:3], turns, pieces[-1])
 
 
-def markers(layout: Layout, special: list[str]) -> re.Pattern[str]:
-    """Return a pattern of the lines of fixed text that tell turns apart, in any case and spacing.
+def markers(layout: Layout, special: list[str], added: Iterable[str] = ()) -> re.Pattern[str]:
+    """Return a pattern of the fixed text that tells turns apart, in any case and spacing.
 
-    Such a line stands directly before a turn, or first after the last one. Lines that only words make up ("user")
-    are left out: there, special tokens tell turns apart.
+    That is the line directly before each turn and the first one after the last turn, without special tokens, whose
+    spelling in a battle is plain text anyhow. Lines that only words make up ("user") are left out: there, special
+    tokens tell turns apart.
+
+    Args:
+        layout: of several rounds.
+        special: the tokenizer's special tokens.
+        added: tokens that were added to it and are not special; those that the layout has are markers too.
     """
     split = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
     lines = [_lines(text, split)[-1:] for text in layout.before] + [_lines(layout.after, split)[:1]]
     found = {line for part in lines for line in part if re.search(r"\w", line) and re.search(r"[^\w\s]", line)}
-    spellings = (r"\s+".join(map(re.escape, line.split())) for line in sorted(found, key=len, reverse=True))
+    fixed = " ".join([*layout.before, layout.after])
+    found |= {token for token in added if token.strip() and token in fixed}
+    spellings = (r"\s*".join(map(re.escape, line.split())) for line in sorted(found, key=len, reverse=True))
     return re.compile("|".join(spellings) or "(?!)", re.IGNORECASE)
 
 

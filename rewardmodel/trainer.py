@@ -229,18 +229,7 @@ def train(recipe: Recipe, battles: Any = None, *, resume: bool = False, overwrit
     device, dtype = placement(recipe.model, backbone)
     args = training_arguments(recipe, dtype, device)
     model, tokenizer = build_model(recipe.model, objective.head_width, args.seed)
-    rows, validation_rows = (
-        tokenize(part, tokenizer, recipe.prompt, args.dataset_num_proc)
-        for part in (AUGMENTATIONS[recipe.data.swap_augmentation](parts.training, recipe.data.seed), parts.validation)
-    )
-    kept = retention(rows)
-    logger.info(
-        "%d battles to train on (%d rows), %d for validation; max_length %d cuts %.1f %% of battles and keeps %.1f %% "
-        "of the responses' tokens",
-        len(parts.training), len(rows), len(parts.validation), recipe.prompt.max_length,
-        100 * kept["battles_cut"], 100 * kept["responses_kept"],
-    )  # fmt: skip
-
+    rows, validation_rows = _rows(parts, tokenizer, recipe)
     facts = {
         "backbone": {"name": recipe.model.model_name_or_path, "fingerprint": fingerprint(backbone)},
         "data": data,
@@ -259,6 +248,21 @@ def train(recipe: Recipe, battles: Any = None, *, resume: bool = False, overwrit
         save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, recipe.model, run / MODEL)
     trainer.accelerator.wait_for_everyone()
     return run, parts
+
+
+def _rows(parts: Parts, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[Dataset, Dataset]:
+    """Return the tokenised training and validation battles, and log what truncation leaves of the former."""
+    training = AUGMENTATIONS[recipe.data.swap_augmentation](parts.training, recipe.data.seed)
+    num_proc = recipe.trainer.get("dataset_num_proc")
+    rows, validation = (tokenize(part, tokenizer, recipe.prompt, num_proc) for part in (training, parts.validation))
+    kept = retention(rows)
+    logger.info(
+        "%d battles to train on (%d rows), %d for validation; max_length %d cuts %.1f %% of battles and keeps %.1f %% "
+        "of the responses' tokens",
+        len(parts.training), len(rows), len(validation), recipe.prompt.max_length,
+        100 * kept["battles_cut"], 100 * kept["responses_kept"],
+    )  # fmt: skip
+    return rows, validation
 
 
 def _with_source(recipe: Recipe, battles: Any) -> Recipe:

@@ -176,7 +176,7 @@ BAD_BATTLES = {
         half_labelled,
         ["row 1, column 'winner_tie'", "no number; label every battle of a file, or none"],
     ),
-    "too few prompts": (lambda f: f.head(8), ["data.folds: 4 folds need 4 different prompts"]),
+    "too few prompts": (lambda f: f.head(8), ["data.folds: 4 parts need as many different prompts"]),
     "unlabelled": (lambda f: f.drop(columns=list(OUTCOMES)), ["data.train: ", "has no outcomes"]),
 }
 """What may be wrong with a file of battles: how to make it so, and what the message must say."""
@@ -203,7 +203,7 @@ def test_battles_that_cannot_be_used_are_refused_by_file_row_and_column(
     ("content", "expected"),
     [
         (b"", "the file is empty"),
-        (b"id,prompt,response_a,response_b\n1,caf\xe9,a,b\n", "byte 37 is not UTF-8"),
+        (b"id,prompt,response_a,response_b\n1,caf\xe9,a,b\n", "byte 0xe9 is not UTF-8"),
         (b'id,prompt,response_a,response_b\n1,"a,b\n', "check the quotes"),
         (b"id,prompt,response_a,response_b\n1,a,b,c,d\n", "row 1 (line 2): 5 fields, but the header has 4"),
     ],

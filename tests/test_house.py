@@ -10,9 +10,9 @@ LEVELS = [
     {"errors", "files", "trainer_keys"},
     {"config", "battles", "metrics", "backbone", "objective", "rows", "truncation", "template"},
     {"sources", "folds", "predictions", "prompt", "weights", "runs", "head"},
-    {"formats", "pairs", "model"},
-    {"parts"},
-    {"trainer", "inference", "report", "audit"},
+    {"formats", "duplicates", "pairs", "model"},
+    {"parts", "audit"},
+    {"trainer", "inference", "report"},
     {"pipeline"},
     {"cli"},
 ]

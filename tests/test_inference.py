@@ -11,7 +11,7 @@ from rewardmodel.errors import InputError
 from rewardmodel.formats import read_battles
 from rewardmodel.inference import predict, predict_with
 from rewardmodel.model import build_model, load_model
-from rewardmodel.pairs import share_cut, tokenize
+from rewardmodel.pairs import retention, tokenize
 from rewardmodel.predictions import average, predicted
 from rewardmodel.runs import MODEL, RECIPE, load_run_recipe
 from rewardmodel.trainer import train
@@ -143,7 +143,8 @@ def in_memory(run, file, **prompt):
     recipe = dataclasses.replace(recipe, prompt=dataclasses.replace(recipe.prompt, **prompt))
     model, tokenizer = load_model(recipe.model, run / MODEL)
     battles = read_battles(file)
-    assert share_cut(tokenize(battles, tokenizer, PromptConfig(template="encoder", max_length=100))) > 0
+    rows = tokenize(battles, tokenizer, PromptConfig(template="encoder", max_length=100))
+    assert retention(rows)["battles_cut"] > 0
     return predict_with(model, tokenizer, recipe, battles)
 
 

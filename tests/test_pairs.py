@@ -1,11 +1,15 @@
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from conftest import battle_frame, make_tokenizer
-from datasets import Dataset, load_from_disk
+from conftest import battle_frame, make_tokenizer, write_csv
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,24 +17,36 @@ from rewardmodel.battles import OUTCOMES, outcomes, swap
 from rewardmodel.config import PromptConfig
 from rewardmodel.errors import InputError
 from rewardmodel.formats import read_battles
-from rewardmodel.pairs import MODEL_COLUMNS, MODEL_INPUTS, ROWS, PadCollator, length_sorted_batches, share_cut, tokenize
+from rewardmodel.pairs import MODEL_COLUMNS, MODEL_INPUTS, ROWS, PadCollator, length_sorted_batches, retention, tokenize
 from rewardmodel.prompt import PromptEncoder
 
 PROMPT = PromptConfig(max_length=160)
 
 
 @pytest.fixture(scope="module")
-def battles():
-    return read_battles(battle_frame())
+def battles(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REWARDMODEL_CACHE", str(tmp_path_factory.mktemp("battles")))
+        return read_battles(battle_frame())
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Return the folder that tokenised rows are kept in, empty at first."""
+    monkeypatch.setenv("REWARDMODEL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tokens"
 
 
 def test_rows_keep_the_order_and_the_count_of_battles(battles, tokenizer):
     rows = tokenize(battles, tokenizer, PROMPT)
-    encoded = list(PromptEncoder(tokenizer, PROMPT)(battles["prompt"], battles["response_a"], battles["response_b"]))
+    texts = [battles[name][:] for name in ("prompt", "response_a", "response_b")]
+    encoded = list(PromptEncoder(tokenizer, PROMPT)(*texts))
     assert len(rows) == len(battles)
-    assert rows["input_ids"][:] == [row.input_ids for row in encoded]
-    assert rows["segment_ids"][:] == [row.segment_ids for row in encoded]
-    assert rows["full_length"][:] == [row.full_length for row in encoded]
+    assert rows["input_ids"][:] == [row.input_ids.tolist() for row in encoded]
+    assert rows["segment_ids"][:] == [row.segment_ids.tolist() for row in encoded]
+    assert rows["full"][:] == [list(row.full) for row in encoded]
+    assert rows["kept"][:] == [list(row.kept) for row in encoded]
+    assert rows["length"][:] == [len(row.input_ids) for row in encoded]
     assert np.array_equal(np.array(rows["labels"][:]), outcomes(battles))
 
 
@@ -45,8 +61,10 @@ def test_rows_have_the_columns_and_types_that_are_promised(battles, tokenizer):
     assert rows.features == ROWS
     assert set(MODEL_COLUMNS) <= set(rows.column_names)
     for row in rows:
-        assert len(row["input_ids"]) == len(row["segment_ids"]) == row["length"] <= min(160, row["full_length"])
+        assert len(row["input_ids"]) == len(row["segment_ids"]) == row["length"] <= 160
         assert set(row["segment_ids"]) == {0, 1, 2}
+        assert len(row["full"]) == len(row["kept"]) == 3
+        assert all(kept <= full for kept, full in zip(row["kept"], row["full"], strict=True))
 
 
 def test_weights_of_battles_are_those_of_their_rows(battles, tokenizer):
@@ -69,6 +87,7 @@ def test_swapped_battles_exchange_their_segments_labels_and_nothing_of_their_len
     for row, other in zip(rows, swapped, strict=True):
         assert row["length"] == other["length"]
         assert row["labels"] == [other["labels"][column] for column in (1, 0, 2)]
+        assert [row["full"], row["kept"]] == [[other[name][text] for text in (0, 2, 1)] for name in ("full", "kept")]
 
 
 def test_a_format_of_the_battles_does_not_matter(battles, tokenizer):
@@ -84,48 +103,119 @@ def test_a_prompt_that_cannot_be_made_is_refused(changes, key, battles, tokenize
         tokenize(battles, tokenizer, dataclasses.replace(PROMPT, **changes))
 
 
-@pytest.fixture
-def battles_on_disk(battles, tmp_path):
-    battles.save_to_disk(tmp_path / "battles")
-    return load_from_disk(tmp_path / "battles")
+def test_a_template_that_encodes_each_response_alone_is_refused(battles, tokenizer):
+    alone = "{% for round in rounds %}{{ round.prompt }} {{ round.response }}{% endfor %}"
+    with pytest.raises(InputError, match=r"^prompt\.template: .*each response alone.* use one with response_a"):
+        tokenize(battles, tokenizer, dataclasses.replace(PROMPT, template=alone))
 
 
-def test_battles_on_disk_are_tokenised_once_for_each_setting(battles_on_disk, tokenizer):
-    first = tokenize(battles_on_disk, tokenizer, PROMPT)
-    files = first.cache_files
-    assert files  # written beside the battles
-    assert tokenize(battles_on_disk, tokenizer, PROMPT).cache_files == files
-    for config in (PromptConfig(max_length=200), PromptConfig(template="encoder", max_length=160)):
-        other = tokenize(battles_on_disk, tokenizer, config)
-        assert other.cache_files != files
-        assert other["input_ids"][:] != first["input_ids"][:]
+def test_rows_of_two_processes_are_those_of_one(battles, tokenizer, tmp_path, monkeypatch):
+    rows = tokenize(battles, tokenizer, PROMPT)
+    monkeypatch.setenv("REWARDMODEL_CACHE", str(tmp_path / "other"))
+    by_two = tokenize(battles, tokenizer, PROMPT, num_proc=2)
+    assert len(by_two.cache_files) == 2
+    assert by_two.features == ROWS
+    assert by_two[:] == rows[:]
 
 
-def test_the_cache_tells_tokenizers_apart(battles_on_disk):
-    framed, bare = (tokenize(battles_on_disk, make_tokenizer(add_bos), PROMPT) for add_bos in (True, False))
+TOKENIZE_A_FILE = """
+import json, sys
+from transformers import AutoTokenizer
+from rewardmodel.config import PromptConfig
+from rewardmodel.formats import read_battles
+from rewardmodel.pairs import tokenize
+
+sys.stdin.readline()
+rows = tokenize(read_battles(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[2]), PromptConfig(max_length=160))
+print(json.dumps({"files": [file["filename"] for file in rows.cache_files], "rows": rows[:]}))
+"""
+
+
+def test_a_file_is_tokenised_once_for_all_processes(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    arguments = [str(write_csv(battle_frame(), tmp_path / "train.csv")), str(tmp_path / "tokenizer")]
+    processes = [  # both import at the same time, then one works after the other
+        subprocess.Popen(
+            [sys.executable, "-c", TOKENIZE_A_FILE, *arguments],
+            env={**os.environ, "PYTHONHASHSEED": seed}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for seed in ("1", "2")
+    ]  # fmt: skip
+    found = []
+    for process in processes:
+        shown = json.loads(process.communicate("go\n", timeout=120)[0])
+        found.append((shown, [os.stat(file).st_mtime_ns for file in shown["files"]]))
+    assert found[0] == found[1]
+    assert len(found[0][0]["rows"]["input_ids"]) == 48
+
+
+def files_of(rows: Dataset) -> list[tuple[str, int]]:
+    return [(file["filename"], os.stat(file["filename"]).st_mtime_ns) for file in rows.cache_files]
+
+
+def test_the_same_battles_and_settings_are_tokenised_once(battles, tokenizer, cache):
+    first = files_of(tokenize(battles, tokenizer, PROMPT))
+    assert files_of(tokenize(battles, make_tokenizer(), dataclasses.replace(PROMPT))) == first
+    assert [str(file) for file in cache.iterdir()] == [file for file, _ in first]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_length": 161},
+        {"truncation": "head"},
+        {"template": "encoder"},
+        {"template": "{% for r in rounds %}{{ r.prompt }}|{{ r.response_a }}|{{ r.response_b }}{% endfor %}"},
+    ],
+    ids=["length", "policy", "template", "own template"],
+)
+def test_another_setting_is_another_file_in_the_cache(changes, battles, tokenizer, cache):
+    first = tokenize(battles, tokenizer, PROMPT)
+    other = tokenize(battles, tokenizer, dataclasses.replace(PROMPT, **changes))
+    assert other.cache_files != first.cache_files
+    assert len(list(cache.iterdir())) == 2
+    encoder = PromptEncoder(tokenizer, dataclasses.replace(PROMPT, **changes))
+    expected = next(encoder(*([battles[0][name]] for name in ("prompt", "response_a", "response_b"))))
+    assert other[0]["input_ids"] == expected.input_ids.tolist()
+
+
+def test_other_battles_are_another_file_in_the_cache(battles, tokenizer, cache):
+    tokenize(battles, tokenizer, PROMPT)
+    assert len(tokenize(battles.select(range(4)), tokenizer, PROMPT)) == 4
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_the_cache_tells_tokenizers_apart(battles):
+    framed, bare = (tokenize(battles, make_tokenizer(add_bos), PROMPT) for add_bos in (True, False))
     assert all(row["input_ids"][0] == 1 for row in framed)
     assert all(row["input_ids"][0] != 1 for row in bare)
 
 
-def test_the_cache_tells_separators_apart(battles_on_disk):
+def test_the_cache_tells_separators_apart(battles):
     config = PromptConfig(template="encoder", max_length=160)
     plain, separated = make_tokenizer(), make_tokenizer()
     separated.sep_token = "<end_of_turn>"
     assert plain.backend_tokenizer.to_str() == separated.backend_tokenizer.to_str()
-    tokenize(battles_on_disk, plain, config)
-    assert all(2 in row["input_ids"] for row in tokenize(battles_on_disk, separated, config))
+    tokenize(battles, plain, config)
+    assert all(2 in row["input_ids"] for row in tokenize(battles, separated, config))
 
 
-def rows_of(*full_and_kept):
-    return Dataset.from_dict(
-        {"length": [kept for _, kept in full_and_kept], "full_length": [full for full, _ in full_and_kept]}
-    )
+def test_retention_of_rows_of_a_known_example():
+    rows = Dataset.from_dict({"full": [[10, 20, 30], [4, 5, 6]], "kept": [[10, 20, 15], [4, 5, 6]]})
+    assert retention(rows) == {
+        "battles_cut": 0.5,
+        "prompt_kept": 1.0,
+        "responses_kept": 46 / 61,
+        "less_kept_response": 10.0,
+    }
 
 
-def test_share_cut_counts_the_battles_that_lost_tokens():
-    assert share_cut(rows_of((10, 10), (20, 16), (16, 16), (17, 16))) == 0.5
-    assert share_cut(rows_of((10, 10))) == 0.0
-    assert share_cut(rows_of((11, 10))) == 1.0
+def test_retention_of_tokenised_battles_counts_the_ones_that_lost_text(battles, tokenizer):
+    whole, cut = (tokenize(battles, tokenizer, PromptConfig(max_length=length)) for length in (1000, 150))
+    counted = [kept != full for kept, full in zip(cut["kept"][:], cut["full"][:], strict=True)]
+    assert retention(whole)["battles_cut"] == 0
+    assert retention(whole)["responses_kept"] == retention(whole)["prompt_kept"] == 1
+    assert 0 < retention(cut)["battles_cut"] == np.mean(counted) < 1
 
 
 def row(ids, segments, labels=(1.0, 0.0, 0.0), weight=1.0):

@@ -1,13 +1,14 @@
 import dataclasses
 import json
 import platform
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import battle_frame, write_csv
 
-from rewardmodel import pipeline
+from rewardmodel import folds, pipeline
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.config import DataConfig, ModelConfig, PromptConfig, Recipe
 from rewardmodel.errors import InputError
@@ -15,6 +16,7 @@ from rewardmodel.inference import predict
 from rewardmodel.parts import fingerprints, load_battles, split
 from rewardmodel.predictions import predicted, read_predictions
 from rewardmodel.runs import (
+    CALIBRATION,
     ENVIRONMENT,
     METRICS,
     MODEL,
@@ -204,3 +206,58 @@ def test_the_package_offers_each_command_as_a_function():
     assert rewardmodel.InputError is InputError
     for name in rewardmodel.__all__:
         assert callable(getattr(rewardmodel, name)), name
+
+
+def test_prepare_writes_the_battles_as_they_are_dealt_and_what_is_in_them(recipe, tmp_path):
+    recipe = with_data(recipe, calibration=0.25)
+    facts = pipeline.prepare(recipe, tmp_path / "prepared")
+    assert {path.name for path in (tmp_path / "prepared").iterdir()} == {"battles.parquet", "audit.json"}
+    assert json.loads((tmp_path / "prepared" / "audit.json").read_text()) == facts
+    assert facts["battles"] == 48
+    battles = pd.read_parquet(tmp_path / "prepared" / "battles.parquet")
+    sizes = battles["fold"].value_counts()
+    assert sizes.pop(folds.CALIBRATION) == 12
+    assert sorted(sizes) == [8, 8, 8, 12]
+
+
+def test_prepared_battles_train_like_the_file_they_came_from(recipe, tmp_path):
+    pipeline.prepare(recipe, tmp_path)
+    again = with_data(recipe, train=str(tmp_path / "battles.parquet"))
+    before, after = (split(load_battles(one.data), 0) for one in (recipe, again))
+    assert fingerprints(before) == fingerprints(after)
+
+
+def test_prepare_without_a_tokenizer_tells_the_rest(recipe, tmp_path, caplog):
+    missing = dataclasses.replace(recipe, model=ModelConfig("nobody/nothing"))
+    facts = pipeline.prepare(missing, tmp_path)
+    assert "no tokenizer, so nothing about tokens: model.model_name_or_path: hub id 'nobody/nothing'" in caplog.text
+    assert facts["battles"] == 48
+
+
+def test_nothing_is_prepared_of_a_file_that_is_refused(recipe, tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        pipeline.prepare(with_data(recipe, train="nowhere.csv"), tmp_path / "prepared")
+    assert not (tmp_path / "prepared").exists()
+
+
+def test_battles_kept_for_calibration_are_predicted_and_the_holdout_only_when_asked(recipe):
+    recipe = with_data(quick(recipe), folds=2, calibration=0.25, holdout=0.25)
+    folder, _ = pipeline.run(recipe)
+    parts = split(load_battles(recipe.data), 0)
+    assert read_predictions(folder / CALIBRATION)["id"].tolist() == parts.calibration["id"][:]
+    assert not list(folder.glob("*holdout*"))
+    table = predict(folder, "holdout")
+    assert table["id"].tolist() == parts.holdout["id"][:]
+    assert predict(folder, "validation").equals(read_predictions(folder / VALIDATION))
+
+
+def test_a_part_that_was_not_kept_cannot_be_predicted(finished):
+    with pytest.raises(InputError, match=r"its data\.holdout is 0"):
+        predict(finished[1], "holdout")
+
+
+def test_a_part_of_battles_that_changed_since_is_refused(recipe):
+    folder, _ = pipeline.run(quick(recipe))
+    write_csv(battle_frame(13), Path(recipe.data.train))
+    with pytest.raises(InputError, match="began on another data"):
+        predict(folder, "validation")

@@ -115,7 +115,9 @@ def test_zip_of_the_competition_gives_the_file_of_the_role(tmp_path, role, read)
 def test_zip_of_two_files_of_other_names_is_refused_and_they_are_named(tmp_path):
     path = write(tmp_path, as_zip({"one.csv": "", "two.jsonl": "", "notes.txt": ""}), "both.zip")
     message = message_of(path)
-    assert message.startswith(f"{path}: which file in it? one.csv, two.jsonl; either there is one, or one is called train")
+    assert message.startswith(
+        f"{path}: which file in it? one.csv, two.jsonl; either there is one, or one is called train"
+    )
 
 
 def test_error_in_a_zip_names_the_file_within(tmp_path):

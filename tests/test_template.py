@@ -149,6 +149,7 @@ def looped(text: str) -> str:
 
 
 ALL = "{{ round.prompt }} {{ round.response }}"
+ABSENT = "with 1 rounds, the prompt of round 1 stands there 0 times"
 
 REFUSED = {
     "syntax": (looped(ALL + "{{ round.prompt }"), r"unexpected '}'; mend the template"),
@@ -156,9 +157,15 @@ REFUSED = {
     "undefined": (looped(ALL + "{{ question }}"), r"'question' is undefined; mend the template"),
     "no such key": (looped(ALL + "{{ round.answer }}"), r"'dict object' has no attribute 'answer'; mend the template"),
     "no such filter": (looped(ALL + "{{ round | shout }}"), r"No filter named 'shout'.*; mend the template"),
-    "changed": (looped("{{ round.prompt | tojson }} {{ round.response }}"), "the prompt of round 1 stands there 0 times"),
-    "shortened": (looped("{{ round.prompt[:3] }} {{ round.response }}"), "the prompt of round 1 stands there 0 times"),
-    "counted": (looped("{{ round.prompt | length }} {{ round.response }}"), "the prompt of round 1 stands there 0 times"),
+    "changed": (
+        looped("{{ round.prompt | tojson }} {{ round.response }}"),
+        "the prompt of round 1 stands there 0 times",
+    ),
+    "shortened": (looped("{{ round.prompt[:3] }} {{ round.response }}"), ABSENT),
+    "counted": (
+        looped("{{ round.prompt | length }} {{ round.response }}"),
+        "the prompt of round 1 stands there 0 times",
+    ),
     "twice": (
         looped(ALL + "{{ round.response }}"),
         "with 1 rounds, the response of round 1 stands there 2 times; "
@@ -173,7 +180,7 @@ REFUSED = {
         "{{ rounds[0].prompt }} {{ rounds[0].response }}",
         "with 2 rounds, the prompt of round 2 stands there 0 times",
     ),
-    "no turns": ("{{ 'Which is better?' }}", "the prompt of round 1 stands there 0 times"),
+    "no turns": ("{{ 'Which is better?' }}", ABSENT),
     "unknown": ("instructions", "no template 'instructions'; did you mean 'instruction'"),
     "unknown, unlike any": ("zzz", "no template 'zzz'; there are: instruction, encoder, chat"),
     "empty": ("", "no template ''; there are: instruction, encoder, chat"),
@@ -216,25 +223,22 @@ def test_a_template_that_fails_only_for_many_rounds_is_refused_when_it_meets_the
         made.layout(5)
 
 
-@pytest.mark.xfail(strict=True, reason="a placeholder without letters is the same in any case")
 @pytest.mark.parametrize("name", ["upper", "lower", "title", "capitalize"])
 def test_a_filter_that_changes_letters_is_refused(name, tokenizer):
     with pytest.raises(InputError, match="the prompt of round 1 stands there 0 times"):
         Template(looped(f"{{{{ round.prompt | {name} }}}} {{{{ round.response }}}}"), tokenizer)
 
 
-@pytest.mark.xfail(strict=True, reason="only Jinja's own errors are caught, and not those of Python inside a template")
 @pytest.mark.parametrize(
     "text",
     ["{{ loop.index + '. ' }}", "{{ 1 / 0 }}", "{% for i in range(1000000) %}{% endfor %}", "{% include 'a file' %}"],
     ids=["a number and a text", "a division by zero", "a loop of a million", "a file"],
 )
 def test_a_python_error_inside_a_template_is_refused_in_one_line(text, tokenizer):
-    with pytest.raises(InputError, match="^prompt.template: "):
+    with pytest.raises(InputError, match=r"^prompt\.template: "):
         Template(looped(ALL + text), tokenizer)
 
 
-@pytest.mark.xfail(strict=True, reason="the text is shown as it is, with its line breaks")
 def test_a_text_of_many_lines_that_is_no_jinja_is_refused_in_one_line(tokenizer):
     with pytest.raises(InputError, match="no template") as caught:
         Template("Prompt:\nResponse A:\nResponse B:\n", tokenizer)
@@ -286,7 +290,7 @@ def test_a_marker_is_found_in_any_case_and_spacing(spelling, tokenizer):
 @pytest.mark.parametrize("template", [*TEMPLATES, OWN], ids=[*TEMPLATES, "own"])
 def test_words_of_every_day_are_no_markers(template, tokenizer):
     pattern, _ = pattern_of(template, tokenizer)
-    assert not pattern.findall("Final Answer: 4\nAnswer:\nuser\nmodel\nassistant\nResponse B is better than response A.")
+    assert not pattern.findall("Final Answer: 4\nAnswer:\nuser\nmodel\nassistant\nResponse B is better than A.")
 
 
 @pytest.mark.parametrize("chat", [CHATML, GEMMA])

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewardmodel.truncation import (
@@ -192,6 +192,7 @@ conversations = st.tuples(
 
 
 @every_policy
+@settings(max_examples=50)
 @given(drawn=conversations)
 def test_rounds_that_stay_never_exceed_the_budget(policy, drawn):
     rounds, overhead, mark, budget = drawn
@@ -203,6 +204,7 @@ def test_rounds_that_stay_never_exceed_the_budget(policy, drawn):
 
 
 @every_policy
+@settings(max_examples=50)
 @given(drawn=conversations)
 def test_every_round_after_the_oldest_that_stays_is_whole(policy, drawn):
     rounds, overhead, mark, budget = drawn
@@ -211,6 +213,7 @@ def test_every_round_after_the_oldest_that_stays_is_whole(policy, drawn):
 
 
 @every_policy
+@settings(max_examples=50)
 @given(drawn=conversations)
 def test_a_conversation_that_fits_is_whole(policy, drawn):
     rounds, overhead, mark, more = drawn
@@ -220,15 +223,17 @@ def test_a_conversation_that_fits_is_whole(policy, drawn):
 
 
 @every_policy
+@settings(max_examples=50)
 @given(drawn=conversations)
 def test_a_swap_of_the_responses_swaps_what_stays_of_them(policy, drawn):
-    rounds, *settings = drawn
+    rounds, overhead, mark, budget = drawn
     swapped = [(prompt, b, a) for prompt, a, b in rounds]
-    budget = (settings[2], settings[0], settings[1], TRUNCATIONS[policy].share)
-    assert kept_of(swapped, *budget) == [(prompt, b, a) for prompt, a, b in kept_of(rounds, *budget)]
+    limits = (budget, overhead, mark, TRUNCATIONS[policy].share)
+    assert kept_of(swapped, *limits) == [(prompt, b, a) for prompt, a, b in kept_of(rounds, *limits)]
 
 
 @every_policy
+@settings(max_examples=50)
 @given(drawn=conversations)
 def test_a_cut_text_is_as_long_as_its_share(policy, drawn):
     rounds, overhead, mark, budget = drawn

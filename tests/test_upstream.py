@@ -159,7 +159,7 @@ def test_length_grouping_reads_the_length_column(recipe):
 
 def test_the_collator_needs_no_length(tokenizer, recipe):
     rows = tokenize(read_battles(recipe.data.train), tokenizer, recipe.prompt)
-    batch = PadCollator(0)(list(rows.remove_columns(["length", "full_length"]).select(range(2))))
+    batch = PadCollator(0)(list(rows.remove_columns(["length", "full", "kept"]).select(range(2))))
     assert set(batch) == {"input_ids", "attention_mask", "segment_ids", "labels", "weight"}
 
 
