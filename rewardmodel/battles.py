@@ -7,12 +7,14 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 
@@ -241,3 +243,10 @@ def store(tables: Iterable[pa.Table], where: str) -> Dataset:
     battles = Dataset.from_file(str(path))
     battles._fingerprint = digest
     return battles
+
+
+def write_parquet(battles: Dataset, path: Path) -> None:
+    """Write battles as a Parquet file, some thousand rows at a time."""
+    with pq.ParquetWriter(path, FEATURES.arrow_schema) as writer:
+        for table in battles.with_format("arrow").iter(batch_size=5000):
+            writer.write_table(table)

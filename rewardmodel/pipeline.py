@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rewardmodel.audit import audit
+from rewardmodel.battles import write_parquet
 from rewardmodel.config import Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.files import atomic_path
@@ -83,6 +84,6 @@ def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
         encoder = None
     facts = audit(battles, encoder, recipe.data.seed)
     with atomic_path(folder / BATTLES) as partial:
-        battles.to_parquet(partial)
+        write_parquet(battles, partial)
     write_json(folder / AUDIT, facts)
     return facts

@@ -5,8 +5,15 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import atexit
 import json
+import shutil
+import tempfile
 from pathlib import Path
+
+USER_CACHE = os.environ.get("REWARDMODEL_CACHE")
+os.environ["REWARDMODEL_CACHE"] = tempfile.mkdtemp(prefix="rewardmodel-tests-")
+atexit.register(shutil.rmtree, os.environ["REWARDMODEL_CACHE"], ignore_errors=True)
 
 import numpy as np
 import pandas as pd
@@ -143,6 +150,15 @@ def write_csv(frame: pd.DataFrame, path: Path) -> Path:
     """Write battles as CSV and return the path."""
     frame.to_csv(path, index=False)
     return path
+
+
+@pytest.fixture
+def user_cache(monkeypatch):
+    """Let converted real backbones be found in, and kept in, the user's own cache."""
+    if USER_CACHE is None:
+        monkeypatch.delenv("REWARDMODEL_CACHE")
+    else:
+        monkeypatch.setenv("REWARDMODEL_CACHE", USER_CACHE)
 
 
 @pytest.fixture(scope="session")

