@@ -13,7 +13,10 @@ _HOMES = {
     "read_battles": "formats",
     "train": "trainer",
     "predict": "inference",
-    "evaluate": "report",
+    "evaluate": "evaluation",
+    "compare": "evaluation",
+    "baseline": "baseline",
+    "report": "report",
     "run": "pipeline",
     "prepare": "pipeline",
 }

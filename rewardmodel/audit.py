@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
@@ -13,6 +12,7 @@ from rewardmodel.battles import OUTCOMES, TEXTS, outcomes
 from rewardmodel.duplicates import duplicates, near_duplicates, winner
 from rewardmodel.folds import CALIBRATION, HOLDOUT, TRAIN_ONLY
 from rewardmodel.prompt import PromptEncoder, total
+from rewardmodel.texts import SCRIPTS, characters_of, script_numbers
 from rewardmodel.truncation import LEAST_ROUND, Sizes, retention
 
 SAMPLE = 20_000
@@ -22,9 +22,6 @@ MAX_LENGTHS = (512, 1024, 1536, 2048, 3072, 4096, 8192)
 """Budgets at which truncation is measured, besides the encoder's own."""
 
 PERCENTILES = (5, 25, 50, 75, 95, 99)
-
-SCRIPTS = ("Latin", "Han", "Japanese", "Hangul", "Cyrillic", "Arabic", "Devanagari", "Hebrew", "Thai", "Greek")
-"""Scripts that are told apart, as Unicode names them; letters of others are `other`, and no letters are `none`."""
 
 PARTS = {TRAIN_ONLY: "train only", CALIBRATION: "calibration", HOLDOUT: "holdout", -1: "not dealt"}
 
@@ -90,35 +87,14 @@ def _survey(battles: Dataset) -> _Survey:
         source.append([numbers.setdefault(name, len(numbers)) for name in table.column("source").to_pylist()])
         texts = [table.column(name).combine_chunks() for name in TEXTS]
         turns.append(pc.list_value_length(texts[0]).to_numpy())
-        characters.append(np.stack([_characters(column) for column in texts], axis=1))
+        characters.append(np.stack([characters_of(column) for column in texts], axis=1))
         empty += [pc.sum(pc.equal(pc.utf8_trim_whitespace(column.flatten()), "")).as_py() for column in texts]
-        scripts.append(_scripts(pc.binary_join(texts[0], "\n")))
-    share = np.bincount(np.concatenate(scripts), minlength=len(SCRIPTS) + 2) / len(battles)
-    ranked = sorted(zip([*SCRIPTS, "other", "none"], share.tolist(), strict=True), key=lambda item: -item[1])
+        scripts.append(script_numbers(texts[0]))
+    share = np.bincount(np.concatenate(scripts), minlength=len(SCRIPTS)) / len(battles)
+    ranked = sorted(zip(SCRIPTS, share.tolist(), strict=True), key=lambda item: -item[1])
     found = {name: here for name, here in ranked if here}
     numbered, rounds = np.concatenate(source), np.concatenate(turns)
     return _Survey(list(numbers), numbered, rounds, np.concatenate(characters), empty, found)
-
-
-def _characters(column: pa.ListArray) -> np.ndarray:
-    """Return the characters of all turns of each battle, (n,) int64."""
-    lengths = pc.utf8_length(column.flatten()).to_numpy()
-    return np.bincount(pc.list_parent_indices(column), lengths, minlength=len(column)).astype(np.int64)
-
-
-def _scripts(texts: pa.StringArray) -> np.ndarray:
-    """Return the number of each text's script, (n,): of `SCRIPTS`, then other, then none; kana make Han Japanese."""
-    none, han, kana = len(SCRIPTS) + 1, SCRIPTS.index("Han"), SCRIPTS.index("Japanese")
-    latin = pc.match_substring_regex(texts, "[A-Za-z]").to_numpy(zero_copy_only=False)
-    script = np.where(latin, SCRIPTS.index("Latin"), none)
-    mixed = pc.invert(pc.string_is_ascii(texts))
-    named = [r"\p{Hiragana}\p{Katakana}" if name == "Japanese" else rf"\p{{{name}}}" for name in SCRIPTS]
-    classes = [*(f"[{one}]" for one in named), rf"[^{''.join(named)}\P{{L}}]"]
-    counts = np.stack([pc.count_substring_regex(texts.filter(mixed), one).to_numpy() for one in classes], axis=1)
-    counts[:, kana] += np.where(counts[:, kana] > 0, counts[:, han], 0)
-    counts[counts[:, kana] > 0, han] = 0
-    script[mixed.to_numpy(zero_copy_only=False)] = np.where(counts.any(axis=1), counts.argmax(axis=1), none)
-    return script
 
 
 def _shares(mean: np.ndarray) -> dict[str, float] | None:

@@ -23,12 +23,12 @@ def _run(arguments: list[str]) -> None:
     if options.print_config:
         print(dump_recipe(recipe), end="")
         return
+    from rewardmodel.evaluation import format_metrics
     from rewardmodel.pipeline import run
-    from rewardmodel.report import format_metrics
-    from rewardmodel.runs import SUBMISSION
+    from rewardmodel.runs import REPORT, SUBMISSION
 
     folder, metrics = run(recipe, resume=options.resume, overwrite=options.overwrite)
-    print(f"\nheld-out prompts: {format_metrics(metrics)}\n\n{folder}")
+    print(f"\nheld-out prompts: {format_metrics(metrics)}\n\n{folder / REPORT}")
     if recipe.data.test:
         print(folder / SUBMISSION)
 
@@ -97,13 +97,52 @@ def _predict(arguments: list[str]) -> None:
 
 
 def _evaluate(arguments: list[str]) -> None:
-    """Measure predictions of battles whose outcomes are known."""
+    """Measure predictions of battles whose outcomes are known, or compare two of them."""
     parser = _parser("evaluate", _evaluate)
-    parser.add_argument("predictions", help="a run folder (its held-out fold), or a predictions.parquet")
+    parser.add_argument("predictions", type=Path, help="a run folder (its held-out fold), or a predictions.parquet")
+    parser.add_argument("--data", help="labelled battles to predict with the run and to measure, like RewardBench's")
+    parser.add_argument("--against", type=Path, help="another run or predictions.parquet of the same battles")
     options = parser.parse_args(arguments)
-    from rewardmodel.report import evaluate, format_metrics
+    from rewardmodel.evaluation import compare, evaluate, format_difference, format_evaluation
 
-    print(format_metrics(evaluate(options.predictions)))
+    if options.against:
+        print(format_difference(compare(options.predictions, options.against)))
+        return
+    predictions = options.predictions
+    if options.data:
+        from rewardmodel.inference import predict
+
+        predictions = predict(options.predictions, options.data)
+    print(format_evaluation(evaluate(predictions)))
+
+
+def _report(arguments: list[str]) -> None:
+    """Write a run's report.html, or a page that compares several runs."""
+    parser = _parser("report", _report)
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders; several are compared with the first")
+    parser.add_argument("--output", type=Path, help="the HTML file to write; none: in the (first) run")
+    options = parser.parse_args(arguments)
+    from rewardmodel.report import report
+
+    print(report(options.runs, options.output))
+
+
+def _baseline(arguments: list[str]) -> None:
+    """Measure what needs no language model: class prior, lengths, TF-IDF; out of fold."""
+    parser = _parser("baseline", _baseline)
+    parser.add_argument("battles", help="labelled battles: a file, a hub data set, or 'sample'")
+    parser.add_argument("--folds", type=int, default=5, help="folds by prompt group (5)")
+    parser.add_argument("--seed", type=int, default=0, help="of the folds (0)")
+    parser.add_argument("--output", type=Path, help="a .parquet file for the predictions")
+    options = parser.parse_args(arguments)
+    from rewardmodel.baseline import baseline, format_baseline, measure
+    from rewardmodel.config import DataConfig
+    from rewardmodel.parts import load_battles
+
+    table = baseline(load_battles(DataConfig(train=options.battles, folds=options.folds, seed=options.seed)))
+    if options.output:
+        table.to_parquet(options.output, index=False)
+    print(format_baseline(measure(table)))
 
 
 OVERRIDES = "any key of the recipe can be overruled: --SECTION.KEY VALUE"
@@ -114,6 +153,8 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "predict": _predict,
     "evaluate": _evaluate,
+    "report": _report,
+    "baseline": _baseline,
 }
 """Commands by name; the first line of each docstring is its help."""
 

@@ -151,6 +151,8 @@ class InferenceConfig:
 
     swap_tta: Literal["none", "both"] = "both"
     """Predict each battle as given, or in both orders and average."""
+    calibrate: bool = True
+    """Apply the run's calibrator, where its evaluation found one that helps beyond noise."""
     batch_tokens: int = 8192
     """Tokens of a batch, padding included; sequences are sorted by length first."""
 

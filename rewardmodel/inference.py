@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rewardmodel.backbone import family
 from rewardmodel.battles import swap
+from rewardmodel.calibration import NONE, Calibrator, load
 from rewardmodel.config import Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.folds import assign_groups
@@ -21,8 +22,8 @@ from rewardmodel.model import autocast, compute_dtype, load_model
 from rewardmodel.objective import OBJECTIVES, Objective
 from rewardmodel.pairs import MODEL_INPUTS, PadCollator, length_sorted_batches, tokenize
 from rewardmodel.parts import fingerprints, load_battles, split
-from rewardmodel.predictions import predictions_table
-from rewardmodel.runs import MODEL, check_same_inputs, load_run_recipe
+from rewardmodel.predictions import PROBABILITIES, predicted, predictions_table
+from rewardmodel.runs import CALIBRATOR, MODEL, check_same_inputs, load_run_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +47,11 @@ def predict(run: str | Path, battles: Any, recipe: Recipe | None = None) -> pd.D
     """
     run = Path(run)
     recipe = recipe or load_run_recipe(run)
+    seen = isinstance(battles, str) and battles in OWN_PARTS[:2]  # what the calibrator was chosen on stays as it is
+    calibrator = load(run / CALIBRATOR) if recipe.inference.calibrate and not seen else NONE
     battles = battles_to_predict(run, battles)
     model, tokenizer = load_model(recipe.model, run / MODEL)
-    return predict_with(model, tokenizer, recipe, battles)
+    return predict_with(model, tokenizer, recipe, battles, calibrator)
 
 
 def battles_to_predict(run: Path, battles: Any) -> Dataset:
@@ -77,8 +80,12 @@ def predict_with(
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
     battles: Dataset,
+    calibrator: Calibrator = NONE,
 ) -> pd.DataFrame:
-    """Return the predictions table of battles by a model in memory; `recipe` is the one it was trained with."""
+    """Return the predictions table of battles by a model in memory; `recipe` is the one it was trained with.
+
+    The probabilities of single orders are the model's own; `calibrator` changes what is predicted in the end.
+    """
     inference = recipe.inference
     objective = OBJECTIVES[recipe.objective.name]
     dtype = compute_dtype(recipe.model, next(model.parameters()).device, family(model.config.model_type))
@@ -96,6 +103,7 @@ def predict_with(
     if bad.any():
         ids = ", ".join(table["id"][bad][:5])
         raise FloatingPointError(f"{bad.sum()} predictions are no numbers ({dtype}); the first ids: {ids}")
+    table[list(PROBABILITIES)] = calibrator(predicted(table))
     return table
 
 

@@ -55,9 +55,36 @@ class Metric:
         return float(self.of_mean(_columns(self.terms(predicted, true)).mean(axis=0)))
 
 
+def decided_terms(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """Return (hit, 1) for battles that were decided, else (0, 0), (n_battles, 2); equal chances are half a hit."""
+    lead, won = predicted[:, 0] - predicted[:, 1], true[:, 0] - true[:, 1]
+    decided = true[:, :2].max(axis=1) > true[:, 2]
+    hit = np.where(lead == 0, 0.5, np.sign(lead) == np.sign(won))
+    return np.stack([hit * decided, decided], axis=1).astype(np.float64)
+
+
+def class_terms(outcome: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Return the terms of the log loss of one outcome: (its part of the cross-entropy, its share), (n_battles, 2)."""
+
+    def terms(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
+        only = np.zeros_like(true)
+        only[:, outcome] = true[:, outcome]
+        return np.stack([log_loss_terms(predicted, only), true[:, outcome]], axis=1)
+
+    return terms
+
+
+def _ratio(mean: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return mean[..., 0] / mean[..., 1]
+
+
 log_loss = Metric(log_loss_terms)
 brier = Metric(brier_terms)
 accuracy = Metric(accuracy_terms)
+accuracy_decided = Metric(decided_terms, _ratio)
+"""How often the more likely winner won, over the battles that somebody won."""
+
 expected_calibration_error = Metric(calibration_terms, lambda mean: np.abs(mean).sum(axis=-1))
 """Mean gap between confidence and hit rate over the bins, weighted by their battles (Guo et al. 2017)."""
 
@@ -65,9 +92,19 @@ METRICS = {
     "log_loss": log_loss,
     "brier": brier,
     "accuracy": accuracy,
+    "accuracy_decided": accuracy_decided,
+    "log_loss_a": Metric(class_terms(0), _ratio),
+    "log_loss_b": Metric(class_terms(1), _ratio),
+    "log_loss_tie": Metric(class_terms(2), _ratio),
     "expected_calibration_error": expected_calibration_error,
 }
-"""Metrics by their name in metrics.json."""
+"""Metrics by their name in metrics.json; `log_loss_a` is that of the battles that A won, and so on."""
+
+SAMPLES = 1000
+"""Bootstrap samples."""
+
+DRAWS_A_BLOCK = 20
+"""Bootstrap samples that are in memory at a time."""
 
 
 def class_prior(true: np.ndarray) -> np.ndarray:
@@ -75,18 +112,48 @@ def class_prior(true: np.ndarray) -> np.ndarray:
     return true.mean(axis=0)
 
 
+def bootstrap_means(terms: np.ndarray, groups: np.ndarray, samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
+    """Return the means of columns when whole groups are drawn again, (samples, k) (Efron & Tibshirani 1993, ch. 13).
+
+    Battles of one prompt are not independent, so groups are drawn, not rows.
+
+    Args:
+        terms: (n_battles, k) float64.
+        groups: (n_battles,) integer labels.
+        samples: how many draws.
+        seed: of the draws.
+    """
+    _, members = np.unique(groups, return_inverse=True)
+    sizes = np.bincount(members).astype(np.float64)
+    sums = np.stack([np.bincount(members, column) for column in terms.T], axis=1)
+    random = np.random.default_rng(seed)
+    means = np.empty((samples, terms.shape[1]))
+    for start in range(0, samples, DRAWS_A_BLOCK):
+        block = range(start, min(start + DRAWS_A_BLOCK, samples))
+        drawn = (random.integers(len(sizes), size=len(sizes)) for _ in block)
+        times = np.stack([np.bincount(one, minlength=len(sizes)) for one in drawn]).astype(np.float64)
+        # einsum instead of @: the threads of a BLAS stumble over those of a training run beside it
+        means[block] = np.einsum("sg,gk->sk", times, sums) / np.einsum("sg,g->s", times, sizes)[:, None]
+    return means
+
+
+def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Return the percentile interval of bootstrap values, (samples,); draws in which it is not defined are left out."""
+    tail = (1 - level) / 2
+    low, high = np.nanquantile(values, [tail, 1 - tail])
+    return float(low), float(high)
+
+
 def bootstrap_interval(
     metric: Metric,
     predicted: np.ndarray,
     true: np.ndarray,
     groups: np.ndarray,
-    samples: int = 1000,
+    samples: int = SAMPLES,
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Return the percentile interval of a metric when whole groups are drawn again (Efron & Tibshirani 1993, ch. 13).
-
-    Battles of one prompt are not independent, so groups are drawn, not rows.
+    """Return the percentile interval of a metric, clustered by group.
 
     Args:
         metric: an entry of `METRICS`.
@@ -97,27 +164,51 @@ def bootstrap_interval(
         level: coverage, 0 to 1.
         seed: of the draw.
     """
-    _, members = np.unique(groups, return_inverse=True)
-    sizes = np.bincount(members)
-    terms = _columns(metric.terms(predicted, true))
-    sums = np.stack([np.bincount(members, column) for column in terms.T], axis=1)
-    random = np.random.default_rng(seed)
-    values = np.empty(samples)
-    for sample in range(samples):
-        drawn = random.integers(len(sizes), size=len(sizes))
-        values[sample] = metric.of_mean(sums[drawn].sum(axis=0) / sizes[drawn].sum())
-    tail = (1 - level) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return float(low), float(high)
+    means = bootstrap_means(_columns(metric.terms(predicted, true)), groups, samples, seed)
+    return interval(metric.of_mean(means), level)
 
 
 def summary(predicted: np.ndarray, true: np.ndarray, groups: np.ndarray) -> dict[str, dict[str, float]]:
-    """Return every metric with its 95 % interval, clustered by group: name -> {value, low, high}."""
-    result = {}
-    for name, metric in METRICS.items():
-        low, high = bootstrap_interval(metric, predicted, true, groups)
-        result[name] = {"value": metric(predicted, true), "low": low, "high": high}
+    """Return every metric with its 95 % interval, clustered by group: name -> {value, low, high}.
+
+    A metric of battles that are not there (no ties, none decided) is left out.
+    """
+    columns = {name: _columns(metric.terms(predicted, true)) for name, metric in METRICS.items()}
+    means = bootstrap_means(np.concatenate(list(columns.values()), axis=1), groups)
+    result, start = {}, 0
+    for name, terms in columns.items():
+        metric, drawn = METRICS[name], means[:, start : start + terms.shape[1]]
+        start += terms.shape[1]
+        value = float(metric.of_mean(terms.mean(axis=0)))
+        if np.isfinite(value):
+            low, high = interval(metric.of_mean(drawn))
+            result[name] = {"value": value, "low": low, "high": high}
     return result
+
+
+def paired_difference(first: np.ndarray, second: np.ndarray, true: np.ndarray, groups: np.ndarray) -> dict[str, float]:
+    """Return the log loss of `first` minus that of `second` on the same battles, with its 95 % interval and a p-value.
+
+    Args:
+        first: (n_battles, 3) predicted probabilities.
+        second: the same of another model.
+        true: (n_battles, 3).
+        groups: (n_battles,) integer labels, drawn as wholes.
+
+    Returns:
+        `value` (negative: `first` is better), `low`, `high`, and `p`, two-sided: how seldom a difference of either
+        sign would be drawn if there were none (Efron & Tibshirani 1993, ch. 15).
+    """
+    terms = log_loss_terms(first, true) - log_loss_terms(second, true)
+    drawn = bootstrap_means(terms[:, None], groups)[:, 0]
+    low, high = interval(drawn)
+    beyond = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    return {
+        "value": float(terms.mean()),
+        "low": low,
+        "high": high,
+        "p": float(min(1, 2 * (beyond + 1) / (len(drawn) + 1))),
+    }
 
 
 def _columns(terms: np.ndarray) -> np.ndarray:

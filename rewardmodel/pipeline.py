@@ -1,11 +1,14 @@
 """A recipe in, a whole run out: `run` trains, judges and predicts; `prepare` only reads and audits its battles."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from rewardmodel.audit import audit
+from rewardmodel.baseline import fit_predict
 from rewardmodel.battles import write_parquet
+from rewardmodel.calibration import NONE, load
 from rewardmodel.config import Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.files import atomic_path
@@ -15,8 +18,18 @@ from rewardmodel.model import load_model, load_tokenizer
 from rewardmodel.parts import load_battles
 from rewardmodel.predictions import check_sample, write_predictions, write_submission
 from rewardmodel.prompt import PromptEncoder
-from rewardmodel.report import evaluate
-from rewardmodel.runs import CALIBRATION, MODEL, PREDICTIONS, SUBMISSION, VALIDATION, write_json
+from rewardmodel.report import report
+from rewardmodel.runs import (
+    CALIBRATION,
+    CALIBRATOR,
+    FLOORS,
+    METRICS,
+    MODEL,
+    PREDICTIONS,
+    SUBMISSION,
+    VALIDATION,
+    write_json,
+)
 from rewardmodel.trainer import train
 from rewardmodel.weights import resolve
 
@@ -27,7 +40,7 @@ BATTLES, AUDIT = "battles.parquet", "audit.json"
 
 
 def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> tuple[Path, dict[str, Any]]:
-    """Train, judge on the held-out fold, and predict `data.test` if there is one.
+    """Train, judge on the held-out fold beside the floors, report, and predict `data.test` if there is one.
 
     The model that predicts is read back from disk, so that what is judged is what was saved.
 
@@ -54,9 +67,13 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> tup
     for part, name in ((parts.validation, VALIDATION), (parts.calibration, CALIBRATION)):
         if len(part):
             write_predictions(predict_with(model, tokenizer, recipe, part), folder / name)
-    metrics = evaluate(folder)
+    with atomic_path(folder / FLOORS) as partial:
+        fit_predict(parts.training, parts.validation).to_parquet(partial, index=False)
+    report(folder)
+    metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
     if test is not None:
-        predictions = predict_with(model, tokenizer, recipe, test)
+        calibrator = load(folder / CALIBRATOR) if recipe.inference.calibrate else NONE
+        predictions = predict_with(model, tokenizer, recipe, test, calibrator)
         write_predictions(predictions, folder / PREDICTIONS)
         write_submission(predictions, folder / SUBMISSION)
     return folder, metrics

@@ -1,23 +1,34 @@
 """The predictions table: probabilities of both orders and their mean in, a parquet file and submission.csv out.
 
-Columns, one battle a row, in the order of the battles: `id`, `group`, the true outcomes (null where unknown),
-`p_model_a, p_model_b, p_tie` (what is predicted), and the same of each order that was computed: `ab_*` as given,
-`ba_*` with the responses exchanged; all of them speak of the battle's own A and B.
+Columns, one battle a row, in the order of the battles: `id`, `group`, `source`, `model_a`, `model_b`, the true outcomes
+(null where unknown), `p_model_a, p_model_b, p_tie` (what is predicted), the same of each order that was computed:
+`ab_*` as given, `ba_*` with the responses exchanged (all of them speak of the battle's own A and B), and what audits
+ask of the texts: `turns`, `script`, and `prompt_chars`, `response_a_chars`, `response_b_chars`. Labelled battles also
+have the beginnings of their texts, for people to read.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
 from datasets import Dataset
 
-from rewardmodel.battles import OUTCOMES, outcomes
+from rewardmodel.battles import OUTCOMES, TEXTS, is_labelled, outcomes
 from rewardmodel.errors import InputError
 from rewardmodel.files import atomic_path
+from rewardmodel.texts import SCRIPTS, characters_of, script_numbers
 
 PROBABILITIES = ("p_model_a", "p_model_b", "p_tie")
 """Predicted probabilities, in the order of `OUTCOMES`."""
+
+MODELS = ("model_a", "model_b")
+
+EXCERPT = 1_500
+"""Characters of a text that the table keeps of labelled battles."""
 
 
 def predictions_table(battles: Dataset, as_given: np.ndarray, exchanged: np.ndarray | None) -> pd.DataFrame:
@@ -29,12 +40,28 @@ def predictions_table(battles: Dataset, as_given: np.ndarray, exchanged: np.ndar
         exchanged: the same computed from swapped battles and swapped back; or None.
     """
     orders = {"ab": as_given} if exchanged is None else {"ab": as_given, "ba": exchanged}
-    columns: dict[str, np.ndarray] = {name: np.asarray(battles.with_format(None)[name][:]) for name in ("id", "group")}
+    plain = battles.with_format(None)
+    columns: dict[str, Any] = {name: np.asarray(plain[name][:]) for name in ("id", "group", "source", *MODELS)}
     columns |= dict(zip(OUTCOMES, outcomes(battles).T, strict=True))
     columns |= dict(zip(PROBABILITIES, average(list(orders.values())).T, strict=True))
     for order, probabilities in orders.items():
         columns |= {f"{order}_{name}": p for name, p in zip(PROBABILITIES, probabilities.T, strict=True)}
-    return pd.DataFrame(columns)
+    return pd.DataFrame(columns | _text_columns(battles))
+
+
+def _text_columns(battles: Dataset) -> dict[str, Any]:
+    found: dict[str, list] = defaultdict(list)
+    for table in battles.with_format("arrow").select_columns(list(TEXTS)).iter(batch_size=1000):
+        for name in TEXTS:
+            column = table.column(name).combine_chunks()
+            found[f"{name}_chars"].append(characters_of(column))
+            if name == "prompt":
+                found["turns"].append(pc.list_value_length(column).to_numpy())
+                found["script"].append(np.array(SCRIPTS)[script_numbers(column)])
+            if is_labelled(battles):
+                begun = pc.utf8_slice_codeunits(pc.binary_join(column, "\n\n"), 0, EXCERPT)
+                found[name].append(begun.to_numpy(zero_copy_only=False))
+    return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
 def average(probabilities: list[np.ndarray]) -> np.ndarray:

@@ -7,7 +7,10 @@ model/               the trained model: PEFT's own layout with the head, and the
 validation.parquet   predictions of the held-out fold
 calibration.parquet  predictions of the battles kept to fit calibration on (data.calibration)
 predictions.parquet, submission.csv     predictions of data.test
+floors.parquet       predictions of the same battles by scikit-learn floors
+calibrator.json      what calibrates predictions, if anything
 metrics.json         what `evaluate` found
+report.html          the same to look at
 """
 
 import hashlib
@@ -33,7 +36,10 @@ VALIDATION = "validation.parquet"
 CALIBRATION = "calibration.parquet"
 PREDICTIONS = "predictions.parquet"
 SUBMISSION = "submission.csv"
+FLOORS = "floors.parquet"
+CALIBRATOR = "calibrator.json"
 METRICS = "metrics.json"
+REPORT = "report.html"
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "scikit-learn")
 

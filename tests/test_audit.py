@@ -141,11 +141,6 @@ def test_scripts_are_shares_of_battles_over_all_turns():
     assert next(iter(found)) == "Latin"
 
 
-def test_scripts_of_a_slice_are_its_own():
-    texts = pa.array(["abc", "你好", "при", "1"] * 3)
-    assert module._scripts(texts.slice(1, 3)).tolist() == module._scripts(pa.array(["你好", "при", "1"])).tolist()
-
-
 def test_groups():
     battles = battles_of([["one"], ["two"], ["One"], ["three"], ["two"], ["two"]])
     assert audit(battles)["groups"] is None

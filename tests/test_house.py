@@ -8,10 +8,10 @@ MODULES = {path.stem: path for path in (ROOT / "rewardmodel").glob("*.py") if pa
 
 LEVELS = [
     {"errors", "files", "trainer_keys"},
-    {"config", "battles", "metrics", "backbone", "objective", "rows", "truncation", "template"},
-    {"sources", "folds", "predictions", "prompt", "weights", "runs", "head"},
-    {"formats", "duplicates", "pairs", "model"},
-    {"parts", "audit"},
+    {"config", "battles", "metrics", "backbone", "objective", "rows", "texts", "truncation", "template", "charts"},
+    {"sources", "folds", "predictions", "prompt", "weights", "runs", "head", "calibration"},
+    {"formats", "duplicates", "pairs", "model", "bias", "baseline", "page"},
+    {"parts", "audit", "evaluation"},
     {"trainer", "inference", "report"},
     {"pipeline"},
     {"cli"},

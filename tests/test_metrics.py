@@ -7,8 +7,10 @@ from sklearn.metrics import log_loss as sklearn_log_loss
 from rewardmodel.metrics import (
     METRICS,
     accuracy,
+    accuracy_decided,
     accuracy_terms,
     bootstrap_interval,
+    bootstrap_means,
     brier,
     brier_terms,
     calibration_terms,
@@ -16,6 +18,7 @@ from rewardmodel.metrics import (
     expected_calibration_error,
     log_loss,
     log_loss_terms,
+    paired_difference,
     summary,
 )
 
@@ -120,15 +123,17 @@ def test_metrics_do_not_depend_on_the_order_of_battles(seed, count):
     predicted, true = random_predictions(count, seed)
     order = np.random.default_rng(seed).permutation(count)
     for metric in METRICS.values():
-        assert metric(predicted[order], true[order]) == pytest.approx(metric(predicted, true))
+        assert metric(predicted[order], true[order]) == pytest.approx(metric(predicted, true), nan_ok=True)
 
 
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 30))
 def test_metrics_do_not_change_when_a_and_b_are_exchanged(seed, count):
     predicted, true = random_predictions(count, seed)
-    for metric in METRICS.values():
-        assert metric(predicted[:, [1, 0, 2]], true[:, [1, 0, 2]]) == pytest.approx(metric(predicted, true))
+    exchanged = {"log_loss_a": "log_loss_b", "log_loss_b": "log_loss_a"}
+    for name, metric in METRICS.items():
+        there = METRICS[exchanged.get(name, name)](predicted, true)
+        assert metric(predicted[:, [1, 0, 2]], true[:, [1, 0, 2]]) == pytest.approx(there, nan_ok=True)
 
 
 def test_class_prior_is_the_outcome_shares():
@@ -212,10 +217,11 @@ def test_summary_has_every_metric_with_its_interval():
     predicted, true = random_predictions(60)
     groups = np.repeat(np.arange(20), 3)
     result = summary(predicted, true, groups)
-    assert list(result) == ["log_loss", "brier", "accuracy", "expected_calibration_error"]
+    assert list(result) == list(METRICS)
     for name, entry in result.items():
         low, high = bootstrap_interval(METRICS[name], predicted, true, groups)
-        assert entry == {"value": METRICS[name](predicted, true), "low": low, "high": high}
+        expected = {"value": METRICS[name](predicted, true), "low": low, "high": high}
+        assert entry == pytest.approx(expected, rel=1e-12)
         assert {type(value) for value in entry.values()} == {float}
 
 
@@ -223,3 +229,70 @@ def test_summary_has_every_metric_with_its_interval():
 def test_summary_value_lies_in_its_interval(name):
     entry = summary(*random_predictions(200), np.arange(200))[name]
     assert entry["low"] < entry["value"] < entry["high"]
+
+
+def test_a_metric_of_battles_that_are_not_there_is_left_out():
+    predicted, true = np.full((4, 3), 1 / 3), np.array([A, A, A, A])
+    assert set(METRICS) - set(summary(predicted, true, np.arange(4))) == {"log_loss_b", "log_loss_tie"}
+    ties = np.array([TIE, TIE, TIE, TIE])
+    assert "accuracy_decided" not in summary(predicted, ties, np.arange(4))
+
+
+def test_accuracy_on_decided_battles_leaves_ties_out_and_reads_who_is_ahead():
+    predicted = np.array([[0.3, 0.2, 0.5], [0.1, 0.2, 0.7], [0.6, 0.2, 0.2], [0.4, 0.4, 0.2]])
+    assert accuracy_decided(predicted, np.array([A, A, TIE, B])) == pytest.approx((1 + 0 + 0.5) / 3)
+
+
+def test_a_soft_outcome_is_decided_where_somebody_is_likelier_than_the_tie():
+    predicted = np.array([[0.6, 0.2, 0.2], [0.6, 0.2, 0.2]])
+    true = np.array([[0.5, 0.1, 0.4], [0.3, 0.1, 0.6]])
+    assert accuracy_decided(predicted, true) == 1.0
+    assert np.isnan(accuracy_decided(predicted[1:], true[1:]))
+
+
+def test_log_losses_of_the_outcomes_average_to_the_log_loss():
+    predicted, true = random_predictions(100)
+    parts = [METRICS[f"log_loss_{name}"](predicted, true) for name in ("a", "b", "tie")]
+    assert np.dot(parts, true.mean(axis=0)) == pytest.approx(log_loss(predicted, true))
+
+
+def test_log_loss_of_an_outcome_is_that_of_its_battles():
+    predicted, true = random_predictions(100)
+    ties = true[:, 2] == 1
+    assert METRICS["log_loss_tie"](predicted, true) == pytest.approx(log_loss(predicted[ties], true[ties]))
+
+
+def test_bootstrap_means_are_drawn_in_whole_groups():
+    means = bootstrap_means(np.array([[0.0], [0.0], [3.0]]), np.array([7, 7, 9]), samples=400)
+    assert set(np.round(means[:, 0], 9)) == {0.0, 1.0, 3.0}  # both groups, or one of them twice
+    assert means.shape == (400, 1)
+
+
+def test_a_paired_difference_of_a_model_to_itself_is_nothing():
+    predicted, true = random_predictions(50)
+    assert paired_difference(predicted, predicted, true, np.arange(50)) == {"value": 0, "low": 0, "high": 0, "p": 1}
+
+
+def test_a_paired_difference_changes_its_sign_when_the_models_are_exchanged():
+    first, true = random_predictions(80)
+    second, _ = random_predictions(80, 1)
+    there, back = (paired_difference(*pair, true, np.arange(80)) for pair in ((first, second), (second, first)))
+    assert there["value"] == pytest.approx(log_loss(first, true) - log_loss(second, true))
+    assert (there["value"], there["low"], there["high"]) == pytest.approx((-back["value"], -back["high"], -back["low"]))
+    assert there["p"] == back["p"]
+
+
+def test_a_paired_difference_is_sharper_than_the_intervals_of_both_models():
+    first, true = random_predictions(300)
+    second = 0.95 * first + 0.05 / 3
+    found = paired_difference(second, first, true, np.arange(300))
+    low, high = bootstrap_interval(log_loss, first, true, np.arange(300))
+    assert found["high"] - found["low"] < 0.5 * (high - low)
+    assert found["high"] < 0
+    assert found["p"] < 0.01
+
+
+def test_the_p_value_of_a_difference_that_is_noise_is_large():
+    first, true = random_predictions(300)
+    second = np.random.default_rng(3).permutation(first)
+    assert paired_difference(first, second, true, np.arange(300))["p"] > 0.05

@@ -72,10 +72,30 @@ def test_average_of_half_precision_is_computed_in_double():
 
 
 def test_table_has_its_columns_in_order():
-    both = ["id", "group", *OUTCOMES, *PROBABILITIES]
-    both += [f"ab_{name}" for name in PROBABILITIES] + [f"ba_{name}" for name in PROBABILITIES]
-    assert list(table_of()) == both
-    assert list(predictions_table(battles_of(), probabilities(4), None)) == both[:-3]
+    start = ["id", "group", "source", "model_a", "model_b", *OUTCOMES, *PROBABILITIES]
+    orders = [[f"{order}_{name}" for name in PROBABILITIES] for order in ("ab", "ba")]
+    texts = {"turns", "script", "prompt_chars", "response_a_chars", "response_b_chars"}
+    columns = list(table_of())
+    assert columns[: len(start) + 6] == [*start, *orders[0], *orders[1]]
+    assert texts <= set(columns[len(start) + 6 :]) <= texts | {"prompt", "response_a", "response_b"}
+    assert not set(orders[1]) & set(predictions_table(battles_of(), probabilities(4), None))
+
+
+def test_a_table_tells_lengths_turns_and_script_and_the_beginnings_of_labelled_texts():
+    texts = {
+        "prompt": [["hi", "more"], ["猫"]],
+        "response_a": [["a" * 2000, "b"], ["c"]],
+        "response_b": [["", ""], ["d"]],
+    }
+    battles = from_columns({"id": ["1", "2"], **texts, **dict.fromkeys(OUTCOMES, [1 / 3] * 2)}, "made")
+    table = predictions_table(battles, probabilities(2), None)
+    assert table["turns"].tolist() == [2, 1]
+    assert table["script"].tolist() == ["Latin", "Han"]
+    assert table["response_a_chars"].tolist() == [2001, 1]
+    assert table["response_a"].tolist() == ["a" * 1500, "c"]
+    assert table["prompt"].tolist() == ["hi\n\nmore", "猫"]
+    unlabelled = from_columns({"id": ["1", "2"], **texts}, "made")
+    assert "prompt" not in predictions_table(unlabelled, probabilities(2), None)
 
 
 def test_table_keeps_rows_ids_groups_and_outcomes_of_the_battles():

@@ -1,0 +1,195 @@
+"""Predictions with known outcomes in, a calibrator out: fitted across groups, and used only if it helps beyond noise.
+
+Every method treats A and B alike, so that what was exact under a swap stays so.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize
+
+from rewardmodel.errors import InputError
+from rewardmodel.files import write_text
+from rewardmodel.metrics import paired_difference
+
+FOLDS = 5
+"""Parts of the groups; each is calibrated by what was fitted on the others."""
+
+FLOOR = 1e-12
+"""Probabilities below it count as it, where their logarithm is taken."""
+
+
+BOUND = 5.0
+"""No parameter leaves [-BOUND, BOUND]: a perfect separation has no best temperature."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """Changes log-probabilities, (n, 3), by `size` parameters, all 0 for no change."""
+
+    size: int
+    change: Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def _temperature(logs: np.ndarray, parameters: np.ndarray) -> np.ndarray:
+    return logs * np.exp(parameters[0])
+
+
+def _tie_mass(logs: np.ndarray, parameters: np.ndarray) -> np.ndarray:
+    return logs + np.array([0, 0, parameters[0]])
+
+
+def _vector(logs: np.ndarray, parameters: np.ndarray) -> np.ndarray:
+    lead, tie, mass = parameters
+    over = logs - logs[:, :2].mean(axis=1, keepdims=True)
+    return over * np.exp([lead, lead, tie]) + np.array([0, 0, mass])
+
+
+METHODS = {
+    "temperature": Method(1, _temperature),
+    "tie_mass": Method(1, _tie_mass),
+    "vector": Method(3, _vector),
+}
+"""Methods by name. `temperature`: the logarithm of an inverse one. `tie_mass`: a constant added to the tie. `vector`:
+both, with one temperature for A against B and another for the tie against their mean, which is the vector scaling of
+Guo et al. (2017) that treats A and B alike."""
+
+
+@dataclass(frozen=True)
+class Calibrator:
+    """A fitted method; without one, probabilities stay as they are."""
+
+    method: str | None
+    parameters: tuple[float, ...] = ()
+
+    def __call__(self, predicted: np.ndarray) -> np.ndarray:
+        """Return calibrated probabilities, (n_battles, 3) float64, of predicted ones."""
+        if self.method is None:
+            return predicted
+        return np.exp(_log_softmax(METHODS[self.method].change(_logs(predicted), np.array(self.parameters))))
+
+
+def _logs(predicted: np.ndarray) -> np.ndarray:
+    return np.log(np.clip(predicted, FLOOR, None))
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+NONE = Calibrator(None)
+
+
+def fit(method: str, predicted: np.ndarray, true: np.ndarray) -> Calibrator:
+    """Return the calibrator of a method that has the least log loss on these battles, both (n_battles, 3)."""
+    logs, change = _logs(predicted), METHODS[method].change
+
+    def loss(parameters: np.ndarray) -> float:
+        return -float((true * _log_softmax(change(logs, parameters))).sum(axis=1).mean())
+
+    bounds = [(-BOUND, BOUND)] * METHODS[method].size
+    found = minimize(loss, np.zeros(METHODS[method].size), method="L-BFGS-B", bounds=bounds)
+    return Calibrator(method, tuple(map(float, found.x)))
+
+
+def cross_fit(method: str, predicted: np.ndarray, true: np.ndarray, groups: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Return calibrated probabilities, each battle's by a calibrator that saw no battle of its group."""
+    _, members = np.unique(groups, return_inverse=True)
+    part = (np.random.default_rng(seed).permutation(members.max() + 1) % FOLDS)[members]
+    result = np.empty_like(predicted)
+    for number in range(FOLDS):
+        judged = part == number
+        result[judged] = fit(method, predicted[~judged], true[~judged])(predicted[judged])
+    return result
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was tried, and the calibrator that is used.
+
+    `tried` is method -> cross-fitted log loss minus that before (value, low, high, p); `cross_fitted` are the chosen
+    method's probabilities, (n_battles, 3), or those given, where none is used.
+    """
+
+    calibrator: Calibrator
+    tried: dict[str, dict[str, float]]
+    verdict: str
+    cross_fitted: np.ndarray
+
+
+def choose(predicted: np.ndarray, true: np.ndarray, groups: np.ndarray) -> Choice:
+    """Return the method with the least cross-fitted log loss, if its gain is beyond noise, fitted on all battles.
+
+    Args:
+        predicted: (n_battles, 3) probabilities.
+        true: (n_battles, 3) outcomes.
+        groups: (n_battles,) labels; a group is never calibrated by itself.
+    """
+    if len(np.unique(groups)) < 2 * FOLDS:
+        return Choice(NONE, {}, f"left as it is: fewer than {2 * FOLDS} prompts to fit on", predicted)
+    crossed = {method: cross_fit(method, predicted, true, groups) for method in METHODS}
+    tried = {method: paired_difference(crossed[method], predicted, true, groups) for method in METHODS}
+    best = min(tried, key=lambda method: tried[method]["value"])
+    gain = tried[best]
+    change = f"{best} changes the log loss by {gain['value']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]"
+    if gain["high"] >= 0:
+        return Choice(NONE, tried, f"left as it is: at best, {change}, which is not beyond noise", predicted)
+    return Choice(fit(best, predicted, true), tried, f"applied: {change}", crossed[best])
+
+
+def save(calibrator: Calibrator, path: Path) -> None:
+    """Write a calibrator as JSON."""
+    write_text(path, json.dumps(asdict(calibrator)) + "\n")
+
+
+def load(path: Path) -> Calibrator:
+    """Return the calibrator of a file; none where there is no file.
+
+    Raises:
+        InputError: not such a file.
+    """
+    if not path.is_file():
+        return NONE
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        calibrator = Calibrator(content["method"], tuple(map(float, content["parameters"])))
+        if calibrator != NONE and len(calibrator.parameters) != METHODS[calibrator.method or ""].size:
+            raise ValueError(f"{len(calibrator.parameters)} parameters")
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: no calibrator can be read there; run `rewardmodel evaluate` on the run again"
+        ) from error
+    return calibrator
+
+
+def reliability(predicted: np.ndarray, true: np.ndarray, bins: int = 10) -> list[dict[str, float]]:
+    """Return confidence against hit rate of the likeliest outcome, by equal-width bins that hold battles.
+
+    Returns:
+        For each bin `low`, `high` (of confidence), `battles`, mean `confidence`, `hit_rate` and its Wilson interval
+        `hit_low`, `hit_high` (95 %).
+    """
+    confidence, hit = predicted.max(axis=1), predicted.argmax(axis=1) == true.argmax(axis=1)
+    number = np.minimum((confidence * bins).astype(int), bins - 1)
+    result = []
+    for one in np.unique(number):
+        here = number == one
+        count, rate = int(here.sum()), float(hit[here].mean())
+        low, high = wilson(rate, count)
+        facts = {"low": one / bins, "high": (one + 1) / bins, "battles": count}
+        result.append(
+            {**facts, "confidence": float(confidence[here].mean()), "hit_rate": rate, "hit_low": low, "hit_high": high}
+        )
+    return result
+
+
+def wilson(share: float, count: float, z: float = 1.959964) -> tuple[float, float]:
+    """Return the 95 % interval of a share of `count` independent cases (Wilson 1927)."""
+    centre = share + z * z / (2 * count)
+    half = z * np.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return float((centre - half) / (1 + z * z / count)), float((centre + half) / (1 + z * z / count))

@@ -1,0 +1,189 @@
+"""Predictions with known outcomes in, everything that is measured of them out; needs no torch."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from rewardmodel.bias import audit_bias, format_bias
+from rewardmodel.calibration import NONE, Choice, choose, reliability, save
+from rewardmodel.errors import InputError
+from rewardmodel.metrics import class_prior, log_loss, paired_difference, summary
+from rewardmodel.predictions import PROBABILITIES, predicted, read_predictions, true_outcomes
+from rewardmodel.runs import CALIBRATION, CALIBRATOR, FLOORS, METRICS, VALIDATION, write_json
+
+Facts = dict[str, Any]
+
+
+def evaluate(predictions: str | Path | pd.DataFrame) -> Facts:
+    """Return what is measured of predictions; of a run, its calibrator is chosen, too, and both are written to it.
+
+    A run's calibrator is fitted on its calibration part, or across the groups of its validation fold; what is measured
+    is what the run will predict: calibrated if that helps beyond noise, each battle by a calibrator that has not seen
+    it.
+
+    Args:
+        predictions: a run folder (its validation predictions), a predictions file, or a table.
+
+    Returns:
+        `battles`, `groups`; `metrics`: name -> value, low, high (95 %, clustered by prompt group); `prior`: the log
+        loss of these battles' own outcome shares; `floors`: name -> log_loss and difference (model minus floor) on the
+        same battles; `calibration`, `reliability`, `confusion` (true by predicted outcome, battles); and the audits
+        of `rewardmodel.bias`: `position`, `verbosity`, `models`, `slices`. None where it cannot be told.
+
+    Raises:
+        InputError: no such predictions, or outcomes that are not known.
+    """
+    if isinstance(predictions, pd.DataFrame):
+        return _measure(predictions, "predictions")
+    path = Path(predictions)
+    if not path.is_dir():
+        return _measure(read_predictions(path), str(path))
+    return measure_run(path)[0]
+
+
+def measure_run(run: Path) -> tuple[Facts, pd.DataFrame]:
+    """Return what `evaluate` does, and the table that was measured; write metrics.json and calibrator.json."""
+    table = read_predictions(run / VALIDATION)
+    _check_labelled(table, str(run / VALIDATION))
+    choice, calibration = _calibrate(run, table)
+    before = reliability(predicted(table), true_outcomes(table))
+    table[list(PROBABILITIES)] = choice.cross_fitted
+    facts = _measure(table, str(run), run / FLOORS)
+    facts["calibration"] = calibration
+    after = facts["reliability"]["before"] if calibration["applied"] else None
+    facts["reliability"] = {"before": before, "after": after}
+    save(choice.calibrator, run / CALIBRATOR)
+    write_json(run / METRICS, facts)
+    return facts, table
+
+
+def compare(first: str | Path | pd.DataFrame, second: str | Path | pd.DataFrame) -> dict[str, float]:
+    """Return the log loss of the first predictions minus the second's on the same battles: value, low, high, p.
+
+    Raises:
+        InputError: the two are not of the same labelled battles.
+    """
+    tables = [_table(one) for one in (first, second)]
+    other = tables[1].set_index("id")
+    if len(tables[0]) != len(other) or set(tables[0]["id"]) != set(other.index):
+        raise InputError(f"{first} and {second} are of different battles; predict the same file with both")
+    ids = tables[0]["id"]
+    tables[1] = other.loc[ids].assign(id=ids.to_numpy()).reset_index(drop=True)
+    true = true_outcomes(tables[0])
+    if not np.allclose(true, true_outcomes(tables[1])):
+        raise InputError(f"{first} and {second} have other outcomes for the same ids; predict the same file with both")
+    return paired_difference(predicted(tables[0]), predicted(tables[1]), true, tables[0]["group"].to_numpy())
+
+
+def _table(given: str | Path | pd.DataFrame) -> pd.DataFrame:
+    if isinstance(given, pd.DataFrame):
+        table, where = given, "predictions"
+    else:
+        path, where = Path(given), str(given)
+        table = read_predictions(path / VALIDATION if path.is_dir() else path)
+        _check_labelled(table, where)
+        if path.is_dir():
+            table[list(PROBABILITIES)] = _calibrate(path, table)[0].cross_fitted
+    _check_labelled(table, where)
+    return table
+
+
+def _check_labelled(table: pd.DataFrame, where: str) -> None:
+    true = true_outcomes(table)
+    if not len(true) or np.isnan(true).any():
+        raise InputError(f"{where}: the outcomes of these battles are not known; give predictions of labelled battles")
+
+
+def _calibrate(run: Path, table: pd.DataFrame) -> tuple[Choice, Facts]:
+    """Return the run's calibration, with `cross_fitted` of the table's battles, and what is told about it."""
+    raw, true = predicted(table), true_outcomes(table)
+    own_part = (run / CALIBRATION).is_file()
+    part = read_predictions(run / CALIBRATION) if own_part else table
+    choice = choose(predicted(part), true_outcomes(part), part["group"].to_numpy())
+    if own_part:
+        choice = Choice(choice.calibrator, choice.tried, choice.verdict, choice.calibrator(raw))
+    applied = choice.calibrator != NONE
+    groups = table["group"].to_numpy()
+    return choice, {
+        "method": choice.calibrator.method,
+        "parameters": list(choice.calibrator.parameters),
+        "applied": applied,
+        "fitted_on": "calibration part" if own_part else "cross-fitted on validation",
+        "tried": choice.tried,
+        "verdict": choice.verdict,
+        "before": {name: metric["value"] for name, metric in summary(raw, true, groups).items()},
+        "gain": paired_difference(choice.cross_fitted, raw, true, groups) if applied else None,
+    }
+
+
+def _measure(table: pd.DataFrame, where: str, floors: Path | None = None) -> Facts:
+    _check_labelled(table, where)
+    true, probabilities, groups = true_outcomes(table), predicted(table), table["group"].to_numpy()
+    likeliest = 3 * true.argmax(axis=1) + probabilities.argmax(axis=1)
+    return {
+        "battles": len(table),
+        "groups": int(table["group"].nunique()),
+        "metrics": summary(probabilities, true, groups),
+        "prior": log_loss(np.broadcast_to(class_prior(true), true.shape), true),
+        "floors": _floors(table, floors) if floors is not None and floors.is_file() else None,
+        "calibration": None,
+        "reliability": {"before": reliability(probabilities, true), "after": None},
+        "confusion": np.bincount(likeliest, minlength=9).reshape(3, 3).tolist(),
+        **audit_bias(table),
+    }
+
+
+def _floors(table: pd.DataFrame, path: Path) -> Facts:
+    """Return the floors' log loss on the table's battles, and the model's difference to each."""
+    floors = pd.read_parquet(path).set_index("id").loc[table["id"]]
+    true, model, groups = true_outcomes(table), predicted(table), table["group"].to_numpy()
+    result = {}
+    for name in sorted({column.removesuffix("_p_tie") for column in floors.columns if column.endswith("_p_tie")}):
+        floor = floors[[f"{name}_{column}" for column in PROBABILITIES]].to_numpy(np.float64)
+        measured = summary(floor, true, groups)["log_loss"]
+        result[name] = {"log_loss": measured, "difference": paired_difference(model, floor, true, groups)}
+    return dict(sorted(result.items(), key=lambda item: -item[1]["log_loss"]["value"]))
+
+
+def format_metrics(facts: Facts) -> str:
+    """Return what `evaluate` found as lines for a terminal."""
+    lines = [f"{facts['battles']} battles of {facts['groups']} prompts"]
+    for name, metric in facts["metrics"].items():
+        lines.append(f"  {name:<28}{metric['value']:.4f}   95 % [{metric['low']:.4f}, {metric['high']:.4f}]")
+    if facts["floors"] is None:
+        gain = facts["prior"] - facts["metrics"]["log_loss"]["value"]
+        verdict = f"the model is {abs(gain):.4f} {'better' if gain >= 0 else 'WORSE'}"
+        lines.append(f"  {'class prior, log_loss':<28}{facts['prior']:.4f}   {verdict}")
+    for name, floor in (facts["floors"] or {}).items():
+        lines.append(
+            f"  {f'floor {name}, log_loss':<28}{floor['log_loss']['value']:.4f}   {_verdict(floor['difference'])}"
+        )
+    if facts["calibration"]:
+        lines.append(f"  calibration: {facts['calibration']['verdict']}")
+    if facts["position"]:
+        lines.append(f"  {'verdict flips with order':<28}{100 * facts['position']['flip_rate']['value']:.1f} %")
+    return "\n".join(lines)
+
+
+def format_evaluation(facts: Facts) -> str:
+    """Return what `evaluate` found, audits of bias included, as lines for a terminal."""
+    return f"{format_metrics(facts)}\n\n{format_bias(facts)}"
+
+
+def format_difference(difference: dict[str, float]) -> str:
+    """Return what `compare` found as a line for a terminal."""
+    value, low, high = (difference[name] for name in ("value", "low", "high"))
+    word = "better" if value < 0 else "worse"
+    noise = "beyond noise" if high < 0 or low > 0 else "within noise"
+    measured = f"{value:+.4f}, 95 % [{low:+.4f}, {high:+.4f}], p = {difference['p']:.3f}"
+    return f"log loss {measured}: the first is {word}, {noise}"
+
+
+def _verdict(difference: dict[str, float]) -> str:
+    """Return a paired difference as words: negative means that the model is better."""
+    value, low, high = (difference[name] for name in ("value", "low", "high"))
+    word = "better" if value < 0 else "WORSE"
+    noise = "" if high < 0 or low > 0 else ", within noise"
+    return f"the model is {abs(value):.4f} {word} [{low:+.4f}, {high:+.4f}]{noise}"

@@ -1,0 +1,345 @@
+"""What `evaluate` found and its predictions in, one self-contained page of HTML out, for people to read.
+
+The page asks nothing of a network and runs no script. Text of battles is escaped by the template, and only there; what
+a page leaves out it says in one line.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import ChainableUndefined, Environment, FileSystemLoader
+from markupsafe import Markup
+
+from rewardmodel import charts
+from rewardmodel.battles import OUTCOMES, TEXTS
+from rewardmodel.charts import Row, legible
+from rewardmodel.metrics import log_loss_terms
+from rewardmodel.predictions import PROBABILITIES, predicted, true_outcomes
+from rewardmodel.runs import ENVIRONMENT, RECIPE, last_checkpoint
+
+Facts = dict[str, Any]
+
+ANCHORS = (
+    ("DeBERTa-v3-base, QLoRA", 1.02),
+    ("Llama-3-8B, 4-bit LoRA", 0.938),
+    ("Gemma-2-9B, QLoRA", 0.93),
+    ("Gemma-2-9B, distilled", 0.868),
+    ("class prior", 1.097),
+    ("length only", 1.064),
+    ("TF-IDF", 1.04),
+)
+"""Log loss that others published on other splits of the competition's 57,477 battles, to be read to ±.01."""
+
+FLOORS = {"prior": "class prior", "length": "length only", "tfidf": "TF-IDF + length"}
+"""Names of the floors for people."""
+
+UNIFORM = math.log(3)
+"""Log loss of one third each."""
+
+MANY_FLIPS, LARGE_PREFERENCE, LARGE_GAP, NO_SPREAD = 0.3, 0.05, 0.05, 0.01
+"""What stands out: flips of the verdict, preference for a place, gap between confidence and hits, least spread."""
+
+EXCERPT = 700
+"""Characters of a text that the page shows."""
+
+SHOWN = 10
+"""Battles of each list."""
+
+
+def render(facts: Facts, table: pd.DataFrame, run: Path | None) -> str:
+    """Return the page of one run, or of predictions that are no run's, the same bytes for the same input.
+
+    Args:
+        facts: what `evaluate` returns; any part may be missing or None.
+        table: the predictions that were measured, with known outcomes; texts, lengths, names of models and both orders
+            are shown where it has them.
+        run: the run folder, for its learning curve, recipe and environment.
+    """
+    training, validation = _learning(run)
+    state, sentence = verdict(facts)
+    return _page(
+        title=run.resolve().name if run else "predictions",
+        facts=facts,
+        state=state,
+        sentence=sentence,
+        findings=findings(facts, table, training),
+        floors=FLOORS,
+        anchors=ANCHORS,
+        parameters=_parameters(facts.get("calibration")),
+        charts=_charts(facts, table, training, validation),
+        learning={
+            "best": min(validation, key=_loss, default=None),
+            "last": max([step for step, _ in [*training, *validation]], default=0),
+        },
+        lists=_lists(table),
+        files=[(name, _text_of(run / name)) for name in (RECIPE, ENVIRONMENT)] if run else [],
+    )
+
+
+def render_comparison(runs: Sequence[Facts]) -> str:
+    """Return a page that lays runs side by side.
+
+    Args:
+        runs: `name`, `facts` as `evaluate` returns them, and `difference_to_first`: the run's log loss minus the first
+            run's on the same battles (value, low, high, p), or None where they are of other battles.
+    """
+    rows = [_row(run["name"], run["facts"].get("metrics", {}).get("log_loss"), charts.RUNS) for run in runs]
+    battles = {run["facts"].get("battles") for run in runs}
+    prior = runs[0]["facts"].get("prior") if len(battles) == 1 else None
+    if prior is not None:
+        rows.append(Row(FLOORS["prior"], prior, kind=charts.FLOOR))
+    return _page(
+        title=f"{len(runs)} runs compared",
+        runs=runs,
+        sentence=_comparison(runs),
+        same=len(battles) == 1,
+        charts={"runs": Markup(charts.intervals(rows, "log loss (lower is better)", "runs"))},
+    )
+
+
+def verdict(facts: Facts) -> tuple[str, str]:
+    """Return whether the model beats its floors beyond noise: `good`, `mixed`, `bad` or `unknown`, and a sentence."""
+    loss = (facts.get("metrics") or {}).get("log_loss")
+    if not loss:
+        return "unknown", "The log loss was not measured."
+    floors = {name: floor["difference"] for name, floor in (facts.get("floors") or {}).items()}
+    if not floors:
+        return _verdict_on_prior(loss, facts.get("prior"))
+    beaten = [name for name, difference in floors.items() if difference["high"] < 0]
+    others = [_against(name, floors[name]) for name in floors if name not in beaten]
+    gains = _joined([f"the {FLOORS.get(name, name)} by {-floors[name]['value']:.3f}" for name in beaten])
+    if not others:
+        return "good", f"It beats every floor beyond noise: {gains}."
+    if not beaten or ("prior" in floors and "prior" not in beaten):
+        rest = f" It does beat {gains}." if beaten else ""
+        return "bad", f"It does not beat its floors: it is {_joined(others)}.{rest}"
+    return "mixed", f"It beats {gains} beyond noise, but is {_joined(others)}."
+
+
+def _verdict_on_prior(loss: Facts, prior: float | None) -> tuple[str, str]:
+    if prior is None:
+        return "unknown", "No floor was measured on these battles."
+    if loss["high"] < prior:
+        return "mixed", f"It beats the class prior ({prior:.4f}) beyond noise. The other floors were not measured."
+    if loss["low"] > prior:
+        return "bad", f"It is worse than the class prior ({prior:.4f}), which reads nothing, beyond noise."
+    return "bad", f"It cannot be told from the class prior ({prior:.4f}), which reads nothing."
+
+
+def _against(name: str, difference: Facts) -> str:
+    floor = f"the {FLOORS.get(name, name)}"
+    if difference["low"] > 0:
+        return f"worse than {floor} by {difference['value']:.3f}, beyond noise"
+    return f"not to be told from {floor}"
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def findings(facts: Facts, table: pd.DataFrame, training: Sequence[tuple[float, float]]) -> list[str]:
+    """Return what a person should look at first, a sentence each; empty where nothing stands out."""
+    metrics, probabilities = facts.get("metrics") or {}, predicted(table)
+    found = []
+    loss, decided = (_value(metrics.get(name)) for name in ("log_loss", "accuracy_decided"))
+    if loss > UNIFORM:
+        found.append(f"The log loss is above {UNIFORM:.4f}: saying one third each would be better.")
+    if len(table) > 1 and probabilities.std(axis=0).max() < NO_SPREAD:
+        found.append("All battles get nearly the same prediction: the model reads nothing from them.")
+    gap = probabilities.max(axis=1).mean() - _value(metrics.get("accuracy")) if len(table) else math.nan
+    if abs(gap) > LARGE_GAP:
+        sure = "too sure" if gap > 0 else "not sure enough"
+        found.append(
+            f"It is {sure}: the likeliest outcome's probability is off its hits by {100 * abs(gap):.0f} points."
+        )
+    if math.isfinite(decided) and metrics["accuracy_decided"]["low"] <= 0.5:
+        found.append(
+            f"It does not tell winner from loser: {100 * decided:.1f} % of decided battles, and 50 is a coin's."
+        )
+    position, verbosity = facts.get("position") or {}, facts.get("verbosity") or {}
+    if _value(position.get("flip_rate")) > MANY_FLIPS:
+        found.append(f"The verdict flips with the order in {100 * _value(position['flip_rate']):.0f} % of battles.")
+    if abs(_value(position.get("preference"))) > LARGE_PREFERENCE:
+        place = "first" if _value(position["preference"]) > 0 else "second"
+        found.append(f"It prefers what stands {place}, by {100 * abs(_value(position['preference'])):.0f} points.")
+    difference = verbosity.get("difference")
+    if difference and difference["low"] * difference["high"] > 0:
+        more = "more" if difference["value"] > 0 else "less"
+        found.append(f"It favours longer responses {more} than people do.")
+    confusion = np.array(facts.get("confusion") or np.ones((3, 3)))
+    found += [
+        f"It never finds {what} likeliest."
+        for what, column in zip(("A", "B", "a tie"), confusion.sum(axis=0), strict=True)
+        if not column
+    ]
+    strange = sum(not math.isfinite(one) for _, one in training)
+    return [*found, f"The training loss was no number at {strange} logged steps."] if strange else found
+
+
+def _charts(facts: Facts, table: pd.DataFrame, training: Sequence[Any], validation: Sequence[Any]) -> dict[str, Markup]:
+    """Return the charts by name, as far as there is something to draw."""
+    axis = "log loss (lower is better)"
+    drawn = {"log_loss": charts.intervals(_headline(facts), axis, "loss", UNIFORM)}
+    for name, bins in (facts.get("reliability") or {}).items():
+        if bins:
+            drawn[f"reliability_{name}"] = charts.reliability(bins, f"reliability-{name}")
+    if "ba_p_tie" in table and len(table):
+        drawn["orders"] = charts.both_orders(predicted(table, "ab")[:, 0], predicted(table, "ba")[:, 0], "orders")
+    lengths = _by_length(table)
+    if lengths:
+        drawn["lengths"] = charts.by_length(*lengths, "lengths")
+    families = [_row(one["name"], one["difference"]) for one in (facts.get("models") or {}).get("families") or []]
+    if families:
+        drawn["families"] = charts.intervals(families[:25], "predicted minus human win rate", "families", 0.0)
+    if training or validation:
+        drawn["learning"] = charts.learning_curve(training, validation, facts.get("prior"), "learning")
+    return {name: Markup(svg) for name, svg in drawn.items()}
+
+
+def _headline(facts: Facts) -> list[Row]:
+    rows = [_row("this model", (facts.get("metrics") or {}).get("log_loss"))]
+    floors = facts.get("floors") or ({"prior": {"log_loss": facts["prior"]}} if facts.get("prior") else {})
+    rows += [_row(FLOORS.get(name, name), floor["log_loss"], charts.FLOOR) for name, floor in floors.items()]
+    ranked = sorted(ANCHORS, key=lambda anchor: -anchor[1])
+    return rows + [Row(label, value, kind=charts.PUBLISHED) for label, value in ranked]
+
+
+def _row(label: str, figure: Facts | float | None, kind: str = charts.RUNS) -> Row:
+    low, high = (figure["low"], figure["high"]) if isinstance(figure, Mapping) else (math.nan, math.nan)
+    return Row(label, _value(figure), low, high, kind)
+
+
+def _by_length(table: pd.DataFrame) -> tuple[list[Row], list[Row], list[float]] | None:
+    """Return the win rate of A by humans and by the model, and log2 of how long A is by B, in bins of equal counts."""
+    columns = ["response_a_chars", "response_b_chars"]
+    if len(table) < 50 or not set(columns) <= set(table):
+        return None
+    ratio = np.log2((1 + table["response_a_chars"].to_numpy(float)) / (1 + table["response_b_chars"].to_numpy(float)))
+    ranked, count = np.argsort(ratio, kind="stable"), int(np.clip(len(table) // 25, 2, 10))
+    _, groups = np.unique(table["group"].to_numpy(), return_inverse=True)
+    bins = [ranked[start:end] for start, end in pairwise(np.linspace(0, len(table), count + 1).astype(int))]
+    wins = [shares[:, 0] + shares[:, 2] / 2 for shares in (true_outcomes(table), predicted(table))]
+    humans, model = ([_mean(won[one], groups[one]) for one in bins] for won in wins)
+    return humans, model, [float(ratio[one].mean()) for one in bins]
+
+
+def _mean(values: np.ndarray, groups: np.ndarray) -> Row:
+    """Return a mean with its 95 % normal interval, from the sums of residuals by group (Liang & Zeger 1986)."""
+    mean = float(values.mean())
+    half = 1.96 * math.sqrt((np.bincount(groups, values - mean) ** 2).sum()) / len(values)
+    return Row("", mean, mean - half, mean + half)
+
+
+def _lists(table: pd.DataFrame) -> list[Facts]:
+    """Return the battles that the model gets most wrong, and those that it is least sure of."""
+    probabilities, true = predicted(table), true_outcomes(table)
+    losses, entropy = log_loss_terms(probabilities, true), log_loss_terms(probabilities, probabilities)
+    return [
+        {"title": title, "lead": lead, "battles": [_battle(table, row, losses[row]) for row in order[:SHOWN].tolist()]}
+        for title, lead, order in (
+            ("Worst", "highest log loss", np.argsort(-losses, kind="stable")),
+            ("Most contested", "predictions nearest to one third each", np.argsort(-entropy, kind="stable")),
+        )
+    ]
+
+
+def _battle(table: pd.DataFrame, row: int, loss: float) -> Facts:
+    battle = table.iloc[row]
+    true = [float(battle[name]) for name in OUTCOMES]
+    soft = ", ".join(f"{name} {share:.2f}" for name, share in zip(("A", "B", "tie"), true, strict=True))
+    return {
+        "id": battle["id"],
+        "loss": float(loss),
+        "outcome": ("A won", "B won", "tie")[true.index(1)] if 1 in true else soft,
+        "probabilities": [float(battle[name]) for name in PROBABILITIES],
+        "models": [_words(battle.get(name)) for name in ("model_a", "model_b")],
+        "texts": [
+            (label, _words(battle[name])[:EXCERPT], battle.get(f"{name}_chars", len(_words(battle[name]))))
+            for label, name in zip(("prompt", "response A", "response B"), TEXTS, strict=True)
+            if name in table and _words(battle[name])
+        ],
+    }
+
+
+def _words(value: Any) -> str:
+    """Return a cell of the table as text: nothing is empty, turns are paragraphs."""
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return "\n\n".join(map(_words, value))
+    return "" if pd.isna(value) else str(value)
+
+
+def _learning(run: Path | None) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """Return step and training loss, and step and validation log loss, as the run's trainer logged them."""
+    folders = [one for one in (last_checkpoint(run), run) if one] if run else []
+    for folder in folders:
+        try:
+            log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        except (OSError, ValueError, KeyError):
+            continue
+        training, validation = (
+            [(one["step"], float(one[key])) for one in log if key in one] for key in ("loss", "eval_log_loss")
+        )
+        return training, validation
+    return [], []
+
+
+def _loss(entry: tuple[float, float]) -> float:
+    return entry[1] if math.isfinite(entry[1]) else math.inf
+
+
+def _parameters(calibration: Facts | None) -> list[tuple[str, float]]:
+    """Return what a calibrator's parameters are called and what they are, a temperature as such."""
+    parameters = (calibration or {}).get("parameters") or []
+    if isinstance(parameters, Mapping):
+        return list(parameters.items())
+    method = (calibration or {}).get("method")
+    temperature, mass = "temperature", "added to the logarithm of P(tie)"
+    names = {"temperature": [temperature], "tie_mass": [mass], "vector": [temperature, "temperature of the tie", mass]}
+    known = names.get(str(method), [f"parameter {number + 1}" for number in range(len(parameters))])
+    return [(name, math.exp(-x) if temperature in name else x) for name, x in zip(known, parameters, strict=True)]
+
+
+def _text_of(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+
+
+def _comparison(runs: Sequence[Facts]) -> str:
+    told = [run for run in runs[1:] if run.get("difference_to_first")]
+    better = [run["name"] for run in told if run["difference_to_first"]["high"] < 0]
+    worse = [run["name"] for run in told if run["difference_to_first"]["low"] > 0]
+    level = [run["name"] for run in told if run["name"] not in better + worse]
+    groups = (("better", better), ("worse", worse), ("not to be told from it", level))
+    sentences = [f"{word}: {', '.join(names)}" for word, names in groups if names]
+    return f"Against {runs[0]['name']}, beyond noise: {'; '.join(sentences)}." if sentences else ""
+
+
+def _value(figure: Facts | float | None) -> float:
+    found = figure["value"] if isinstance(figure, Mapping) else figure
+    return math.nan if found is None else float(found)
+
+
+def number(value: Any, digits: int = 4, scale: float = 1, sign: str = "") -> str:
+    """Return a figure for people: decimals, a true minus, `sign` `+` for one always, a dash where there is none."""
+    if isinstance(value, Mapping):
+        value = value.get("value")
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        return "–"
+    return f"{value * scale:{sign},.{digits}f}".replace("-", "−")
+
+
+def _page(**content: Any) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=ChainableUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    return legible(environment.get_template("page.html.jinja").render(**content))
