@@ -16,7 +16,7 @@ _HOMES = {
     "evaluate": "evaluation",
     "compare": "evaluation",
     "baseline": "baseline",
-    "report": "report",
+    "report": "reports",
     "run": "pipeline",
     "prepare": "pipeline",
 }

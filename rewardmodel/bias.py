@@ -101,8 +101,9 @@ def verbosity(table: pd.DataFrame) -> Facts | None:
         `battles` that were won, by the longer response or the shorter: slopes and `longer_wins` stand on them;
         `humans` and `model`: their slopes, None where there is no finite one; `difference`: model - humans, and
         `verdict`: it in words; `longer_wins`: how often, `humans`, `model` (mean probability) and `model_picks` (how
-        often it finds the longer response likelier), or None; `matched`: the battles whose lengths differ by less
-        than 10 %, their `battles`, `log_loss`, `accuracy_decided` and `prior` (log loss of their own shares), or None.
+        often it finds the longer response likelier), or None; `matched`: `battles`, `log_loss`, `accuracy`,
+        `accuracy_decided` and `prior` (log loss of their own shares) of those whose lengths differ by less than 10 %,
+        or None.
     """
     true = known_outcomes(table)
     if not set(LENGTHS) <= set(table):
@@ -121,7 +122,7 @@ def verbosity(table: pd.DataFrame) -> Facts | None:
     longer = {name: _scatter(rows, np.where(x > 0, share, 1 - share)) for name, share in shares.items()}
     longer["model_picks"] = (np.sign(longer["model"] - 0.5) + 1) / 2
     facts["longer_wins"] = _means(draws, longer, won * rows) if rows.any() else None
-    matched = chars.max(axis=1) < CLOSE * chars.min(axis=1)
+    matched = chars.max(axis=1) / chars.min(axis=1) < CLOSE
     sums = draws.sums(slice_terms(probabilities, true) * matched[:, None])
     facts["matched"] = slice_figures(sums, true[matched]) if matched.any() else None
     return facts

@@ -31,10 +31,17 @@ marker and dash too."""
 WIDTH = 5.0
 """Inches of every chart: 360 px at the 72 px an inch of SVG."""
 
-RUNS, FLOOR, PUBLISHED = "run", "floor", "published"
-"""Kinds of a `Row`: what is judged, what it is compared with on the same battles, and figures of others."""
+RUNS, FLOOR, PUBLISHED, HEADING = "run", "floor", "published", "heading"
+"""Kinds of a `Row`: what is judged, what it is compared with on the same battles, figures of others; words alone."""
+
+FEWEST = 50
+"""Battles that `by_length` needs; a bin has half of them or more."""
+
+MANY = 50
+"""Logged losses from which on a learning curve shows their means beside them."""
 
 _MARKS = {RUNS: ("o", MODEL, MODEL), FLOOR: ("s", INK, INK), PUBLISHED: ("D", MUTED, PAPER)}
+"""Marker, its edge and its face by kind."""
 
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -68,7 +75,7 @@ class Row:
     """One line of a chart of intervals; `low` and `high` are NaN where there is no interval."""
 
     label: str
-    value: float
+    value: float = math.nan
     low: float = math.nan
     high: float = math.nan
     kind: str = RUNS
@@ -90,6 +97,8 @@ def intervals(rows: Sequence[Row], axis: str, name: str, line: float | None = No
         if line is not None:
             axes.axvline(line, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         for place, row in enumerate(rows):
+            if row.kind == HEADING:
+                continue
             marker, edge, face = _MARKS[row.kind]
             if math.isfinite(row.low) and math.isfinite(row.high):
                 axes.plot([row.low, row.high], [place, place], color=edge, linewidth=2.2, solid_capstyle="round")
@@ -97,15 +106,18 @@ def intervals(rows: Sequence[Row], axis: str, name: str, line: float | None = No
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_yticks(range(len(rows)), [_label(row.label) for row in rows])
         figures = axes.secondary_yaxis("right")
-        figures.set_yticks(range(len(rows)), [_figure(row.value, digits) for row in rows])
+        figures.set_yticks(range(len(rows)), [_figure(row, digits) for row in rows])
         for side, one in (("left", axes), ("right", figures)):
             one.tick_params(axis="y", length=0, pad=6, labelcolor=INK)
             one.spines[side].set_visible(False)
+        for row, text in zip(rows, axes.get_yticklabels(), strict=True):
+            text.set_color(MUTED if row.kind == HEADING else INK)
         axes.grid(axis="x")
         axes.margins(x=0.06)
         axes.xaxis.set_major_locator(MaxNLocator(4, min_n_ticks=3))
         axes.set_xlabel(axis)
-        return _svg(figure, name, f"{axis}: " + ", ".join(f"{row.label} {_figure(row.value, digits)}" for row in rows))
+        told = ", ".join(f"{row.label} {_figure(row, digits)}" for row in rows if row.kind != HEADING)
+        return _svg(figure, name, f"{axis}: {told}")
 
 
 def reliability(bins: Sequence[dict[str, float]], name: str) -> str:
@@ -131,7 +143,7 @@ def reliability(bins: Sequence[dict[str, float]], name: str) -> str:
         below.yaxis.set_major_locator(MaxNLocator(3, integer=True))
         for one in (axes, below):
             one.grid(axis="both")
-            one.tick_params(length=0)
+            one.tick_params(length=0, pad=6)
         figure.align_ylabels()
         return _svg(figure, name, f"Reliability diagram of {int(counts.sum())} battles in {len(kept)} bins")
 
@@ -151,47 +163,54 @@ def both_orders(as_given: np.ndarray, exchanged: np.ndarray, name: str) -> str:
         extent = (0.0, 1.0, 0.0, 1.0)
         cells = axes.hexbin(as_given, exchanged, gridsize=22, extent=extent, mincnt=1, linewidths=0.3)
         counts = np.asarray(cells.get_array())
-        shade = 0.18 + 0.82 * np.sqrt(counts / counts.max(initial=1))
+        shade = 0.2 + 0.8 * counts / counts.max(initial=1)
         cells.set_array(None)
         cells.set_facecolor([(*mpl.colors.to_rgb(MODEL), float(alpha)) for alpha in shade.round(2)])
         cells.set_edgecolor("none")
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
         axes.set(xlabel="P(A wins), A shown first", ylabel="P(A wins), B shown first")
-        axes.tick_params(length=0)
+        axes.tick_params(length=0, pad=6)
         axes.grid()
         return _svg(figure, name, f"P(A) in both orders of {len(as_given)} battles")
 
 
-def by_length(humans: Sequence[Row], model: Sequence[Row], ratios: Sequence[float], name: str) -> str:
-    """Return the win rate of A against how much longer A is than B, of humans and of the model.
+def by_length(ratio: np.ndarray, humans: np.ndarray, model: np.ndarray, groups: np.ndarray, name: str) -> str:
+    """Return the win rate of A against how much longer A is than B, in bins of equally many battles.
 
     Args:
-        humans: a row a bin of battles; a tie counts as half a win.
-        model: the same of the predicted probabilities.
-        ratios: mean log2 of A's length by B's in each bin, ascending.
+        ratio: (n_battles,) log2 of the length of A by that of B; `FEWEST` battles or more.
+        humans: (n_battles,) 1 where A won, 0 where B won, a half for a tie.
+        model: (n_battles,) the same of the predicted probabilities.
+        groups: (n_battles,) labels, for the intervals.
         name: begins the chart's ids.
     """
+    bins = np.array_split(np.argsort(ratio, kind="stable"), min(len(ratio) // (FEWEST // 2), 10))
+    places = [float(ratio[one].mean()) for one in bins]
     with _style():
         figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
         axes = figure.add_subplot()
         axes.axhline(0.5, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        for rows, colour, marker, dash in ((humans, HUMANS, "s", (0, (5, 2))), (model, MODEL, "o", "-")):
-            values = [row.value for row in rows]
-            axes.vlines(ratios, [row.low for row in rows], [row.high for row in rows], color=colour, alpha=0.45)
-            label = "humans" if colour == HUMANS else "model"
-            axes.plot(ratios, values, marker, color=colour, linestyle=dash, markersize=6, label=label)
-        reach = max(1, math.ceil(max(abs(ratio) for ratio in ratios)))
+        for label, wins, colour, form in (("people", humans, HUMANS, "s--"), ("model", model, MODEL, "o-")):
+            rows = [_mean(wins[one], groups[one]) for one in bins]
+            axes.vlines(places, [row.low for row in rows], [row.high for row in rows], color=colour, alpha=0.45)
+            axes.plot(places, [row.value for row in rows], form, color=colour, markersize=6, label=label)
+        reach = max(1, math.ceil(max(map(abs, places))))
         ticks = sorted({-reach, -1, 0, 1, reach})
-        words = {0: "same"} | {
-            tick: f"{2 ** abs(tick):,}× {'longer' if tick > 0 else 'shorter'}" for tick in ticks if tick
-        }
-        axes.set_xticks(ticks, [words[tick].replace(" ", "\n") for tick in ticks])
+        words = [f"{2 ** abs(tick):,}×\n{'longer' if tick > 0 else 'shorter'}" if tick else "same" for tick in ticks]
+        axes.set_xticks(ticks, words)
         axes.set_xlim(-reach * 1.12, reach * 1.12)
         axes.set(xlabel="length of A against B, in characters", ylabel="win rate of A")
-        axes.tick_params(length=0)
+        axes.tick_params(length=0, pad=6)
         axes.grid()
         figure.legend(loc="outside upper left", ncols=2, handlelength=2.6)
-        return _svg(figure, name, f"Win rate of A by length difference in {len(ratios)} bins, humans and model")
+        return _svg(figure, name, f"Win rate of A by length in {len(bins)} bins, people and model")
+
+
+def _mean(values: np.ndarray, groups: np.ndarray) -> Row:
+    """Return a mean with its 95 % normal interval, from the sums of residuals by group (Liang & Zeger 1986)."""
+    mean, (_, members) = float(values.mean()), np.unique(groups, return_inverse=True)
+    half = 1.96 * math.sqrt((np.bincount(members, values - mean) ** 2).sum()) / len(values)
+    return Row("", mean, mean - half, mean + half)
 
 
 def learning_curve(
@@ -200,7 +219,7 @@ def learning_curve(
     """Return training loss and validation log loss by step.
 
     Args:
-        training: step and loss; a loss that is no number leaves a gap.
+        training: step and loss; a loss that is no number leaves a gap. Of `MANY` or more, means of stretches, too.
         validation: step and log loss.
         prior: log loss of the class prior, a dashed line, or None.
         name: begins the chart's ids.
@@ -209,17 +228,22 @@ def learning_curve(
         figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
         axes = figure.add_subplot()
         if training:
-            steps, losses = zip(*training, strict=True)
-            marker = "." if len(training) < 25 else ""
-            axes.plot(steps, losses, color=HUMANS, linewidth=1.3, marker=marker, label="training loss")
+            steps, losses = np.array(training, dtype=np.float64).T
+            if len(steps) >= MANY:
+                axes.plot(steps, losses, color=HUMANS, linewidth=0.8, alpha=0.4)
+                pieces = min(len(steps) // 5, 25)
+                steps, losses = (
+                    np.array([one.mean() for one in np.array_split(array, pieces)]) for array in (steps, losses)
+                )
+            axes.plot(steps, losses, color=HUMANS, marker=".", label="training loss")
         if prior is not None and math.isfinite(prior):
             axes.axhline(prior, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label="class prior")
         if validation:
             steps, losses = zip(*validation, strict=True)
-            axes.plot(steps, losses, "o-", color=MODEL, markersize=6, label="validation log loss")
+            axes.plot(steps, losses, "o-", color=MODEL, markersize=5, label="validation log loss")
         axes.set(xlabel="optimiser step", ylabel="loss")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.tick_params(length=0)
+        axes.tick_params(length=0, pad=6)
         axes.grid()
         figure.legend(loc="outside upper left", ncols=2, handlelength=1.8, columnspacing=1.2)
         return _svg(figure, name, f"Learning curve: {len(training)} training and {len(validation)} validation losses")
@@ -241,8 +265,10 @@ def _label(text: str) -> str:
     return words if len(words) <= LABEL else words[: LABEL - 1].rstrip() + "…"
 
 
-def _figure(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}".replace("-", "−") if math.isfinite(value) else "no number"
+def _figure(row: Row, digits: int) -> str:
+    if row.kind == HEADING:
+        return ""
+    return f"{row.value:.{digits}f}".replace("-", "−") if math.isfinite(row.value) else "no number"
 
 
 @contextmanager

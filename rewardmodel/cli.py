@@ -122,7 +122,7 @@ def _report(arguments: list[str]) -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="run folders; several are compared with the first")
     parser.add_argument("--output", type=Path, help="the HTML file to write; none: in the (first) run")
     options = parser.parse_args(arguments)
-    from rewardmodel.report import report
+    from rewardmodel.reports import report
 
     print(report(options.runs, options.output))
 

@@ -7,7 +7,7 @@ a page leaves out it says in one line.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,17 @@ ANCHORS = (
 
 FLOORS = {"prior": "class prior", "length": "length only", "tfidf": "TF-IDF + length"}
 """Names of the floors for people."""
+
+DIMENSIONS = {
+    "outcome": "what happened",
+    "source": "source",
+    "script": "script of the prompt",
+    "turns": "turns",
+    "length": "longer response, characters",
+    "length_gap": "longer by shorter response",
+    "prompt_length": "prompt, characters",
+}
+"""Names of the dimensions of slices for people."""
 
 UNIFORM = math.log(3)
 """Log loss of one third each."""
@@ -70,13 +81,12 @@ def render(facts: Facts, table: pd.DataFrame, run: Path | None) -> str:
         sentence=sentence,
         findings=findings(facts, table, training),
         floors=FLOORS,
-        anchors=ANCHORS,
+        dimensions=DIMENSIONS,
         parameters=_parameters(facts.get("calibration")),
         charts=_charts(facts, table, training, validation),
-        learning={
-            "best": min(validation, key=_loss, default=None),
-            "last": max([step for step, _ in [*training, *validation]], default=0),
-        },
+        training=training,
+        validation=validation,
+        best=min(validation, key=_loss, default=None),
         lists=_lists(table),
         files=[(name, _text_of(run / name)) for name in (RECIPE, ENVIRONMENT)] if run else [],
     )
@@ -89,7 +99,7 @@ def render_comparison(runs: Sequence[Facts]) -> str:
         runs: `name`, `facts` as `evaluate` returns them, and `difference_to_first`: the run's log loss minus the first
             run's on the same battles (value, low, high, p), or None where they are of other battles.
     """
-    rows = [_row(run["name"], run["facts"].get("metrics", {}).get("log_loss"), charts.RUNS) for run in runs]
+    rows = [_row(run["name"], (run["facts"].get("metrics") or {}).get("log_loss")) for run in runs]
     battles = {run["facts"].get("battles") for run in runs}
     prior = runs[0]["facts"].get("prior") if len(battles) == 1 else None
     if prior is not None:
@@ -113,7 +123,7 @@ def verdict(facts: Facts) -> tuple[str, str]:
         return _verdict_on_prior(loss, facts.get("prior"))
     beaten = [name for name, difference in floors.items() if difference["high"] < 0]
     others = [_against(name, floors[name]) for name in floors if name not in beaten]
-    gains = _joined([f"the {FLOORS.get(name, name)} by {-floors[name]['value']:.3f}" for name in beaten])
+    gains = _joined([f"{FLOORS.get(name, name)} by {-floors[name]['value']:.3f}" for name in beaten])
     if not others:
         return "good", f"It beats every floor beyond noise: {gains}."
     if not beaten or ("prior" in floors and "prior" not in beaten):
@@ -133,7 +143,7 @@ def _verdict_on_prior(loss: Facts, prior: float | None) -> tuple[str, str]:
 
 
 def _against(name: str, difference: Facts) -> str:
-    floor = f"the {FLOORS.get(name, name)}"
+    floor = FLOORS.get(name, name)
     if difference["low"] > 0:
         return f"worse than {floor} by {difference['value']:.3f}, beyond noise"
     return f"not to be told from {floor}"
@@ -152,16 +162,14 @@ def findings(facts: Facts, table: pd.DataFrame, training: Sequence[tuple[float, 
         found.append(f"The log loss is above {UNIFORM:.4f}: saying one third each would be better.")
     if len(table) > 1 and probabilities.std(axis=0).max() < NO_SPREAD:
         found.append("All battles get nearly the same prediction: the model reads nothing from them.")
-    gap = probabilities.max(axis=1).mean() - _value(metrics.get("accuracy")) if len(table) else math.nan
-    if abs(gap) > LARGE_GAP:
-        sure = "too sure" if gap > 0 else "not sure enough"
-        found.append(
-            f"It is {sure}: the likeliest outcome's probability is off its hits by {100 * abs(gap):.0f} points."
+    hits, says = _value(metrics.get("accuracy")), probabilities.max(axis=1).mean() if len(table) else math.nan
+    if abs(says - hits) > LARGE_GAP:
+        sure = (
+            f"too {'sure' if says > hits else 'unsure'}: it gives the likeliest outcome {100 * says:.0f} % on average"
         )
+        found.append(f"It is {sure}, which happens in {100 * hits:.0f} %.")
     if math.isfinite(decided) and metrics["accuracy_decided"]["low"] <= 0.5:
-        found.append(
-            f"It does not tell winner from loser: {100 * decided:.1f} % of decided battles, and 50 is a coin's."
-        )
+        found.append(f"It does not tell winner from loser: it finds {100 * decided:.0f} % of the winners, a coin 50 %.")
     position, verbosity = facts.get("position") or {}, facts.get("verbosity") or {}
     if _value(position.get("flip_rate")) > MANY_FLIPS:
         found.append(f"The verdict flips with the order in {100 * _value(position['flip_rate']):.0f} % of battles.")
@@ -173,11 +181,8 @@ def findings(facts: Facts, table: pd.DataFrame, training: Sequence[tuple[float, 
         more = "more" if difference["value"] > 0 else "less"
         found.append(f"It favours longer responses {more} than people do.")
     confusion = np.array(facts.get("confusion") or np.ones((3, 3)))
-    found += [
-        f"It never finds {what} likeliest."
-        for what, column in zip(("A", "B", "a tie"), confusion.sum(axis=0), strict=True)
-        if not column
-    ]
+    columns = zip(("A", "B", "a tie"), confusion.sum(axis=0), strict=True)
+    found += [f"It never finds {what} likeliest." for what, battles in columns if not battles]
     strange = sum(not math.isfinite(one) for _, one in training)
     return [*found, f"The training loss was no number at {strange} logged steps."] if strange else found
 
@@ -191,49 +196,43 @@ def _charts(facts: Facts, table: pd.DataFrame, training: Sequence[Any], validati
             drawn[f"reliability_{name}"] = charts.reliability(bins, f"reliability-{name}")
     if "ba_p_tie" in table and len(table):
         drawn["orders"] = charts.both_orders(predicted(table, "ab")[:, 0], predicted(table, "ba")[:, 0], "orders")
-    lengths = _by_length(table)
-    if lengths:
-        drawn["lengths"] = charts.by_length(*lengths, "lengths")
-    families = [_row(one["name"], one["difference"]) for one in (facts.get("models") or {}).get("families") or []]
-    if families:
-        drawn["families"] = charts.intervals(families[:25], "predicted minus human win rate", "families", 0.0)
+    if {"response_a_chars", "response_b_chars"} <= set(table) and len(table) >= charts.FEWEST:
+        a, b = (1 + table[name].to_numpy(float) for name in ("response_a_chars", "response_b_chars"))
+        humans, model = (shares[:, 0] + shares[:, 2] / 2 for shares in (true_outcomes(table), predicted(table)))
+        groups = table["group"].to_numpy()
+        drawn["lengths"] = charts.by_length(np.log2(a / b), humans, model, groups, "lengths")
+    if families := (facts.get("models") or {}).get("families"):
+        rows = [_row(one["name"], one["difference"], scale=100) for one in families[:25]]
+        drawn["families"] = charts.intervals(rows, "model − people, points", "families", 0.0, digits=1)
+    if kinds := _slices(facts):
+        drawn["slices"] = charts.intervals(kinds, axis, "slices", _value((facts.get("metrics") or {}).get("log_loss")))
     if training or validation:
         drawn["learning"] = charts.learning_curve(training, validation, facts.get("prior"), "learning")
     return {name: Markup(svg) for name, svg in drawn.items()}
 
 
 def _headline(facts: Facts) -> list[Row]:
-    rows = [_row("this model", (facts.get("metrics") or {}).get("log_loss"))]
+    here, elsewhere = (Row(where, kind=charts.HEADING) for where in ("on these battles", "published, elsewhere"))
+    rows = [here, _row("this model", (facts.get("metrics") or {}).get("log_loss"))]
     floors = facts.get("floors") or ({"prior": {"log_loss": facts["prior"]}} if facts.get("prior") else {})
     rows += [_row(FLOORS.get(name, name), floor["log_loss"], charts.FLOOR) for name, floor in floors.items()]
     ranked = sorted(ANCHORS, key=lambda anchor: -anchor[1])
-    return rows + [Row(label, value, kind=charts.PUBLISHED) for label, value in ranked]
+    return [*rows, elsewhere] + [Row(label, value, kind=charts.PUBLISHED) for label, value in ranked]
 
 
-def _row(label: str, figure: Facts | float | None, kind: str = charts.RUNS) -> Row:
+def _row(label: str, figure: Facts | float | None, kind: str = charts.RUNS, scale: float = 1) -> Row:
     low, high = (figure["low"], figure["high"]) if isinstance(figure, Mapping) else (math.nan, math.nan)
-    return Row(label, _value(figure), low, high, kind)
+    return Row(label, scale * _value(figure), scale * low, scale * high, kind)
 
 
-def _by_length(table: pd.DataFrame) -> tuple[list[Row], list[Row], list[float]] | None:
-    """Return the win rate of A by humans and by the model, and log2 of how long A is by B, in bins of equal counts."""
-    columns = ["response_a_chars", "response_b_chars"]
-    if len(table) < 50 or not set(columns) <= set(table):
-        return None
-    ratio = np.log2((1 + table["response_a_chars"].to_numpy(float)) / (1 + table["response_b_chars"].to_numpy(float)))
-    ranked, count = np.argsort(ratio, kind="stable"), int(np.clip(len(table) // 25, 2, 10))
-    _, groups = np.unique(table["group"].to_numpy(), return_inverse=True)
-    bins = [ranked[start:end] for start, end in pairwise(np.linspace(0, len(table), count + 1).astype(int))]
-    wins = [shares[:, 0] + shares[:, 2] / 2 for shares in (true_outcomes(table), predicted(table))]
-    humans, model = ([_mean(won[one], groups[one]) for one in bins] for won in wins)
-    return humans, model, [float(ratio[one].mean()) for one in bins]
-
-
-def _mean(values: np.ndarray, groups: np.ndarray) -> Row:
-    """Return a mean with its 95 % normal interval, from the sums of residuals by group (Liang & Zeger 1986)."""
-    mean = float(values.mean())
-    half = 1.96 * math.sqrt((np.bincount(groups, values - mean) ** 2).sum()) / len(values)
-    return Row("", mean, mean - half, mean + half)
+def _slices(facts: Facts) -> list[Row]:
+    """Return the slices under headings, but for outcomes and for what is one slice only."""
+    rows = []
+    for dimension, kinds in (facts.get("slices") or {}).items():
+        if dimension != "outcome" and kinds and len(kinds) > 1:
+            rows.append(Row(DIMENSIONS.get(dimension, dimension), kind=charts.HEADING))
+            rows += [_row(kind["name"], kind["log_loss"]) for kind in kinds[:12]]
+    return rows
 
 
 def _lists(table: pd.DataFrame) -> list[Facts]:
@@ -260,9 +259,9 @@ def _battle(table: pd.DataFrame, row: int, loss: float) -> Facts:
         "probabilities": [float(battle[name]) for name in PROBABILITIES],
         "models": [_words(battle.get(name)) for name in ("model_a", "model_b")],
         "texts": [
-            (label, _words(battle[name])[:EXCERPT], battle.get(f"{name}_chars", len(_words(battle[name]))))
+            (label, words[:EXCERPT], max(battle.get(f"{name}_chars", 0), len(words)))
             for label, name in zip(("prompt", "response A", "response B"), TEXTS, strict=True)
-            if name in table and _words(battle[name])
+            if (words := _words(battle.get(name)))
         ],
     }
 
@@ -276,8 +275,7 @@ def _words(value: Any) -> str:
 
 def _learning(run: Path | None) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
     """Return step and training loss, and step and validation log loss, as the run's trainer logged them."""
-    folders = [one for one in (last_checkpoint(run), run) if one] if run else []
-    for folder in folders:
+    for folder in filter(None, (last_checkpoint(run), run) if run else ()):
         try:
             log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
         except (OSError, ValueError, KeyError):
@@ -314,9 +312,13 @@ def _comparison(runs: Sequence[Facts]) -> str:
     better = [run["name"] for run in told if run["difference_to_first"]["high"] < 0]
     worse = [run["name"] for run in told if run["difference_to_first"]["low"] > 0]
     level = [run["name"] for run in told if run["name"] not in better + worse]
-    groups = (("better", better), ("worse", worse), ("not to be told from it", level))
-    sentences = [f"{word}: {', '.join(names)}" for word, names in groups if names]
-    return f"Against {runs[0]['name']}, beyond noise: {'; '.join(sentences)}." if sentences else ""
+    first = runs[0]["name"]
+    groups = {
+        f"Better than {first} beyond noise": better,
+        f"Worse than {first} beyond noise": worse,
+        f"Not to be told from {first}": level,
+    }
+    return " ".join(f"{words}: {', '.join(names)}." for words, names in groups.items() if names)
 
 
 def _value(figure: Facts | float | None) -> float:
@@ -328,9 +330,9 @@ def number(value: Any, digits: int = 4, scale: float = 1, sign: str = "") -> str
     """Return a figure for people: decimals, a true minus, `sign` `+` for one always, a dash where there is none."""
     if isinstance(value, Mapping):
         value = value.get("value")
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not isinstance(value, Real) or not math.isfinite(value):
         return "–"
-    return f"{value * scale:{sign},.{digits}f}".replace("-", "−")
+    return f"{float(value) * scale:{sign},.{digits}f}".replace("-", "−")
 
 
 def _page(**content: Any) -> str:

@@ -18,7 +18,7 @@ from rewardmodel.model import load_model, load_tokenizer
 from rewardmodel.parts import load_battles
 from rewardmodel.predictions import check_sample, write_predictions, write_submission
 from rewardmodel.prompt import PromptEncoder
-from rewardmodel.report import report
+from rewardmodel.reports import report
 from rewardmodel.runs import (
     CALIBRATION,
     CALIBRATOR,

@@ -110,10 +110,13 @@ def _kinds(table: pd.DataFrame, true: np.ndarray) -> dict[str, Kind | None]:
     if "turns" in table:
         kinds["turns"] = np.clip(table["turns"].to_numpy(int), 1, 3) - 1, ["1", "2", "3+"]
     if set(LENGTHS) <= set(table):
-        longer, shorter = lengths(table).max(axis=1), lengths(table).min(axis=1)
-        gap = np.select([longer < CLOSE * shorter, longer <= 2 * shorter], [0, 1], 2)
+        longer = lengths(table).max(axis=1)
+        ratios = longer / lengths(table).min(axis=1)
         kinds["length"] = _quarters(longer.astype(int) - 1)
-        kinds["length_gap"] = gap, ["within 10 %", "up to 2x", "above 2x"]
+        kinds["length_gap"] = (
+            np.select([ratios < CLOSE, ratios <= 2], [0, 1], 2),
+            ["within 10 %", "up to 2x", "above 2x"],
+        )
     if "prompt_chars" in table:
         kinds["prompt_length"] = _quarters(table["prompt_chars"].to_numpy(int))
     return kinds

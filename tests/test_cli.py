@@ -385,7 +385,7 @@ def test_run_ends_with_the_metrics_the_folder_and_the_submission(recipe_file, re
     assert main(["run", recipe_file(), "--trainer.max_steps", "1", "--data.test", str(test_file)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("held-out prompts: 12 battles of 3 prompts") for line in lines)
-    assert lines[-2:] == [str(recipe.run_folder), str(recipe.run_folder / SUBMISSION)]
+    assert lines[-2:] == [str(recipe.run_folder / "report.html"), str(recipe.run_folder / SUBMISSION)]
     assert (recipe.run_folder / SUBMISSION).is_file()
 
 
@@ -497,3 +497,55 @@ def test_evaluate_refuses_what_it_cannot_measure(refusal, run_folder, test_file,
     main(["predict", str(run_folder), str(test_file), "--output", str(tmp_path / "x.parquet")])
     capsys.readouterr()
     assert "outcomes of these battles are not known" in refusal("evaluate", tmp_path / "x.parquet")
+
+
+def test_prepare_says_what_is_in_the_battles_and_writes_them(recipe_file, tmp_path, capsys):
+    assert main(["prepare", recipe_file(), "--output", str(tmp_path / "prepared")]) == 0
+    output = capsys.readouterr().out
+    assert "48" in output.splitlines()[1]
+    assert output.endswith(f"\n\n{tmp_path / 'prepared'}\n")
+    assert len(pd.read_parquet(tmp_path / "prepared" / "battles.parquet")) == 48
+    assert json.loads((tmp_path / "prepared" / "audit.json").read_text())["battles"] == 48
+
+
+def test_a_part_of_the_runs_own_battles_can_be_predicted_by_name(run_folder, tmp_path, capsys):
+    assert main(["predict", str(run_folder), "validation", "--output", str(tmp_path / "x.parquet")]) == 0
+    assert pd.read_parquet(tmp_path / "x.parquet")["id"].tolist() == (
+        pd.read_parquet(run_folder / "validation.parquet")["id"].tolist()
+    )
+
+
+def test_two_predictions_of_the_same_battles_are_compared(run_folder, tmp_path, capsys):
+    assert main(["evaluate", str(run_folder), "--against", str(run_folder)]) == 0
+    assert capsys.readouterr().out.startswith("log loss +0.0000, 95 % [+0.0000, +0.0000], p = 1.000")
+
+
+def test_chosen_and_rejected_data_is_predicted_and_measured_by_subset(run_folder, tmp_path, capsys):
+    rows = [
+        {"prompt": f"question {n}", "chosen": f"a kind answer {n}", "rejected": f"a rude answer {n}", "subset": subset}
+        for n in range(40)
+        for subset in ("easy", "hard")
+    ]
+    path = tmp_path / "bench.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert main(["evaluate", str(run_folder), "--data", str(path)]) == 0
+    output = capsys.readouterr().out
+    assert "accuracy_decided" in output
+    assert all(subset in output for subset in ("easy", "hard"))
+
+
+def test_report_writes_a_page_of_one_run_and_a_comparison_of_two(run_folder, tmp_path, capsys):
+    assert main(["report", str(run_folder)]) == 0
+    assert capsys.readouterr().out == f"{run_folder / 'report.html'}\n"
+    assert (run_folder / "report.html").read_text().startswith("<!doctype html>")
+    page = tmp_path / "both.html"
+    assert main(["report", str(run_folder), str(run_folder), "--output", str(page)]) == 0
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_baseline_measures_the_floors_out_of_fold(tmp_path, capsys):
+    path = write_csv(battle_frame(), tmp_path / "train.csv")
+    assert main(["baseline", str(path), "--folds", "4", "--output", str(tmp_path / "floors.parquet")]) == 0
+    output = capsys.readouterr().out
+    assert all(name in output for name in ("prior", "length", "tfidf"))
+    assert len(pd.read_parquet(tmp_path / "floors.parquet")) == 48

@@ -9,10 +9,11 @@ MODULES = {path.stem: path for path in (ROOT / "rewardmodel").glob("*.py") if pa
 LEVELS = [
     {"errors", "files", "trainer_keys"},
     {"config", "battles", "metrics", "backbone", "objective", "rows", "texts", "truncation", "template", "charts"},
-    {"sources", "folds", "predictions", "prompt", "weights", "runs", "head", "calibration"},
-    {"formats", "duplicates", "pairs", "model", "bias", "baseline", "page"},
-    {"parts", "audit", "evaluation"},
-    {"trainer", "inference", "report"},
+    {"sources", "folds", "predictions", "prompt", "weights", "runs", "head", "calibration", "resampling"},
+    {"formats", "duplicates", "pairs", "model", "slices", "baseline", "page"},
+    {"parts", "audit", "bias"},
+    {"trainer", "inference", "evaluation"},
+    {"reports"},
     {"pipeline"},
     {"cli"},
 ]

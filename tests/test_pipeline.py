@@ -17,11 +17,14 @@ from rewardmodel.parts import fingerprints, load_battles, split
 from rewardmodel.predictions import predicted, read_predictions
 from rewardmodel.runs import (
     CALIBRATION,
+    CALIBRATOR,
     ENVIRONMENT,
+    FLOORS,
     METRICS,
     MODEL,
     PREDICTIONS,
     RECIPE,
+    REPORT,
     SUBMISSION,
     VALIDATION,
     load_run_recipe,
@@ -70,7 +73,8 @@ def test_a_run_folder_holds_all_that_is_promised(finished):
     recipe, folder, _ = finished
     assert folder == recipe.run_folder
     names = {path.name for path in folder.iterdir() if not path.name.startswith("checkpoint-")}
-    assert names == {RECIPE, ENVIRONMENT, MODEL, VALIDATION, PREDICTIONS, SUBMISSION, METRICS}
+    evidence = {VALIDATION, FLOORS, CALIBRATOR, METRICS, REPORT}
+    assert names == {RECIPE, ENVIRONMENT, MODEL, PREDICTIONS, SUBMISSION} | evidence
     assert {"adapter_model.safetensors", "tokenizer.json"} <= {path.name for path in (folder / MODEL).iterdir()}
     assert load_run_recipe(folder) == recipe
 

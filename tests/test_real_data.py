@@ -12,7 +12,7 @@ from rewardmodel.folds import assign_groups
 from rewardmodel.formats import read_battles
 from rewardmodel.pipeline import run
 from rewardmodel.predictions import true_outcomes
-from rewardmodel.report import evaluate
+from rewardmodel.evaluation import evaluate
 
 
 def test_real_files_are_read_whole(real_data):

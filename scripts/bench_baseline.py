@@ -1,0 +1,99 @@
+"""What the scikit-learn floors reach, and what they cost at the size of the competition.
+
+    python scripts/bench_baseline.py train.csv --rows 57477 --json scripts/results/baseline.json
+
+Log losses are those of the file itself, five folds grouped by prompt. Time and memory are of its battles repeated, with
+a mark in every text, up to the rows asked for: one `fit_predict` (four folds train, one is judged) and `baseline` (all
+five folds). The repeated battles are no test of the floors (every answer stands in all folds), so no log loss of theirs
+is told. Each measurement is a process of its own; memory is the peak of anonymous pages.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench_battles import Memory, repeated
+
+FOLDS = 5
+
+
+def log_losses(path: str) -> dict:
+    """Judge the floors on the battles of a file."""
+    from rewardmodel.baseline import baseline, measure
+    from rewardmodel.config import DataConfig
+    from rewardmodel.parts import load_battles
+
+    table = baseline(load_battles(DataConfig(train=path, folds=FOLDS)))
+    rounded = {
+        floor: {name: {part: round(value, 4) for part, value in metric.items()} for name, metric in found.items()}
+        for floor, found in measure(table).items()
+    }
+    return {"battles": len(table), "folds": FOLDS, "floors": rounded}
+
+
+def cost(path: str, verb: str) -> dict:
+    """Run `fit_predict` once, or `baseline`, on the battles of a file."""
+    from rewardmodel.baseline import baseline, fit_predict, measure
+    from rewardmodel.config import DataConfig
+    from rewardmodel.parts import load_battles, split
+
+    start = time.perf_counter()
+    battles = load_battles(DataConfig(train=path, folds=FOLDS))
+    loaded = time.perf_counter()
+    if verb == "baseline":
+        measure(baseline(battles))
+    else:
+        parts = split(battles, 0)
+        fit_predict(parts.training, parts.validation)
+    seconds = {"load": round(loaded - start, 1), verb: round(time.perf_counter() - loaded, 1)}
+    return {"battles": len(battles), "seconds": seconds, "torch_imported": "torch" in sys.modules}
+
+
+MEASUREMENTS = {"log_losses": log_losses, "cost": cost}
+
+
+def measured(name: str, *arguments: str) -> dict:
+    """Run one measurement in a process of its own, with a cache of its own."""
+    with tempfile.TemporaryDirectory() as cache:
+        done = subprocess.run(
+            [sys.executable, __file__, "--measure", name, *arguments],
+            env=os.environ | {"REWARDMODEL_CACHE": cache, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"},
+            check=True, text=True, stdout=subprocess.PIPE,
+        )  # fmt: skip
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"{name} {' '.join(arguments[1:])}: {found}", flush=True)
+    return found
+
+
+def main() -> None:
+    """Parse, measure, write JSON."""
+    if sys.argv[1:2] == ["--measure"]:
+        memory = Memory()
+        found = MEASUREMENTS[sys.argv[2]](*sys.argv[3:])
+        print(json.dumps({**found, "anonymous_gib": round(memory.anonymous, 2)}))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("train", type=Path, help="a labelled file of the competition")
+    parser.add_argument("--rows", type=int, default=57_477, help="battles to measure time and memory with")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    options = parser.parse_args()
+    figures: dict = {"machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    figures["log_losses"] = measured("log_losses", str(options.train))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "battles.csv"
+        repeated(options.train, options.rows, path)
+        figures["cost"] = {verb: measured("cost", str(path), verb) for verb in ("fit_predict", "baseline")}
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()
