@@ -15,7 +15,7 @@ _HOMES = {
     "predict": "inference",
     "evaluate": "evaluation",
     "compare": "evaluation",
-    "baseline": "baseline",
+    "baseline": "floors",
     "report": "reports",
     "run": "pipeline",
     "prepare": "pipeline",

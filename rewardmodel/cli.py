@@ -135,8 +135,8 @@ def _baseline(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the folds (0)")
     parser.add_argument("--output", type=Path, help="a .parquet file for the predictions")
     options = parser.parse_args(arguments)
-    from rewardmodel.baseline import baseline, format_baseline, measure
     from rewardmodel.config import DataConfig
+    from rewardmodel.floors import baseline, format_baseline, measure
     from rewardmodel.parts import load_battles
 
     table = baseline(load_battles(DataConfig(train=options.battles, folds=options.folds, seed=options.seed)))

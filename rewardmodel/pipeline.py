@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from rewardmodel.audit import audit
-from rewardmodel.baseline import fit_predict
 from rewardmodel.battles import write_parquet
 from rewardmodel.calibration import NONE, load
 from rewardmodel.config import Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.files import atomic_path
+from rewardmodel.floors import fit_predict
 from rewardmodel.formats import read_battles
 from rewardmodel.inference import predict_with
 from rewardmodel.model import load_model, load_tokenizer

@@ -25,8 +25,8 @@ FOLDS = 5
 
 def log_losses(path: str) -> dict:
     """Judge the floors on the battles of a file."""
-    from rewardmodel.baseline import baseline, measure
     from rewardmodel.config import DataConfig
+    from rewardmodel.floors import baseline, measure
     from rewardmodel.parts import load_battles
 
     table = baseline(load_battles(DataConfig(train=path, folds=FOLDS)))
@@ -39,8 +39,8 @@ def log_losses(path: str) -> dict:
 
 def cost(path: str, verb: str) -> dict:
     """Run `fit_predict` once, or `baseline`, on the battles of a file."""
-    from rewardmodel.baseline import baseline, fit_predict, measure
     from rewardmodel.config import DataConfig
+    from rewardmodel.floors import baseline, fit_predict, measure
     from rewardmodel.parts import load_battles, split
 
     start = time.perf_counter()

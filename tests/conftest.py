@@ -5,7 +5,6 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import atexit
 import json
 import shutil
 import tempfile
@@ -13,7 +12,6 @@ from pathlib import Path
 
 USER_CACHE = os.environ.get("REWARDMODEL_CACHE")
 os.environ["REWARDMODEL_CACHE"] = tempfile.mkdtemp(prefix="rewardmodel-tests-")
-atexit.register(shutil.rmtree, os.environ["REWARDMODEL_CACHE"], ignore_errors=True)
 
 import numpy as np
 import pandas as pd
@@ -77,6 +75,11 @@ def make_backbone(family: str, folder: Path, **overrides) -> Path:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def pytest_sessionfinish():
+    """Remove the cache of this session."""
+    shutil.rmtree(os.environ["REWARDMODEL_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ LEVELS = [
     {"errors", "files", "trainer_keys"},
     {"config", "battles", "metrics", "backbone", "objective", "rows", "texts", "truncation", "template", "charts"},
     {"sources", "folds", "predictions", "prompt", "weights", "runs", "head", "calibration", "resampling"},
-    {"formats", "duplicates", "pairs", "model", "slices", "baseline", "page"},
+    {"formats", "duplicates", "pairs", "model", "slices", "floors", "page"},
     {"parts", "audit", "bias"},
     {"trainer", "inference", "evaluation"},
     {"reports"},
