@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-USER_CACHE = os.environ.get("REWARDMODEL_CACHE")
+os.environ["REWARDMODEL_USER_CACHE"] = os.environ.get("REWARDMODEL_CACHE", "")
 os.environ["REWARDMODEL_CACHE"] = tempfile.mkdtemp(prefix="rewardmodel-tests-")
 
 import numpy as np
@@ -158,10 +158,10 @@ def write_csv(frame: pd.DataFrame, path: Path) -> Path:
 @pytest.fixture
 def user_cache(monkeypatch):
     """Let converted real backbones be found in, and kept in, the user's own cache."""
-    if USER_CACHE is None:
-        monkeypatch.delenv("REWARDMODEL_CACHE")
+    if os.environ["REWARDMODEL_USER_CACHE"]:
+        monkeypatch.setenv("REWARDMODEL_CACHE", os.environ["REWARDMODEL_USER_CACHE"])
     else:
-        monkeypatch.setenv("REWARDMODEL_CACHE", USER_CACHE)
+        monkeypatch.delenv("REWARDMODEL_CACHE")
 
 
 @pytest.fixture(scope="session")
