@@ -169,7 +169,19 @@ def format_metrics(facts: Facts) -> str:
 
 def format_evaluation(facts: Facts) -> str:
     """Return what `evaluate` found, audits of bias included, as lines for a terminal."""
-    return f"{format_metrics(facts)}\n\n{format_bias(facts)}"
+    return "\n\n".join([format_metrics(facts), *_by_subset(facts), format_bias(facts)])
+
+
+def _by_subset(facts: Facts) -> list[str]:
+    """Return the accuracy by source of chosen/rejected data, which has no ties, as RewardBench states it."""
+    subsets = [one for one in (facts["slices"]["source"] or []) if one["accuracy_decided"]]
+    if sum(facts["confusion"][2]) or not subsets:
+        return []
+    lines = ["how often what was chosen is likelier, by source"]
+    for one in subsets:
+        value, low, high = (one["accuracy_decided"][name] for name in ("value", "low", "high"))
+        lines.append(f"  {one['name']:<28}{value:.4f}   95 % [{low:.4f}, {high:.4f}]   {one['battles']} battles")
+    return ["\n".join(lines)]
 
 
 def format_difference(difference: dict[str, float]) -> str:

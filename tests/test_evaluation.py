@@ -190,6 +190,18 @@ def test_floors_are_measured_on_the_same_battles_in_whatever_order_they_stand(ru
     assert "floor prior, log_loss" in format_metrics(facts)
 
 
+def test_accuracy_by_source_is_told_of_battles_that_were_all_decided(table):
+    decided = pd.concat([table] * 2, ignore_index=True)
+    decided["source"] = ["easy"] * 60 + ["hard"] * 60
+    ahead = np.arange(120) < 60
+    decided["winner_tie"], decided["winner_model_a"], decided["winner_model_b"] = 0.0, 1.0 * ahead, 1.0 * ~ahead
+    decided[["p_model_a", "p_model_b", "p_tie"]] = [0.5, 0.3, 0.2]
+    lines = format_evaluation(evaluate(decided)).splitlines()
+    assert "  easy                        1.0000   95 % [1.0000, 1.0000]   60 battles" in lines
+    assert "  hard                        0.0000   95 % [0.0000, 0.0000]   60 battles" in lines
+    assert not any("how often what was chosen" in line for line in format_evaluation(evaluate(table)).splitlines())
+
+
 def test_a_comparison_is_paired_by_id(run, tmp_path):
     raw = read_predictions(run / "validation.parquet")
     worse = raw.copy()
