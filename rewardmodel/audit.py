@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from rewardmodel.battles import OUTCOMES, TEXTS, outcomes
 from rewardmodel.duplicates import duplicates, near_duplicates, winner
-from rewardmodel.folds import CALIBRATION, HOLDOUT, TRAIN_ONLY
+from rewardmodel.folds import CALIBRATION, HOLDOUT, TRAIN_ONLY, TRAIN_WITH, UNUSED
 from rewardmodel.prompt import PromptEncoder, total
 from rewardmodel.texts import SCRIPTS, characters_of, script_numbers
 from rewardmodel.truncation import LEAST_ROUND, Sizes, retention
@@ -23,7 +23,7 @@ MAX_LENGTHS = (512, 1024, 1536, 2048, 3072, 4096, 8192)
 
 PERCENTILES = (5, 25, 50, 75, 95, 99)
 
-PARTS = {TRAIN_ONLY: "train only", CALIBRATION: "calibration", HOLDOUT: "holdout", -1: "not dealt"}
+PARTS = {TRAIN_ONLY: "train only", CALIBRATION: "calibration", HOLDOUT: "holdout", UNUSED: "unused", -1: "not dealt"}
 
 IMBALANCE, DEVIATION, LARGE_GROUP, FEW = 0.01, 0.02, 0.1, 50
 """What is told as wrong, beyond chance: a share of A's wins farther from one half; an outcome's share in a part farther
@@ -145,7 +145,7 @@ def _parts(fold: np.ndarray, array: np.ndarray) -> dict[str, Any]:
     for part in sorted(np.unique(fold).tolist(), key=lambda part: (part < 0, abs(part))):
         mean, shares = array[fold == part].mean(axis=0), _shares(array[fold == part].mean(axis=0))
         deviation = None if shares is None else float(np.abs(mean - array.mean(axis=0)).max())
-        name = PARTS.get(part, f"fold {part}")
+        name = PARTS.get(part, f"fold {part}" if part >= 0 else f"train with fold {TRAIN_WITH - part}")
         parts[name] = {"battles": int((fold == part).sum()), "outcomes": shares, "deviation": deviation}
     return parts
 
@@ -300,7 +300,11 @@ def _wrong_outcomes(facts: Facts) -> Iterator[str]:
     if without and facts["outcomes"]["winner_tie"] > 0:
         yield f"There are ties, but none in {_first(without)}: a model learns which texts come from where ties are."
     for name, part in facts["parts"].items():
-        if name != PARTS[TRAIN_ONLY] and part["deviation"] > max(DEVIATION, 1.5 / part["battles"] ** 0.5):
+        if (
+            not name.startswith("train")
+            and name != PARTS[UNUSED]
+            and part["deviation"] > max(DEVIATION, 1.5 / part["battles"] ** 0.5)
+        ):
             yield f"An outcome's share in {name} is {100 * part['deviation']:.1f} points off its share in all battles."
 
 

@@ -19,7 +19,7 @@ from sklearn.preprocessing import normalize
 
 from rewardmodel.battles import OUTCOMES, TEXTS, is_labelled, outcomes, weights
 from rewardmodel.errors import InputError
-from rewardmodel.folds import TRAIN_ONLY
+from rewardmodel.folds import trains
 from rewardmodel.metrics import METRICS, bootstrap_interval
 from rewardmodel.predictions import PROBABILITIES, true_outcomes
 
@@ -85,7 +85,7 @@ def baseline(battles: Dataset) -> pd.DataFrame:
     """Return what each floor predicts for battles of a fold when it is trained on the other folds.
 
     Args:
-        battles: labelled battles with `group` and `fold` set. Those of fold `TRAIN_ONLY` always train; the calibration
+        battles: labelled battles with `group` and `fold` set. Those that only train are not judged; the calibration
             and holdout parts neither train nor are judged.
 
     Returns:
@@ -97,7 +97,7 @@ def baseline(battles: Dataset) -> pd.DataFrame:
     if not is_labelled(battles):
         raise InputError("the floors are judged on labelled battles, but these have no outcomes; label them")
     fold = np.asarray(battles.with_format(None)["fold"][:])
-    rows = np.flatnonzero((fold >= 0) | (fold == TRAIN_ONLY))
+    rows = np.flatnonzero((fold >= 0) | trains(fold, -1))
     battles, fold = battles.select(rows), fold[rows]
     judged = np.flatnonzero(fold >= 0)
     if not len(judged) or (fold == fold[judged[0]]).all():
@@ -105,7 +105,7 @@ def baseline(battles: Dataset) -> pd.DataFrame:
     reading, mass = _read(battles), _mass(battles)
     parts = []
     for number in np.unique(fold[judged]):
-        own, others = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
+        own, others = np.flatnonzero(fold == number), np.flatnonzero(trains(fold, number))
         parts.append(pd.DataFrame(_predicted(reading, Task(others, mass[others], own)), index=own))
     plain = battles.with_format(None)
     known = {name: np.asarray(plain[name][:]) for name in ("id", "group")}

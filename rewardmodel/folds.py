@@ -12,8 +12,12 @@ from scipy.sparse.csgraph import connected_components
 from rewardmodel.battles import outcomes
 from rewardmodel.errors import InputError
 
-TRAIN_ONLY, CALIBRATION, HOLDOUT = -2, -3, -4
-"""Values of `fold` for battles that are in none: those that only train, and two parts that never train."""
+TRAIN_ONLY, CALIBRATION, HOLDOUT, UNUSED = -2, -3, -4, -5
+"""Values of `fold` for battles that are in none: those that only train, two parts that never train, and battles that
+only train but share a group with one of these."""
+
+TRAIN_WITH = -10
+"""`fold` is TRAIN_WITH - k where a battle that only trains shares a group with fold k: it trains while k does."""
 
 TRIVIAL_RESPONSES = 80
 """A pair of responses with fewer letters together ("Yes." and "No.") does not tie two battles to each other."""
@@ -47,24 +51,39 @@ def assign_folds(
     """Return the battles with `fold`: whole groups, outcomes and sources alike, whatever the row order.
 
     `fold` is 0 to folds - 1, or `CALIBRATION` or `HOLDOUT` for the shares that are asked for. Battles that came as
-    `TRAIN_ONLY` stay so, unless they share a group with others: then they go where the group goes.
+    `TRAIN_ONLY` are never judged: they stay so, or become `TRAIN_WITH` - k or `UNUSED` with the group that they share.
 
     Raises:
-        InputError: fewer than two folds, shares that leave nothing to train on, or fewer groups than parts.
+        InputError: fewer than two folds, shares that leave nothing to train on or are less than a group, or fewer
+            groups than parts.
     """
     parts, shares = _parts(folds, calibration, holdout)
     plain = battles.with_format(None)
     groups = np.asarray(plain["group"][:])
-    judged = np.flatnonzero(np.asarray(plain["fold"][:]) != TRAIN_ONLY)
+    before = np.asarray(plain["fold"][:])
+    only_trains = (before == TRAIN_ONLY) | (before == UNUSED) | (before <= TRAIN_WITH)
+    judged = np.flatnonzero(~only_trains)
     distinct, group = np.unique(groups[judged], return_inverse=True)
     if len(distinct) < len(parts):
         raise InputError(
             f"data.folds: {len(parts)} parts need as many different prompts, but there are {len(distinct)}; use fewer"
         )
     part_of_group = parts[_deal(group, _strata(battles, judged), shares, np.random.default_rng(seed))]
+    for part, share in zip(parts, shares, strict=True):
+        if part not in part_of_group:
+            name = {CALIBRATION: "data.calibration", HOLDOUT: "data.holdout"}.get(int(part), "data.folds")
+            raise InputError(f"{name}: {share:g} of {len(judged)} battles is less than a prompt; ask for more")
     place = np.searchsorted(distinct, groups).clip(max=len(distinct) - 1)
-    fold = np.where(distinct[place] == groups, part_of_group[place], TRAIN_ONLY)
+    there = part_of_group[place]
+    shared = np.where(there >= 0, TRAIN_WITH - there, UNUSED)
+    fold = np.where(only_trains, np.where(distinct[place] == groups, shared, TRAIN_ONLY), there)
     return _with_column(battles, "fold", fold, "int32")
+
+
+def trains(fold: np.ndarray, held_out: int) -> np.ndarray:
+    """Return which battles, by their `fold`, train while one fold is held out, (n_battles,) bool."""
+    others = (fold >= 0) & (fold != held_out)
+    return others | (fold == TRAIN_ONLY) | ((fold <= TRAIN_WITH) & (fold != TRAIN_WITH - held_out))
 
 
 def limit(battles: Dataset, count: int, seed: int = 0) -> Dataset:

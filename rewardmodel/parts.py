@@ -8,13 +8,16 @@ from datasets import Dataset
 from rewardmodel.battles import is_labelled
 from rewardmodel.config import DataConfig
 from rewardmodel.errors import InputError
-from rewardmodel.folds import CALIBRATION, HOLDOUT, TRAIN_ONLY, assign_folds, assign_groups, limit
+from rewardmodel.folds import CALIBRATION, HOLDOUT, assign_folds, assign_groups, limit, trains
 from rewardmodel.formats import read_battles
 from rewardmodel.runs import data_fingerprint
 
 
 class Parts(NamedTuple):
-    """Battles by what they are for; no prompt is in two parts, and the last two may be empty."""
+    """Battles by what they are for; no prompt is in two parts, and the last two may be empty.
+
+    A battle of a source that only trains, and that shares a prompt with a part that does not train, is in none.
+    """
 
     training: Dataset
     validation: Dataset
@@ -34,6 +37,8 @@ def load_battles(data: DataConfig, battles: Any = None) -> Dataset:
     """
     if not 0 <= data.fold < data.folds:
         raise InputError(f"data.fold: {data.fold}, but data.folds makes folds 0 to {data.folds - 1}")
+    if data.seed < 0:
+        raise InputError(f"data.seed: {data.seed}; give a number from 0")
     if data.limit is not None and data.limit < 1:
         raise InputError(f"data.limit: {data.limit}; give a positive number of battles, or leave it out")
     battles = read_battles(data.train if battles is None else battles, seed=data.seed)
@@ -56,6 +61,5 @@ def fingerprints(parts: Parts) -> dict[str, str]:
 def split(battles: Dataset, fold: int) -> Parts:
     """Return dealt battles by part, with one fold for validation."""
     dealt = np.asarray(battles.with_format(None)["fold"][:])
-    training = ((dealt >= 0) & (dealt != fold)) | (dealt == TRAIN_ONLY)
-    masks = (training, dealt == fold, dealt == CALIBRATION, dealt == HOLDOUT)
+    masks = (trains(dealt, fold), dealt == fold, dealt == CALIBRATION, dealt == HOLDOUT)
     return Parts(*(battles.select(np.flatnonzero(mask)) for mask in masks))

@@ -57,11 +57,24 @@ def test_a_source_that_only_trains_is_never_held_out(data, tmp_path):
     assert set(parts.validation["source"]) == {"train"}
 
 
-def test_a_battle_that_only_trains_leaves_with_the_held_out_prompt_it_shares(data, frame, tmp_path):
+def test_a_battle_that_only_trains_leaves_with_the_held_out_prompt_it_shares_and_is_never_judged(data, frame, tmp_path):
     frame.to_csv(tmp_path / "again.csv", index=False)
-    parts = parts_of(data, train=[data.train, Source(str(tmp_path / "again.csv"), validation=False)])
-    assert [len(part) for part in parts] == [72, 24, 0, 0]
-    assert not set(parts.training["group"]) & set(parts.validation["group"])
+    sources = [data.train, Source(str(tmp_path / "again.csv"), validation=False)]
+    for fold in range(4):
+        parts = parts_of(data, train=sources, fold=fold)
+        assert [len(part) for part in parts] == [72, 12, 0, 0]
+        assert set(parts.validation["source"]) == {"train"}
+        assert not set(parts.training["group"]) & set(parts.validation["group"])
+    parts = parts_of(data, train=sources, folds=2, calibration=0.25, holdout=0.25)
+    assert [len(part) for part in parts] == [24, 12, 12, 12]
+
+
+def test_dealing_again_what_was_dealt_changes_nothing(data, frame, tmp_path):
+    frame.to_csv(tmp_path / "again.csv", index=False)
+    sources = [data.train, Source(str(tmp_path / "again.csv"), validation=False)]
+    data = dataclasses.replace(data, train=sources, folds=2, calibration=0.25, holdout=0.25)
+    once = load_battles(data)
+    assert load_battles(data, once)["fold"][:] == once["fold"][:]
 
 
 def test_a_limit_keeps_whole_prompts(data):
@@ -84,6 +97,8 @@ def test_unlabelled_battles_are_refused(data, frame):
         ({"calibration": 1.0}, "data.calibration: 1.0; give a share"),
         ({"calibration": 0.5, "holdout": 0.5}, "data.calibration: 0.5; give a share from 0 to 1 that leaves battles"),
         ({"holdout": -0.1}, "data.holdout: -0.1; give a share"),
+        ({"holdout": 0.02}, "data.holdout: 0.02 of 48 battles is less than a prompt"),
+        ({"seed": -1}, "data.seed: -1; give a number from 0"),
     ],
 )
 def test_what_cannot_be_dealt_is_refused(data, keys, message):
