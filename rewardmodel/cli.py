@@ -79,6 +79,7 @@ def _predict(arguments: list[str]) -> None:
         raise InputError(f"--output: {options.output} ends in neither .parquet nor .csv; give one of them")
     if options.sample_submission and options.output.suffix != ".csv":
         raise InputError(f"--sample-submission: {options.output} is no submission; let --output end in .csv")
+    _make_parent(options.output)
     from rewardmodel.config import load_recipe
     from rewardmodel.inference import battles_to_predict, predict
     from rewardmodel.predictions import check_sample, write_predictions, write_submission
@@ -105,15 +106,12 @@ def _evaluate(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     from rewardmodel.evaluation import compare, evaluate, format_difference, format_evaluation
 
-    if options.against:
-        print(format_difference(compare(options.predictions, options.against)))
-        return
-    predictions = options.predictions
+    given = [options.predictions, *([options.against] if options.against else [])]
     if options.data:
         from rewardmodel.inference import predict
 
-        predictions = predict(options.predictions, options.data)
-    print(format_evaluation(evaluate(predictions)))
+        given = [predict(run, options.data) for run in given]
+    print(format_difference(compare(*given)) if options.against else format_evaluation(evaluate(given[0])))
 
 
 def _report(arguments: list[str]) -> None:
@@ -135,13 +133,17 @@ def _baseline(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the folds (0)")
     parser.add_argument("--output", type=Path, help="a .parquet file for the predictions")
     options = parser.parse_args(arguments)
+    if options.output and options.output.suffix != ".parquet":
+        raise InputError(f"--output: {options.output} does not end in .parquet; let it")
+    _make_parent(options.output)
     from rewardmodel.config import DataConfig
     from rewardmodel.floors import baseline, format_baseline, measure
     from rewardmodel.parts import load_battles
+    from rewardmodel.predictions import write_predictions
 
     table = baseline(load_battles(DataConfig(train=options.battles, folds=options.folds, seed=options.seed)))
     if options.output:
-        table.to_parquet(options.output, index=False)
+        write_predictions(table, options.output)
     print(format_baseline(measure(table)))
 
 
@@ -175,6 +177,9 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {' '.join(str(error).split())}; mend the path or its permissions", file=sys.stderr)
+        return 2
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -186,6 +191,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser(name: str, verb: Callable) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(f"rewardmodel {name}", description=verb.__doc__, allow_abbrev=False)
+
+
+def _make_parent(path: Path | None) -> None:
+    """Make the folder of a file to write, so that one that cannot be is told before the work."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:

@@ -64,7 +64,7 @@ class DataConfig:
     calibration: float = 0.0
     """Share of the battles that is in no fold and is kept to fit calibration on."""
     holdout: float = 0.0
-    """Share of the battles that is in no fold and that no command touches unless it is asked for by name."""
+    """Share of the battles that is in no fold: never trained on or validated on, and predicted only by name."""
     swap_augmentation: Literal["none", "random", "both"] = "random"
     """Training order of A and B: as given, thrown by a coin once for each battle, or every battle in both orders."""
     seed: int = 0

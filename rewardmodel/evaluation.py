@@ -5,13 +5,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from rewardmodel.bias import audit_bias, format_bias
 from rewardmodel.calibration import NONE, Choice, choose, reliability, save
 from rewardmodel.errors import InputError
 from rewardmodel.metrics import class_prior, log_loss, paired_difference, summary
-from rewardmodel.predictions import PROBABILITIES, predicted, read_predictions, true_outcomes
-from rewardmodel.runs import CALIBRATION, CALIBRATOR, FLOORS, METRICS, VALIDATION, write_json
+from rewardmodel.predictions import PROBABILITIES, check_columns, predicted, read_predictions, true_outcomes
+from rewardmodel.runs import CALIBRATION, CALIBRATOR, FLOORS, METRICS, RECIPE, VALIDATION, write_json
 
 Facts = dict[str, Any]
 
@@ -36,7 +37,7 @@ def evaluate(predictions: str | Path | pd.DataFrame) -> Facts:
         InputError: no such predictions, or outcomes that are not known.
     """
     if isinstance(predictions, pd.DataFrame):
-        return _measure(predictions, "predictions")
+        return _measure(check_columns(predictions, "predictions"), "predictions")
     path = Path(predictions)
     if not path.is_dir():
         return _measure(read_predictions(path), str(path))
@@ -68,18 +69,22 @@ def compare(first: str | Path | pd.DataFrame, second: str | Path | pd.DataFrame)
     tables = [_table(one) for one in (first, second)]
     other = tables[1].set_index("id")
     if len(tables[0]) != len(other) or set(tables[0]["id"]) != set(other.index):
-        raise InputError(f"{first} and {second} are of different battles; predict the same file with both")
+        raise InputError(f"{_named(first)} and {_named(second)} are of different battles; predict the same with both")
     ids = tables[0]["id"]
     tables[1] = other.loc[ids].assign(id=ids.to_numpy()).reset_index(drop=True)
     true = true_outcomes(tables[0])
     if not np.allclose(true, true_outcomes(tables[1])):
-        raise InputError(f"{first} and {second} have other outcomes for the same ids; predict the same file with both")
+        raise InputError(f"{_named(first)} and {_named(second)} have other outcomes; predict the same file with both")
     return paired_difference(predicted(tables[0]), predicted(tables[1]), true, tables[0]["group"].to_numpy())
+
+
+def _named(given: str | Path | pd.DataFrame) -> str:
+    return "a table" if isinstance(given, pd.DataFrame) else str(given)
 
 
 def _table(given: str | Path | pd.DataFrame) -> pd.DataFrame:
     if isinstance(given, pd.DataFrame):
-        table, where = given, "predictions"
+        table, where = check_columns(given, "predictions"), "predictions"
     else:
         path, where = Path(given), str(given)
         table = read_predictions(path / VALIDATION if path.is_dir() else path)
@@ -100,10 +105,13 @@ def _calibrate(run: Path, table: pd.DataFrame) -> tuple[Choice, Facts]:
     """Return the run's calibration, with `cross_fitted` of the table's battles, and what is told about it."""
     raw, true = predicted(table), true_outcomes(table)
     own_part = (run / CALIBRATION).is_file()
+    wanted = _calibration_wanted(run)
     part = read_predictions(run / CALIBRATION) if own_part else table
     choice = choose(predicted(part), true_outcomes(part), part["group"].to_numpy())
     if own_part:
         choice = Choice(choice.calibrator, choice.tried, choice.verdict, choice.calibrator(raw))
+    if not wanted:
+        choice = Choice(NONE, choice.tried, f"switched off by inference.calibrate; else {choice.verdict}", raw)
     applied = choice.calibrator != NONE
     groups = table["group"].to_numpy()
     return choice, {
@@ -116,6 +124,15 @@ def _calibrate(run: Path, table: pd.DataFrame) -> tuple[Choice, Facts]:
         "before": {name: metric["value"] for name, metric in summary(raw, true, groups).items()},
         "gain": paired_difference(choice.cross_fitted, raw, true, groups) if applied else None,
     }
+
+
+def _calibration_wanted(run: Path) -> bool:
+    """Return the recipe's inference.calibrate, read as YAML, because the recipe's own reader needs torch."""
+    try:
+        recipe = yaml.safe_load((run / RECIPE).read_text(encoding="utf-8"))
+        return bool(recipe["inference"]["calibrate"])
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return True
 
 
 def _measure(table: pd.DataFrame, where: str, floors: Path | None = None) -> Facts:
@@ -137,7 +154,10 @@ def _measure(table: pd.DataFrame, where: str, floors: Path | None = None) -> Fac
 
 def _floors(table: pd.DataFrame, path: Path) -> Facts:
     """Return the floors' log loss on the table's battles, and the model's difference to each."""
-    floors = pd.read_parquet(path).set_index("id").loc[table["id"]]
+    try:
+        floors = pd.read_parquet(path).set_index("id").loc[table["id"]]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: not of the battles that were validated; delete it, or run again") from error
     true, model, groups = true_outcomes(table), predicted(table), table["group"].to_numpy()
     result = {}
     for name in sorted({column.removesuffix("_p_tie") for column in floors.columns if column.endswith("_p_tie")}):

@@ -156,7 +156,7 @@ class _Reader:
         first = list(islice(self.raw.rows, PEEK))
         texts = [values.get(name) for _, values in first for name in TEXTS]
         strings = [text for text in texts if isinstance(text, str) and text.strip()]
-        self.json_texts = any(map(is_json_list, strings))
+        self.json_texts = 2 * sum(map(is_json_list, strings)) > len(strings)
         if self.format is FORMATS["competition"] and strings and not self.json_texts:
             logger.info("%s: texts are plain strings, one turn each (no JSON lists)", self.raw.where)
         if self.identifier is None:
@@ -283,13 +283,12 @@ def _outcome(row: Row) -> dict[str, float | None]:
         if not 0 <= p <= 1:
             raise row.refuse("p_b", f"{p:g} is no probability; give P(B better), from 0 to 1")
         values = [1 - p, p, 0.0]
-    elif OUTCOMES[0] in row.values:
-        values = [row.share(name) for name in OUTCOMES]
     else:
-        label = row.text("winner").lower()
+        values = [row.share(name) for name in OUTCOMES]
+        label = row.text("winner").lower() if values == [None] * 3 else ""
         if label and label not in WINNERS:
             raise row.refuse("winner", f"{shown(label)} names no outcome; known: {', '.join(WINNERS)}")
-        values = [float(number == WINNERS[label]) for number in range(3)] if label else [None] * 3
+        values = [float(number == WINNERS[label]) for number in range(3)] if label else values
     return dict(zip(OUTCOMES, values, strict=True))
 
 

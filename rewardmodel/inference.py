@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rewardmodel.backbone import family
 from rewardmodel.battles import swap
-from rewardmodel.calibration import NONE, Calibrator, load
+from rewardmodel.calibration import NONE, load
 from rewardmodel.config import Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.folds import assign_groups
@@ -22,10 +22,13 @@ from rewardmodel.model import autocast, compute_dtype, load_model
 from rewardmodel.objective import OBJECTIVES, Objective
 from rewardmodel.pairs import MODEL_INPUTS, PadCollator, length_sorted_batches, tokenize
 from rewardmodel.parts import fingerprints, load_battles, split
-from rewardmodel.predictions import PROBABILITIES, predicted, predictions_table
-from rewardmodel.runs import CALIBRATOR, MODEL, check_same_inputs, load_run_recipe
+from rewardmodel.predictions import PROBABILITIES, predicted, predictions_table, read_predictions
+from rewardmodel.runs import CALIBRATION, CALIBRATOR, MODEL, VALIDATION, check_same_inputs, load_run_recipe
 
 logger = logging.getLogger(__name__)
+
+BATTLE = ("id", "prompt_chars", "response_a_chars", "response_b_chars")
+"""Columns by which a battle is known again; ids alone may be row numbers."""
 
 OWN_PARTS = ("validation", "calibration", "holdout")
 """Parts of a run's own battles that it can be asked to predict by name."""
@@ -47,11 +50,30 @@ def predict(run: str | Path, battles: Any, recipe: Recipe | None = None) -> pd.D
     """
     run = Path(run)
     recipe = recipe or load_run_recipe(run)
-    seen = isinstance(battles, str) and battles in OWN_PARTS[:2]  # what the calibrator was chosen on stays as it is
-    calibrator = load(run / CALIBRATOR) if recipe.inference.calibrate and not seen else NONE
     battles = battles_to_predict(run, battles)
     model, tokenizer = load_model(recipe.model, run / MODEL)
-    return predict_with(model, tokenizer, recipe, battles, calibrator)
+    return calibrate(predict_with(model, tokenizer, recipe, battles), run, recipe)
+
+
+def calibrate(table: pd.DataFrame, run: Path, recipe: Recipe) -> pd.DataFrame:
+    """Return predictions of a run with its calibrator applied to the probabilities that are stated in the end.
+
+    Battles that the calibrator was fitted on stay as the model states them; and so do all, if the recipe switches
+    calibration off, or predicts another number of orders than the calibrator knows.
+    """
+    calibrator = load(run / CALIBRATOR)
+    if calibrator == NONE or not recipe.inference.calibrate:
+        return table
+    fitted = read_predictions(run / (CALIBRATION if (run / CALIBRATION).is_file() else VALIDATION))
+    if ("ba_p_tie" in fitted) != ("ba_p_tie" in table):
+        logger.warning("not calibrated: the run's calibrator was fitted with another inference.swap_tta")
+        return table
+    same = [pd.MultiIndex.from_frame(one[list(BATTLE)]) for one in (table, fitted)]
+    fresh = ~same[0].isin(same[1])
+    if not fresh.all():
+        logger.info("%d battles are left uncalibrated: the calibrator was fitted on them", (~fresh).sum())
+    table.loc[fresh, list(PROBABILITIES)] = calibrator(predicted(table))[fresh]
+    return table
 
 
 def battles_to_predict(run: Path, battles: Any) -> Dataset:
@@ -80,12 +102,8 @@ def predict_with(
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
     battles: Dataset,
-    calibrator: Calibrator = NONE,
 ) -> pd.DataFrame:
-    """Return the predictions table of battles by a model in memory; `recipe` is the one it was trained with.
-
-    The probabilities of single orders are the model's own; `calibrator` changes what is predicted in the end.
-    """
+    """Return the predictions table of battles by a model in memory; `recipe` is the one it was trained with."""
     inference = recipe.inference
     objective = OBJECTIVES[recipe.objective.name]
     dtype = compute_dtype(recipe.model, next(model.parameters()).device, family(model.config.model_type))
@@ -103,7 +121,6 @@ def predict_with(
     if bad.any():
         ids = ", ".join(table["id"][bad][:5])
         raise FloatingPointError(f"{bad.sum()} predictions are no numbers ({dtype}); the first ids: {ids}")
-    table[list(PROBABILITIES)] = calibrator(predicted(table))
     return table
 
 

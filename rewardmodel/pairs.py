@@ -78,7 +78,7 @@ def tokenize(
             "weight": batch["weight"],
         }
 
-    sources = [inspect.getsource(module) for module in (prompt, template, truncation)]
+    sources = [inspect.getsource(part) for part in (prompt, template, truncation, tokenize)]
     fingerprint = Hasher.hash([battles._fingerprint, encoder.settings(), sources])
     folder = cache_folder() / "tokens"
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,13 +7,12 @@ from typing import Any
 
 from rewardmodel.audit import audit
 from rewardmodel.battles import write_parquet
-from rewardmodel.calibration import NONE, load
 from rewardmodel.config import Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.files import atomic_path
 from rewardmodel.floors import fit_predict
 from rewardmodel.formats import read_battles
-from rewardmodel.inference import predict_with
+from rewardmodel.inference import calibrate, predict_with
 from rewardmodel.model import load_model, load_tokenizer
 from rewardmodel.parts import load_battles
 from rewardmodel.predictions import check_sample, write_predictions, write_submission
@@ -21,7 +20,6 @@ from rewardmodel.prompt import PromptEncoder
 from rewardmodel.reports import report
 from rewardmodel.runs import (
     CALIBRATION,
-    CALIBRATOR,
     FLOORS,
     METRICS,
     MODEL,
@@ -63,6 +61,8 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> tup
         check_sample(Path(data.sample_submission), test["id"])
     folder, parts = train(recipe, resume=resume, overwrite=overwrite)
 
+    for name in (PREDICTIONS, SUBMISSION):  # of another data.test, perhaps
+        (folder / name).unlink(missing_ok=True)
     model, tokenizer = load_model(recipe.model, folder / MODEL)
     for part, name in ((parts.validation, VALIDATION), (parts.calibration, CALIBRATION)):
         if len(part):
@@ -72,8 +72,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> tup
     report(folder)
     metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
     if test is not None:
-        calibrator = load(folder / CALIBRATOR) if recipe.inference.calibrate else NONE
-        predictions = predict_with(model, tokenizer, recipe, test, calibrator)
+        predictions = calibrate(predict_with(model, tokenizer, recipe, test), folder, recipe)
         write_predictions(predictions, folder / PREDICTIONS)
         write_submission(predictions, folder / SUBMISSION)
     return folder, metrics

@@ -97,9 +97,14 @@ def read_predictions(path: Path) -> pd.DataFrame:
         table = pd.read_parquet(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no predictions can be read there; give a predictions.parquet of a run") from error
+    return check_columns(table, str(path))
+
+
+def check_columns(table: pd.DataFrame, where: str) -> pd.DataFrame:
+    """Return a predictions table, or raise InputError if a column that every one has is missing."""
     missing = [name for name in ("id", "group", *OUTCOMES, *PROBABILITIES) if name not in table]
     if missing:
-        raise InputError(f"{path}: column '{missing[0]}' is missing; give a predictions.parquet of a run")
+        raise InputError(f"{where}: column '{missing[0]}' is missing; give a predictions.parquet of a run")
     return table
 
 
@@ -130,6 +135,9 @@ def check_sample(sample: Path, ids: Iterable[str]) -> None:
     if list(expected.columns) != columns:
         raise InputError(f"{sample}: columns {list(expected.columns)}, but a submission has {columns}")
     here, there = set(ids), set(expected["id"])
+    twice = expected["id"][expected["id"].duplicated()]
+    if len(twice):
+        raise InputError(f"{sample}: id '{twice.iloc[0]}' is there twice; keep one of them")
     if here != there:
         name = sorted(here ^ there)[0]
         side = "is not among the battles to predict" if name in there else "is to be predicted, but is not there"

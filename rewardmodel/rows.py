@@ -64,7 +64,7 @@ class Row:
         Roles are user, assistant and system. `Human:`/`Assistant:` transcripts are taken apart.
         """
         value = self.values.get(column)
-        if isinstance(value, str) and not MESSAGES.match(value):
+        if isinstance(value, str) and not _is_messages(value):
             said = TRANSCRIPT.split(value)
             if said[0] or len(said) == 1:
                 return [(speaker, self.valid(value))]
@@ -135,6 +135,17 @@ MESSAGES = re.compile(r"\s*\[\s*\{")
 """How a JSON list of messages begins."""
 
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
+
+
+def _is_messages(text: str) -> bool:
+    """Return whether a text is a JSON list of messages; an answer in JSON may be a list of objects, too."""
+    if not MESSAGES.match(text):
+        return False
+    try:
+        parsed = json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        return True  # to be refused as broken JSON
+    return not {"role", "from"}.isdisjoint(parsed[0])
 
 
 def is_json_list(text: str) -> bool:

@@ -52,6 +52,9 @@ def check_run(recipe: Recipe, resume: bool, overwrite: bool) -> None:
             something else, or `resume` finds a run of another recipe.
     """
     folder = recipe.run_folder
+    above = next(path for path in folder.absolute().parents if path.exists())
+    if not above.is_dir():
+        raise InputError(f"trainer.output_dir: {folder}: {above} is no folder; name another")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / RECIPE).is_file():
@@ -81,15 +84,20 @@ def open_run(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
 
 
 def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
+    from trl import RewardConfig  # here, because evaluation reads this module and must not load torch
+
     before, now = asdict(load_run_recipe(folder)), asdict(recipe)
-    for key in ("test", "sample_submission"):  # not a matter of training
-        before["data"][key] = now["data"][key]
+    for section, key in (("data", "test"), ("data", "sample_submission"), ("trainer", "output_dir")):
+        before[section][key] = now[section][key]  # not a matter of training
     for section in ("data", "prompt", "model", "objective", "trainer"):
-        if before[section] != now[section]:
-            raise InputError(
-                f"{folder}: the run there has another '{section}' section; resume with the same recipe, "
-                "or start anew with --overwrite"
-            )
+        for key in before[section].keys() | now[section].keys():
+            field = RewardConfig.__dataclass_fields__.get(key) if section == "trainer" else None
+            there, here = (one[section].get(key, field.default if field else None) for one in (before, now))
+            if there != here:
+                raise InputError(
+                    f"{folder}: the run there has {section}.{key}: {there!r}, not {here!r}; resume with the same "
+                    "recipe, or start anew with --overwrite"
+                )
 
 
 def load_run_recipe(folder: Path) -> Recipe:
