@@ -549,3 +549,21 @@ def test_baseline_measures_the_floors_out_of_fold(tmp_path, capsys):
     output = capsys.readouterr().out
     assert all(name in output for name in ("prior", "length", "tfidf"))
     assert len(pd.read_parquet(tmp_path / "floors.parquet")) == 48
+
+
+def test_two_runs_are_compared_on_other_data(run_folder, tmp_path, capsys):
+    path = write_csv(battle_frame(3, seed=4), tmp_path / "other.csv")
+    assert main(["evaluate", str(run_folder), "--against", str(run_folder), "--data", str(path)]) == 0
+    assert capsys.readouterr().out.startswith("log loss +0.0000")
+
+
+@pytest.mark.parametrize("command", ["baseline", "prepare"])
+def test_a_place_that_cannot_be_written_is_one_line(refusal, recipe_file, tmp_path, command):
+    (tmp_path / "file").write_text("")
+    given = {"baseline": write_csv(battle_frame(), tmp_path / "train.csv"), "prepare": recipe_file()}[command]
+    output = tmp_path / "file" / "x.parquet"
+    assert "mend the path or its permissions" in refusal(command, given, "--output", output)
+
+
+def test_a_baseline_file_ends_in_parquet(refusal, tmp_path):
+    assert "does not end in .parquet" in refusal("baseline", "sample", "--output", tmp_path / "x.csv")

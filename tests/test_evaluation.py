@@ -8,7 +8,7 @@ import pytest
 from conftest import from_columns
 
 from rewardmodel.battles import OUTCOMES
-from rewardmodel.calibration import Calibrator, load
+from rewardmodel.calibration import NONE, Calibrator, load
 from rewardmodel.errors import InputError
 from rewardmodel.evaluation import compare, evaluate, format_difference, format_evaluation, format_metrics
 from rewardmodel.metrics import class_prior, log_loss, summary
@@ -179,6 +179,27 @@ def test_a_calibration_part_is_what_the_calibrator_is_fitted_on(run):
     assert facts["calibration"]["fitted_on"] == "calibration part"
     calibrated = load(run / "calibrator.json")(predicted(raw[200:]))
     assert facts["metrics"]["log_loss"]["value"] == pytest.approx(log_loss(calibrated, true_outcomes(raw[200:])))
+
+
+def test_a_calibration_that_the_recipe_switches_off_is_not_measured(run):
+    (run / "recipe.yaml").write_text("inference: {calibrate: false}\n")
+    facts = evaluate(run)
+    raw = read_predictions(run / "validation.parquet")
+    assert facts["metrics"]["log_loss"]["value"] == pytest.approx(log_loss(predicted(raw), true_outcomes(raw)))
+    assert facts["calibration"]["verdict"].startswith("switched off by inference.calibrate; else applied: ")
+    assert load(run / "calibrator.json") == NONE
+
+
+def test_floors_of_other_battles_are_refused(run):
+    floors = pd.read_parquet(run / "floors.parquet")
+    floors.assign(id=floors["id"] + "x").to_parquet(run / "floors.parquet")
+    with pytest.raises(InputError, match=r"floors\.parquet: not of the battles that were validated"):
+        evaluate(run)
+
+
+def test_a_table_without_a_column_is_refused_by_its_name(table):
+    with pytest.raises(InputError, match="predictions: column 'group' is missing"):
+        evaluate(table.drop(columns="group"))
 
 
 def test_floors_are_measured_on_the_same_battles_in_whatever_order_they_stand(run):

@@ -462,9 +462,26 @@ def test_file_of_plain_strings_has_one_turn_each(tmp_path, caplog):
     assert f"{path}: texts are plain strings, one turn each (no JSON lists)" in caplog.messages
 
 
-def test_one_json_list_makes_the_texts_of_a_file_json(tmp_path):
-    rows = [{"id": 1, **dict.fromkeys(TEXTS, "plain")}, {**GOOD, "id": 2}]
+def test_texts_are_json_where_most_of_the_first_are_and_the_others_are_named(tmp_path):
+    rows = [{"id": 1, **dict.fromkeys(TEXTS, "plain")}, *({**GOOD, "id": number} for number in (2, 3))]
     assert "row 1, column 'prompt': 'plain' is not a JSON list" in message_of(write(tmp_path, csv_text(rows)))
+
+
+def test_plain_answers_may_look_like_json_lists(tmp_path):
+    rows = [{"id": number, **dict.fromkeys(TEXTS, "plain")} for number in range(9)]
+    rows[4]["response_a"] = '["red", "blue"]'
+    assert read_battles(write(tmp_path, csv_text(rows)))["response_a"][4] == ['["red", "blue"]']
+
+
+def test_a_chosen_answer_may_be_json_of_its_own():
+    row = {"prompt": "give me JSON", "chosen": '[{"a": 1}]', "rejected": "no"}
+    battle = read_battles(pd.DataFrame([row]))[0]
+    assert sorted([battle["response_a"], battle["response_b"]]) == [['[{"a": 1}]'], ["no"]]
+
+
+def test_a_winner_counts_where_the_outcome_columns_are_empty():
+    row = {**GOOD, **dict.fromkeys(OUTCOMES), "winner": "model_b"}
+    assert outcomes(read_battles(pd.DataFrame([row]))).tolist() == [[0, 1, 0]]
 
 
 VOTES = {

@@ -1,18 +1,20 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import battle_frame, write_csv
 
 from rewardmodel.battles import OUTCOMES, swap
+from rewardmodel.calibration import Calibrator, save
 from rewardmodel.config import DataConfig, InferenceConfig, ModelConfig, PromptConfig, Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.formats import read_battles
-from rewardmodel.inference import predict, predict_with
+from rewardmodel.inference import calibrate, predict, predict_with
 from rewardmodel.model import build_model, load_model
 from rewardmodel.pairs import retention, tokenize
-from rewardmodel.predictions import average, predicted
+from rewardmodel.predictions import average, predicted, write_predictions
 from rewardmodel.runs import MODEL, RECIPE, load_run_recipe
 from rewardmodel.trainer import train
 
@@ -189,3 +191,19 @@ def test_a_run_that_has_not_finished_training_is_refused(trained, tmp_path):
 def test_battles_that_are_not_there_are_refused(trained, tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.csv: no such file"):
         predict(trained[0], tmp_path / "nowhere.csv")
+
+
+def test_the_battles_that_a_calibrator_was_fitted_on_stay_as_the_model_states_them(tmp_path):
+    names = ["p_model_a", "p_model_b", "p_tie"]
+    table = pd.DataFrame({"id": ["1", "2"], "group": [0, 1], "prompt_chars": 5, "response_a_chars": 6})
+    table = table.assign(
+        response_b_chars=7, **dict.fromkeys([*OUTCOMES, *names, *(f"ba_{one}" for one in names)], 1 / 3)
+    )
+    fitted = table.copy()
+    fitted.loc[1, "prompt_chars"] = 9  # another battle of the same id
+    write_predictions(fitted, tmp_path / "validation.parquet")
+    save(Calibrator("tie_mass", (np.log(2),)), tmp_path / "calibrator.json")
+    for recipe, tie in ((Recipe(), [1 / 3, 1 / 2]), (Recipe(inference=InferenceConfig(calibrate=False)), [1 / 3] * 2)):
+        assert calibrate(table.copy(), tmp_path, recipe)["p_tie"].tolist() == pytest.approx(tie)
+    one_order = table.drop(columns=[f"ba_{one}" for one in names])
+    assert calibrate(one_order, tmp_path, Recipe())["p_tie"].tolist() == pytest.approx([1 / 3] * 2)

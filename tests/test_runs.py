@@ -130,7 +130,7 @@ def test_resume_continues_the_same_recipe_and_refuses_another(tmp_path):
     assert open_run(recipe, resume=True, overwrite=False) == folder
     with pytest.raises(InputError) as caught:
         open_run(recipe_of(folder, data=DataConfig(seed=1)), resume=True, overwrite=False)
-    assert str(caught.value).startswith(f"{folder}: the run there has another 'data' section; ")
+    assert str(caught.value).startswith(f"{folder}: the run there has data.seed: 0, not 1; ")
     assert "\n" not in str(caught.value)
     assert (folder / RECIPE).read_text() == dump_recipe(recipe)
     assert last_checkpoint(folder) == kept
@@ -162,7 +162,7 @@ def test_check_of_a_run_touches_nothing_whatever_it_finds(tmp_path):
     check_run(recipe_of(folder, data=DataConfig(seed=1)), resume=False, overwrite=True)
     with pytest.raises(InputError, match=r"^trainer\.output_dir: .* already holds a run"):
         check_run(recipe, resume=False, overwrite=False)
-    with pytest.raises(InputError, match="has another 'data' section"):
+    with pytest.raises(InputError, match=r"the run there has data\."):
         check_run(recipe_of(folder, data=DataConfig(seed=1)), resume=True, overwrite=False)
     assert tree(folder) == before
 
@@ -189,7 +189,7 @@ def test_resume_may_add_a_test_file_and_a_sample_submission(tmp_path, keys):
 @pytest.mark.parametrize("keys", [{"train": "other.csv"}, {"folds": 7}, {"fold": 1}, {"limit": 10}])
 def test_resume_may_change_no_other_key_of_the_data(tmp_path, keys):
     folder = open_run(recipe_of(tmp_path / "run"), resume=False, overwrite=False)
-    with pytest.raises(InputError, match="has another 'data' section"):
+    with pytest.raises(InputError, match=r"the run there has data\."):
         check_run(recipe_of(folder, data=DataConfig(test="test.csv", **keys)), resume=True, overwrite=False)
 
 
@@ -276,3 +276,16 @@ def test_fingerprint_does_not_depend_on_the_order_of_columns():
     reordered = battles.select_columns(battles.column_names[::-1])
     assert json.dumps(reordered[0], sort_keys=True) == json.dumps(battles[0], sort_keys=True)
     assert data_fingerprint(reordered) == data_fingerprint(battles)
+
+
+def test_resume_knows_a_folder_by_any_spelling_and_a_key_at_its_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = open_run(recipe_of(Path("run")), resume=False, overwrite=False)
+    here = Recipe(trainer={**recipe_of(tmp_path / "run").trainer, "weight_decay": 0.0})
+    assert open_run(here, resume=True, overwrite=False) == tmp_path / folder
+
+
+def test_a_folder_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file is no folder; name another"):
+        open_run(recipe_of(tmp_path / "file" / "run"), resume=False, overwrite=False)
