@@ -11,6 +11,7 @@ from datasets import Dataset
 from rewardmodel.battles import OUTCOMES, TEXTS, outcomes
 from rewardmodel.duplicates import duplicates, near_duplicates, winner
 from rewardmodel.folds import CALIBRATION, HOLDOUT, TRAIN_ONLY, TRAIN_WITH, UNUSED
+from rewardmodel.metrics import wilson
 from rewardmodel.prompt import PromptEncoder, total
 from rewardmodel.texts import SCRIPTS, characters_of, script_numbers
 from rewardmodel.truncation import LEAST_ROUND, Sizes, retention
@@ -114,10 +115,8 @@ def _wins(sign: np.ndarray) -> dict[str, Any] | None:
     won, decided = int((sign > 0).sum()), int((sign != 0).sum())
     if not decided:
         return None
-    share, spread = won / decided, 1.96**2 / decided
-    middle = (share + spread / 2) / (1 + spread)
-    half = (spread * share * (1 - share) + spread**2 / 4) ** 0.5 / (1 + spread)
-    low, high = middle - half, middle + half
+    share = won / decided
+    low, high = wilson(share, decided)
     return {"decided": decided, "share": share, "low": low, "high": high, "balanced": low <= 0.5 <= high}
 
 

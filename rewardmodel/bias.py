@@ -14,9 +14,9 @@ import pandas as pd
 from scipy import sparse
 
 from rewardmodel.metrics import log_loss_terms
-from rewardmodel.predictions import average, predicted
+from rewardmodel.predictions import average, known_outcomes, predicted
 from rewardmodel.resampling import STEEPEST, Draws, draw_groups, figure, ratio, slopes
-from rewardmodel.slices import CLOSE, LENGTHS, known_outcomes, lengths, slice_figures, slice_terms, slices
+from rewardmodel.slices import CLOSE, LENGTHS, lengths, slice_figures, slice_terms, slices
 
 Facts = dict[str, Any]
 

@@ -14,7 +14,7 @@ from scipy.optimize import minimize
 
 from rewardmodel.errors import InputError
 from rewardmodel.files import write_text
-from rewardmodel.metrics import paired_difference
+from rewardmodel.metrics import paired_difference, wilson
 
 FOLDS = 5
 """Parts of the groups; each is calibrated by what was fitted on the others."""
@@ -186,10 +186,3 @@ def reliability(predicted: np.ndarray, true: np.ndarray, bins: int = 10) -> list
             {**facts, "confidence": float(confidence[here].mean()), "hit_rate": rate, "hit_low": low, "hit_high": high}
         )
     return result
-
-
-def wilson(share: float, count: float, z: float = 1.959964) -> tuple[float, float]:
-    """Return the 95 % interval of a share of `count` independent cases (Wilson 1927)."""
-    centre = share + z * z / (2 * count)
-    half = z * np.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return float((centre - half) / (1 + z * z / count)), float((centre + half) / (1 + z * z / count))

@@ -3,7 +3,6 @@
 Texts are compared as `folds` compares them: after NFKC, lower-casing and removal of white space.
 """
 
-import hashlib
 from collections.abc import Iterator
 from functools import cache
 from itertools import islice
@@ -13,7 +12,7 @@ import numpy as np
 from datasets import Dataset
 
 from rewardmodel.battles import outcomes
-from rewardmodel.folds import normalised
+from rewardmodel.folds import key, normalised
 
 EXAMPLES = 5
 """Examples that are given of each finding, and ids that are given of each example."""
@@ -52,7 +51,7 @@ def duplicates(battles: Dataset) -> dict[str, Any]:
     """
     keys, second_first = np.empty(len(battles), np.uint64), np.empty(len(battles), np.int8)
     for row, (prompt, first, second) in enumerate(normalised(battles)):
-        keys[row] = _key(prompt, min(first, second), max(first, second))
+        keys[row] = key(prompt, min(first, second), max(first, second))
         second_first[row] = (first > second) - (first < second)
     verdict, identical = winner(outcomes(battles)), second_first == 0
     verdict = np.where(identical, abs(verdict), verdict * second_first)  # which of two identical ones won says nothing
@@ -126,10 +125,6 @@ def near_duplicates(battles: Dataset, threshold: float = 0.8) -> dict[str, Any]:
     }
 
 
-def _key(*parts: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(b"\0\0".join(parts), digest_size=8).digest(), "big")
-
-
 def _hashed(battles: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return the hashes of each battle's prompt, and whether it is long enough to have some.
 
@@ -143,7 +138,7 @@ def _hashed(battles: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
     texts, start = normalised(battles), 0
     while batch := [prompt for prompt, _, _ in islice(texts, PROMPTS_A_BATCH)]:
         here = slice(start, start + len(batch))
-        keys[here] = [_key(prompt) for prompt in batch]
+        keys[here] = [key(prompt) for prompt in batch]
         decoded = [_compared(prompt) for prompt in batch]
         usable[here] = [len(text) >= GRAM for text in decoded]
         least = _minima([text for text in decoded if len(text) >= GRAM])

@@ -7,11 +7,19 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from rewardmodel import metrics
 from rewardmodel.bias import audit_bias, format_bias
 from rewardmodel.calibration import NONE, Choice, choose, reliability, save
 from rewardmodel.errors import InputError
 from rewardmodel.metrics import class_prior, log_loss, paired_difference, summary
-from rewardmodel.predictions import PROBABILITIES, check_columns, predicted, read_predictions, true_outcomes
+from rewardmodel.predictions import (
+    PROBABILITIES,
+    check_columns,
+    known_outcomes,
+    predicted,
+    read_predictions,
+    true_outcomes,
+)
 from rewardmodel.runs import CALIBRATION, CALIBRATOR, FLOORS, METRICS, RECIPE, VALIDATION, write_json
 
 Facts = dict[str, Any]
@@ -47,7 +55,7 @@ def evaluate(predictions: str | Path | pd.DataFrame) -> Facts:
 def measure_run(run: Path) -> tuple[Facts, pd.DataFrame]:
     """Return what `evaluate` does, and the table that was measured; write metrics.json and calibrator.json."""
     table = read_predictions(run / VALIDATION)
-    _check_labelled(table, str(run / VALIDATION))
+    known_outcomes(table, str(run / VALIDATION))
     choice, calibration = _calibrate(run, table)
     before = reliability(predicted(table), true_outcomes(table))
     table[list(PROBABILITIES)] = choice.cross_fitted
@@ -84,21 +92,15 @@ def _named(given: str | Path | pd.DataFrame) -> str:
 
 def _table(given: str | Path | pd.DataFrame) -> pd.DataFrame:
     if isinstance(given, pd.DataFrame):
-        table, where = check_columns(given, "predictions"), "predictions"
-    else:
-        path, where = Path(given), str(given)
-        table = read_predictions(path / VALIDATION if path.is_dir() else path)
-        _check_labelled(table, where)
-        if path.is_dir():
-            table[list(PROBABILITIES)] = _calibrate(path, table)[0].cross_fitted
-    _check_labelled(table, where)
+        table = check_columns(given, "predictions")
+        known_outcomes(table)
+        return table
+    path = Path(given)
+    table = read_predictions(path / VALIDATION if path.is_dir() else path)
+    known_outcomes(table, str(path))
+    if path.is_dir():
+        table[list(PROBABILITIES)] = _calibrate(path, table)[0].cross_fitted
     return table
-
-
-def _check_labelled(table: pd.DataFrame, where: str) -> None:
-    true = true_outcomes(table)
-    if not len(true) or np.isnan(true).any():
-        raise InputError(f"{where}: the outcomes of these battles are not known; give predictions of labelled battles")
 
 
 def _calibrate(run: Path, table: pd.DataFrame) -> tuple[Choice, Facts]:
@@ -121,7 +123,7 @@ def _calibrate(run: Path, table: pd.DataFrame) -> tuple[Choice, Facts]:
         "fitted_on": "calibration part" if own_part else "cross-fitted on validation",
         "tried": choice.tried,
         "verdict": choice.verdict,
-        "before": {name: metric["value"] for name, metric in summary(raw, true, groups).items()},
+        "before": {name: value for name, metric in metrics.METRICS.items() if np.isfinite(value := metric(raw, true))},
         "gain": paired_difference(choice.cross_fitted, raw, true, groups) if applied else None,
     }
 
@@ -136,8 +138,7 @@ def _calibration_wanted(run: Path) -> bool:
 
 
 def _measure(table: pd.DataFrame, where: str, floors: Path | None = None) -> Facts:
-    _check_labelled(table, where)
-    true, probabilities, groups = true_outcomes(table), predicted(table), table["group"].to_numpy()
+    true, probabilities, groups = known_outcomes(table, where), predicted(table), table["group"].to_numpy()
     likeliest = 3 * true.argmax(axis=1) + probabilities.argmax(axis=1)
     return {
         "battles": len(table),

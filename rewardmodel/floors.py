@@ -20,7 +20,7 @@ from sklearn.preprocessing import normalize
 from rewardmodel.battles import OUTCOMES, TEXTS, is_labelled, outcomes, weights
 from rewardmodel.errors import InputError
 from rewardmodel.folds import trains
-from rewardmodel.metrics import METRICS, bootstrap_interval
+from rewardmodel.metrics import summary
 from rewardmodel.predictions import PROBABILITIES, true_outcomes
 
 INVERSE_PENALTY = 0.3
@@ -116,13 +116,10 @@ def baseline(battles: Dataset) -> pd.DataFrame:
 def measure(table: pd.DataFrame) -> dict[str, dict[str, dict[str, float]]]:
     """Return floor -> log_loss and accuracy -> value, low, high (95 %, whole groups drawn again) of `baseline`."""
     true, groups = true_outcomes(table), table["group"].to_numpy()
-    facts: dict[str, dict[str, dict[str, float]]] = {}
+    facts = {}
     for floor in FLOORS:
-        predicted = table[[f"{floor}_{name}" for name in PROBABILITIES]].to_numpy(np.float64)
-        facts[floor] = {}
-        for name in ("log_loss", "accuracy"):
-            low, high = bootstrap_interval(METRICS[name], predicted, true, groups)
-            facts[floor][name] = {"value": METRICS[name](predicted, true), "low": low, "high": high}
+        found = summary(table[[f"{floor}_{name}" for name in PROBABILITIES]].to_numpy(np.float64), true, groups)
+        facts[floor] = {name: found[name] for name in ("log_loss", "accuracy")}
     return facts
 
 

@@ -34,8 +34,8 @@ def assign_groups(battles: Dataset) -> Dataset:
     prompts, pairs = np.empty(count, np.uint64), np.empty(count, np.uint64)
     trivial = np.zeros(count, bool)
     for row, (prompt, first, second) in enumerate(normalised(battles)):
-        prompts[row] = _key(b"prompt", prompt)
-        pairs[row] = _key(b"pair", min(first, second), max(first, second))
+        prompts[row] = key(b"prompt", prompt)
+        pairs[row] = key(b"pair", min(first, second), max(first, second))
         trivial[row] = len(first) + len(second) < TRIVIAL_RESPONSES
     tied = np.flatnonzero(~trivial)
     keys, nodes = np.unique(np.concatenate([prompts, pairs[tied]]), return_inverse=True)
@@ -169,7 +169,8 @@ def _normalise(text: str) -> bytes:
     return plain.lower().encode().translate(None, b" \t\n\r\v\f")
 
 
-def _key(*parts: bytes) -> int:
+def key(*parts: bytes) -> int:
+    """Return a 64-bit hash of texts."""
     digest = hashlib.blake2b(b"\0\0".join(parts), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 

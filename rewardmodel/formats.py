@@ -185,7 +185,7 @@ class _Reader:
         weight = row.share("weight", "give a number above 0") if "weight" in self.columns else 1.0
         parsed = self.format.parse(row)
         labelled = parsed[OUTCOMES[0]] is not None
-        if OUTCOMES[0] not in self.columns and labelled != (self.labelled if self.labelled is not None else labelled):
+        if OUTCOMES[0] not in self.columns and self.labelled not in (None, labelled):
             column = "winner" if "winner" in self.columns else "p_b"
             raise row.refuse(column, "labelled battles and others mix; label every battle of a file, or none")
         self.labelled = labelled

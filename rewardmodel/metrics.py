@@ -4,8 +4,9 @@ Arrays are (n_battles, 3) float: A wins, B wins, tie. True outcomes may be soft 
 Each metric is a function of the mean over battles of per-battle terms, so that a bootstrap needs one pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -126,15 +127,21 @@ def bootstrap_means(terms: np.ndarray, groups: np.ndarray, samples: int = SAMPLE
     _, members = np.unique(groups, return_inverse=True)
     sizes = np.bincount(members).astype(np.float64)
     sums = np.stack([np.bincount(members, column) for column in terms.T], axis=1)
-    random = np.random.default_rng(seed)
+    draws = drawn_counts(len(sizes), samples, seed)
     means = np.empty((samples, terms.shape[1]))
     for start in range(0, samples, DRAWS_A_BLOCK):
-        block = range(start, min(start + DRAWS_A_BLOCK, samples))
-        drawn = (random.integers(len(sizes), size=len(sizes)) for _ in block)
-        times = np.stack([np.bincount(one, minlength=len(sizes)) for one in drawn]).astype(np.float64)
+        times = np.stack(list(islice(draws, DRAWS_A_BLOCK))).astype(np.float64)
         # einsum instead of @: the threads of a BLAS stumble over those of a training run beside it
-        means[block] = np.einsum("sg,gk->sk", times, sums) / np.einsum("sg,g->s", times, sizes)[:, None]
+        mean = np.einsum("sg,gk->sk", times, sums) / np.einsum("sg,g->s", times, sizes)[:, None]
+        means[start : start + DRAWS_A_BLOCK] = mean
     return means
+
+
+def drawn_counts(groups: int, samples: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield how often each group is drawn in each bootstrap sample, (groups,) int64."""
+    random = np.random.default_rng(seed)
+    for _ in range(samples):
+        yield np.bincount(random.integers(groups, size=groups), minlength=groups)
 
 
 def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
@@ -209,6 +216,13 @@ def paired_difference(first: np.ndarray, second: np.ndarray, true: np.ndarray, g
         "high": high,
         "p": float(min(1, 2 * (beyond + 1) / (len(drawn) + 1))),
     }
+
+
+def wilson(share: float, count: float, z: float = 1.959964) -> tuple[float, float]:
+    """Return the 95 % interval of a share of `count` independent cases (Wilson 1927)."""
+    centre = share + z * z / (2 * count)
+    half = z * np.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return float((centre - half) / (1 + z * z / count)), float((centre + half) / (1 + z * z / count))
 
 
 def _columns(terms: np.ndarray) -> np.ndarray:

@@ -67,8 +67,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> tup
     for part, name in ((parts.validation, VALIDATION), (parts.calibration, CALIBRATION)):
         if len(part):
             write_predictions(predict_with(model, tokenizer, recipe, part), folder / name)
-    with atomic_path(folder / FLOORS) as partial:
-        fit_predict(parts.training, parts.validation).to_parquet(partial, index=False)
+    write_predictions(fit_predict(parts.training, parts.validation), folder / FLOORS)
     report(folder)
     metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
     if test is not None:

@@ -81,6 +81,18 @@ def true_outcomes(table: pd.DataFrame) -> np.ndarray:
     return table[list(OUTCOMES)].to_numpy(np.float64)
 
 
+def known_outcomes(table: pd.DataFrame, where: str = "predictions") -> np.ndarray:
+    """Return the true outcomes, (n_battles, 3) float64.
+
+    Raises:
+        InputError: there are none, or they are not known.
+    """
+    true = true_outcomes(table)
+    if not len(true) or np.isnan(true).any():
+        raise InputError(f"{where}: the outcomes of these battles are not known; give predictions of labelled battles")
+    return true
+
+
 def write_predictions(table: pd.DataFrame, path: Path) -> None:
     """Write the table as parquet, whole or not at all."""
     with atomic_path(path) as partial:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-from rewardmodel.metrics import SAMPLES, interval
+from rewardmodel.metrics import SAMPLES, drawn_counts, interval
 
 STEEPEST = 50.0
 """Slopes are held within this, either side of 0: where every winner has the larger x there is no finite one."""
@@ -50,10 +50,9 @@ def draw_groups(groups: np.ndarray, samples: int = SAMPLES, seed: int = 0) -> Dr
         seed: of the draws, which are those of `metrics.bootstrap_means`.
     """
     labels, members = np.unique(groups, return_inverse=True)
-    random = np.random.default_rng(seed)
     counts = np.ones((1 + samples, len(labels)), np.uint8)
-    for sample in range(1, 1 + samples):
-        counts[sample] = np.bincount(random.integers(len(labels), size=len(labels)), minlength=len(labels))
+    for sample, drawn in enumerate(drawn_counts(len(labels), samples, seed), start=1):
+        counts[sample] = drawn
     return Draws(members, counts)
 
 

@@ -6,9 +6,8 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from rewardmodel.errors import InputError
 from rewardmodel.metrics import accuracy_terms, class_prior, decided_terms, log_loss, log_loss_terms
-from rewardmodel.predictions import predicted, true_outcomes
+from rewardmodel.predictions import known_outcomes, predicted
 from rewardmodel.resampling import draw_groups, figure, ratio
 
 Facts = dict[str, Any]
@@ -20,18 +19,6 @@ LENGTHS = ["response_a_chars", "response_b_chars"]
 
 CLOSE = 1.1
 """Lengths whose ratio is below this are within 10 %."""
-
-
-def known_outcomes(table: pd.DataFrame) -> np.ndarray:
-    """Return the true outcomes of a predictions table, (n_battles, 3) float64.
-
-    Raises:
-        InputError: there are none, or they are not known.
-    """
-    true = true_outcomes(table)
-    if not len(true) or np.isnan(true).any():
-        raise InputError("the outcomes of these battles are not known; give predictions of labelled battles")
-    return true
 
 
 def lengths(table: pd.DataFrame) -> np.ndarray:
