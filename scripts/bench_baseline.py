@@ -9,16 +9,14 @@ is told. Each measurement is a process of its own; memory is the peak of anonymo
 """
 
 import argparse
-import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from bench_battles import Memory, repeated
+from bench_battles import answer, measured, repeated, tell
 
 FOLDS = 5
 
@@ -58,25 +56,9 @@ def cost(path: str, verb: str) -> dict:
 MEASUREMENTS = {"log_losses": log_losses, "cost": cost}
 
 
-def measured(name: str, *arguments: str) -> dict:
-    """Run one measurement in a process of its own, with a cache of its own."""
-    with tempfile.TemporaryDirectory() as cache:
-        done = subprocess.run(
-            [sys.executable, __file__, "--measure", name, *arguments],
-            env=os.environ | {"REWARDMODEL_CACHE": cache, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"},
-            check=True, text=True, stdout=subprocess.PIPE,
-        )  # fmt: skip
-    found = json.loads(done.stdout.splitlines()[-1])
-    print(f"{name} {' '.join(arguments[1:])}: {found}", flush=True)
-    return found
-
-
 def main() -> None:
     """Parse, measure, write JSON."""
-    if sys.argv[1:2] == ["--measure"]:
-        memory = Memory()
-        found = MEASUREMENTS[sys.argv[2]](*sys.argv[3:])
-        print(json.dumps({**found, "anonymous_gib": round(memory.anonymous, 2)}))
+    if answer(MEASUREMENTS):
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("train", type=Path, help="a labelled file of the competition")
@@ -84,15 +66,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
     figures: dict = {"machine": f"{platform.machine()}, {os.cpu_count()} cores"}
-    figures["log_losses"] = measured("log_losses", str(options.train))
+    figures["log_losses"] = measured(__file__, "log_losses", str(options.train))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "battles.csv"
         repeated(options.train, options.rows, path)
-        figures["cost"] = {verb: measured("cost", str(path), verb) for verb in ("fit_predict", "baseline")}
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
-    print(json.dumps(figures, indent=2))
+        figures["cost"] = {verb: measured(__file__, "cost", str(path), verb) for verb in ("fit_predict", "baseline")}
+    tell(figures, options.json)
 
 
 if __name__ == "__main__":

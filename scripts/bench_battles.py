@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -103,12 +104,12 @@ def joined(batch: dict) -> dict:
 MEASUREMENTS = {"read_and_fold": read_and_fold, "tokenise": tokenise}
 
 
-def measured(name: str, *arguments: str) -> dict:
-    """Run one measurement in a process of its own, with a cache of its own."""
+def measured(script: str, name: str, *arguments: str) -> dict:
+    """Run one measurement of a script in a process of its own, with a cache of its own."""
     with tempfile.TemporaryDirectory() as cache:
         own = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "true", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
         done = subprocess.run(
-            [sys.executable, __file__, "--measure", name, *arguments],
+            [sys.executable, script, "--measure", name, *arguments],
             env=os.environ | own | {"REWARDMODEL_CACHE": cache}, check=True, text=True, stdout=subprocess.PIPE,
         )  # fmt: skip
     found = json.loads(done.stdout.splitlines()[-1])
@@ -116,13 +117,28 @@ def measured(name: str, *arguments: str) -> dict:
     return found
 
 
+def answer(measurements: dict[str, Callable[..., dict]]) -> bool:
+    """Do what `measured` started this process for, print it with the peak of memory, and return whether it was so."""
+    if sys.argv[1:2] != ["--measure"]:
+        return False
+    memory = Memory()
+    found = measurements[sys.argv[2]](*sys.argv[3:])
+    peak = {"anonymous_gib": round(memory.anonymous, 2), "resident_gib": round(memory.resident, 2)}
+    print(json.dumps({**found, **peak}))
+    return True
+
+
+def tell(figures: dict, path: Path | None) -> None:
+    """Print figures as JSON, and write them to a file if there is one to write."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures, indent=2) + "\n")
+    print(json.dumps(figures, indent=2))
+
+
 def main() -> None:
     """Parse, measure, write JSON."""
-    if sys.argv[1:2] == ["--measure"]:
-        memory = Memory()
-        found = MEASUREMENTS[sys.argv[2]](*sys.argv[3:])
-        peak = {"anonymous_gib": round(memory.anonymous, 2), "resident_gib": round(memory.resident, 2)}
-        print(json.dumps({**found, **peak}))
+    if answer(MEASUREMENTS):
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("train", type=Path, help="a labelled file of the competition")
@@ -139,16 +155,15 @@ def main() -> None:
         path = Path(folder) / "battles.csv"
         for rows in (options.rows // 8, options.rows):
             repeated(options.train, rows, path)
-            ours, plain = (measured("tokenise", str(path), how, backbone) for how in ("ours", "plain"))
+            ours, plain = (measured(__file__, "tokenise", str(path), how, backbone) for how in ("ours", "plain"))
             ratio = round(ours["battles_a_second"] / plain["battles_a_second"], 2)
             figures["tokenise"].append({"ours": ours, "plain": plain, "speed_ours_to_plain": ratio})
         for rows in (options.million // 8, options.million) if options.million else ():
             size = repeated(options.train, rows, path)
-            figures["read_and_fold"].append({"csv_gib": round(size / 2**30, 2), **measured("read_and_fold", str(path))})
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
-    print(json.dumps(figures, indent=2))
+            figures["read_and_fold"].append(
+                {"csv_gib": round(size / 2**30, 2), **measured(__file__, "read_and_fold", str(path))}
+            )
+    tell(figures, options.json)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from bench_battles import tell
 
 
 def drawn_predictions(rows: int, seed: int = 0) -> pd.DataFrame:
@@ -80,10 +81,7 @@ def main() -> None:
         for name, path in (("predictions file", run / "validation.parquet"), ("run, with calibration", run)):
             with os.popen(f"{sys.executable} {__file__} --measure {path}") as output:
                 figures[name] = json.loads(output.read())
-    print(json.dumps(figures, indent=2))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    tell(figures, options.json)
 
 
 if __name__ == "__main__":
