@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from rewardmodel.errors import InputError, nearest
-from rewardmodel.trainer_keys import EARLY_STOPPING, EARLY_STOPPING_HELP, TRAINER_DEFAULTS, TRAINER_REFUSED
+from rewardmodel.trainer_keys import OWN_KEYS, TRAINER_DEFAULTS, TRAINER_REFUSED
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -81,8 +81,10 @@ class DataConfig:
 class PromptConfig:
     """How a battle becomes text, and text becomes a bounded number of tokens."""
 
-    template: str = "instruction"
-    """Text around the turns: a name out of rewardmodel.template.TEMPLATES, a .jinja file, or Jinja itself."""
+    template: str | None = None
+    """Text around the turns: a name out of rewardmodel.template.TEMPLATES, `chat` for the tokenizer's own, a .jinja
+    file, or Jinja itself; none: `instruction` for objectives that compare both responses in one sequence, `chat` for
+    those that score each alone."""
     max_length: int = 1024
     """Most tokens of a sequence. Longer battles lose text; none is dropped."""
     truncation: Literal["balanced", "head", "tail", "head_tail"] = "balanced"
@@ -142,7 +144,19 @@ class ObjectiveConfig:
     name: str = "cross_entropy"
     """A name out of rewardmodel.objective.OBJECTIVES."""
     label_smoothing: float = 0.0
-    """Share of probability moved from the outcome to all three evenly, in training only."""
+    """Share of probability moved from the outcome to all outcomes evenly, in training only."""
+    margin: float = 0.0
+    """Reward difference that the preferred response is asked for (bradley_terry)."""
+    center_rewards: float = 0.0
+    """Weight of the squared sum of a battle's two rewards, which keeps rewards around 0 (separate objectives)."""
+    temperature: float = 1.0
+    """Temperature at which teacher and student are compared (distillation)."""
+    weight_votes: float = 1.0
+    """Weight of the cross-entropy with the votes (distillation)."""
+    weight_teacher: float = 1.0
+    """Weight of the divergence from the teacher's probabilities (distillation)."""
+    weight_cosine: float = 0.0
+    """Weight of one less the cosine of teacher's and student's probabilities (distillation)."""
 
 
 @dataclass
@@ -153,8 +167,8 @@ class InferenceConfig:
     """Predict each battle as given, or in both orders and average."""
     calibrate: bool = True
     """Apply the run's calibrator, where its evaluation found one that helps beyond noise."""
-    batch_tokens: int = 8192
-    """Tokens of a batch, padding included; sequences are sorted by length first."""
+    batch_tokens: int | None = None
+    """Tokens of a batch; none: as many as fit into free memory."""
 
 
 @dataclass
@@ -206,7 +220,8 @@ def recipe_parser(prog: str, description: str | None = None) -> "ArgumentParser"
     for name, section in SECTIONS.items():
         parser.add_class_arguments(section, name)
     parser.add_class_arguments(RewardConfig, "trainer", skip=set(TRAINER_REFUSED))
-    parser.add_argument(f"--trainer.{EARLY_STOPPING}", type=int | None, default=None, help=EARLY_STOPPING_HELP)
+    for key, (kind, default, about) in OWN_KEYS.items():
+        parser.add_argument(f"--trainer.{key}", type=kind, default=default, help=about)
     parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items()})
     return parser
 
@@ -276,9 +291,9 @@ def _check_sources(data: Mapping[str, Any], where: Path) -> None:
                     )
 
 
-def _template_text(template: str, recipe: Path) -> str:
+def _template_text(template: str | None, recipe: Path) -> str | None:
     """Return the template that a recipe names, with the text of a .jinja file in place of its name."""
-    if not template.endswith(".jinja"):
+    if template is None or not template.endswith(".jinja"):
         return template
     for path in (Path(template), recipe.parent / template):
         if path.is_file():

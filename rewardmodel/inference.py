@@ -1,4 +1,4 @@
-"""A trained run and battles in, the predictions table out: length-sorted batches, both orders averaged."""
+"""A trained run and battles in, the predictions table out: both orders averaged."""
 
 import logging
 from pathlib import Path
@@ -8,20 +8,20 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from rewardmodel.backbone import family
-from rewardmodel.battles import swap
 from rewardmodel.calibration import NONE, load
 from rewardmodel.config import Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.folds import assign_groups
 from rewardmodel.formats import read_battles
-from rewardmodel.model import autocast, compute_dtype, load_model
-from rewardmodel.objective import OBJECTIVES, Objective
-from rewardmodel.pairs import MODEL_INPUTS, PadCollator, length_sorted_batches, tokenize
+from rewardmodel.forward import forward_budget, row_logits
+from rewardmodel.model import load_model
+from rewardmodel.objective import find_objective
+from rewardmodel.pairs import tokenize
 from rewardmodel.parts import fingerprints, load_battles, split
+from rewardmodel.placement import compute_dtype
 from rewardmodel.predictions import PROBABILITIES, predicted, predictions_table, read_predictions
 from rewardmodel.runs import CALIBRATION, CALIBRATOR, MODEL, VALIDATION, check_same_inputs, load_run_recipe
 
@@ -105,55 +105,24 @@ def predict_with(
 ) -> pd.DataFrame:
     """Return the predictions table of battles by a model in memory; `recipe` is the one it was trained with."""
     inference = recipe.inference
-    objective = OBJECTIVES[recipe.objective.name]
+    objective = find_objective(recipe.objective)
     dtype = compute_dtype(recipe.model, next(model.parameters()).device, family(model.config.model_type))
-
-    def one_order(battles: Dataset, name: str) -> np.ndarray:
-        rows = tokenize(battles, tokenizer, recipe.prompt, recipe.trainer.get("dataset_num_proc"))
-        return probabilities(model, rows, tokenizer.pad_token_id, objective, dtype, inference.batch_tokens, name)
-
     if min(battles["group"]) < 0:
         battles = assign_groups(battles)
-    as_given = one_order(battles, "A first")
-    exchanged = one_order(swap(battles), "B first")[:, [1, 0, 2]] if inference.swap_tta == "both" else None
-    table = predictions_table(battles, as_given, exchanged)
+    rows = tokenize(
+        battles,
+        tokenizer,
+        recipe.prompt,
+        recipe.trainer.get("dataset_num_proc"),
+        encoding=objective.encoding,
+        both_orders=objective.encoding == "joint" and inference.swap_tta == "both",
+    )
+    budget = inference.batch_tokens or forward_budget(model, rows, tokenizer.pad_token_id, dtype)
+    logits = torch.from_numpy(row_logits(model, rows, tokenizer.pad_token_id, dtype, budget, "predicting"))
+    as_given, *exchanged = [order.numpy() for order in objective.orders(logits)]
+    table = predictions_table(battles, as_given, *exchanged)
     bad = ~np.isfinite(table.filter(like="p_").to_numpy(np.float64)).all(axis=1)
     if bad.any():
         ids = ", ".join(table["id"][bad][:5])
         raise FloatingPointError(f"{bad.sum()} predictions are no numbers ({dtype}); the first ids: {ids}")
     return table
-
-
-@torch.inference_mode()
-def probabilities(
-    model: Any,
-    rows: Dataset,
-    pad_token_id: int,
-    objective: Objective,
-    dtype: torch.dtype,
-    batch_tokens: int,
-    name: str = "",
-) -> np.ndarray:
-    """Return the outcome probabilities of rows, (n_rows, 3) float32, in their order.
-
-    Args:
-        model: in evaluation mode, on its device.
-        rows: of `rewardmodel.pairs.ROWS`.
-        pad_token_id: what fills the ends of shorter rows.
-        objective: its link makes probabilities of logits.
-        dtype: precision to compute in.
-        batch_tokens: tokens of a batch, padding included.
-        name: of the progress bar.
-    """
-    collate = PadCollator(pad_token_id)
-    lengths = np.asarray(rows["length"][:])
-    result = np.empty((len(rows), 3), dtype=np.float32)
-    device = next(model.parameters()).device
-    with tqdm(total=len(rows), desc=f"predicting {name}".strip(), unit="battle") as progress:
-        for numbers in length_sorted_batches(lengths, batch_tokens):
-            batch = collate([rows[int(number)] for number in numbers])
-            with autocast(device, dtype):
-                logits = model(**{name: batch[name].to(device) for name in MODEL_INPUTS}).logits
-            result[numbers] = objective.probabilities(logits).cpu().numpy()
-            progress.update(len(numbers))
-    return result

@@ -3,8 +3,6 @@
 import json
 import logging
 import math
-import os
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,64 +20,25 @@ from transformers import (
     set_seed,
 )
 
-from rewardmodel.backbone import HEADS, Family, family
+from rewardmodel.attention import KERNELS, PREFIX, Packing, packed
+from rewardmodel.backbone import FAMILIES, HEADS, family
+from rewardmodel.batches import pack
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.config import ModelConfig
 from rewardmodel.errors import InputError
 from rewardmodel.files import atomic_path
 from rewardmodel.head import classifier_class
+from rewardmodel.objective import Head
+from rewardmodel.placement import placement
 from rewardmodel.weights import fingerprint, resolve
 
 logger = logging.getLogger(__name__)
 
+PACKABLE = {"full_attention", "sliding_attention"}
+"""Kinds of layers through which sequences of one row pass without seeing each other."""
+
 BACKBONE = "backbone.json"
 """File beside a saved model that says on which weights it stands."""
-
-
-def placement(config: ModelConfig, folder: Path) -> tuple[torch.device, torch.dtype]:
-    """Return the device and the precision that a backbone computes in here.
-
-    Raises:
-        InputError: CUDA asked for and absent, or float16 on a CPU.
-    """
-    device = compute_device(config)
-    return device, compute_dtype(config, device, family(AutoConfig.from_pretrained(folder).model_type))
-
-
-def compute_device(config: ModelConfig) -> torch.device:
-    """Return the device to compute on.
-
-    Raises:
-        InputError: CUDA is asked for and there is none.
-    """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "model.device: cuda is asked for, but torch sees no CUDA device; use --model.device cpu or auto"
-        )
-    if config.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # set by accelerate launch and torchrun
-
-
-def compute_dtype(config: ModelConfig, device: torch.device, rules: Family) -> torch.dtype:
-    """Return the precision of the backbone: bfloat16 where the hardware has it, else float16, else float32.
-
-    float16 (Turing and older) is left out for families whose activations leave its range, and on CPUs.
-    """
-    if config.dtype != "auto":
-        if config.dtype == "float16" and device.type == "cpu":
-            raise InputError("model.dtype: float16 does not train on a CPU; use bfloat16, float32 or auto")
-        return getattr(torch, config.dtype)
-    if device.type == "cpu":
-        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-    if torch.cuda.get_device_capability(device) >= (8, 0):
-        return torch.bfloat16
-    return torch.float16 if rules.float16 else torch.float32
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """Return the context in which a forward pass computes in `dtype`, the same in training and in prediction."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -90,7 +49,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_classifier(config: ModelConfig, folder: Path, num_labels: int) -> PreTrainedModel:
+def load_classifier(config: ModelConfig, folder: Path, head: Head) -> PreTrainedModel:
     """Return the backbone of a folder under a float32 head, quantised or not, on its device.
 
     Raises:
@@ -109,9 +68,9 @@ def load_classifier(config: ModelConfig, folder: Path, num_labels: int) -> PreTr
             f"model.attn_implementation: '{attention}' is not known to compute {model_config.model_type}; "
             f"use one of: {', '.join(rules.attention)}"
         )
-    names = dict(enumerate(OUTCOMES[:num_labels]))
+    names = dict(enumerate(OUTCOMES if head.num_labels == 3 else ["reward"]))
     quantised = config.load_in_4bit or config.load_in_8bit
-    model = classifier_class(model_config, config.pooling).from_pretrained(
+    model = classifier_class(model_config, config.pooling, head).from_pretrained(
         folder,
         id2label=names,
         label2id={name: number for number, name in names.items()},
@@ -125,11 +84,50 @@ def load_classifier(config: ModelConfig, folder: Path, num_labels: int) -> PreTr
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
     for name in head_names(model):
-        head = getattr(model, name).float()
-        if any("bitsandbytes" in type(module).__module__ for module in head.modules()):
+        module = getattr(model, name).float()
+        if any("bitsandbytes" in type(part).__module__ for part in module.modules()):
             raise RuntimeError(f"the head '{name}' was quantised; rewardmodel.backbone.HEADS must name it")
+    pack_attention(model)
     logger.info("%s on %s: %s, %s attention, %s", model_config.model_type, device, dtype, attention, _bits(config))
     return model
+
+
+def pack_attention(model: PreTrainedModel) -> None:
+    """Let the model attend to packed rows, if its family is known to, or is seen to do so here."""
+    config = model.config.get_text_config()
+    plain = config._attn_implementation
+    if plain not in KERNELS or not set(getattr(config, "layer_types", None) or []) <= PACKABLE:
+        return
+    config._attn_implementation = packed(plain)
+    if config.model_type not in FAMILIES and not _packs(model):
+        config._attn_implementation = plain
+        logger.warning("%s cannot compute packed rows: its batches are padded", config.model_type)
+
+
+def is_packed(model: Any) -> bool:
+    """Return whether a model, wrapped or not, takes packed rows."""
+    return model.config.get_text_config()._attn_implementation.startswith(PREFIX)
+
+
+@torch.no_grad()
+def _packs(model: PreTrainedModel) -> bool:
+    """Return whether two short sequences come out of one packed row as they come out of a row each."""
+    decoder = getattr(model, model.base_model_prefix)
+    rows = [
+        {"input_ids": ids, "segment_ids": [0] * len(ids), "branches": [0, len(ids)], "length": len(ids)}
+        for ids in (range(3, 15), range(8, 29))
+    ]
+
+    def states(rows: list[dict[str, Any]]) -> torch.Tensor:
+        batch = pack(rows)
+        ids, positions = (batch[name].to(model.device) for name in ("input_ids", "position_ids"))
+        return decoder(ids, position_ids=positions, packing=Packing(batch["layout"]), use_cache=False)[0][0].float()
+
+    try:
+        together, alone = states(rows), torch.cat([states([row]) for row in rows])
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError):
+        return False
+    return bool((together - alone).abs().max() <= 0.05 * alone.abs().max())
 
 
 def quantization(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -196,7 +194,7 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> PeftModel:
     return adapted
 
 
-def build_model(config: ModelConfig, num_labels: int, seed: int) -> tuple[Any, PreTrainedTokenizerBase]:
+def build_model(config: ModelConfig, head: Head, seed: int) -> tuple[Any, PreTrainedTokenizerBase]:
     """Return a new model to train, its adapters drawn with `seed`, and the tokenizer.
 
     Raises:
@@ -204,7 +202,7 @@ def build_model(config: ModelConfig, num_labels: int, seed: int) -> tuple[Any, P
     """
     folder = resolve(config.model_name_or_path, config.model_revision)
     set_seed(seed)
-    model: Any = load_classifier(config, folder, num_labels)
+    model: Any = load_classifier(config, folder, head)
     if config.use_peft:
         model = add_lora(model, config)
         if folder.parent.name == "snapshots":  # of the hub's cache: PEFT shall find the backbone on other machines too
@@ -226,7 +224,7 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, config: ModelConf
         "model_name_or_path": config.model_name_or_path,
         "model_revision": config.model_revision,
         "fingerprint": fingerprint(backbone),
-        "num_labels": model.config.num_labels,
+        "head": classifier(model).head._asdict(),
     }
     with atomic_path(folder) as partial:
         model.save_pretrained(partial)
@@ -234,6 +232,11 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, config: ModelConf
             _subtract_start(partial, model.pissa_start)
         tokenizer.save_pretrained(partial)
         (partial / BACKBONE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def classifier(model: Any) -> Any:
+    """Return the transformers model, out of PEFT's wrapper if it has one."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _subtract_start(folder: Path, start: dict[str, torch.Tensor]) -> None:
@@ -263,7 +266,7 @@ def load_model(config: ModelConfig, folder: Path) -> tuple[Any, PreTrainedTokeni
     """
     about = _read_about(folder)
     if not (folder / "adapter_config.json").is_file():
-        model: Any = load_classifier(config, folder, about["num_labels"])
+        model: Any = load_classifier(config, folder, Head(**about["head"]))
         return model.eval(), load_tokenizer(folder)
     backbone = resolve(config.model_name_or_path, config.model_revision)
     if fingerprint(backbone) != about["fingerprint"]:
@@ -271,7 +274,7 @@ def load_model(config: ModelConfig, folder: Path) -> tuple[Any, PreTrainedTokeni
             f"{folder}: trained on other weights of {about['model_name_or_path']} than those in {backbone}; "
             "give the backbone that it was trained on"
         )
-    classifier = load_classifier(config, backbone, about["num_labels"])
+    classifier = load_classifier(config, backbone, Head(**about["head"]))
     _check_head(folder, head_names(classifier))
     model = PeftModel.from_pretrained(classifier, folder)
     return model.eval(), load_tokenizer(folder)

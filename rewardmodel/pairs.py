@@ -1,28 +1,26 @@
-"""Battles in, tokenised rows and padded batches out."""
+"""Battles in, tokenised rows out: one a battle, with what its sequences share in it once."""
 
 import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from rewardmodel import prompt, template, truncation
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.config import PromptConfig
-from rewardmodel.errors import InputError
 from rewardmodel.files import cache_folder
-from rewardmodel.prompt import PromptEncoder
+from rewardmodel.prompt import Encoded, PromptEncoder
+from rewardmodel.truncation import Sizes
 
 ROWS = Features(
     {
         "input_ids": List(Value("int32")),
         "segment_ids": List(Value("int8")),
+        "branches": List(Value("int32")),
         "length": Value("int32"),
         "full": List(Value("int32")),
         "kept": List(Value("int32")),
@@ -30,56 +28,66 @@ ROWS = Features(
         "weight": Value("float32"),
     }
 )
-"""One battle a row: its tokens, the segment of each (1: response A, 2: response B, 0: neither), their number; tokens of
-prompt and responses before and after truncation; its outcome (NaN if unlabelled) and its weight in the loss."""
+"""One battle a row: its tokens, the segment of each (1: the first response, 2: the second, 0: neither), how many of
+them its sequences share and how many each goes on with, their number; tokens of prompt and responses before and after
+truncation; its outcome (NaN if unlabelled) and its weight in the loss."""
 
-MODEL_COLUMNS = ("input_ids", "segment_ids", "length", "labels", "weight")
-"""Columns that the collator and the length-grouped sampler read."""
+MODEL_COLUMNS = ("input_ids", "segment_ids", "branches", "length", "labels", "weight")
+"""Columns that training and prediction read."""
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "segment_ids")
-"""Tensors of a batch that the model's forward pass takes."""
+SEQUENCES = {"joint": ((0, 1, 2), (0, 2, 1)), "separate": ((0, 1), (0, 2))}
+"""The texts of each sequence of a battle by encoding: 0 is the prompt, 1 and 2 are the responses A and B."""
 
 BATTLES_A_BATCH = 500
 """Battles that are tokenised at a time."""
 
-Batch = dict[str, torch.Tensor]
-
 
 def tokenize(
-    battles: Dataset, tokenizer: PreTrainedTokenizerBase, config: PromptConfig, num_proc: int | None = None
+    battles: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PromptConfig,
+    num_proc: int | None = None,
+    *,
+    encoding: str = "joint",
+    both_orders: bool = False,
 ) -> Dataset:
     """Return one row of `ROWS` a battle, in the same order; kept in the cache by battles and settings.
+
+    The sequences of a battle begin alike: those tokens are in the row once.
 
     Args:
         battles: what to tokenise.
         tokenizer: of the backbone.
         config: template, budget and policy.
         num_proc: processes; none: this one, with the tokenizer's own threads.
+        encoding: "joint": one sequence a battle; "separate": two, prompt and A, prompt and B.
+        both_orders: two joint sequences a battle, A shown first and B shown first.
 
     Raises:
-        InputError: the template is unknown, or does not fit into `config.max_length`.
+        InputError: the template is unknown, for the other encoding, or does not fit into `config.max_length`.
     """
-    encoder = PromptEncoder(tokenizer, config)
-    if encoder.responses != template.JOINT:
-        raise InputError(
-            f"prompt.template: '{config.template}' encodes each response alone, but the objective compares both in one "
-            f"sequence; use one with response_a and response_b, like: {', '.join(template.TEMPLATES)}"
-        )
+    encoder = PromptEncoder(tokenizer, config, encoding)
+    orders = SEQUENCES[encoding][: None if both_orders or encoding == "separate" else 1]
 
     def rows(batch: dict[str, list]) -> dict[str, Any]:
-        encoded = list(encoder(batch["prompt"], batch["response_a"], batch["response_b"]))
+        battles = [
+            [encoder.assemble([tuple(texts[text] for text in order) for texts in rounds]) for order in orders]
+            for rounds in encoder.rounds(batch["prompt"], batch["response_a"], batch["response_b"])
+        ]
+        merged = [merge(battle) for battle in battles]
         return {
-            "input_ids": [row.input_ids for row in encoded],
-            "segment_ids": [row.segment_ids for row in encoded],
-            "length": [len(row.input_ids) for row in encoded],
-            "full": [row.full for row in encoded],
-            "kept": [row.kept for row in encoded],
+            "input_ids": [row.input_ids for row in merged],
+            "segment_ids": [row.segment_ids for row in merged],
+            "branches": [row.branches for row in merged],
+            "length": [len(row.input_ids) for row in merged],
+            "full": [_sizes([one.full for one in battle]) for battle in battles],
+            "kept": [_sizes([one.kept for one in battle]) for battle in battles],
             "labels": np.array([batch[name] for name in OUTCOMES], dtype=np.float32).T,
             "weight": batch["weight"],
         }
 
-    sources = [inspect.getsource(part) for part in (prompt, template, truncation, tokenize)]
-    fingerprint = Hasher.hash([battles._fingerprint, encoder.settings(), sources])
+    sources = [inspect.getsource(part) for part in (prompt, template, truncation, merge, _sizes, tokenize)]
+    fingerprint = Hasher.hash([battles._fingerprint, encoder.settings(), orders, sources])
     folder = cache_folder() / "tokens"
     folder.mkdir(parents=True, exist_ok=True)
     return battles.with_format(None).map(
@@ -95,42 +103,47 @@ def tokenize(
     )
 
 
+def _sizes(sequences: Sequence[Sizes]) -> Sizes:
+    """Return the tokens of prompt, A and B of a battle's sequences, which are alike in joint ones."""
+    if len(sequences[0]) == 3:
+        return sequences[0]
+    (prompt_a, a), (prompt_b, b) = sequences
+    return min(prompt_a, prompt_b), a, b
+
+
+class Merged(NamedTuple):
+    """Sequences of one battle in one row: (length,) int32 ids, (length,) int8 segments, and `branches` of `ROWS`."""
+
+    input_ids: np.ndarray
+    segment_ids: np.ndarray
+    branches: list[int]
+
+
+def merge(sequences: Sequence[Encoded]) -> Merged:
+    """Return the tokens with which all sequences begin, once, and then what each goes on with, one token at least."""
+    first, *others = sequences
+    shared = 0
+    if others:
+        most = min(len(one.input_ids) for one in sequences) - 1
+        differ = [
+            (one.input_ids[:most] != first.input_ids[:most]) | (one.segment_ids[:most] != first.segment_ids[:most])
+            for one in others
+        ]
+        anywhere = np.flatnonzero(np.any(differ, axis=0))
+        shared = int(anywhere[0]) if len(anywhere) else most
+    return Merged(
+        np.concatenate([first.input_ids[:shared], *(one.input_ids[shared:] for one in sequences)]),
+        np.concatenate([first.segment_ids[:shared], *(one.segment_ids[shared:] for one in sequences)]),
+        [shared, *(len(one.input_ids) - shared for one in sequences)],
+    )
+
+
+def saved(rows: Dataset) -> float:
+    """Return the share of all sequences' tokens that rows do without, because sequences of a battle share them."""
+    tokens = sum(shared * len(branches) + sum(branches) for shared, *branches in rows["branches"])
+    return 1 - sum(rows["length"]) / tokens
+
+
 def retention(rows: Dataset) -> dict[str, float]:
     """Return what truncation left of tokenised battles, as `rewardmodel.truncation.retention` does."""
     return truncation.retention(*(np.array(rows[name][:]) for name in ("full", "kept")))
-
-
-@dataclass(frozen=True)
-class PadCollator:
-    """Pads rows on the right to the longest of the batch.
-
-    Attributes:
-        pad_token_id: any id; padding is told by the attention mask, never by this.
-    """
-
-    pad_token_id: int
-
-    def __call__(self, rows: list[dict[str, Any]]) -> Batch:
-        """Return `MODEL_INPUTS` (n, longest) int64, labels (n, 3) float32 and weight (n,) float32."""
-        ids = [torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows]
-        segments = [torch.as_tensor(row["segment_ids"], dtype=torch.int64) for row in rows]
-        return {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-            "segment_ids": pad_sequence(segments, batch_first=True),
-            "labels": torch.tensor([row["labels"] for row in rows], dtype=torch.float32),
-            "weight": torch.tensor([row["weight"] for row in rows], dtype=torch.float32),
-        }
-
-
-def length_sorted_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
-    """Yield row numbers of batches, the longest rows first, each of at most `batch_tokens` padded tokens.
-
-    Every row is in exactly one batch; a row longer than the budget has a batch of its own.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        rows = max(1, batch_tokens // max(1, int(lengths[order[start]])))
-        yield order[start : start + rows]
-        start += rows

@@ -14,6 +14,7 @@ from rewardmodel.floors import fit_predict
 from rewardmodel.formats import read_battles
 from rewardmodel.inference import calibrate, predict_with
 from rewardmodel.model import load_model, load_tokenizer
+from rewardmodel.objective import find_objective
 from rewardmodel.parts import load_battles
 from rewardmodel.predictions import check_sample, write_predictions, write_submission
 from rewardmodel.prompt import PromptEncoder
@@ -93,7 +94,8 @@ def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
     battles = load_battles(recipe.data)
     try:
         backbone = resolve(recipe.model.model_name_or_path, recipe.model.model_revision, weights=False)
-        encoder = PromptEncoder(load_tokenizer(backbone), recipe.prompt)
+        encoding = find_objective(recipe.objective).encoding
+        encoder = PromptEncoder(load_tokenizer(backbone), recipe.prompt, encoding)
     except InputError as error:  # a licence not accepted yet, or no network: the rest can be told all the same
         logger.warning("no tokenizer, so nothing about tokens: %s", error)
         encoder = None

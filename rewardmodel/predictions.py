@@ -31,7 +31,7 @@ EXCERPT = 1_500
 """Characters of a text that the table keeps of labelled battles."""
 
 
-def predictions_table(battles: Dataset, as_given: np.ndarray, exchanged: np.ndarray | None) -> pd.DataFrame:
+def predictions_table(battles: Dataset, as_given: np.ndarray, exchanged: np.ndarray | None = None) -> pd.DataFrame:
     """Return the predictions table.
 
     Args:

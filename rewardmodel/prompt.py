@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rewardmodel.config import PromptConfig
 from rewardmodel.errors import InputError
-from rewardmodel.template import Template, markers
+from rewardmodel.template import ENCODINGS, Template, markers
 from rewardmodel.truncation import LEAST_ROUND, MARK, TRUNCATIONS, Sizes, keep_rounds, text_kept
 
 _INSIDE = re.compile(r"(?<=\S)(?=\S)")
@@ -46,20 +46,28 @@ class PromptEncoder:
     Args:
         tokenizer: of the backbone.
         config: template, budget and policy.
+        encoding: "joint" or "separate": whether a sequence holds both responses or one of them.
 
     Attributes:
         responses: names of the responses in one sequence: A and B (joint encoding), or one (separate).
 
     Raises:
-        InputError: no such template, or a budget in which the template itself does not fit.
+        InputError: no such template, one for the other encoding, or a budget in which the template itself does not fit.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig, encoding: str = "joint") -> None:
         self.tokenizer = tokenizer
         self.max_length = config.max_length
         self.truncation = config.truncation
-        self.template = Template(config.template, tokenizer)
+        wanted, default = ENCODINGS[encoding]
+        name = config.template or default
+        self.template = Template(name, tokenizer)
         self.responses = self.template.responses
+        if self.responses != wanted:
+            raise InputError(
+                f"prompt.template: '{name}' has {' and '.join(self.responses)}, but the objective needs "
+                f"{' and '.join(wanted)}, its encoding is {encoding}; leave prompt.template out, or use another"
+            )
         self.mark = self._tokens([MARK])[0]
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if not token.special]
         self._markers = markers(self.template.layout(2), tokenizer.all_special_tokens, added)
@@ -68,7 +76,7 @@ class PromptEncoder:
         least = self.fixed(1).length + len(self.mark) + LEAST_ROUND
         if self.max_length < least:
             raise InputError(
-                f"prompt.max_length: {self.max_length} tokens are too few: the template '{config.template}' and a "
+                f"prompt.max_length: {self.max_length} tokens are too few: the template '{name}' and a "
                 f"little text of each turn take {least}; set at least that"
             )
 
@@ -79,17 +87,15 @@ class PromptEncoder:
             prompts: the prompt turns of each.
             responses: the turns of each response, as many sequences as `self.responses` has names.
         """
+        if len(responses) != len(self.responses):
+            raise ValueError(f"{len(responses)} responses for a template with {' and '.join(self.responses)}")
         for rounds in self.rounds(prompts, *responses):
-            yield self._assemble(rounds)
+            yield self.assemble(rounds)
 
     def rounds(
         self, prompts: Sequence[list[str]], *responses: Sequence[list[str]]
     ) -> Iterator[list[tuple[list[int], ...]]]:
         """Yield the tokens of each conversation's rounds: of the prompt turn and of each response to it."""
-        if len(responses) != len(self.responses):
-            raise InputError(
-                f"prompt.template: it encodes {len(self.responses)} of {len(responses)} responses; use another template"
-            )
         conversations = [list(zip(*texts, strict=True)) for texts in zip(prompts, *responses, strict=True)]
         texts = [self._neutral(text) for rounds in conversations for turns in rounds for text in turns]
         tokens = iter(self._tokens(texts))
@@ -116,7 +122,8 @@ class PromptEncoder:
         ]
         return [*fixed, self.tokenizer.backend_tokenizer.to_str()]
 
-    def _assemble(self, rounds: list[tuple[list[int], ...]]) -> Encoded:
+    def assemble(self, rounds: list[tuple[list[int], ...]]) -> Encoded:
+        """Return one sequence of the tokens of a conversation's rounds, at most `max_length`."""
         sizes = [tuple(map(len, texts)) for texts in rounds]
         kept_sizes = self.keep(sizes)
         dropped = len(rounds) - len(kept_sizes)

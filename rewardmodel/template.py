@@ -28,6 +28,12 @@ TEMPLATES = {
         "PROMPT: {{ round.prompt }} {{ sep }} RESPONSE A: {{ round.response_a }} {{ sep }} "
         "RESPONSE B: {{ round.response_b }}{% endfor %}"
     ),
+    # For backbones without a chat template.
+    "response": (
+        "{% for round in rounds %}{% if not loop.first %}{{ '\n\n' }}{% endif %}"
+        "### Prompt:\n{{ round.prompt }}\n\n### Response:\n{{ round.response }}{% endfor %}"
+        "{{ '\n\n' }}### How good is the response?\nAnswer:"
+    ),
 }
 """Templates by the recipe's `prompt.template`. `rounds` is a list of rounds, each with `prompt`, `response_a` and
 `response_b` (or `response`, to encode each response alone); `sep` is the tokenizer's own separator."""
@@ -37,6 +43,9 @@ CHAT = "chat"
 
 JOINT, SEPARATE = ("response_a", "response_b"), ("response",)
 """What a round's responses are called when both stand in one sequence, and when each stands in one of its own."""
+
+ENCODINGS = {"joint": (JOINT, "instruction"), "separate": (SEPARATE, CHAT)}
+"""For an objective's encoding the responses that a template must have, and the template where a recipe names none."""
 
 # Letters of both cases, so that a filter that changes a text shows.
 _PLACEHOLDER = re.compile("\ue000Turn (\\d+) tEXT (\\d)\ue001")
@@ -77,7 +86,7 @@ class Template:
                 f"{', '.join(TEMPLATES)}, {CHAT}; or give Jinja, or a .jinja file"
             )
         if text == CHAT and not tokenizer.chat_template:
-            raise InputError("prompt.template: the backbone has no chat template; give Jinja, or another backbone")
+            raise InputError("prompt.template: the backbone has no chat template; set it to response, or give Jinja")
         self.responses = JOINT if JOINT[0] in self.text else SEPARATE
         for rounds in (1, 2):
             self.layout(rounds)

@@ -3,6 +3,7 @@
 import logging
 import platform
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,23 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedTokenizerBase
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from torch.utils.data import DataLoader
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerControl
 from trl import RewardConfig, RewardTrainer
 
+from rewardmodel.arguments import training_arguments
+from rewardmodel.batches import to_device
 from rewardmodel.battles import AUGMENTATIONS
+from rewardmodel.budget import Memory, find_budget, no_room
 from rewardmodel.config import ObjectiveConfig, Recipe
-from rewardmodel.errors import InputError, nearest
+from rewardmodel.errors import InputError
+from rewardmodel.forward import batching, forward_budget, longest_row, row_logits
 from rewardmodel.metrics import accuracy, log_loss
-from rewardmodel.model import build_model, placement, save_model
-from rewardmodel.objective import OBJECTIVES, Objective
-from rewardmodel.pairs import MODEL_COLUMNS, MODEL_INPUTS, PadCollator, retention, tokenize
+from rewardmodel.model import build_model, save_model
+from rewardmodel.objective import find_objective, fit_tie, initial_tie
+from rewardmodel.pairs import MODEL_COLUMNS, retention, saved, tokenize
 from rewardmodel.parts import Parts, fingerprints, load_battles, split
+from rewardmodel.placement import placement
 from rewardmodel.runs import (
     MODEL,
     check_run,
@@ -30,28 +36,30 @@ from rewardmodel.runs import (
     open_run,
     write_environment,
 )
-from rewardmodel.trainer_keys import EARLY_STOPPING
+from rewardmodel.trainer_keys import EARLY_STOPPING, TOKENS
 from rewardmodel.weights import fingerprint, resolve
 
 logger = logging.getLogger(__name__)
-
-
-RENAMED = {
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}
-"""Keys that later releases of transformers 5 know by another name, and warn of under the old one."""
 
 
 class PreferenceTrainer(RewardTrainer):
     """TRL's RewardTrainer for battles: any head width, soft outcomes, the loss a mean over battles.
 
     Takes rows of `rewardmodel.pairs.ROWS`. What stays TRL's: set-up of PEFT, checkpointing, padding token,
-    optimisation, logging. What is ours: no row is dropped, trainable weights stay float32 under 4-bit, and the
-    loss of an optimiser step is the weighted mean over its battles, however they are spread over micro-batches.
+    optimisation, logging. What is ours: no row is dropped, trainable weights stay float32 under 4-bit, a step is a
+    number of battles and its micro-batches a number of tokens, and the loss of a step is the weighted mean over its
+    battles, however they are spread over micro-batches and processes.
+
+    Args:
+        model, args, train_dataset, eval_dataset, processing_class: as for RewardTrainer; a step has
+            `args.per_device_train_batch_size` battles, over all processes.
+        objective: loss and probabilities.
+        dtype: precision of the forward pass.
+        tokens: of a micro-batch in training and in evaluation; none: as many as fit.
     """
 
     loss_is_scaled_for_ga = True
+    control: TrainerControl
 
     def __init__(
         self,
@@ -61,142 +69,186 @@ class PreferenceTrainer(RewardTrainer):
         eval_dataset: Dataset | None,
         processing_class: PreTrainedTokenizerBase,
         objective: ObjectiveConfig,
+        dtype: torch.dtype,
+        tokens: tuple[int | None, int | None] = (None, None),
     ) -> None:
         self.objective = find_objective(objective)
-        self.label_smoothing = objective.label_smoothing
+        self.settings = objective
+        self.dtype = dtype
+        self.tokens, self.eval_tokens = tokens
+        self.batching = batching(model, processing_class.pad_token_id)
         trainable = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
         labels = model.config.id2label
         model.config.num_labels = 1  # all that TRL lets in
         super().__init__(
             model=model,
             args=args,
-            data_collator=PadCollator(processing_class.pad_token_id),
+            data_collator=list,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            compute_metrics=self.validation_metrics,
         )
         model.config.id2label = labels
         model.config.label2id = {name: number for number, name in labels.items()}
         for name, weight in model.named_parameters():
             if name in trainable:  # TRL casts them to bfloat16 on a quantised backbone
                 weight.data = trainable[name].to(weight.device)
+        if self.objective.head.tie:
+            self.set_tie(initial_tie(float(np.mean(np.array(train_dataset["labels"][:])[:, 2]))))
+            for weight in self._ties():
+                weight.requires_grad &= self.objective.learns_ties
         if args.gradient_checkpointing:
             model.disable_input_require_grads()  # needless without re-entrance, and it defeats lora_first_layer
-        self.label_names = ["labels"]
 
-    def validation_metrics(self, evaluated: EvalPrediction) -> dict[str, float]:
-        """Return log loss and accuracy of the validation battles in the order given."""
-        logits = torch.from_numpy(np.asarray(evaluated.predictions))
-        predicted = self.objective.probabilities(logits).double().numpy()
-        true = np.asarray(evaluated.label_ids, dtype=np.float64)
-        return {"log_loss": log_loss(predicted, true), "accuracy": accuracy(predicted, true)}
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the battles of each step, the same in every process, which then computes its share of them."""
+        rows = self.train_dataset.select_columns(list(MODEL_COLUMNS))
+        return DataLoader(
+            rows,
+            batch_size=self.args.per_device_train_batch_size,
+            sampler=EpochSampler(len(rows), lambda: self.args.seed + int(self.state.epoch)),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            persistent_workers=self.args.dataloader_persistent_workers,
+        )
+
+    def training_step(self, model: Any, inputs: list[dict], num_items_in_batch: float | None = None) -> torch.Tensor:
+        """Return the loss of the battles of a step, gradients added; out of memory, it is begun anew in smaller parts.
+
+        Raises:
+            InputError: one battle alone is more than the memory takes.
+        """
+        costs = [self.batching.tokens(row) for row in inputs]
+        if self.tokens is None:
+            self.tokens = self._find_budget(model)
+        while True:
+            shares = self.batching.plan(costs, self.tokens, self.accelerator.num_processes)
+            mine = shares[self.accelerator.process_index]
+            try:
+                return self._accumulate(model, inputs, mine, num_items_in_batch)
+            except torch.OutOfMemoryError as error:
+                if self.accelerator.num_processes > 1:
+                    raise InputError(
+                        f"trainer.{TOKENS}: {self.tokens:,} tokens do not fit into the memory of process "
+                        f"{self.accelerator.process_index}; set fewer"
+                    ) from error
+                if max(map(len, mine)) == 1:
+                    raise no_room(max(costs)) from error
+                self.tokens = max(*costs, min(self.tokens, sum(costs)) // 2)
+            model.zero_grad()
+            torch.cuda.empty_cache()
+            logger.warning("out of memory: the step is repeated in micro-batches of %s tokens", f"{self.tokens:,}")
+
+    def _accumulate(self, model: Any, rows: list[dict], micro_batches: list[list[int]], weight: Any) -> torch.Tensor:
+        """Return the loss of some battles of a step; gradients meet those of other processes in the last backward."""
+        shortest = min(rows, key=self.batching.tokens)
+        losses = []
+        for number, micro in enumerate(micro_batches, 1):
+            # Every process computes as many micro-batches; one without battles repeats one that counts nothing.
+            chosen = [rows[row] for row in micro] or [{**shortest, "weight": 0.0}]
+            last = number == len(micro_batches)
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, self._tensors(chosen), weight))
+        return torch.stack(losses).sum()
+
+    def _tensors(self, rows: list[dict]) -> dict[str, Any]:
+        counted = {
+            name: torch.tensor([row[name] for row in rows], dtype=torch.float32) for name in ("labels", "weight")
+        }
+        device = self.accelerator.device
+        return {"model": to_device(self.batching.collate(rows), device), **to_device(counted, device)}
 
     def compute_loss(
         self,
         model: Any,
         inputs: dict,
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
-    ) -> Any:
-        """Return this micro-batch's share of the mean loss over the step's battles (its own mean in evaluation)."""
-        outputs = model(**{name: inputs[name] for name in MODEL_INPUTS})
-        losses = self.objective.loss(outputs.logits, inputs["labels"], self.label_smoothing if model.training else 0.0)
+        num_items_in_batch: float | None = None,
+    ) -> torch.Tensor:
+        """Return this micro-batch's share of the mean loss over the step's battles."""
+        logits = model(**inputs["model"]).logits
+        losses = self.battle_losses(logits.view(len(inputs["labels"]), -1, logits.shape[-1]), inputs["labels"])
         total = (losses * inputs["weight"]).sum()
-        if model.training and num_items_in_batch is not None:
-            loss = total / num_items_in_batch * self.accelerator.num_processes  # gradients are averaged over processes
-        else:
-            loss = total / inputs["weight"].sum()
-        return (loss, {"logits": outputs.logits}) if return_outputs else loss
+        return total / num_items_in_batch * self.accelerator.num_processes  # gradients are averaged over processes
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
+    def battle_losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the loss of each battle, (n,), of the logits of its sequences, (n, n_sequences, width)."""
+        if self.objective.encoding == "separate":
+            return self.objective.loss(logits, labels, self.settings)
+        orders = [labels, labels[:, [1, 0, 2]]][: logits.shape[1]]
+        losses = [self.objective.loss(logits[:, n], order, self.settings) for n, order in enumerate(orders)]
+        return torch.stack(losses).mean(dim=0)
+
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+        """Return log loss and accuracy of the validation battles in the order given, and log them."""
+        logits = torch.from_numpy(self._validation_logits())
+        predicted = self.objective.orders(logits)[0].double().numpy()
+        true = np.asarray(self.eval_dataset["labels"][:], dtype=np.float64)
+        found = {"log_loss": log_loss(predicted, true), "accuracy": accuracy(predicted, true)}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _validation_logits(self) -> np.ndarray:
+        rows, model, pad_token_id = self.eval_dataset, self.model.eval(), self.processing_class.pad_token_id
+        if self.eval_tokens is None:
+            self.eval_tokens = forward_budget(model, rows, pad_token_id, self.dtype)
+        return row_logits(model, rows, pad_token_id, self.dtype, self.eval_tokens)
+
+    def set_tie(self, value: float) -> None:
+        """Set the head's tie parameter."""
+        for weight in self._ties():
+            torch.nn.init.constant_(weight, value)
+
+    def fit_tie(self) -> None:
+        """Set the head's tie parameter to what fits the validation battles best."""
+        logits = self._validation_logits()
+        self.set_tie(fit_tie(logits[..., 0], np.asarray(self.eval_dataset["labels"][:]), self.objective.link))
+
+    def _ties(self) -> list[torch.nn.Parameter]:
+        """Return the tie parameter; PEFT keeps two of them."""
+        return [weight for name, weight in self.model.named_parameters() if name.endswith(".tie")]
+
+    def _find_budget(self, model: Any) -> int:
+        longest = longest_row(self.train_dataset)
+
+        def work(rows: int) -> None:
+            self._accumulate(model, [longest] * rows, [list(range(rows))], 1.0)
+            model.zero_grad()
+
+        device = self.accelerator.device
+        found = find_budget(Memory(device) if device.type == "cuda" else None, work, self.batching.tokens(longest))
+        return int(self.accelerator.gather(torch.tensor([found], device=device)).min())
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> float:
         """Return the total weight of the battles of an optimiser step, over all micro-batches and processes."""
-        if not batch_samples:
-            return None
-        weight = torch.stack([batch["weight"].sum() for batch in batch_samples]).sum().to(device)
-        return self.accelerator.gather(weight).sum()
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
-        """Return the sampler; one that groups by length draws each epoch by seed and epoch alone."""
-        sampler = super()._get_train_sampler(train_dataset)
-        if isinstance(sampler, LengthGroupedSampler):
-            return EpochSampler(sampler, lambda: self.args.seed + int(self.state.epoch))
-        return sampler
+        rows = [row for rows in batch_samples for row in rows]
+        counted = self.objective.counted(torch.tensor([row["labels"] for row in rows])).tolist()
+        return sum(row["weight"] * count for row, count in zip(rows, counted, strict=True)) or 1.0
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         """Return the rows as they are: TRL would drop the long ones."""
         return dataset
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = list(MODEL_COLUMNS)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Write nothing: TRL's card describes a pairwise reward model."""
 
 
 class EpochSampler(torch.utils.data.Sampler):
-    """Draws a length-grouped order anew each epoch, from a seed of that epoch.
+    """Draws the order of rows anew each epoch, from a seed of that epoch, so that a resumed run draws it again."""
 
-    transformers draws it from the global random state, which a resumed run does not have back yet at that point.
-    """
-
-    def __init__(self, sampler: LengthGroupedSampler, seed: Callable[[], int]) -> None:
-        self.sampler = sampler
+    def __init__(self, rows: int, seed: Callable[[], int]) -> None:
+        self.rows = rows
         self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.sampler)
+        return self.rows
 
     def __iter__(self) -> Iterator[int]:
-        self.sampler.generator = torch.Generator().manual_seed(self.seed())
-        return iter(self.sampler)
-
-
-def find_objective(config: ObjectiveConfig) -> Objective:
-    """Return the entry of `OBJECTIVES`, or raise InputError naming the nearest."""
-    if config.name not in OBJECTIVES:
-        raise InputError(f"objective.name: no objective '{config.name}'{nearest(config.name, OBJECTIVES)}")
-    return OBJECTIVES[config.name]
-
-
-def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> RewardConfig:
-    """Return TRL's arguments: the recipe's `trainer` section, and what other sections decide for it.
-
-    Raises:
-        InputError: keys that transformers refuses together, or several GPUs in one process.
-    """
-    keys = {key: value for key, value in recipe.trainer.items() if key != EARLY_STOPPING}
-    keys.setdefault("dataloader_pin_memory", device.type == "cuda")
-    for old, new in RENAMED.items():
-        if old in keys and new in RewardConfig.__dataclass_fields__:
-            keys.setdefault(new, keys.pop(old))
-    if keys["eval_strategy"] == "no" or keys["save_strategy"] == "no":
-        keys["load_best_model_at_end"] = False
-    try:
-        args = RewardConfig(
-            **keys,
-            bf16=dtype == torch.bfloat16,
-            fp16=dtype == torch.float16,
-            use_cpu=device.type == "cpu",
-            max_length=None,
-            metric_for_best_model="log_loss",
-            greater_is_better=False,
-            restore_callback_states_from_checkpoint=recipe.trainer[EARLY_STOPPING] is not None,
-        )
-    except (TypeError, ValueError) as error:
-        raise InputError(f"trainer: {' '.join(str(error).split())}") from error
-    if args.n_gpu > 1 or args.world_size > 1:
-        raise InputError(
-            f"model.device: {args.n_gpu} GPUs, {args.world_size} processes; a run is one process on one device: "
-            "show it one GPU with CUDA_VISIBLE_DEVICES=0"
-        )
-    if recipe.trainer[EARLY_STOPPING] is not None and not args.load_best_model_at_end:
-        raise InputError(
-            f"trainer.{EARLY_STOPPING}: needs the best checkpoint; set eval_strategy and save_strategy alike, not 'no'"
-        )
-    if args.per_device_train_batch_size < 1 or args.per_device_eval_batch_size < 1:
-        raise InputError("trainer.per_device_train_batch_size, per_device_eval_batch_size: give at least 1")
-    return args
+        return iter(torch.randperm(self.rows, generator=torch.Generator().manual_seed(self.seed())).tolist())
 
 
 def train(recipe: Recipe, battles: Any = None, *, resume: bool = False, overwrite: bool = False) -> tuple[Path, Parts]:
@@ -228,7 +280,7 @@ def train(recipe: Recipe, battles: Any = None, *, resume: bool = False, overwrit
     backbone = resolve(recipe.model.model_name_or_path, recipe.model.model_revision)
     device, dtype = placement(recipe.model, backbone)
     args = training_arguments(recipe, dtype, device)
-    model, tokenizer = build_model(recipe.model, objective.head_width, args.seed)
+    model, tokenizer = build_model(recipe.model, objective.head, args.seed)
     rows, validation_rows = _rows(parts, tokenizer, recipe)
     facts = {
         "backbone": {"name": recipe.model.model_name_or_path, "fingerprint": fingerprint(backbone)},
@@ -237,13 +289,16 @@ def train(recipe: Recipe, battles: Any = None, *, resume: bool = False, overwrit
     }
     if resume:
         check_same_inputs(recipe.run_folder, facts)
-    trainer = PreferenceTrainer(model, args, rows, validation_rows, tokenizer, recipe.objective)
+    tokens = (recipe.trainer[TOKENS], recipe.inference.batch_tokens)
+    trainer = PreferenceTrainer(model, args, rows, validation_rows, tokenizer, recipe.objective, dtype, tokens)
     run = open_run(recipe, resume, overwrite)
     write_environment(run, facts)
     if recipe.trainer[EARLY_STOPPING] is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.trainer[EARLY_STOPPING]))
     checkpoint = last_checkpoint(run) if resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if not objective.learns_ties:
+        trainer.fit_tie()
     if trainer.is_world_process_zero():
         save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, recipe.model, run / MODEL)
     trainer.accelerator.wait_for_everyone()
@@ -254,13 +309,17 @@ def _rows(parts: Parts, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> t
     """Return the tokenised training and validation battles, and log what truncation leaves of the former."""
     training = AUGMENTATIONS[recipe.data.swap_augmentation](parts.training, recipe.data.seed)
     num_proc = recipe.trainer.get("dataset_num_proc")
-    rows, validation = (tokenize(part, tokenizer, recipe.prompt, num_proc) for part in (training, parts.validation))
+    encoding = find_objective(recipe.objective).encoding
+    both = encoding == "joint" and recipe.data.swap_augmentation == "both"
+    rows = tokenize(training, tokenizer, recipe.prompt, num_proc, encoding=encoding, both_orders=both)
+    validation = tokenize(parts.validation, tokenizer, recipe.prompt, num_proc, encoding=encoding)
     kept = retention(rows)
     logger.info(
-        "%d battles to train on (%d rows), %d for validation; max_length %d cuts %.1f %% of battles and keeps %.1f %% "
-        "of the responses' tokens",
-        len(parts.training), len(rows), len(validation), recipe.prompt.max_length,
+        "%d battles to train on, %d for validation; max_length %d cuts %.1f %% of battles and keeps %.1f %% of the "
+        "responses' tokens%s",
+        len(rows), len(validation), recipe.prompt.max_length,
         100 * kept["battles_cut"], 100 * kept["responses_kept"],
+        f"; its sequences share {100 * saved(rows):.1f} % of their tokens" if len(rows[0]["branches"]) > 2 else "",
     )  # fmt: skip
     return rows, validation
 

@@ -3,12 +3,27 @@
 from typing import Any
 
 EARLY_STOPPING = "early_stopping_patience"
-EARLY_STOPPING_HELP = "Stop after so many evaluations in a row without a better validation log loss; null: never."
-"""The one key of `trainer` that RewardConfig does not have (in transformers it is a callback's argument)."""
+BATTLES = "battles_per_step"
+TOKENS = "micro_batch_tokens"
+
+OWN_KEYS: dict[str, tuple[Any, Any, str]] = {
+    BATTLES: (int, 8, "Battles of an optimiser step, over all processes; its loss is the mean over them."),
+    EARLY_STOPPING: (
+        int | None,
+        None,
+        "Stop after so many evaluations in a row without a better validation log loss; null: never.",
+    ),
+    TOKENS: (
+        int | None,
+        None,
+        "Tokens of a micro-batch, into which a step's battles are dealt; null: as many as fit into free memory.",
+    ),
+}
+"""Keys of `trainer` that RewardConfig does not have: type, default and help."""
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "disable_dropout": False,
-    EARLY_STOPPING: None,
+    **{key: default for key, (_, default, _) in OWN_KEYS.items()},
     "eval_strategy": "epoch",
     "gradient_checkpointing": False,
     "learning_rate": 2e-4,
@@ -18,26 +33,27 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "num_train_epochs": 1,
     "output_dir": "runs/unnamed",
-    "per_device_eval_batch_size": 16,
-    "per_device_train_batch_size": 8,
     "report_to": "none",
     "save_strategy": "epoch",
     "save_total_limit": 2,
     "seed": 42,
-    "train_sampling_strategy": "group_by_length",
     "warmup_steps": 0.05,
 }
 """What `trainer` says where a recipe does not; every other key has TRL's own default."""
 
 TRAINER_REFUSED = {
+    "auto_find_batch_size": "leave it out; trainer.micro_batch_tokens fits free memory by itself",
     "bf16": "set model.dtype",
     "bf16_full_eval": "set model.dtype",
     "center_rewards_coefficient": "set objective.name; no objective takes it",
     "chat_template_path": "set prompt.template",
     "data_seed": "set trainer.seed",
+    "dataloader_drop_last": "leave it out; no battle is dropped",
     "eos_token": "set prompt.template",
+    "eval_accumulation_steps": "leave it out; logits of all battles are small",
     "fp16": "set model.dtype",
     "fp16_full_eval": "set model.dtype",
+    "gradient_accumulation_steps": "set trainer.battles_per_step; micro-batches follow from trainer.micro_batch_tokens",
     "greater_is_better": "leave it out; the measure is the validation log loss",
     "label_smoothing_factor": "set objective.label_smoothing",
     "max_length": "set prompt.max_length",
@@ -45,6 +61,9 @@ TRAINER_REFUSED = {
     "model_init_kwargs": "set the keys of model",
     "pad_to_multiple_of": "leave it out; rows are padded to the longest of a batch",
     "pad_token": "leave it out; padding is told by the attention mask",
+    "per_device_eval_batch_size": "set inference.batch_tokens",
+    "per_device_train_batch_size": "set trainer.battles_per_step",
+    "train_sampling_strategy": "leave it out; battles are shuffled by trainer.seed and dealt by length in a step",
     "trust_remote_code": "leave it out; code out of a model folder is never run",
     "use_cpu": "set model.device",
 }

@@ -10,7 +10,7 @@ from rewardmodel.battles import OUTCOMES
 from rewardmodel.config import PromptConfig
 from rewardmodel.folds import CALIBRATION, HOLDOUT, TRAIN_ONLY, assign_folds, assign_groups
 from rewardmodel.prompt import PromptEncoder
-from rewardmodel.template import JOINT
+from rewardmodel.template import JOINT, TEMPLATES
 
 A, B, TIE = np.eye(3).tolist()
 TOKENIZER = make_tokenizer()
@@ -36,7 +36,8 @@ def numbered(count, winners=None, **columns):
 
 
 def encoder(template="instruction", max_length=256, **settings):
-    return PromptEncoder(TOKENIZER, PromptConfig(template=template, max_length=max_length, **settings))
+    encoding = "joint" if "response_a" in TEMPLATES.get(template, template) else "separate"
+    return PromptEncoder(TOKENIZER, PromptConfig(template=template, max_length=max_length, **settings), encoding)
 
 
 def long_battles():

@@ -8,10 +8,12 @@ MODULES = {path.stem: path for path in (ROOT / "rewardmodel").glob("*.py") if pa
 
 LEVELS = [
     {"errors", "files", "trainer_keys"},
-    {"config", "battles", "metrics", "backbone", "objective", "rows", "texts", "truncation", "template", "charts"},
-    {"sources", "folds", "predictions", "prompt", "weights", "runs", "head", "calibration", "resampling"},
+    {"config", "battles", "metrics", "backbone", "objective", "rows", "texts", "truncation", "template", "charts"}
+    | {"attention", "batches"},
+    {"sources", "folds", "predictions", "prompt", "weights", "runs", "head", "calibration", "resampling"}
+    | {"placement", "arguments", "budget"},
     {"formats", "duplicates", "pairs", "model", "slices", "floors", "page"},
-    {"parts", "audit", "bias"},
+    {"parts", "audit", "bias", "forward"},
     {"trainer", "inference", "evaluation"},
     {"reports"},
     {"pipeline"},

@@ -13,6 +13,7 @@ from rewardmodel.errors import InputError
 from rewardmodel.formats import read_battles
 from rewardmodel.inference import calibrate, predict, predict_with
 from rewardmodel.model import build_model, load_model
+from rewardmodel.objective import JOINT
 from rewardmodel.pairs import retention, tokenize
 from rewardmodel.predictions import average, predicted, write_predictions
 from rewardmodel.runs import MODEL, RECIPE, load_run_recipe
@@ -41,7 +42,7 @@ def tiny(backbone):
         prompt=PromptConfig(max_length=160),
         model=ModelConfig(model_name_or_path=str(backbone("llama")), device="cpu", dtype="float32", lora_r=4),
     )
-    model, tokenizer = build_model(recipe.model, 3, seed=0)
+    model, tokenizer = build_model(recipe.model, JOINT, seed=0)
     fill_head(model)
     return model.eval(), tokenizer, recipe
 
@@ -115,7 +116,7 @@ def test_unlabelled_battles_are_predicted_like_labelled_ones(tiny, battles):
 
 
 def test_predictions_that_are_no_numbers_name_the_battles(tiny, battles):
-    model, tokenizer = build_model(tiny[2].model, 3, seed=0)
+    model, tokenizer = build_model(tiny[2].model, JOINT, seed=0)
     fill_head(model, float("nan"))
     with pytest.raises(FloatingPointError) as caught:
         predict_with(model.eval(), tokenizer, tiny[2], battles)

@@ -10,19 +10,20 @@ from conftest import FAMILIES, battle_frame, make_backbone
 from safetensors.torch import load_file, save_file
 
 from rewardmodel.backbone import HEADS, Family
+from rewardmodel.batches import pack, pad
 from rewardmodel.config import ModelConfig, PromptConfig
 from rewardmodel.errors import InputError
 from rewardmodel.formats import read_battles
 from rewardmodel.model import (
     add_lora,
-    autocast,
     build_model,
-    compute_dtype,
     load_classifier,
     load_model,
     save_model,
 )
-from rewardmodel.pairs import MODEL_INPUTS, PadCollator, tokenize
+from rewardmodel.objective import JOINT, OBJECTIVES, SEPARATE
+from rewardmodel.pairs import tokenize
+from rewardmodel.placement import autocast, compute_dtype
 
 VARIANTS = {
     "plain": {},
@@ -36,23 +37,27 @@ def config_of(folder, **changes) -> ModelConfig:
     return ModelConfig(model_name_or_path=str(folder), device="cpu", dtype="float32", lora_r=4, **changes)
 
 
-def batch_of(tokenizer, battles: int = 6):
-    rows = tokenize(read_battles(battle_frame(2)), tokenizer, PromptConfig(max_length=160)).select(range(battles))
-    return PadCollator(tokenizer.pad_token_id)(list(rows))
+def rows_of(tokenizer, battles: int = 6) -> list[dict]:
+    return list(tokenize(read_battles(battle_frame(2)), tokenizer, PromptConfig(max_length=160)).select(range(battles)))
+
+
+def batch_of(tokenizer):
+    return pack(rows_of(tokenizer))
 
 
 def logits(model, batch) -> torch.Tensor:
     model.eval()
     with torch.no_grad():
-        return model(**{name: batch[name] for name in MODEL_INPUTS}).logits
+        return model(**batch).logits
 
 
 def train_a_little(model, batch) -> None:
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(3):
-        output = model(**{name: batch[name] for name in MODEL_INPUTS}).logits
-        torch.nn.functional.cross_entropy(output, batch["labels"]).backward()
+        output = model(**batch).logits
+        labels = torch.arange(len(output)) % output.shape[1]
+        torch.nn.functional.cross_entropy(output, labels).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -61,12 +66,11 @@ RELOAD = """
 import json, sys, torch
 from rewardmodel.config import ModelConfig
 from rewardmodel.model import load_model
-from rewardmodel.pairs import MODEL_INPUTS
 config, folder, batch, out = sys.argv[1:]
 model, _ = load_model(ModelConfig(**json.loads(config)), __import__("pathlib").Path(folder))
 batch = torch.load(batch)
 with torch.no_grad():
-    torch.save(model(**{name: batch[name] for name in MODEL_INPUTS}).logits, out)
+    torch.save(model(**batch).logits, out)
 """
 
 
@@ -81,7 +85,7 @@ def reload_in_fresh_process(config: ModelConfig, folder, batch, tmp_path) -> tor
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_model_predicts_the_same(family, variant, backbone, tmp_path):
     config = config_of(backbone(family), **VARIANTS[variant])
-    model, tokenizer = build_model(config, 3, seed=0)
+    model, tokenizer = build_model(config, JOINT, seed=0)
     batch = batch_of(tokenizer)
     train_a_little(model, batch)
     before = logits(model, batch)
@@ -94,7 +98,7 @@ def test_a_saved_model_predicts_the_same(family, variant, backbone, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fresh_process_predicts_the_same_in_4_bits(family, backbone, tmp_path):
     config = config_of(backbone(family), load_in_4bit=True)
-    model, tokenizer = build_model(config, 3, seed=0)
+    model, tokenizer = build_model(config, JOINT, seed=0)
     batch = batch_of(tokenizer)
     train_a_little(model, batch)
     save_model(model, tokenizer, config, tmp_path / "model")
@@ -105,7 +109,7 @@ def test_a_fresh_process_predicts_the_same_in_4_bits(family, backbone, tmp_path)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_head_and_adapters_are_float32_and_the_backbone_is_quantised(family, variant, backbone):
-    model, _ = build_model(config_of(backbone(family), **VARIANTS[variant]), 3, seed=0)
+    model, _ = build_model(config_of(backbone(family), **VARIANTS[variant]), JOINT, seed=0)
     for name, module in model.named_modules():
         if any(head in name.split(".") for head in HEADS):
             assert "bitsandbytes" not in type(module).__module__, name
@@ -114,53 +118,67 @@ def test_head_and_adapters_are_float32_and_the_backbone_is_quantised(family, var
     assert bool(quantised) == (variant != "plain")
 
 
-@pytest.mark.parametrize("pooling", ["last", "responses"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_one_battle_alone_equals_the_battle_in_a_batch(family, pooling, backbone):
-    model, tokenizer = build_model(config_of(backbone(family), pooling=pooling), 3, seed=0)
-    batch = batch_of(tokenizer)
-    train_a_little(model, batch)
-    together = logits(model, batch).softmax(-1)
-    for row in range(len(together)):
-        length = int(batch["attention_mask"][row].sum())
-        alone = {name: batch[name][row : row + 1, :length] for name in MODEL_INPUTS}
-        assert (logits(model, alone).softmax(-1) - together[row]).abs().max() <= 1e-5
-
-
-@pytest.mark.parametrize("pooling", ["last", "responses"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_left_padding_equals_right_padding(family, pooling, backbone):
-    model, tokenizer = build_model(config_of(backbone(family), pooling=pooling), 3, seed=0)
-    right = batch_of(tokenizer)
-    train_a_little(model, right)
-    lengths = right["attention_mask"].sum(dim=1)
-    width = right["attention_mask"].shape[1]
-    assert (lengths < width).any()
-    left = {
-        name: torch.stack([row.roll(width - int(n)) for row, n in zip(right[name], lengths, strict=True)])
-        for name in MODEL_INPUTS
-    }
-    assert (logits(model, left).softmax(-1) - logits(model, right).softmax(-1)).abs().max() <= 1e-5
-
-
 def test_a_true_last_token_that_is_the_padding_id_counts(backbone):
-    model, _ = build_model(config_of(backbone("llama")), 3, seed=0)
+    model, _ = build_model(config_of(backbone("llama")), JOINT, seed=0)
     torch.nn.init.normal_(model.get_submodule("base_model.model.score").modules_to_save["default"].weight)
-    ids = torch.tensor([[5, 6, 7, 0]])
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "segment_ids": torch.zeros_like(ids)}
-    shorter = {name: tensor[:, :3] for name, tensor in inputs.items()}
-    assert not torch.allclose(logits(model, inputs), logits(model, shorter))
+    whole, shorter = (
+        pack([{"input_ids": ids, "segment_ids": [0] * len(ids), "branches": [0, len(ids)], "length": len(ids)}])
+        for ids in ([5, 6, 7, 0], [5, 6, 7])
+    )
+    assert not torch.allclose(logits(model, whole), logits(model, shorter))
+
+
+@pytest.mark.parametrize("pooling", ["last", "responses"])
+def test_a_reward_head_carries_its_tie_parameter_through_saving(pooling, backbone, tmp_path):
+    config = config_of(backbone("llama"), pooling=pooling, load_in_4bit=True)
+    model, tokenizer = build_model(config, SEPARATE, seed=0)
+    battles = read_battles(battle_frame(2))
+    batch = pack(list(tokenize(battles, tokenizer, PromptConfig("response", 160), encoding="separate")))
+    train_a_little(model, batch)
+    before = logits(model, batch)
+    assert before.shape == (2 * len(battles), 2)
+    assert before[0, 1] != 0
+    assert (before[:, 1] == before[0, 1]).all()
+    assert before[:, 0].std() > 1e-3
+    save_model(model, tokenizer, config, tmp_path / "model")
+    again, _ = load_model(config, tmp_path / "model")
+    assert torch.equal(logits(again, batch), before)
+    assert again.config.id2label == {0: "reward"}
+
+
+def test_peft_alone_gives_the_rewards_of_a_scalar_model(backbone, tmp_path):
+    from peft import AutoPeftModelForSequenceClassification
+
+    config = config_of(backbone("qwen3"))
+    model, tokenizer = build_model(config, SEPARATE, seed=0)
+    battles = read_battles(battle_frame(2))
+    rows = list(tokenize(battles, tokenizer, PromptConfig("response", 160), encoding="separate"))
+    train_a_little(model, pack(rows))
+    save_model(model, tokenizer, config, tmp_path / "model")
+    plain = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=1).eval()
+    padded = pad(rows, tokenizer.pad_token_id)
+    with torch.no_grad():
+        theirs = plain(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits
+    assert (theirs[:, 0] - logits(model, pack(rows))[:, 0]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_head_has_the_shape_that_its_objective_asks_for(name, backbone):
+    model, _ = build_model(config_of(backbone("llama")), OBJECTIVES[name].head, seed=0)
+    head = model.get_submodule("base_model.model.score").modules_to_save["default"]
+    assert head.out_features == OBJECTIVES[name].head.num_labels
+    assert hasattr(head, "tie") == OBJECTIVES[name].head.tie
 
 
 def test_lora_only_from_a_layer_up(backbone):
-    model, _ = build_model(config_of(backbone("llama"), lora_first_layer=1), 3, seed=0)
+    model, _ = build_model(config_of(backbone("llama"), lora_first_layer=1), JOINT, seed=0)
     adapted = {name for name, weight in model.named_parameters() if weight.requires_grad and "lora_" in name}
     assert adapted
     assert all(".layers.1." in name for name in adapted)
 
 
 def test_lora_is_on_every_linear_layer_but_the_head(backbone):
-    model, _ = build_model(config_of(backbone("qwen3")), 3, seed=0)
+    model, _ = build_model(config_of(backbone("qwen3")), JOINT, seed=0)
     adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_A" in name}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -168,7 +186,7 @@ def test_lora_is_on_every_linear_layer_but_the_head(backbone):
 @pytest.mark.parametrize("key", ["use_rslora", "use_dora"])
 def test_lora_variants_are_saved_and_reloaded(key, backbone, tmp_path):
     config = config_of(backbone("llama"), **{key: True}, load_in_4bit=True)
-    model, tokenizer = build_model(config, 3, seed=0)
+    model, tokenizer = build_model(config, JOINT, seed=0)
     assert getattr(model.peft_config["default"], key)
     batch = batch_of(tokenizer)
     train_a_little(model, batch)
@@ -180,7 +198,7 @@ def test_lora_variants_are_saved_and_reloaded(key, backbone, tmp_path):
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_pissa_leaves_as_plain_lora_on_the_untouched_backbone(use_rslora, backbone, tmp_path):
     config = config_of(backbone("llama"), lora_init="pissa", use_rslora=use_rslora)
-    model, tokenizer = build_model(config, 3, seed=0)
+    model, tokenizer = build_model(config, JOINT, seed=0)
     batch = batch_of(tokenizer)
     train_a_little(model, batch)
     save_model(model, tokenizer, config, tmp_path / "model")
@@ -194,19 +212,20 @@ def test_peft_alone_loads_the_adapter(backbone, tmp_path):
     from peft import AutoPeftModelForSequenceClassification
 
     config = config_of(backbone("llama"))
-    model, tokenizer = build_model(config, 3, seed=0)
-    batch = batch_of(tokenizer)
-    train_a_little(model, batch)
+    model, tokenizer = build_model(config, JOINT, seed=0)
+    rows = rows_of(tokenizer)
+    train_a_little(model, pack(rows))
     save_model(model, tokenizer, config, tmp_path / "model")
     plain = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=3).eval()
+    padded = pad(rows, tokenizer.pad_token_id)
     with torch.no_grad():
-        theirs = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    assert (theirs - logits(model, batch)).abs().max() <= 1e-5
+        theirs = plain(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits
+    assert (theirs - logits(model, pack(rows))).abs().max() <= 1e-5
 
 
 def test_a_full_fine_tune_is_saved_and_reloaded(backbone, tmp_path):
     config = config_of(backbone("llama"), use_peft=False)
-    model, tokenizer = build_model(config, 3, seed=0)
+    model, tokenizer = build_model(config, JOINT, seed=0)
     batch = batch_of(tokenizer)
     train_a_little(model, batch)
     assert all(weight.requires_grad for weight in model.parameters())
@@ -216,7 +235,7 @@ def test_a_full_fine_tune_is_saved_and_reloaded(backbone, tmp_path):
 
 
 def saved_model(config: ModelConfig, folder) -> None:
-    model, tokenizer = build_model(config, 3, seed=0)
+    model, tokenizer = build_model(config, JOINT, seed=0)
     save_model(model, tokenizer, config, folder)
 
 
@@ -256,12 +275,12 @@ def test_what_cannot_work_is_refused_with_the_mend(changes, message, backbone):
         pytest.skip("this machine has CUDA")
     config = dataclasses.replace(config_of(backbone("llama")), **changes)
     with pytest.raises(InputError, match=message):
-        build_model(config, 3, seed=0)
+        build_model(config, JOINT, seed=0)
 
 
 def test_gemma2_is_not_run_with_attention_that_drops_its_cap(backbone):
     with pytest.raises(InputError, match="gemma2"):
-        load_classifier(config_of(backbone("gemma2"), attn_implementation="sdpa"), backbone("gemma2"), 3)
+        load_classifier(config_of(backbone("gemma2"), attn_implementation="sdpa"), backbone("gemma2"), JOINT)
 
 
 def test_precision_follows_the_hardware(monkeypatch):
@@ -281,20 +300,20 @@ def test_precision_follows_the_hardware(monkeypatch):
 
 def test_the_head_computes_in_float32_under_autocast(backbone):
     config = dataclasses.replace(config_of(backbone("llama")), dtype="bfloat16")
-    model, tokenizer = build_model(config, 3, seed=0)
+    model, tokenizer = build_model(config, JOINT, seed=0)
     with autocast(torch.device("cpu"), torch.bfloat16):
         assert logits(model, batch_of(tokenizer)).dtype == torch.float32
 
 
 def test_a_new_head_starts_even_handed(backbone):
-    model, tokenizer = build_model(config_of(backbone("gemma2")), 3, seed=0)
+    model, tokenizer = build_model(config_of(backbone("gemma2")), JOINT, seed=0)
     assert np.allclose(logits(model, batch_of(tokenizer)).softmax(-1).numpy(), 1 / 3)
 
 
 def test_add_lora_finds_linear_layers_of_a_family_that_is_not_in_the_table(tmp_path):
     folder = make_backbone("olmo2", tmp_path)
     config = config_of(folder)
-    model = add_lora(load_classifier(config, folder, 3), config)
+    model = add_lora(load_classifier(config, folder, JOINT), config)
     adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_A" in name}
     assert {"q_proj", "down_proj"} <= adapted
     assert "score" not in adapted

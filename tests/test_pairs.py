@@ -3,22 +3,18 @@ import json
 import os
 import subprocess
 import sys
-import warnings
 
 import numpy as np
 import pytest
-import torch
 from conftest import battle_frame, make_tokenizer, write_csv
 from datasets import Dataset
-from hypothesis import given
-from hypothesis import strategies as st
 
 from rewardmodel.battles import OUTCOMES, outcomes, swap
 from rewardmodel.config import PromptConfig
 from rewardmodel.errors import InputError
 from rewardmodel.formats import read_battles
-from rewardmodel.pairs import MODEL_COLUMNS, MODEL_INPUTS, ROWS, PadCollator, length_sorted_batches, retention, tokenize
-from rewardmodel.prompt import PromptEncoder
+from rewardmodel.pairs import MODEL_COLUMNS, ROWS, merge, retention, saved, tokenize
+from rewardmodel.prompt import Encoded, PromptEncoder
 
 PROMPT = PromptConfig(max_length=160)
 
@@ -76,9 +72,6 @@ def test_weights_of_battles_are_those_of_their_rows(battles, tokenizer):
 def test_unlabelled_battles_have_labels_that_are_no_numbers(tokenizer):
     rows = tokenize(read_battles(battle_frame(2).drop(columns=list(OUTCOMES))), tokenizer, PROMPT)
     assert np.isnan(np.array(rows["labels"][:], dtype=np.float64)).all()
-    batch = PadCollator(0)(list(rows))
-    assert batch["labels"].shape == (8, 3)
-    assert batch["labels"].isnan().all()
 
 
 def test_swapped_battles_exchange_their_segments_labels_and_nothing_of_their_length(battles, tokenizer):
@@ -105,7 +98,7 @@ def test_a_prompt_that_cannot_be_made_is_refused(changes, key, battles, tokenize
 
 def test_a_template_that_encodes_each_response_alone_is_refused(battles, tokenizer):
     alone = "{% for round in rounds %}{{ round.prompt }} {{ round.response }}{% endfor %}"
-    with pytest.raises(InputError, match=r"^prompt\.template: .*each response alone.* use one with response_a"):
+    with pytest.raises(InputError, match=r"^prompt\.template: .* has response, but the objective needs response_a and"):
         tokenize(battles, tokenizer, dataclasses.replace(PROMPT, template=alone))
 
 
@@ -218,68 +211,81 @@ def test_retention_of_tokenised_battles_counts_the_ones_that_lost_text(battles, 
     assert 0 < retention(cut)["battles_cut"] == np.mean(counted) < 1
 
 
-def row(ids, segments, labels=(1.0, 0.0, 0.0), weight=1.0):
-    return {"input_ids": ids, "segment_ids": segments, "labels": list(labels), "weight": weight}
+@pytest.fixture
+def encoders(tokenizer):
+    """Return how each encoding makes the sequences of a battle: one function from battles to lists of sequences."""
+
+    def separately(battles, prompt):
+        encoder = PromptEncoder(tokenizer, prompt, "separate")
+        return [list(encoder(battles["prompt"][:], battles[name][:])) for name in ("response_a", "response_b")]
+
+    def jointly(battles, prompt):
+        encoder = PromptEncoder(tokenizer, prompt)
+        texts = [battles[name][:] for name in ("prompt", "response_a", "response_b")]
+        return [list(encoder(*texts)), list(encoder(texts[0], texts[2], texts[1]))]
+
+    return {"joint": (jointly, PROMPT), "separate": (separately, PromptConfig("response", max_length=120))}
 
 
-def test_a_batch_is_padded_on_the_right_to_its_longest_row():
-    rows = [row([5, 6, 7], [0, 1, 2]), row([8], [1], labels=(0.0, 0.25, 0.75), weight=2.5)]
-    batch = PadCollator(pad_token_id=9)(rows)
-    assert set(batch) == {*MODEL_INPUTS, "labels", "weight"}
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["segment_ids"].tolist() == [[0, 1, 2], [1, 0, 0]]
-    assert batch["labels"].tolist() == [[1, 0, 0], [0, 0.25, 0.75]]
-    assert batch["weight"].tolist() == [1, 2.5]
-    assert {batch[name].dtype for name in MODEL_INPUTS} == {torch.int64}
-    assert {batch[name].dtype for name in ("labels", "weight")} == {torch.float32}
+@pytest.mark.parametrize("encoding", ["joint", "separate"])
+def test_a_row_holds_both_sequences_of_a_battle_and_their_beginning_once(encoding, encoders, battles, tokenizer):
+    encode, prompt = encoders[encoding]
+    rows = tokenize(battles, tokenizer, prompt, encoding=encoding, both_orders=True)
+    for row, *expected in zip(rows, *encode(battles, prompt), strict=True):
+        shared, *branches = row["branches"]
+        assert shared + sum(branches) == row["length"] == len(row["input_ids"])
+        for number, one in enumerate(expected):
+            start = shared + sum(branches[:number])
+            for column in ("input_ids", "segment_ids"):
+                found = row[column][:shared] + row[column][start : start + branches[number]]
+                assert found == getattr(one, column).tolist()
+        differs = [row["input_ids"][shared], row["segment_ids"][shared]]
+        other = [row["input_ids"][shared + branches[0]], row["segment_ids"][shared + branches[0]]]
+        assert differs != other or 1 in branches  # no more could be shared
 
 
-def test_padding_is_told_by_the_mask_even_where_the_padding_id_is_a_true_token():
-    batch = PadCollator(pad_token_id=0)([row([3, 0, 0], [0, 1, 2]), row([0], [2])])
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+def test_one_order_is_the_first_of_both(battles, tokenizer):
+    one, both = (tokenize(battles, tokenizer, PROMPT, both_orders=orders) for orders in (False, True))
+    for alone, row in zip(one, both, strict=True):
+        assert alone["branches"] == [0, alone["length"]]
+        assert sum(row["branches"][:2]) == alone["length"]
+        assert alone["input_ids"] == row["input_ids"][: alone["length"]]
+        assert [alone[name] for name in ("full", "kept", "labels")] == [
+            row[name] for name in ("full", "kept", "labels")
+        ]
 
 
-def test_a_batch_takes_tensors_and_arrays_without_a_warning():
-    given = row(np.array([1, 2], np.int32), torch.tensor([0, 1], dtype=torch.int8))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        batch = PadCollator(0)([given])
-    assert batch["input_ids"].tolist() == [[1, 2]]
+def encoded(ids, segments=None) -> Encoded:
+    return Encoded(np.array(ids, np.int32), np.array(segments or [0] * len(ids), np.int8), (0,), (0,))
 
 
-lengths_and_budget = st.tuples(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 1000))
+@pytest.mark.parametrize(
+    ("sequences", "ids", "branches"),
+    [
+        ([encoded([1, 2, 3])], [1, 2, 3], [0, 3]),
+        ([encoded([1, 2, 3]), encoded([1, 2, 4, 5])], [1, 2, 3, 4, 5], [2, 1, 2]),
+        ([encoded([1, 2]), encoded([1, 2])], [1, 2, 2], [1, 1, 1]),
+        ([encoded([1, 2]), encoded([1, 2, 3])], [1, 2, 2, 3], [1, 1, 2]),
+        ([encoded([7]), encoded([7, 8])], [7, 7, 8], [0, 1, 2]),
+        ([encoded([1, 2, 3], [0, 1, 1]), encoded([1, 2, 3], [0, 2, 2])], [1, 2, 3, 2, 3], [1, 2, 2]),
+    ],
+    ids=["one", "two", "the same", "a beginning of the other", "one token", "other segments"],
+)
+def test_sequences_are_merged_as_by_hand(sequences, ids, branches):
+    merged = merge(sequences)
+    assert merged.input_ids.tolist() == ids
+    assert merged.branches == branches
+    assert len(merged.segment_ids) == len(ids)
 
 
-@given(lengths_and_budget)
-def test_every_row_is_in_exactly_one_batch(drawn):
-    lengths, budget = np.array(drawn[0], dtype=np.int64), drawn[1]
-    batches = list(length_sorted_batches(lengths, budget))
-    assert sorted(number for batch in batches for number in batch.tolist()) == list(range(len(lengths)))
-    assert all(len(batch) for batch in batches)
+def test_what_is_saved_is_the_share_of_tokens_that_are_in_a_row_once():
+    rows = Dataset.from_dict({"branches": [[10, 5, 5], [0, 20]], "length": [20, 20]})
+    assert saved(rows) == pytest.approx(1 - 40 / 50)
 
 
-@given(lengths_and_budget)
-def test_no_batch_is_over_the_budget_unless_it_is_one_row(drawn):
-    lengths, budget = np.array(drawn[0], dtype=np.int64), drawn[1]
-    for batch in length_sorted_batches(lengths, budget):
-        assert len(batch) == 1 or len(batch) * lengths[batch].max() <= budget
-
-
-@given(lengths_and_budget)
-def test_the_longest_rows_come_first_and_equal_ones_in_their_order(drawn):
-    lengths, budget = np.array(drawn[0], dtype=np.int64), drawn[1]
-    numbers = [number for batch in length_sorted_batches(lengths, budget) for number in batch.tolist()]
-    assert numbers == sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
-
-
-@given(lengths_and_budget)
-def test_no_batch_could_take_the_row_after_it(drawn):
-    lengths, budget = np.array(drawn[0], dtype=np.int64), drawn[1]
-    for batch in list(length_sorted_batches(lengths, budget))[:-1]:
-        assert (len(batch) + 1) * lengths[batch].max() > budget
-
-
-def test_batches_of_a_known_example():
-    batches = [batch.tolist() for batch in length_sorted_batches(np.array([3, 9, 4, 4, 20]), batch_tokens=12)]
-    assert batches == [[4], [1], [2, 3, 0]]
+def test_separate_rows_say_what_is_kept_of_prompt_and_responses(battles, tokenizer):
+    rows = tokenize(battles, tokenizer, PromptConfig("response", max_length=94), encoding="separate")
+    joint = tokenize(battles, tokenizer, PromptConfig(max_length=1000))
+    assert rows["full"][:] == joint["full"][:]
+    assert any(kept != full for kept, full in zip(rows["kept"][:], rows["full"][:], strict=True))
+    assert all(len(kept) == 3 for kept in rows["kept"])

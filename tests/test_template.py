@@ -182,9 +182,9 @@ REFUSED = {
     ),
     "no turns": ("{{ 'Which is better?' }}", ABSENT),
     "unknown": ("instructions", "no template 'instructions'; did you mean 'instruction'"),
-    "unknown, unlike any": ("zzz", "no template 'zzz'; there are: instruction, encoder, chat"),
-    "empty": ("", "no template ''; there are: instruction, encoder, chat"),
-    "no chat template": ("chat", "the backbone has no chat template; give Jinja, or another backbone"),
+    "unknown, unlike any": ("zzz", "no template 'zzz'; there are: instruction, encoder, response, chat"),
+    "empty": ("", "no template ''; there are: instruction, encoder, response, chat"),
+    "no chat template": ("chat", "the backbone has no chat template; set it to response, or give Jinja"),
     # What a recipe from elsewhere might try.
     "a class": (looped(ALL) + "{{ ().__class__ }}", "access to attribute '__class__' .* is unsafe"),
     "subclasses": (looped(ALL) + "{{ ().__class__.__base__.__subclasses__() }}", "access to attribute '__class__'"),

@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from rewardmodel.arguments import training_arguments
+from rewardmodel.batches import pack
 from rewardmodel.battles import swap
 from rewardmodel.config import ObjectiveConfig, dump_recipe
 from rewardmodel.errors import InputError
 from rewardmodel.formats import read_battles
 from rewardmodel.model import build_model
-from rewardmodel.objective import OBJECTIVES
+from rewardmodel.objective import JOINT, find_objective
 from rewardmodel.pairs import tokenize
 from rewardmodel.runs import MODEL
-from rewardmodel.trainer import PreferenceTrainer, find_objective, train, training_arguments
+from rewardmodel.trainer import PreferenceTrainer, train
 
 
 def adapter(run) -> dict[str, torch.Tensor]:
@@ -37,10 +40,11 @@ def with_trainer(recipe, **keys):
 
 
 def make_trainer(recipe, training, validation) -> PreferenceTrainer:
-    model, tokenizer = build_model(recipe.model, 3, seed=0)
+    model, tokenizer = build_model(recipe.model, JOINT, seed=0)
     rows = [tokenize(battles, tokenizer, recipe.prompt) for battles in (training, validation)]
     args = training_arguments(recipe, torch.float32, torch.device("cpu"))
-    return PreferenceTrainer(model, args, *rows, tokenizer, recipe.objective)
+    tokens = (recipe.trainer["micro_batch_tokens"], None)
+    return PreferenceTrainer(model, args, *rows, tokenizer, recipe.objective, torch.float32, tokens)
 
 
 def test_training_learns_to_tell_kind_from_rude(recipe):
@@ -126,21 +130,20 @@ def test_a_finished_run_is_not_trained_again(recipe):
     assert (run / MODEL / "adapter_model.safetensors").stat().st_mtime_ns == written
 
 
-@pytest.mark.parametrize(("batch", "accumulation"), [(2, 4), (1, 8), (4, 2)])
-def test_a_step_does_not_depend_on_the_micro_batches(recipe, batch, accumulation, tmp_path):
+@pytest.mark.parametrize("tokens", [1, 300, 500])
+def test_a_step_does_not_depend_on_the_micro_batches(recipe, tokens):
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, lora_dropout=0.0))
-    recipe = with_trainer(recipe, save_strategy="no", eval_strategy="no", train_sampling_strategy="sequential")
+    recipe = with_trainer(recipe, save_strategy="no", eval_strategy="no")
     battles = read_battles(recipe.data.train)
     weights = np.linspace(0.5, 2, 13).astype(np.float32)  # 13: the last step is ragged
     battles = battles.select(range(13)).remove_columns("weight").add_column("weight", weights)
 
-    def trained(batch: int, accumulation: int):
-        keys = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-        trainer = make_trainer(with_trainer(recipe, **keys), battles, battles)
+    def trained(tokens: int | None):
+        trainer = make_trainer(with_trainer(recipe, micro_batch_tokens=tokens), battles, battles)
         trainer.train()
         return {name: weight.detach() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
 
-    whole, parts = trained(8, 1), trained(batch, accumulation)
+    whole, parts = trained(100_000), trained(tokens)
     for name in whole:
         assert (whole[name] - parts[name]).abs().max() <= 1e-5, name
 
@@ -148,12 +151,111 @@ def test_a_step_does_not_depend_on_the_micro_batches(recipe, batch, accumulation
 def test_the_loss_is_the_weighted_mean_over_battles(recipe):
     battles = read_battles(recipe.data.train).select(range(4))
     battles = battles.remove_columns("weight").add_column("weight", np.array([1, 2, 3, 4], dtype=np.float32))
-    trainer = make_trainer(recipe, battles, battles)
-    batch = trainer.data_collator(list(trainer.train_dataset))
-    trainer.model.eval()
-    loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
-    each = -(batch["labels"] * outputs["logits"].log_softmax(-1)).sum(-1)
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, lora_dropout=0.0))
+    trainer = make_trainer(with_trainer(recipe, micro_batch_tokens=300), battles, battles)
+    for name, weight in trainer.model.named_parameters():
+        if "score" in name:
+            torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
+    rows = list(trainer.train_dataset)
+    loss = trainer.training_step(trainer.model, rows, trainer._get_num_items_in_batch([rows], torch.device("cpu")))
+    with torch.no_grad():
+        logits = trainer.model(**pack(rows)).logits
+    each = -(torch.tensor([row["labels"] for row in rows]) * logits.log_softmax(-1)).sum(-1)
     assert loss.item() == pytest.approx((each * torch.tensor([1.0, 2, 3, 4])).sum().item() / 10, abs=1e-6)
+
+
+def test_both_orders_of_a_battle_count_as_its_mean(recipe):
+    battles = read_battles(recipe.data.train).select(range(4))
+    trainer = make_trainer(recipe, battles, battles)
+    logits = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0.2, 0.3, 0.5]])
+    logs = logits.log_softmax(-1)
+    expected = -((labels * logs[:, 0]).sum(-1) + (labels[:, [1, 0, 2]] * logs[:, 1]).sum(-1)) / 2
+    assert torch.allclose(trainer.battle_losses(logits, labels), expected)
+
+
+class OutOfMemory(torch.nn.Module):
+    """A model that takes so many tokens and no more; gradients of what it refuses are half done."""
+
+    def __init__(self, model, most: int) -> None:
+        super().__init__()
+        self.model, self.most, self.refused = model, most, 0
+
+    def forward(self, input_ids, **batch):
+        if input_ids.numel() > self.most:
+            self.refused += 1
+            for weight in self.model.parameters():
+                if weight.requires_grad:
+                    weight.grad = torch.full_like(weight, 9.0)
+            raise torch.OutOfMemoryError
+        return self.model(input_ids=input_ids, **batch)
+
+
+def test_a_step_that_is_out_of_memory_is_repeated_in_smaller_parts(recipe, caplog):
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, lora_dropout=0.0))
+    battles = read_battles(recipe.data.train).select(range(8))
+
+    def gradients(most: int):
+        trainer = make_trainer(recipe, battles, battles)
+        model, rows = OutOfMemory(trainer.model, most), list(trainer.train_dataset)
+        loss = trainer.training_step(model, rows, 8.0)
+        return model.refused, loss, {n: w.grad for n, w in trainer.model.named_parameters() if w.requires_grad}
+
+    refused, loss, found = gradients(350)
+    _, expected_loss, expected = gradients(100_000)
+    assert refused >= 2
+    assert "out of memory: the step is repeated in micro-batches of" in caplog.text
+    assert loss.item() == pytest.approx(expected_loss.item(), abs=1e-6)
+    for name in expected:
+        assert (found[name] - expected[name]).abs().max() <= 1e-5, name
+
+
+def test_a_battle_that_alone_is_out_of_memory_is_said(recipe):
+    battles = read_battles(recipe.data.train).select(range(2))
+    trainer = make_trainer(recipe, battles, battles)
+    with pytest.raises(InputError, match=r"a battle of \d+ tokens does not fit .* prompt\.max_length"):
+        trainer.training_step(OutOfMemory(trainer.model, 10), list(trainer.train_dataset), 2.0)
+
+
+class Synchronisations(TorchDispatchMode):
+    """Counts what makes the host wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        if name.startswith(("aten::_local_scalar_dense", "aten::nonzero", "aten::bincount", "aten::unique")):
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_in_a_step_waits_for_the_device(recipe):
+    battles = read_battles(recipe.data.train)
+    recipe = with_trainer(recipe, eval_strategy="no", save_strategy="no", logging_steps=1000, optim="sgd")
+    counts = []
+    for steps in (1, 4):
+        trainer = make_trainer(with_trainer(recipe, max_steps=steps, micro_batch_tokens=500), battles, battles)
+        with Synchronisations() as mode:
+            trainer.train()
+        counts.append(mode.seen)
+    assert counts[0] == counts[1]  # what there is belongs to the start and the end of training
+
+
+@pytest.mark.parametrize("name", ["rao_kupper", "davidson", "bradley_terry"])
+def test_separate_objectives_learn_and_state_ties(recipe, name):
+    recipe = dataclasses.replace(
+        with_trainer(recipe, num_train_epochs=12, lr_scheduler_type="constant"),
+        objective=ObjectiveConfig(name=name),
+        prompt=dataclasses.replace(recipe.prompt, template="response"),
+        model=dataclasses.replace(recipe.model, pooling="responses", lora_r=16),
+    )
+    run, _ = train(recipe)
+    log = json.loads(latest_state(run).read_text())["log_history"]
+    assert min(entry["eval_log_loss"] for entry in log if "eval_log_loss" in entry) < 0.9  # the class prior is 1.04
+    tie = next(weight for key, weight in adapter(run).items() if key.endswith("score.tie"))
+    assert tie.item() != pytest.approx(0.0)  # where half of the battles are ties the start is log 2
 
 
 def test_four_bit_training_keeps_float32_weights_and_moves_head_and_adapters(recipe):
@@ -178,28 +280,21 @@ def test_gradient_checkpointing_changes_no_weight(recipe, tmp_path):
 
 
 def test_evaluation_in_between_leaves_4_bit_gradients_alone(recipe):
-    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, load_in_4bit=True, dtype="bfloat16"))
+    model = dataclasses.replace(recipe.model, load_in_4bit=True, dtype="bfloat16", lora_dropout=0.0)
     battles = read_battles(recipe.data.train).select(range(4))
-    trainer = make_trainer(recipe, battles, battles)
-    batch = trainer.data_collator(list(trainer.train_dataset))
+    trainer = make_trainer(dataclasses.replace(recipe, model=model), battles, battles)
+    rows = list(trainer.train_dataset)
 
     def gradients():
-        trainer.model.train()
         trainer.model.zero_grad()
-        trainer.compute_loss(trainer.model, batch).backward()
+        trainer.training_step(trainer.model, rows, 4.0)
         return {name: w.grad.clone() for name, w in trainer.model.named_parameters() if w.requires_grad}
 
     for name, weight in trainer.model.named_parameters():  # a zero start has no gradient to speak of
         if weight.requires_grad:
             torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(len(name)))
-    trainer.model.config.attention_dropout = 0.0
-    for module in trainer.model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
     before = gradients()
-    trainer.model.eval()
-    with torch.no_grad():
-        trainer.compute_loss(trainer.model, batch)
+    trainer.evaluate()
     after = gradients()
     for name in before:
         assert torch.equal(before[name], after[name]), name
@@ -210,8 +305,8 @@ def test_swap_augmentation_is_data(recipe, augmentation, caplog):
     caplog.set_level("INFO", logger="rewardmodel.trainer")
     data = dataclasses.replace(recipe.data, swap_augmentation=augmentation)
     train(with_trainer(dataclasses.replace(recipe, data=data), max_steps=1))
-    rows = {"none": 36, "both": 72}[augmentation]
-    assert f"36 battles to train on ({rows} rows), 12 for validation" in caplog.text
+    assert "36 battles to train on, 12 for validation" in caplog.text
+    assert ("its sequences share" in caplog.text) == (augmentation == "both")
 
 
 def test_early_stopping_ends_a_run_that_gets_worse(recipe):
@@ -241,14 +336,6 @@ def test_nothing_of_an_older_run_is_lost_to_a_mistake(recipe):
     assert sorted(path.name for path in run.iterdir()) == before
     again, _ = train(with_trainer(recipe, max_steps=2), overwrite=True)
     assert not (again / "checkpoint-1").exists()
-
-
-def test_cross_entropy_takes_soft_outcomes():
-    logits, soft = torch.randn(5, 3, dtype=torch.float64), torch.rand(5, 3, dtype=torch.float64).softmax(-1)
-    loss = OBJECTIVES["cross_entropy"].loss(logits, soft, 0.0)
-    assert torch.allclose(loss, -(soft * logits.log_softmax(-1)).sum(-1))
-    smooth = OBJECTIVES["cross_entropy"].loss(logits, soft, 0.3)
-    assert torch.allclose(smooth, -((0.7 * soft + 0.1) * logits.log_softmax(-1)).sum(-1))
 
 
 def test_an_unknown_objective_names_the_nearest():

@@ -7,12 +7,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, Trainer
+from transformers import AttentionInterface, AutoModelForSequenceClassification, BitsAndBytesConfig, Trainer
 from transformers.modeling_layers import GenericForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
 from rewardmodel.formats import read_battles
-from rewardmodel.pairs import PadCollator, tokenize
+from rewardmodel.pairs import tokenize
 from rewardmodel.trainer import train
 
 LORA = {"task_type": "SEQ_CLS", "r": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -67,10 +67,12 @@ def test_trl_switches_dropout_off_unless_told():
     ("owner", "method", "parameters"),
     [
         (RewardTrainer, "_prepare_dataset", ["dataset", "processing_class", "args", "dataset_name"]),
-        (RewardTrainer, "_set_signature_columns_if_needed", []),
         (RewardTrainer, "compute_loss", ["model", "inputs", "return_outputs", "num_items_in_batch"]),
         (RewardTrainer, "create_model_card", ["model_name", "dataset_name", "tags"]),
         (Trainer, "_get_num_items_in_batch", ["batch_samples", "device"]),
+        (Trainer, "training_step", ["model", "inputs", "num_items_in_batch"]),
+        (Trainer, "get_train_dataloader", []),
+        (Trainer, "evaluate", ["eval_dataset", "ignore_keys", "metric_key_prefix"]),
     ],
 )
 def test_the_methods_that_are_overridden_are_there(owner, method, parameters):
@@ -149,18 +151,19 @@ def test_split_special_tokens_makes_them_text(tokenizer):
     assert tokenizer.eos_token_id not in split
 
 
-def test_length_grouping_reads_the_length_column(recipe):
-    args = RewardConfig(
-        output_dir="x", use_cpu=True, bf16=False, train_sampling_strategy="group_by_length",
-        **CHECKPOINTING_OFF,
-    )  # fmt: skip
-    assert args.length_column_name == "length"
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2", "gemma3_text"])
+def test_a_registered_attention_is_handed_what_the_decoder_is_given_and_no_mask(family, backbone):
+    asked = []
 
+    def attention(module, query, key, value, attention_mask, note, **kwargs):
+        asked.append((attention_mask, note))
+        return query.transpose(1, 2), None
 
-def test_the_collator_needs_no_length(tokenizer, recipe):
-    rows = tokenize(read_battles(recipe.data.train), tokenizer, recipe.prompt)
-    batch = PadCollator(0)(list(rows.remove_columns(["length", "full", "kept"]).select(range(2))))
-    assert set(batch) == {"input_ids", "attention_mask", "segment_ids", "labels", "weight"}
+    AttentionInterface.register("of_this_test", attention)
+    model = plain_classifier(backbone(family))
+    model.config._attn_implementation = "of_this_test"
+    model.model(torch.arange(5)[None], note="seen")
+    assert asked == [(None, "seen")] * 2
 
 
 def test_torch_tells_whether_the_cpu_has_bfloat16():

@@ -1,0 +1,56 @@
+"""A recipe's `trainer` section in, TRL's training arguments out."""
+
+import torch
+from trl import RewardConfig
+
+from rewardmodel.config import Recipe
+from rewardmodel.errors import InputError
+from rewardmodel.trainer_keys import BATTLES, EARLY_STOPPING, OWN_KEYS, TOKENS
+
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+"""Keys that later releases of transformers 5 know by another name, and warn of under the old one."""
+
+
+def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> RewardConfig:
+    """Return TRL's arguments: the recipe's `trainer` section, and what other sections decide for it.
+
+    Raises:
+        InputError: keys that transformers refuses together, or several GPUs in one process.
+    """
+    keys = {key: value for key, value in recipe.trainer.items() if key not in OWN_KEYS}
+    keys.setdefault("dataloader_pin_memory", device.type == "cuda")
+    for old, new in RENAMED.items():
+        if old in keys and new in RewardConfig.__dataclass_fields__:
+            keys.setdefault(new, keys.pop(old))
+    if keys["eval_strategy"] == "no" or keys["save_strategy"] == "no":
+        keys["load_best_model_at_end"] = False
+    try:
+        args = RewardConfig(
+            **keys,
+            bf16=dtype == torch.bfloat16,
+            fp16=dtype == torch.float16,
+            use_cpu=device.type == "cpu",
+            max_length=None,
+            per_device_train_batch_size=recipe.trainer[BATTLES],
+            metric_for_best_model="log_loss",
+            greater_is_better=False,
+            restore_callback_states_from_checkpoint=recipe.trainer[EARLY_STOPPING] is not None,
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"trainer: {' '.join(str(error).split())}") from error
+    if args.n_gpu > 1:
+        raise InputError(
+            f"model.device: {args.n_gpu} GPUs are visible to one process; start one process a GPU with "
+            "scripts/launch.sh, or show it one with CUDA_VISIBLE_DEVICES=0"
+        )
+    if recipe.trainer[EARLY_STOPPING] is not None and not args.load_best_model_at_end:
+        raise InputError(
+            f"trainer.{EARLY_STOPPING}: needs the best checkpoint; set eval_strategy and save_strategy alike, not 'no'"
+        )
+    for key in (BATTLES, TOKENS):
+        if recipe.trainer[key] is not None and recipe.trainer[key] < 1:
+            raise InputError(f"trainer.{key}: {recipe.trainer[key]}; give at least 1")
+    return args

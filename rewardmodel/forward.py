@@ -1,0 +1,95 @@
+"""A model and tokenised rows in, logits out: by token budget, on one device or dealt to many."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from rewardmodel.batches import Batch, pack, pad, padded_tokens, plan_packed, plan_padded, to_device
+from rewardmodel.budget import Memory, find_budget
+from rewardmodel.model import is_packed
+from rewardmodel.pairs import MODEL_COLUMNS
+from rewardmodel.placement import autocast
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How rows become batches of one model.
+
+    Attributes:
+        collate: rows -> `Batch`.
+        tokens: row -> tokens that it costs in a batch.
+        plan: (tokens of rows, budget, processes) -> micro-batches, as `rewardmodel.batches.plan_packed`.
+    """
+
+    collate: Callable[[Sequence[dict[str, Any]]], Batch]
+    tokens: Callable[[dict[str, Any]], int]
+    plan: Callable[[Sequence[int], int, int], list[list[list[int]]]]
+
+
+def batching(model: Any, pad_token_id: int) -> Batching:
+    """Return how rows become batches of a model: packed if its attention can, else padded."""
+    if is_packed(model):
+        return Batching(pack, lambda row: row["length"], plan_packed)
+    return Batching(partial(pad, pad_token_id=pad_token_id), padded_tokens, plan_padded)
+
+
+@torch.no_grad()
+def row_logits(
+    model: Any, rows: Dataset, pad_token_id: int, dtype: torch.dtype, budget: int, name: str = ""
+) -> np.ndarray:
+    """Return the logits of each sequence of rows, (n_rows, n_sequences, n_logits) float32, in their order.
+
+    Every process returns all of them, and computes its share.
+
+    Args:
+        model: in evaluation mode, on its device.
+        rows: of `rewardmodel.pairs.ROWS`, all with the same number of sequences.
+        pad_token_id: what fills the ends of shorter sequences, where a model cannot do without.
+        dtype: precision to compute in.
+        budget: tokens of a batch.
+        name: of the progress bar; none: no bar.
+    """
+    state, how = PartialState(), batching(model, pad_token_id)
+    rows = rows.select_columns(list(MODEL_COLUMNS))
+    costs = [how.tokens(row) for row in rows.select_columns(["branches", "length"])]
+    mine = how.plan(costs, budget, state.num_processes)[state.process_index]
+    device = next(model.parameters()).device
+    found = []
+    with tqdm(total=sum(map(len, mine)), desc=name, unit="battle", disable=not name) as progress:
+        for micro in mine:
+            # A sharded model needs every process in every forward pass; one without rows left repeats a row.
+            chosen = [rows[number] for number in micro or [int(np.argmin(costs))]]
+            with autocast(device, dtype):
+                logits = model(**to_device(how.collate(chosen), device)).logits.float()
+            found.append(logits.view(len(chosen), -1, logits.shape[-1])[: len(micro)])
+            progress.update(len(micro))
+    together = torch.cat(found)
+    result = together.new_zeros(len(rows), *together.shape[1:])
+    result[[number for micro in mine for number in micro]] = together
+    return reduce(result).cpu().numpy()
+
+
+@torch.no_grad()
+def forward_budget(model: Any, rows: Dataset, pad_token_id: int, dtype: torch.dtype) -> int:
+    """Return how many tokens of rows fit into a batch that is only computed forward."""
+    device = next(model.parameters()).device
+    how, longest = batching(model, pad_token_id), longest_row(rows)
+
+    def work(count: int) -> None:
+        with autocast(device, dtype):
+            model(**to_device(how.collate([longest] * count), device))
+
+    return find_budget(Memory(device) if device.type == "cuda" else None, work, how.tokens(longest))
+
+
+def longest_row(rows: Dataset) -> dict[str, Any]:
+    """Return the row with the most tokens."""
+    return rows.select_columns(list(MODEL_COLUMNS))[int(np.argmax(rows["length"][:]))]

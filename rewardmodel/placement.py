@@ -1,0 +1,58 @@
+"""A recipe's wishes and the machine at hand in, the device and the precision to compute in out."""
+
+import os
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from rewardmodel.backbone import Family, family
+from rewardmodel.config import ModelConfig
+from rewardmodel.errors import InputError
+
+
+def placement(config: ModelConfig, folder: Path) -> tuple[torch.device, torch.dtype]:
+    """Return the device and the precision that a backbone computes in here.
+
+    Raises:
+        InputError: CUDA asked for and absent, or float16 on a CPU.
+    """
+    device = compute_device(config)
+    return device, compute_dtype(config, device, family(AutoConfig.from_pretrained(folder).model_type))
+
+
+def compute_device(config: ModelConfig) -> torch.device:
+    """Return the device to compute on.
+
+    Raises:
+        InputError: CUDA is asked for and there is none.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "model.device: cuda is asked for, but torch sees no CUDA device; use --model.device cpu or auto"
+        )
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # set by accelerate launch and torchrun
+
+
+def compute_dtype(config: ModelConfig, device: torch.device, rules: Family) -> torch.dtype:
+    """Return the precision of the backbone: bfloat16 where the hardware has it, else float16, else float32.
+
+    float16 (Turing and older) is left out for families whose activations leave its range, and on CPUs.
+    """
+    if config.dtype != "auto":
+        if config.dtype == "float16" and device.type == "cpu":
+            raise InputError("model.dtype: float16 does not train on a CPU; use bfloat16, float32 or auto")
+        return getattr(torch, config.dtype)
+    if device.type == "cpu":
+        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    if torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    return torch.float16 if rules.float16 else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Return the context in which a forward pass computes in `dtype`, the same in training and in prediction."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -1,0 +1,320 @@
+"""Backbones to measure: a shape's name in, a classifier of it out, ours or stock; and what the device can do at most.
+
+Shapes of 4 to 9 billion weights are random: made on the device layer by layer and quantised at once, so that neither
+a download nor host memory is needed. A random backbone computes as fast as a trained one.
+"""
+
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LORA = {
+    "r": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0.05,
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+"""The adapters of every competitor, in PEFT's words."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A backbone and how much of it is measured.
+
+    Attributes:
+        config: of the random backbone, in transformers' words; none: real weights of the shape's name.
+        max_length: most tokens of a sequence.
+        four_bits: NF4 with double quantisation, or 16 bits.
+        checkpointing: recompute activations of each layer in the backward pass.
+        training_battles: of one measurement, beside `WARM` to warm up; 8 an optimiser step.
+        inference_battles: the same, each predicted in both orders.
+        batch_tokens: of a batch of ours in inference.
+        stock_attention: of the stock competitors; none: what transformers takes by itself.
+    """
+
+    config: dict[str, Any] | None
+    max_length: int = 2048
+    four_bits: bool = True
+    checkpointing: bool = True
+    training_battles: int = 48
+    inference_battles: int = 64
+    batch_tokens: int = 16384
+    stock_attention: str | None = None
+
+
+SHAPES = {
+    "llama-3-8b": Shape(
+        {
+            "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
+            "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        }
+    ),
+    # Some releases of transformers give Gemma 2 to torch's fused attention, which leaves the cap on its logits out.
+    "gemma-2-9b": Shape(
+        {
+            "model_type": "gemma2", "hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42,
+            "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256, "vocab_size": 256000,
+            "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh",
+            "sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+            "query_pre_attn_scalar": 256, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        stock_attention="eager",
+    ),
+    "qwen3-4b": Shape(
+        {
+            "model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+            "max_position_embeddings": 262144, "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5000000.0},
+        }
+    ),
+    "smollm2-135m-instruct": Shape(
+        None, max_length=1024, four_bits=False, checkpointing=False,
+        training_battles=32, batch_tokens=4096,
+    ),
+    "tiny": Shape(
+        {
+            "model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 49152,
+            "max_position_embeddings": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        max_length=1024, four_bits=False, checkpointing=False, batch_tokens=4096,
+    ),
+}  # fmt: skip
+"""What can be measured; the first three are for a GPU."""
+
+
+def backbone_folder(name: str, folder: Path) -> Path:
+    """Return the folder of a shape's backbone: tokenizer, configuration and, unless they are drawn, weights."""
+    from transformers import AutoConfig
+
+    from rewardmodel.weights import resolve
+
+    config = SHAPES[name].config
+    if config is None:
+        return resolve(name)
+    folder = folder / name
+    tokenizer = text_tokenizer() or unlettered_tokenizer()
+    tokens = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    AutoConfig.for_model(**config, **tokens).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def text_tokenizer() -> Any:
+    """Return SmolLM2's tokenizer, whose ids every shape has, or None where its package is not installed."""
+    from rewardmodel.errors import InputError
+    from rewardmodel.model import load_tokenizer
+    from rewardmodel.weights import resolve
+
+    try:
+        return load_tokenizer(resolve("smollm2-135m-instruct"))
+    except InputError:
+        return None
+
+
+def unlettered_tokenizer() -> Any:
+    """Return a tokenizer that only knows padding and end, for battles that are made of ids."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<eos>": 1, "<unk>": 2}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")),
+        pad_token="<pad>", eos_token="<eos>", bos_token="<eos>", unk_token="<unk>",
+    )  # fmt: skip
+
+
+@contextmanager
+def random_weights(seed: int) -> Iterator[None]:
+    """Let transformers' `from_pretrained` draw weights where it would read them."""
+    from transformers import PreTrainedModel
+
+    upstream = PreTrainedModel.__dict__["from_pretrained"]
+    PreTrainedModel.from_pretrained = classmethod(partial(_drawn, seed))
+    try:
+        yield
+    finally:
+        PreTrainedModel.from_pretrained = upstream
+
+
+def _drawn(
+    seed: int,
+    cls: Any,
+    folder: Path,
+    *_: Any,
+    config: Any = None,
+    dtype: torch.dtype = torch.bfloat16,
+    attn_implementation: str | None = None,
+    device_map: dict[str, Any] | None = None,
+    quantization_config: Any = None,
+    **labels: Any,
+) -> Any:
+    """Return a model of a folder's configuration, each module drawn on its device and quantised before the next."""
+    from transformers import AutoConfig
+
+    if config is None:
+        config = AutoConfig.from_pretrained(folder, **labels)
+    device = torch.device((device_map or {"": "cpu"})[""])
+    attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    with torch.device("meta"):
+        model = cls._from_config(config, dtype=dtype, **attention)
+    if quantization_config is not None:
+        from transformers.integrations import replace_with_bnb_linear
+
+        replace_with_bnb_linear(model, quantization_config.llm_int8_skip_modules, quantization_config)
+        model.is_loaded_in_4bit = True
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if "Linear4bit" in type(module).__name__:
+            _quantise(module, dtype, device)
+        elif module._parameters or module._buffers:
+            module.to_empty(device=device, recurse=False)
+            model._init_weights(module)
+    return model.eval()
+
+
+@torch.no_grad()
+def _quantise(linear: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Draw the weight of a bitsandbytes layer, which quantises it on its way to the device."""
+    from bitsandbytes.nn import Params4bit
+
+    old = linear.weight
+    drawn = torch.empty(linear.out_features, linear.in_features, dtype=dtype, device=device).normal_(std=0.02)
+    settings = {name: getattr(old, name) for name in ("compress_statistics", "quant_type", "quant_storage")}
+    linear.weight = Params4bit(drawn, requires_grad=False, module=linear, **settings).to(device)
+
+
+def our_config(plan: Any) -> Any:
+    """Return the plan's backbone, quantisation and adapters as rewardmodel takes them."""
+    from rewardmodel.config import ModelConfig
+
+    return ModelConfig(
+        model_name_or_path=str(plan.folder),
+        device=plan.device.type,
+        dtype=str(plan.dtype).removeprefix("torch."),
+        attn_implementation=plan.attention,
+        load_in_4bit=plan.four_bits,
+        lora_r=LORA["r"],
+        lora_alpha=LORA["lora_alpha"],
+        lora_dropout=LORA["lora_dropout"],
+        lora_target_modules=LORA["target_modules"],
+    )
+
+
+def stock_model(plan: Any, num_labels: int) -> tuple[Any, Any]:
+    """Return transformers' own classifier under PEFT, as our_config's but for the code that computes; its tokenizer."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+
+    bits = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=plan.dtype, llm_int8_skip_modules=["score"],
+    )  # fmt: skip
+    model = AutoModelForSequenceClassification.from_pretrained(
+        plan.folder, num_labels=num_labels, dtype=plan.dtype, device_map={"": plan.device},
+        **({"quantization_config": bits} if plan.four_bits else {}),
+        **({"attn_implementation": plan.stock_attention} if plan.stock_attention else {}),
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(plan.folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.score.float()
+    return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], **LORA)), tokenizer
+
+
+@torch.no_grad()
+def draw_head(model: Any, seed: int) -> None:
+    """Give the head that trains the same drawn weights in every competitor."""
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and ".score." in name:
+            drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+            weight.copy_(drawn / weight.shape[1] ** 0.5)
+
+
+def non_embedding_weights(folder: Path) -> int:
+    """Return how many weights of a backbone are neither embedding nor head."""
+    from transformers import AutoConfig, AutoModel
+
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+    return sum(weight.numel() for name, weight in model.named_parameters() if "embed" not in name)
+
+
+def model_flops(folder: Path, lengths: list[int], training: bool) -> float:
+    """Return the operations that sequences of these lengths need, however they are computed.
+
+    A weight costs 2 a token forward and, frozen under LoRA, 2 more backward. Causal attention costs
+    2 layers · heads · head size · length² a sequence forward, and twice that more backward. Adapters, head,
+    recomputation and padding count nothing; no window of the shapes here is shorter than their sequences.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 2.0 * config.num_hidden_layers * config.num_attention_heads * head * sum(n * n for n in lengths)
+    dense = 2.0 * non_embedding_weights(folder) * sum(lengths)
+    return dense * (2 if training else 1) + attention * (3 if training else 1)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the operations a second of a large matrix product, the best of ten."""
+    size = 8192 if device.type == "cuda" else 2048
+    one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(10):
+        synchronise(device)
+        start = time.perf_counter()
+        one @ other
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return 2.0 * size**3 / min(seconds)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU; a CPU is never behind."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def processor() -> str:
+    """Return the name of the processor and how many threads compute."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
+
+
+def profiled(plan: Any, work: Callable[[], Any]) -> None:
+    """Run work under torch's profiler and print what took longest."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if plan.device.type == "cuda" else [])]
+    with profile(activities=kinds) as seen:
+        work()
+        synchronise(plan.device)
+    by = f"self_{plan.device.type}_time_total"
+    print(seen.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=80), file=sys.stderr)
+
+
+class Counter:
+    """Counts the tokens that go through a model's embedding, padding included."""
+
+    def __init__(self, model: Any) -> None:
+        self.tokens = self.batches = 0
+        model.get_input_embeddings().register_forward_pre_hook(self.count)
+
+    def count(self, _: Any, given: tuple) -> None:
+        """Count one batch."""
+        self.tokens += given[0].numel()
+        self.batches += 1

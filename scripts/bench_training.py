@@ -1,0 +1,204 @@
+"""How fast rewardmodel trains LoRA beside stock transformers and TRL, on the same battles and backbone.
+
+    python scripts/bench_training.py train.csv --json scripts/results/training.json
+    python scripts/bench_training.py --synthetic --shape llama-3-8b --repeats 1      # random weights, on a GPU
+
+Every optimiser step has 8 battles. One epoch over all battles is timed, so that all compute the same sequences, from
+the first batch to the last weight; a short run before it warms up.
+
+ours     rewardmodel
+trainer  transformers.Trainer, random batches of 8, each padded to its longest sequence
+trl      trl.RewardTrainer: prompt and A, prompt and B in sequences of their own, decided battles only
+"""
+
+import gc
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from bench_battles import answer
+from bench_compare import Plan, arguments, compare, figures_of, guarded
+from bench_models import Counter, draw_head, our_config, profiled, stock_model, synchronise
+from transformers import TrainerCallback, TrainingArguments
+
+Trained = tuple[Any, Callable[[Any], Any]]
+"""A model, and what makes a trainer of it for rows."""
+
+
+def settings(plan: Plan) -> dict[str, Any]:
+    """Return what every trainer is told."""
+    names = TrainingArguments.__dataclass_fields__
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return {
+        checkpointing: plan.checkpointing,
+        "dataloader_pin_memory": plan.device.type == "cuda",
+        "disable_tqdm": True,
+        "eval_strategy": "no",
+        "learning_rate": 2e-4,
+        "logging_strategy": "no",
+        "num_train_epochs": 1,
+        "output_dir": tempfile.mkdtemp(),
+        "per_device_train_batch_size": plan.batch,
+        "report_to": "none",
+        "save_strategy": "no",
+        "seed": plan.seed,
+    }
+
+
+def stock_settings(plan: Plan) -> dict[str, Any]:
+    """Return what the stock trainers are told beside."""
+    return {"bf16": plan.dtype == torch.bfloat16, "use_cpu": plan.device.type == "cpu"}
+
+
+def ours(plan: Plan) -> Trained:
+    """Return rewardmodel's."""
+    from rewardmodel.config import ObjectiveConfig, Recipe
+    from rewardmodel.model import build_model
+    from rewardmodel.trainer import PreferenceTrainer, training_arguments
+
+    model, tokenizer = build_model(our_config(plan), 3, plan.seed)
+    args = training_arguments(Recipe(trainer=settings(plan)), plan.dtype, plan.device)
+    return model, lambda rows: PreferenceTrainer(model, args, rows, None, tokenizer, ObjectiveConfig())
+
+
+def trainer(plan: Plan) -> Trained:
+    """Return transformers'."""
+    from transformers import DataCollatorWithPadding, Trainer
+
+    model, tokenizer = stock_model(plan, num_labels=3)
+    args = TrainingArguments(**settings(plan), **stock_settings(plan))
+
+    def made(rows: Any) -> Any:
+        classes = [max(range(3), key=labels.__getitem__) for labels in rows["labels"][:]]
+        battles = rows.select_columns("input_ids").add_column("labels", classes)
+        return Trainer(model, args, train_dataset=battles, data_collator=DataCollatorWithPadding(tokenizer))
+
+    return model, made
+
+
+def trl(plan: Plan) -> Trained:
+    """Return TRL's."""
+    from trl import RewardConfig, RewardTrainer
+
+    model, tokenizer = stock_model(plan, num_labels=1)
+    args = RewardConfig(**settings(plan), **stock_settings(plan), max_length=None)
+    return model, lambda rows: RewardTrainer(
+        model, args, train_dataset=decided(rows), processing_class=tokenizer
+    )  # fmt: skip
+
+
+def decided(rows: Any) -> Any:
+    """Return the decided battles as TRL's pairs: the sequence of a battle without the one response, or the other."""
+    from datasets import Dataset
+
+    def without(row: dict, segment: int) -> list[int]:
+        return [token for token, of in zip(row["input_ids"], row["segment_ids"], strict=True) if of != segment]
+
+    battles = [(row, row["labels"][0] > row["labels"][1]) for row in rows if row["labels"][2] < 0.5]
+    pairs = {
+        "chosen_ids": [without(row, 2 if a_wins else 1) for row, a_wins in battles],
+        "rejected_ids": [without(row, 1 if a_wins else 2) for row, a_wins in battles],
+    }
+    return Dataset.from_dict(pairs)
+
+
+COMPETITORS: dict[str, Callable[[Plan], Trained]] = {"ours": ours, "trainer": trainer, "trl": trl}
+
+
+class Clock(TrainerCallback):
+    """Takes the time between the first batch and the last step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Start."""
+        synchronise(self.device)
+        self.start = time.perf_counter()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Stop."""
+        synchronise(self.device)
+        self.seconds = time.perf_counter() - self.start
+
+
+class NoWaiting(TrainerCallback):
+    """Lets a step fail in which the processor waits for the GPU."""
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Forbid it."""
+        torch.cuda.set_sync_debug_mode("error")
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Allow what belongs to no step."""
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def warmed(path: str, name: str) -> tuple[Plan, Any, Any, Callable[[Any], Any]]:
+    """Return a competitor that has trained a little: plan, model, rows, and what makes a trainer for rows."""
+    plan = Plan.read(path)
+    with plan.weights():
+        model, trainer_of = COMPETITORS[name](plan)
+    draw_head(model, plan.seed)
+    warm, rows = plan.rows()
+    trainer_of(warm).train()
+    gc.collect()  # the first optimiser
+    return plan, model, rows, trainer_of
+
+
+def train(path: str, name: str) -> dict:
+    """Train an epoch and return its figures."""
+    plan, model, rows, trainer_of = warmed(path, name)
+    counter, clock = Counter(model), Clock(plan.device)
+    trainer = trainer_of(rows)
+    trainer.add_callback(clock)
+    if plan.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    loss = trainer.train().training_loss
+    pairs = decided(rows) if name == "trl" else None
+    columns = [pairs["chosen_ids"][:], pairs["rejected_ids"][:]] if pairs else [rows["input_ids"][:]]
+    lengths = [len(row) for column in columns for row in column]
+    battles = len(pairs) if pairs else len(rows)
+    figures = figures_of(plan, lengths, battles, clock.seconds, counter.tokens, training=True)
+    steps = {"optimiser_steps": trainer.state.global_step, "batches": counter.batches, "loss": round(loss, 4)}
+    return {**figures, **steps, "attention": model.config._attn_implementation}
+
+
+def profile(path: str, name: str) -> dict:
+    """Print where the time of four steps goes."""
+    plan, _, rows, trainer_of = warmed(path, name)
+    trainer = trainer_of(rows.select(range(4 * plan.batch)))
+    profiled(plan, trainer.train)
+    return {"optimiser_steps": trainer.state.global_step}
+
+
+def synchronisation(path: str, name: str) -> dict:
+    """Train four steps in which waiting for the GPU is an error."""
+    plan, _, rows, trainer_of = warmed(path, name)
+    if plan.device.type != "cuda":
+        return {"failed": "only a GPU can be waited for"}
+    trainer = trainer_of(rows.select(range(4 * plan.batch)))
+    trainer.add_callback(NoWaiting())
+    trainer.train()
+    return {"optimiser_steps_without_waiting": trainer.state.global_step}
+
+
+MEASUREMENTS = {"competitor": guarded(train), "profile": profile, "synchronisation": synchronisation}
+
+
+def main() -> None:
+    """Parse, measure, write JSON."""
+    if answer(MEASUREMENTS):
+        return
+    parser = arguments(__doc__ or "", tuple(COMPETITORS), "training_battles")
+    parser.add_argument(
+        "--synchronisation", dest="only", action="store_const", const="synchronisation",
+        help="only check that the processor never waits for the GPU within a step of ours",
+    )  # fmt: skip
+    compare(__file__, parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
