@@ -21,7 +21,8 @@ def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device)
         InputError: keys that transformers refuses together, or several GPUs in one process.
     """
     keys = {key: value for key, value in recipe.trainer.items() if key not in OWN_KEYS}
-    keys.setdefault("dataloader_pin_memory", device.type == "cuda")
+    keys.setdefault("dataloader_pin_memory", False)  # micro-batches are made, and pinned, later
+    keys.setdefault("ddp_find_unused_parameters", False)
     for old, new in RENAMED.items():
         if old in keys and new in RewardConfig.__dataclass_fields__:
             keys.setdefault(new, keys.pop(old))

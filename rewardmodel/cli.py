@@ -1,6 +1,8 @@
 """The command line: parse, call the function of the same name, print; exit code 2 for what a person can mend."""
 
 import argparse
+import contextlib
+import io
 import logging
 import os
 import sys
@@ -9,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rewardmodel.errors import InputError
+from rewardmodel.processes import is_main
 
 
 def _run(arguments: list[str]) -> None:
@@ -90,10 +93,9 @@ def _predict(arguments: list[str]) -> None:
     if options.sample_submission:
         check_sample(options.sample_submission, battles["id"])
     table = predict(options.run, battles, load_recipe(options.run / RECIPE, overrides))
-    if options.output.suffix == ".csv":
-        write_submission(table, options.output)
-    else:
-        write_predictions(table, options.output)
+    if is_main():
+        write = write_submission if options.output.suffix == ".csv" else write_predictions
+        write(table, options.output)
     print(f"{len(table)} battles: {options.output}")
 
 
@@ -173,7 +175,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise InputError(f"rewardmodel: no command '{arguments[0]}'; there are: {', '.join(VERBS)}")
         _bound_cpu_memory()
         _set_up_logging()
-        VERBS[arguments[0]](arguments[1:])
+        with contextlib.nullcontext() if is_main() else contextlib.redirect_stdout(io.StringIO()):
+            VERBS[arguments[0]](arguments[1:])
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -230,7 +233,7 @@ def _set_up_logging() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("rewardmodel")
-    ours.setLevel(logging.INFO)
+    ours.setLevel(logging.INFO if is_main() else logging.WARNING)
     ours.handlers = [handler]
     ours.propagate = False
     # Noise that a person can do nothing about: an optional kernel, and an old name that peft asks transformers by.

@@ -17,6 +17,7 @@ from rewardmodel.budget import Memory, find_budget
 from rewardmodel.model import is_packed
 from rewardmodel.pairs import MODEL_COLUMNS
 from rewardmodel.placement import autocast
+from rewardmodel.processes import is_main
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def row_logits(
     mine = how.plan(costs, budget, state.num_processes)[state.process_index]
     device = next(model.parameters()).device
     found = []
-    with tqdm(total=sum(map(len, mine)), desc=name, unit="battle", disable=not name) as progress:
+    with tqdm(total=sum(map(len, mine)), desc=name, unit="battle", disable=not (name and is_main())) as progress:
         for micro in mine:
             # A sharded model needs every process in every forward pass; one without rows left repeats a row.
             chosen = [rows[number] for number in micro or [int(np.argmin(costs))]]
@@ -74,7 +75,7 @@ def row_logits(
     together = torch.cat(found)
     result = together.new_zeros(len(rows), *together.shape[1:])
     result[[number for micro in mine for number in micro]] = together
-    return reduce(result).cpu().numpy()
+    return reduce(result, "sum").cpu().numpy()
 
 
 @torch.no_grad()

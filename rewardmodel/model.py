@@ -213,11 +213,17 @@ def build_model(config: ModelConfig, head: Head, seed: int) -> tuple[Any, PreTra
     return model, load_tokenizer(folder)
 
 
-def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, folder: Path) -> None:
+def save_model(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ModelConfig,
+    folder: Path,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write adapter and head (or the full model), tokenizer and the backbone's fingerprint, whole or not at all.
 
-    A PiSSA adapter holds a part of the backbone; it is saved as its difference from the start of training, an
-    ordinary LoRA of twice the rank on the untouched backbone.
+    `state` has the weights of a model that is spread over processes. A PiSSA adapter holds a part of the backbone; it
+    is saved as its difference from the start of training, an ordinary LoRA of twice the rank on the untouched backbone.
     """
     backbone = resolve(config.model_name_or_path, config.model_revision)
     about = {
@@ -227,7 +233,7 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, config: ModelConf
         "head": classifier(model).head._asdict(),
     }
     with atomic_path(folder) as partial:
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, **({} if state is None else {"state_dict": state}))
         if config.use_peft and config.lora_init == "pissa":
             _subtract_start(partial, model.pissa_start)
         tokenizer.save_pretrained(partial)

@@ -17,6 +17,7 @@ from rewardmodel.model import load_model, load_tokenizer
 from rewardmodel.objective import find_objective
 from rewardmodel.parts import load_battles
 from rewardmodel.predictions import check_sample, write_predictions, write_submission
+from rewardmodel.processes import is_main, wait_for_all
 from rewardmodel.prompt import PromptEncoder
 from rewardmodel.reports import report
 from rewardmodel.runs import (
@@ -62,20 +63,25 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> tup
         check_sample(Path(data.sample_submission), test["id"])
     folder, parts = train(recipe, resume=resume, overwrite=overwrite)
 
-    for name in (PREDICTIONS, SUBMISSION):  # of another data.test, perhaps
-        (folder / name).unlink(missing_ok=True)
     model, tokenizer = load_model(recipe.model, folder / MODEL)
+    if is_main():
+        for name in (PREDICTIONS, SUBMISSION):  # of another data.test, perhaps
+            (folder / name).unlink(missing_ok=True)
     for part, name in ((parts.validation, VALIDATION), (parts.calibration, CALIBRATION)):
         if len(part):
-            write_predictions(predict_with(model, tokenizer, recipe, part), folder / name)
-    write_predictions(fit_predict(parts.training, parts.validation), folder / FLOORS)
-    report(folder)
-    metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
-    if test is not None:
-        predictions = calibrate(predict_with(model, tokenizer, recipe, test), folder, recipe)
-        write_predictions(predictions, folder / PREDICTIONS)
-        write_submission(predictions, folder / SUBMISSION)
-    return folder, metrics
+            table = predict_with(model, tokenizer, recipe, part)
+            if is_main():
+                write_predictions(table, folder / name)
+    submitted = None if test is None else predict_with(model, tokenizer, recipe, test)
+    if is_main():
+        write_predictions(fit_predict(parts.training, parts.validation), folder / FLOORS)
+        report(folder)
+        if submitted is not None:
+            predictions = calibrate(submitted, folder, recipe)
+            write_predictions(predictions, folder / PREDICTIONS)
+            write_submission(predictions, folder / SUBMISSION)
+    wait_for_all()
+    return folder, json.loads((folder / METRICS).read_text(encoding="utf-8"))
 
 
 def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:

@@ -19,15 +19,16 @@ from rewardmodel.arguments import training_arguments
 from rewardmodel.batches import to_device
 from rewardmodel.battles import AUGMENTATIONS
 from rewardmodel.budget import Memory, find_budget, no_room
-from rewardmodel.config import ObjectiveConfig, Recipe
+from rewardmodel.config import ModelConfig, ObjectiveConfig, Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.forward import batching, forward_budget, longest_row, row_logits
 from rewardmodel.metrics import accuracy, log_loss
-from rewardmodel.model import build_model, save_model
+from rewardmodel.model import build_model, load_tokenizer, save_model
 from rewardmodel.objective import find_objective, fit_tie, initial_tie
 from rewardmodel.pairs import MODEL_COLUMNS, retention, saved, tokenize
 from rewardmodel.parts import Parts, fingerprints, load_battles, split
 from rewardmodel.placement import placement
+from rewardmodel.processes import is_main, wait_for_all
 from rewardmodel.runs import (
     MODEL,
     check_run,
@@ -192,6 +193,13 @@ class PreferenceTrainer(RewardTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def save_to(self, folder: Path, config: ModelConfig) -> None:
+        """Write the trained model, once, out of however many processes hold it."""
+        state = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
+        if is_main():
+            save_model(self.accelerator.unwrap_model(self.model), self.processing_class, config, folder, state)
+        wait_for_all()
+
     def _validation_logits(self) -> np.ndarray:
         rows, model, pad_token_id = self.eval_dataset, self.model.eval(), self.processing_class.pad_token_id
         if self.eval_tokens is None:
@@ -269,40 +277,43 @@ def train(recipe: Recipe, battles: Any = None, *, resume: bool = False, overwrit
     recipe = recipe if battles is None else _with_source(recipe, battles)
     objective = find_objective(recipe.objective)
     check_run(recipe, resume, overwrite)
-    parts = split(load_battles(recipe.data, battles), recipe.data.fold)
-    data = fingerprints(parts)
-    if resume and (recipe.run_folder / MODEL).is_dir():
-        check_same_inputs(recipe.run_folder, {"data": data})
-        open_run(recipe, resume, overwrite)
-        logger.info("%s: already trained", recipe.run_folder)
-        return recipe.run_folder, parts
-
-    backbone = resolve(recipe.model.model_name_or_path, recipe.model.model_revision)
-    device, dtype = placement(recipe.model, backbone)
+    config = resolve(recipe.model.model_name_or_path, recipe.model.model_revision, weights=False)
+    device, dtype = placement(recipe.model, config)
     args = training_arguments(recipe, dtype, device)
-    model, tokenizer = build_model(recipe.model, objective.head, args.seed)
-    rows, validation_rows = _rows(parts, tokenizer, recipe)
+    with args.main_process_first():  # the others then find in the cache what it read
+        parts = split(load_battles(recipe.data, battles), recipe.data.fold)
+        data = fingerprints(parts)
+        if resume and (recipe.run_folder / MODEL).is_dir():
+            check_same_inputs(recipe.run_folder, {"data": data})
+            logger.info("%s: already trained", recipe.run_folder)
+            return recipe.run_folder, parts
+        rows, validation_rows = _rows(parts, load_tokenizer(config), recipe)
+    backbone = resolve(recipe.model.model_name_or_path, recipe.model.model_revision)
     facts = {
         "backbone": {"name": recipe.model.model_name_or_path, "fingerprint": fingerprint(backbone)},
         "data": data,
-        "compute": {"device": _device_name(device), "dtype": str(dtype).removeprefix("torch.")},
+        "compute": {
+            "device": _device_name(device),
+            "dtype": str(dtype).removeprefix("torch."),
+            "processes": args.world_size,
+        },
     }
     if resume:
         check_same_inputs(recipe.run_folder, facts)
+    model, tokenizer = build_model(recipe.model, objective.head, args.seed)
     tokens = (recipe.trainer[TOKENS], recipe.inference.batch_tokens)
     trainer = PreferenceTrainer(model, args, rows, validation_rows, tokenizer, recipe.objective, dtype, tokens)
-    run = open_run(recipe, resume, overwrite)
-    write_environment(run, facts)
     if recipe.trainer[EARLY_STOPPING] is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.trainer[EARLY_STOPPING]))
-    checkpoint = last_checkpoint(run) if resume else None
+    checkpoint = last_checkpoint(recipe.run_folder) if resume else None
+    if is_main():
+        write_environment(open_run(recipe, resume, overwrite), facts)
+    wait_for_all()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if not objective.learns_ties:
         trainer.fit_tie()
-    if trainer.is_world_process_zero():
-        save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, recipe.model, run / MODEL)
-    trainer.accelerator.wait_for_everyone()
-    return run, parts
+    trainer.save_to(recipe.run_folder / MODEL, recipe.model)
+    return recipe.run_folder, parts
 
 
 def _rows(parts: Parts, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[Dataset, Dataset]:

@@ -51,7 +51,8 @@ class Plan:
 
     Attributes:
         folder: of the backbone.
-        battles: a folder with rows of rewardmodel.pairs.ROWS, `given` and `swapped`, the first `WARM` to warm up.
+        battles: a folder with rows of rewardmodel.pairs.ROWS, the first `WARM` to warm up: `given` and `swapped` have a
+            sequence each, `both` has both sequences, what they share once.
         random: whether the backbone's weights are drawn.
         attention: of ours; none: rewardmodel's choice.
         stock_attention: of the others; none: transformers' choice.
@@ -65,7 +66,6 @@ class Plan:
     max_length: int
     four_bits: bool
     checkpointing: bool
-    batch_tokens: int
     attention: str | None
     stock_attention: str | None
     seed: int
@@ -119,7 +119,7 @@ def planned(options: argparse.Namespace, folder: Path) -> Path:
     max_length = options.max_length or shape.max_length
     count = WARM + (options.battles or getattr(shape, options.counted))
     orders = made(count, max_length, options.seed) if options.synthetic else read(options, count, max_length)
-    for order, rows in zip(("given", "swapped"), orders, strict=True):
+    for order, rows in zip(("given", "swapped", "both"), (*orders, merged(*orders)), strict=True):
         rows.save_to_disk(folder / "battles" / order)
     plan = Plan(
         folder=backbone_folder(options.shape, folder),
@@ -130,7 +130,6 @@ def planned(options: argparse.Namespace, folder: Path) -> Path:
         max_length=max_length,
         four_bits=options.bits == 4 if options.bits else shape.four_bits,
         checkpointing=shape.checkpointing,
-        batch_tokens=shape.batch_tokens,
         attention=options.attention,
         stock_attention=options.stock_attention or shape.stock_attention,
         seed=options.seed,
@@ -185,6 +184,7 @@ def _rows(texts: list, lengths: np.ndarray, kept: np.ndarray, outcomes: np.ndarr
     columns = {
         "input_ids": [np.concatenate(part) for part in parts],
         "segment_ids": segments,
+        "branches": [[0, len(row)] for row in segments],
         "length": [len(row) for row in segments],
         "full": lengths[:, order].astype(int),
         "kept": kept[:, order],
@@ -192,6 +192,22 @@ def _rows(texts: list, lengths: np.ndarray, kept: np.ndarray, outcomes: np.ndarr
         "weight": np.ones(len(parts)),
     }
     return Dataset.from_dict({name: columns[name] for name in ROWS}, features=ROWS)
+
+
+def merged(given: Any, swapped: Any) -> Any:
+    """Return rows with both sequences of each battle, as `rewardmodel.pairs.tokenize` does of both orders."""
+    from types import SimpleNamespace
+
+    from datasets import Dataset
+
+    from rewardmodel.pairs import ROWS, merge
+
+    def battle(*rows: dict) -> dict:
+        of = ("input_ids", "segment_ids")
+        one = merge([SimpleNamespace(**{name: np.asarray(row[name]) for name in of}) for row in rows])
+        return rows[0] | one._asdict() | {"length": len(one.input_ids)}
+
+    return Dataset.from_list([battle(*rows) for rows in zip(given, swapped, strict=True)], features=ROWS)
 
 
 def compare(script: str, options: argparse.Namespace) -> None:
@@ -215,7 +231,7 @@ def compare(script: str, options: argparse.Namespace) -> None:
             turn = repeat % len(runs)
             for name in (options.competitors * 2)[turn : turn + len(runs)]:
                 runs[name].append(one(script, "competitor", plan, name))
-                figures = summary(runs, options)
+                figures = summary(runs, options, Plan.read(plan))
                 merge(figures, options.json)
         print(f"\n{table(figures)}")
 
@@ -229,7 +245,7 @@ def one(script: str, measurement: str, plan: str, name: str) -> dict:
 
 
 def figures_of(plan: Plan, lengths: list[int], battles: int, seconds: float, computed: int, training: bool) -> dict:
-    """Return what a measurement of sequences of these lengths says; `computed` tokens went through the backbone."""
+    """Return what a measurement of sequences of these lengths says; the backbone computed so many tokens."""
     cuda = plan.device.type == "cuda"
     memory = {"gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)} if cuda else {}
     rate = matrix_rate(plan.device, plan.dtype)
@@ -239,7 +255,8 @@ def figures_of(plan: Plan, lengths: list[int], battles: int, seconds: float, com
         "seconds": round(seconds, 3),
         "battles_a_second": round(battles / seconds, 4),
         "tokens_a_second": round(sum(lengths) / seconds, 1),
-        "padding_share": round(1 - sum(lengths) / computed, 4),
+        "padding_share": round(max(0.0, 1 - sum(lengths) / computed), 4),
+        "computed_a_token": round(computed / sum(lengths), 4),
         "flops_utilisation": round(model_flops(plan.folder, lengths, training) / seconds / rate, 4),
         "matrix_tflops": round(rate / 1e12, 3),
         **memory,
@@ -247,13 +264,14 @@ def figures_of(plan: Plan, lengths: list[int], battles: int, seconds: float, com
     }
 
 
-def summary(runs: dict[str, list[dict]], options: argparse.Namespace) -> dict:
+def summary(runs: dict[str, list[dict]], options: argparse.Namespace, plan: Plan) -> dict:
     """Return medians by competitor, and how many times as fast ours is, over the measurements so far."""
-    found: dict[str, Any] = {"shape": options.shape}
-    for run in (run for done in runs.values() for run in done):
-        found.setdefault("device", run.get("device"))
+    devices = [run["device"] for done in runs.values() for run in done if "device" in run]
+    found: dict[str, Any] = {"shape": options.shape, "device": (devices or [None])[0]}
     found["versions"] = {name: importlib.metadata.version(name) for name in VERSIONS}
     found["arguments"] = {name: value for name, value in vars(options).items() if isinstance(value, str | int | list)}
+    told = ("max_length", "four_bits", "checkpointing", "batch")
+    found["settings"] = {name: getattr(plan, name) for name in told} | {"dtype": str(plan.dtype), "warm_up": WARM}
     found["speed_of_ours"] = {}
     for name, done in runs.items():
         good = [run for run in done if "failed" not in run]
@@ -275,7 +293,7 @@ def both(*runs: dict) -> bool:
 
 def merge(figures: dict, path: Path | None) -> None:
     """Put figures into a file of them, in the place of those of the same shape and device."""
-    if path:
+    if path and figures["device"]:
         path.parent.mkdir(parents=True, exist_ok=True)
         known = json.loads(path.read_text()) if path.is_file() else {}
         known[f"{figures['shape']} on {figures['device']}"] = figures
@@ -289,22 +307,26 @@ def table(figures: dict) -> str:
         if not (isinstance(found, dict) and "runs" in found):
             continue
         if "seconds" not in found:
-            lines.append(f"{name:16}{found['runs'][-1]['failed']}")
+            lines.append(f"{name:12}{found['runs'][-1]['failed']}")
             continue
         ratio = figures["speed_of_ours"].get(name)
-        times = f"{ratio['median']:.2f} ({ratio['least']:.2f}-{ratio['most']:.2f})" if ratio else ""
-        lines.append(
-            TABLE.format(
-                name, f"{found['battles_a_second']:.2f}", f"{found['tokens_a_second']:,.0f}",
-                f"{100 * found['padding_share']:.1f} %", f"{100 * found['flops_utilisation']:.1f} %",
-                f"{found.get('gpu_gib', found['resident_gib']):.2f}", times,
-            )
-        )  # fmt: skip
+        columns = (
+            name,
+            f"{found['battles_a_second']:.2f}",
+            f"{found['tokens_a_second']:,.0f}",
+            f"{100 * found['padding_share']:.1f} %",
+            f"{found['computed_a_token']:.2f}",
+            f"{100 * found['flops_utilisation']:.1f} %",
+            f"{found.get('gpu_gib', found['resident_gib']):.2f}",
+            f"{ratio['median']:.2f} ({ratio['least']:.2f}-{ratio['most']:.2f})" if ratio else "",
+        )
+        lines.append(TABLE.format(*columns))
     return "\n".join(lines)
 
 
-TABLE = "{:16}{:>12}{:>12}{:>12}{:>14}{:>12}  {}"
-HEADINGS = ("", "battles/s", "tokens/s", "padding", "utilisation", "peak GiB", "ours is so many times as fast")
+TABLE = "{:12}{:>12}{:>12}{:>12}{:>12}{:>14}{:>12}  {}"
+HEADINGS = ("", "battles/s", "tokens/s", "padding", "computed", "utilisation", "peak GiB", "ours is x times as fast")
+"""Tokens are those of the sequences; so many are computed for each, more where they are padded, fewer where shared."""
 
 
 def guarded(measure: Callable[[str, str], dict]) -> Callable[[str, str], dict]:

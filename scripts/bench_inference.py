@@ -11,7 +11,6 @@ stock   Trainer.predict, batches of 8 in the order of the file, each padded to i
 sorted  the same with the battles sorted by length first
 """
 
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,20 +21,29 @@ from bench_battles import answer
 from bench_compare import Plan, arguments, compare, figures_of, guarded
 from bench_models import Counter, draw_head, our_config, profiled, stock_model, synchronise
 
-Predicts = tuple[Any, Callable[[list[Any]], list[np.ndarray]]]
-"""A model, and what makes probabilities (n, 3), of A, B and tie in that order, of the rows of each order."""
+Predicts = tuple[Any, Callable[[dict[str, Any]], list[np.ndarray]]]
+"""A model, and what makes probabilities (n, 3) of A, B and tie, A shown first and B shown first, of a plan's rows."""
 
 
 def ours(plan: Plan) -> Predicts:
-    """Return rewardmodel's."""
-    from rewardmodel.inference import probabilities
+    """Return rewardmodel's; the tokens of a batch are those that it found to fit when it warmed up."""
+    from rewardmodel.config import ObjectiveConfig
+    from rewardmodel.forward import forward_budget, row_logits
     from rewardmodel.model import build_model
-    from rewardmodel.objective import OBJECTIVES
+    from rewardmodel.objective import find_objective
 
-    model, tokenizer = build_model(our_config(plan), 3, plan.seed)
+    objective = find_objective(ObjectiveConfig())
+    model, tokenizer = build_model(our_config(plan), objective.head, plan.seed)
     model.eval()
-    rest = (tokenizer.pad_token_id, OBJECTIVES["cross_entropy"], plan.dtype, plan.batch_tokens)
-    return model, lambda orders: [probabilities(model, rows, *rest) for rows in orders]
+    budget: list[int] = []
+
+    def predict(rows: dict[str, Any]) -> list[np.ndarray]:
+        if not budget:
+            budget.append(forward_budget(model, plan.rows("both")[1], tokenizer.pad_token_id, plan.dtype))
+        logits = row_logits(model, rows["both"], tokenizer.pad_token_id, plan.dtype, budget[0])
+        return [order.numpy() for order in objective.orders(torch.from_numpy(logits))]
+
+    return model, predict
 
 
 def stock(plan: Plan, by_length: bool = False) -> Predicts:
@@ -44,13 +52,17 @@ def stock(plan: Plan, by_length: bool = False) -> Predicts:
 
     model, tokenizer = stock_model(plan, num_labels=3)
     args = TrainingArguments(
-        output_dir=tempfile.mkdtemp(), per_device_eval_batch_size=plan.batch, report_to="none", disable_tqdm=True,
-        bf16=plan.dtype == torch.bfloat16, use_cpu=plan.device.type == "cpu",
+        output_dir=str(plan.battles.with_name("output")),
+        per_device_eval_batch_size=plan.batch,
+        report_to="none",
+        disable_tqdm=True,
+        bf16=plan.dtype == torch.bfloat16,
+        use_cpu=plan.device.type == "cpu",
         dataloader_pin_memory=plan.device.type == "cuda",
-    )  # fmt: skip
+    )
     trainer = Trainer(model, args, data_collator=DataCollatorWithPadding(tokenizer))
 
-    def predict(rows: Any) -> np.ndarray:
+    def one_order(rows: Any) -> np.ndarray:
         lengths = np.asarray(rows["length"][:])
         order = np.argsort(-lengths, kind="stable") if by_length else np.arange(len(rows))
         logits = trainer.predict(rows.select_columns("input_ids").select(order)).predictions
@@ -58,7 +70,7 @@ def stock(plan: Plan, by_length: bool = False) -> Predicts:
         result[order] = torch.from_numpy(logits).float().softmax(dim=-1).numpy()
         return result
 
-    return model, lambda orders: [predict(rows) for rows in orders]
+    return model, lambda rows: [one_order(rows["given"]), one_order(rows["swapped"])[:, [1, 0, 2]]]
 
 
 def stock_sorted(plan: Plan) -> Predicts:
@@ -69,31 +81,30 @@ def stock_sorted(plan: Plan) -> Predicts:
 COMPETITORS: dict[str, Callable[[Plan], Predicts]] = {"ours": ours, "stock": stock, "sorted": stock_sorted}
 
 
-def warmed(path: str, name: str) -> tuple[Plan, Any, list[Any], Callable[[list[Any]], list[np.ndarray]]]:
-    """Return a competitor that has predicted a little: plan, model, rows of both orders, and what predicts them."""
+def warmed(path: str, name: str) -> tuple[Plan, Any, dict[str, Any], Callable[[dict[str, Any]], list[np.ndarray]]]:
+    """Return a competitor that has predicted a little: plan, model, rows by order, and what predicts them."""
     plan = Plan.read(path)
     with plan.weights():
         model, predict = COMPETITORS[name](plan)
     draw_head(model, plan.seed)
-    warm, rows = zip(*(plan.rows(order) for order in ("given", "swapped")), strict=True)
-    predict(list(warm))
-    return plan, model, list(rows), predict
+    rows = {order: plan.rows(order) for order in ("given", "swapped", "both")}
+    predict({order: warm for order, (warm, _) in rows.items()})
+    return plan, model, {order: measured for order, (_, measured) in rows.items()}, predict
 
 
 def both_orders(path: str, name: str) -> dict:
     """Predict all battles in both orders and return the figures."""
-    plan, model, orders, predict = warmed(path, name)
+    plan, model, rows, predict = warmed(path, name)
     counter = Counter(model)
     if plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     synchronise(plan.device)
     start = time.perf_counter()
-    given, swapped = predict(orders)
+    mean = np.mean(predict(rows), axis=0)
     seconds = time.perf_counter() - start
-    lengths = [int(length) for rows in orders for length in rows["length"][:]]
-    figures = figures_of(plan, lengths, len(orders[0]), seconds, counter.tokens, training=False)
+    lengths = [int(length) for order in ("given", "swapped") for length in rows[order]["length"][:]]
+    figures = figures_of(plan, lengths, len(mean), seconds, counter.tokens, training=False)
     own = plan.battles.with_name("ours.npy")
-    mean = (given + swapped[:, [1, 0, 2]]) / 2
     if name == "ours":
         np.save(own, mean)
     elif own.is_file():
@@ -102,11 +113,12 @@ def both_orders(path: str, name: str) -> dict:
 
 
 def profile(path: str, name: str) -> dict:
-    """Print where the time of 32 battles goes."""
-    plan, _, orders, predict = warmed(path, name)
-    few = [rows.select(range(32)) for rows in orders]
+    """Print where the time of 32 battles goes, or of all if they are fewer."""
+    plan, _, rows, predict = warmed(path, name)
+    count = min(len(rows["both"]), 32)
+    few = {order: part.select(range(count)) for order, part in rows.items()}
     profiled(plan, lambda: predict(few))
-    return {"battles": len(few[0])}
+    return {"battles": count}
 
 
 MEASUREMENTS = {"competitor": guarded(both_orders), "profile": profile}

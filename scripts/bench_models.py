@@ -36,7 +36,6 @@ class Shape:
         checkpointing: recompute activations of each layer in the backward pass.
         training_battles: of one measurement, beside `WARM` to warm up; 8 an optimiser step.
         inference_battles: the same, each predicted in both orders.
-        batch_tokens: of a batch of ours in inference.
         stock_attention: of the stock competitors; none: what transformers takes by itself.
     """
 
@@ -46,7 +45,6 @@ class Shape:
     checkpointing: bool = True
     training_battles: int = 48
     inference_battles: int = 64
-    batch_tokens: int = 16384
     stock_attention: str | None = None
 
 
@@ -80,7 +78,7 @@ SHAPES = {
     ),
     "smollm2-135m-instruct": Shape(
         None, max_length=1024, four_bits=False, checkpointing=False,
-        training_battles=32, batch_tokens=4096,
+        training_battles=32,
     ),
     "tiny": Shape(
         {
@@ -88,7 +86,7 @@ SHAPES = {
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 49152,
             "max_position_embeddings": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
-        max_length=1024, four_bits=False, checkpointing=False, batch_tokens=4096,
+        max_length=1024, four_bits=False, checkpointing=False,
     ),
 }  # fmt: skip
 """What can be measured; the first three are for a GPU."""

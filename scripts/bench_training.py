@@ -12,7 +12,6 @@ trl      trl.RewardTrainer: prompt and A, prompt and B in sequences of their own
 """
 
 import gc
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,18 +28,14 @@ Trained = tuple[Any, Callable[[Any], Any]]
 
 def settings(plan: Plan) -> dict[str, Any]:
     """Return what every trainer is told."""
-    names = TrainingArguments.__dataclass_fields__
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     return {
-        checkpointing: plan.checkpointing,
         "dataloader_pin_memory": plan.device.type == "cuda",
         "disable_tqdm": True,
         "eval_strategy": "no",
         "learning_rate": 2e-4,
         "logging_strategy": "no",
         "num_train_epochs": 1,
-        "output_dir": tempfile.mkdtemp(),
-        "per_device_train_batch_size": plan.batch,
+        "output_dir": str(plan.battles.with_name("output")),
         "report_to": "none",
         "save_strategy": "no",
         "seed": plan.seed,
@@ -48,19 +43,39 @@ def settings(plan: Plan) -> dict[str, Any]:
 
 
 def stock_settings(plan: Plan) -> dict[str, Any]:
-    """Return what the stock trainers are told beside."""
-    return {"bf16": plan.dtype == torch.bfloat16, "use_cpu": plan.device.type == "cpu"}
+    """Return what the stock trainers are told."""
+    names = TrainingArguments.__dataclass_fields__
+    return {
+        **settings(plan),
+        next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in names): (
+            plan.checkpointing
+        ),
+        "bf16": plan.dtype == torch.bfloat16,
+        "per_device_train_batch_size": plan.batch,
+        "use_cpu": plan.device.type == "cpu",
+    }
 
 
 def ours(plan: Plan) -> Trained:
-    """Return rewardmodel's."""
+    """Return rewardmodel's; the tokens of a micro-batch are those that the trainer found to fit when it warmed up."""
+    from rewardmodel.arguments import training_arguments
     from rewardmodel.config import ObjectiveConfig, Recipe
     from rewardmodel.model import build_model
-    from rewardmodel.trainer import PreferenceTrainer, training_arguments
+    from rewardmodel.objective import find_objective
+    from rewardmodel.trainer import PreferenceTrainer
 
-    model, tokenizer = build_model(our_config(plan), 3, plan.seed)
-    args = training_arguments(Recipe(trainer=settings(plan)), plan.dtype, plan.device)
-    return model, lambda rows: PreferenceTrainer(model, args, rows, None, tokenizer, ObjectiveConfig())
+    objective = ObjectiveConfig()
+    model, tokenizer = build_model(our_config(plan), find_objective(objective).head, plan.seed)
+    told = {"battles_per_step": plan.batch, "gradient_checkpointing": plan.checkpointing}
+    args = training_arguments(Recipe(trainer=settings(plan) | told), plan.dtype, plan.device)
+    last: list[Any] = []
+
+    def made(rows: Any) -> Any:
+        tokens = (last.pop().tokens if last else None, None)
+        last.append(PreferenceTrainer(model, args, rows, None, tokenizer, objective, plan.dtype, tokens))
+        return last[0]
+
+    return model, made
 
 
 def trainer(plan: Plan) -> Trained:
@@ -68,7 +83,7 @@ def trainer(plan: Plan) -> Trained:
     from transformers import DataCollatorWithPadding, Trainer
 
     model, tokenizer = stock_model(plan, num_labels=3)
-    args = TrainingArguments(**settings(plan), **stock_settings(plan))
+    args = TrainingArguments(**stock_settings(plan))
 
     def made(rows: Any) -> Any:
         classes = [max(range(3), key=labels.__getitem__) for labels in rows["labels"][:]]
@@ -83,7 +98,7 @@ def trl(plan: Plan) -> Trained:
     from trl import RewardConfig, RewardTrainer
 
     model, tokenizer = stock_model(plan, num_labels=1)
-    args = RewardConfig(**settings(plan), **stock_settings(plan), max_length=None)
+    args = RewardConfig(**stock_settings(plan), max_length=None)
     return model, lambda rows: RewardTrainer(
         model, args, train_dataset=decided(rows), processing_class=tokenizer
     )  # fmt: skip
@@ -144,7 +159,6 @@ def warmed(path: str, name: str) -> tuple[Plan, Any, Any, Callable[[Any], Any]]:
     draw_head(model, plan.seed)
     warm, rows = plan.rows()
     trainer_of(warm).train()
-    gc.collect()  # the first optimiser
     return plan, model, rows, trainer_of
 
 
@@ -154,6 +168,7 @@ def train(path: str, name: str) -> dict:
     counter, clock = Counter(model), Clock(plan.device)
     trainer = trainer_of(rows)
     trainer.add_callback(clock)
+    gc.collect()  # the optimiser of the trainer before
     if plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     loss = trainer.train().training_loss
@@ -167,19 +182,19 @@ def train(path: str, name: str) -> dict:
 
 
 def profile(path: str, name: str) -> dict:
-    """Print where the time of four steps goes."""
+    """Print where the time of four steps goes, or of all if they are fewer."""
     plan, _, rows, trainer_of = warmed(path, name)
-    trainer = trainer_of(rows.select(range(4 * plan.batch)))
+    trainer = trainer_of(rows.select(range(min(len(rows), 4 * plan.batch))))
     profiled(plan, trainer.train)
     return {"optimiser_steps": trainer.state.global_step}
 
 
 def synchronisation(path: str, name: str) -> dict:
-    """Train four steps in which waiting for the GPU is an error."""
+    """Train four steps, or all if they are fewer, in which waiting for the GPU is an error."""
     plan, _, rows, trainer_of = warmed(path, name)
     if plan.device.type != "cuda":
         return {"failed": "only a GPU can be waited for"}
-    trainer = trainer_of(rows.select(range(4 * plan.batch)))
+    trainer = trainer_of(rows.select(range(min(len(rows), 4 * plan.batch))))
     trainer.add_callback(NoWaiting())
     trainer.train()
     return {"optimiser_steps_without_waiting": trainer.state.global_step}

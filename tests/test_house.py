@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent
 MODULES = {path.stem: path for path in (ROOT / "rewardmodel").glob("*.py") if path.stem != "__init__"}
 
 LEVELS = [
-    {"errors", "files", "trainer_keys"},
+    {"errors", "files", "trainer_keys", "processes"},
     {"config", "battles", "metrics", "backbone", "objective", "rows", "texts", "truncation", "template", "charts"}
     | {"attention", "batches"},
     {"sources", "folds", "predictions", "prompt", "weights", "runs", "head", "calibration", "resampling"}
