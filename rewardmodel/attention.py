@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AttentionInterface
+from transformers.integrations.flash_attention import get_target_dtype
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
@@ -145,6 +146,7 @@ def _varlen(
         max_length_q=longest,
         max_length_k=longest,
         attn_implementation="flash_attention_2",
+        target_dtype=get_target_dtype(states[0], module),
         **kwargs,
     )
     return packing.row(list(output.split(packing.lengths, dim=1)))

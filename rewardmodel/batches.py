@@ -123,20 +123,24 @@ def plan_packed(lengths: Sequence[int], budget: int, processes: int = 1) -> list
         For each process its micro-batches, as many as for every other, the largest first; row numbers in each. One is
         empty where there are more than rows.
     """
-    most = max(budget, *lengths) if len(lengths) else budget
-    rounds = max(1, -(-int(np.sum(lengths)) // (most * processes)))
     order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
+    over = [row for row in order if lengths[row] > budget]
+    order = order[len(over) :]
+    least = len(over) + -(-sum(int(lengths[row]) for row in order) // budget)
+    rounds = max(1, -(-least // processes))
     while True:
-        bins: list[list[int]] = [[] for _ in range(rounds * processes)]
-        heap = [(0, number) for number in range(len(bins))]
+        bins: list[list[int]] = [[row] for row in over] + [[] for _ in range(rounds * processes - len(over))]
+        heap = [(0, number) for number in range(len(over), len(bins))] or [(budget, -1)]
         for row in order:
             tokens, number = heap[0]
+            if number < 0 or tokens + lengths[row] > budget:
+                break
             bins[number].append(row)
             heapq.heapreplace(heap, (tokens + int(lengths[row]), number))
-        if max(heap)[0] <= most:
+        else:
             break
         rounds += max(1, rounds // 50)
-    sizes = {number: tokens for tokens, number in heap}
+    sizes = {number: sum(int(lengths[row]) for row in rows) for number, rows in enumerate(bins)}
     ranked = [bins[number] for number in sorted(sizes, key=lambda number: -sizes[number])]
     return [ranked[process::processes] for process in range(processes)]
 

@@ -82,7 +82,8 @@ def row_logits(
 def forward_budget(model: Any, rows: Dataset, pad_token_id: int, dtype: torch.dtype) -> int:
     """Return how many tokens of rows fit into a batch that is only computed forward."""
     device = next(model.parameters()).device
-    how, longest = batching(model, pad_token_id), longest_row(rows)
+    how = batching(model, pad_token_id)
+    longest = longest_row(rows, how)
 
     def work(count: int) -> None:
         with autocast(device, dtype):
@@ -91,6 +92,7 @@ def forward_budget(model: Any, rows: Dataset, pad_token_id: int, dtype: torch.dt
     return find_budget(Memory(device) if device.type == "cuda" else None, work, how.tokens(longest))
 
 
-def longest_row(rows: Dataset) -> dict[str, Any]:
-    """Return the row with the most tokens."""
-    return rows.select_columns(list(MODEL_COLUMNS))[int(np.argmax(rows["length"][:]))]
+def longest_row(rows: Dataset, how: Batching) -> dict[str, Any]:
+    """Return the row that costs a batch the most tokens."""
+    costs = [how.tokens(row) for row in rows.select_columns(["branches", "length"])]
+    return rows.select_columns(list(MODEL_COLUMNS))[int(np.argmax(costs))]

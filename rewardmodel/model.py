@@ -96,7 +96,8 @@ def pack_attention(model: PreTrainedModel) -> None:
     """Let the model attend to packed rows, if its family is known to, or is seen to do so here."""
     config = model.config.get_text_config()
     plain = config._attn_implementation
-    if plain not in KERNELS or not set(getattr(config, "layer_types", None) or []) <= PACKABLE:
+    causal = getattr(config, "is_causal", True) and not getattr(config, "use_bidirectional_attention", False)
+    if plain not in KERNELS or not causal or not set(getattr(config, "layer_types", None) or []) <= PACKABLE:
         return
     config._attn_implementation = packed(plain)
     if config.model_type not in FAMILIES and not _packs(model):
@@ -111,12 +112,15 @@ def is_packed(model: Any) -> bool:
 
 @torch.no_grad()
 def _packs(model: PreTrainedModel) -> bool:
-    """Return whether two short sequences come out of one packed row as they come out of a row each."""
+    """Return whether three short sequences, two with a beginning in common, come out of one row as of a row each."""
     decoder = getattr(model, model.base_model_prefix)
-    rows = [
-        {"input_ids": ids, "segment_ids": [0] * len(ids), "branches": [0, len(ids)], "length": len(ids)}
-        for ids in (range(3, 15), range(8, 29))
-    ]
+
+    def row(ids: list[int], branches: list[int]) -> dict[str, Any]:
+        return {"input_ids": ids, "segment_ids": [0] * len(ids), "branches": branches, "length": len(ids)}
+
+    start, first, second, other = (list(ids) for ids in (range(3, 9), range(9, 15), range(20, 28), range(8, 29)))
+    whole = [row(start + first + second, [len(start), len(first), len(second)]), row(other, [0, len(other)])]
+    single = [row(ids, [0, len(ids)]) for ids in (start + first, start + second, other)]
 
     def states(rows: list[dict[str, Any]]) -> torch.Tensor:
         batch = pack(rows)
@@ -124,7 +128,8 @@ def _packs(model: PreTrainedModel) -> bool:
         return decoder(ids, position_ids=positions, packing=Packing(batch["layout"]), use_cache=False)[0][0].float()
 
     try:
-        together, alone = states(rows), torch.cat([states([row]) for row in rows])
+        together, (one, two, three) = states(whole), (states([row]) for row in single)
+        alone = torch.cat([one, two[len(start) :], three])
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError):
         return False
     return bool((together - alone).abs().max() <= 0.05 * alone.abs().max())

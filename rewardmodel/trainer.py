@@ -221,7 +221,7 @@ class PreferenceTrainer(RewardTrainer):
         return [weight for name, weight in self.model.named_parameters() if name.endswith(".tie")]
 
     def _find_budget(self, model: Any) -> int:
-        longest = longest_row(self.train_dataset)
+        longest = longest_row(self.train_dataset, self.batching)
 
         def work(rows: int) -> None:
             self._accumulate(model, [longest] * rows, [list(range(rows))], 1.0)

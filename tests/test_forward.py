@@ -11,7 +11,7 @@ from rewardmodel.batches import pack, pad, padded_tokens, plan_packed, plan_padd
 from rewardmodel.budget import CPU_TOKENS
 from rewardmodel.config import ModelConfig, PromptConfig
 from rewardmodel.formats import read_battles
-from rewardmodel.forward import batching, forward_budget, longest_row, row_logits
+from rewardmodel.forward import Batching, batching, forward_budget, longest_row, row_logits
 from rewardmodel.model import build_model
 from rewardmodel.objective import JOINT, SEPARATE
 from rewardmodel.pairs import MODEL_COLUMNS, ROWS, tokenize
@@ -186,12 +186,15 @@ def test_a_bar_is_shown_by_its_name_alone(model_of, rows_of, capsys):
     assert "predicting" in capsys.readouterr().err
 
 
+PACKED = Batching(pack, lambda row: row["length"], plan_packed)
+
+
 def test_the_longest_row_is_the_one_with_the_most_tokens(rows_of):
     rows = rows_of("joint")
     for order in (range(8), range(7, -1, -1), [4, 5, 6, 7, 0, 1, 2, 3]):
         longest = max(rows.select(order), key=lambda row: row["length"])
-        assert longest_row(rows.select(order)) == {name: longest[name] for name in MODEL_COLUMNS}
-    assert longest_row(rows.select([5])) == {name: rows[5][name] for name in MODEL_COLUMNS}
+        assert longest_row(rows.select(order), PACKED) == {name: longest[name] for name in MODEL_COLUMNS}
+    assert longest_row(rows.select([5]), PACKED) == {name: rows[5][name] for name in MODEL_COLUMNS}
 
 
 @each_way
@@ -220,3 +223,13 @@ def test_the_budget_is_measured_on_the_longest_rows_without_gradients(way, model
     tokens = longest["length"] if way == "packed" else padded_tokens(longest)
     assert found == tokens
     assert sizes == [(tokens, False), (2 * tokens, False)]
+
+
+def test_the_longest_row_of_a_padded_model_is_the_one_that_pads_to_the_most():
+    columns = {name: [[0], [0]] for name in ("input_ids", "segment_ids", "labels")}
+    rows = Dataset.from_dict(
+        {**columns, "branches": [[100, 1, 1], [0, 60, 60]], "length": [102, 120], "weight": [1, 2]}
+    )
+    padded = Batching(pack, padded_tokens, plan_padded)
+    assert longest_row(rows, padded)["length"] == 102
+    assert longest_row(rows, PACKED)["length"] == 120
