@@ -31,7 +31,7 @@ def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device)
     try:
         args = RewardConfig(
             **keys,
-            bf16=dtype == torch.bfloat16,
+            bf16=False,  # the trainer computes under autocast itself; FSDP would cast the float32 head
             fp16=dtype == torch.float16,
             use_cpu=device.type == "cpu",
             max_length=None,

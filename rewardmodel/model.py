@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.integrations import is_fsdp_enabled
 
 from rewardmodel.attention import KERNELS, PREFIX, Packing, packed
 from rewardmodel.backbone import FAMILIES, HEADS, family
@@ -143,6 +144,7 @@ def quantization(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_quant_type=config.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if is_fsdp_enabled() else None,  # FSDP shards weights of one dtype only
         llm_int8_skip_modules=list(HEADS),
     )
 

@@ -27,7 +27,7 @@ from rewardmodel.model import build_model, load_tokenizer, save_model
 from rewardmodel.objective import find_objective, fit_tie, initial_tie
 from rewardmodel.pairs import MODEL_COLUMNS, retention, saved, tokenize
 from rewardmodel.parts import Parts, fingerprints, load_battles, split
-from rewardmodel.placement import placement
+from rewardmodel.placement import autocast, placement
 from rewardmodel.processes import is_main, wait_for_all
 from rewardmodel.runs import (
     MODEL,
@@ -169,7 +169,8 @@ class PreferenceTrainer(RewardTrainer):
         num_items_in_batch: float | None = None,
     ) -> torch.Tensor:
         """Return this micro-batch's share of the mean loss over the step's battles."""
-        logits = model(**inputs["model"]).logits
+        with autocast(self.accelerator.device, self.dtype):
+            logits = model(**inputs["model"]).logits
         losses = self.battle_losses(logits.view(len(inputs["labels"]), -1, logits.shape[-1]), inputs["labels"])
         total = (losses * inputs["weight"]).sum()
         return total / num_items_in_batch * self.accelerator.num_processes  # gradients are averaged over processes
