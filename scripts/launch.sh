@@ -47,7 +47,10 @@ if [ "$gpus" -eq 1 ] && [ "$seen" -gt 1 ]; then
 fi
 "$python" -m rewardmodel.cli run "$recipe" "$@" --print-config >/dev/null # says once what is wrong, not in every process
 threads=${OMP_NUM_THREADS:-$(("$(nproc)" / gpus))}
-exec "$python" -m accelerate.commands.launch --quiet --config_file "$config" \
+"$python" -m accelerate.commands.launch --quiet --config_file "$config" \
     --num_processes "$((gpus * ${machines:-1}))" --num_cpu_threads_per_process "$((threads > 0 ? threads : 1))" \
     ${rank:+--machine_rank "$rank"} ${address:+--main_process_ip "$address"} ${port:+--main_process_port "$port"} \
-    -m rewardmodel.cli run "$recipe" "$@"
+    -m rewardmodel.cli run "$recipe" "$@" || {
+    echo "error: a process ended before its time, as told above; a run continues with --resume" >&2
+    exit 1
+}
