@@ -27,7 +27,6 @@ def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device)
             "data.train gives; use cross_entropy, which takes soft outcomes"
         )
     keys = {key: value for key, value in recipe.trainer.items() if key not in OWN_KEYS}
-    keys.setdefault("dataloader_pin_memory", False)  # micro-batches are made, and pinned, later
     keys.setdefault("ddp_find_unused_parameters", False)
     for old, new in RENAMED.items():
         if old in keys and new in RewardConfig.__dataclass_fields__:

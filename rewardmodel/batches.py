@@ -21,12 +21,10 @@ def pack(rows: Sequence[dict[str, Any]]) -> Batch:
     positions, starts = [], []
     begin = 0
     for row in rows:
-        shared, *branches = row["branches"]
-        positions.append(np.arange(shared))
-        ends = begin + shared + np.cumsum(branches)
-        for branch, end in zip(branches, ends, strict=True):
+        positions.append(np.arange(row["branches"][0]))
+        for (_, shared), (first, branch) in _runs(row["branches"]):
             positions.append(np.arange(shared, shared + branch))
-            starts.append([(begin, shared), (end - branch, branch)])
+            starts.append([(begin, shared), (begin + first, branch)])
         begin += row["length"]
     return {
         "input_ids": torch.from_numpy(np.concatenate([np.asarray(row["input_ids"], np.int64) for row in rows]))[None],
@@ -44,15 +42,13 @@ def pad(rows: Sequence[dict[str, Any]], pad_token_id: int) -> Batch:
     """
     ids, segments = [], []
     for row in rows:
-        for index in _sequences(row["branches"]):
+        for runs in _runs(row["branches"]):
+            index = _places(runs)
             ids.append(torch.from_numpy(np.asarray(row["input_ids"], np.int64)[index]))
-            segments.append(np.asarray(row["segment_ids"])[index])
+            segments.append(torch.from_numpy(np.asarray(row["segment_ids"])[index]))
     input_ids = pad_sequence(ids, batch_first=True, padding_value=pad_token_id)
-    width = input_ids.shape[1]
-    flat = np.zeros(input_ids.numel(), np.int8)
-    starts = [[(number * width, len(one))] for number, one in enumerate(ids)]
-    for ((begin, length),), values in zip(starts, segments, strict=True):
-        flat[begin : begin + length] = values
+    flat = pad_sequence(segments, batch_first=True).flatten().numpy()
+    starts = [[(number * input_ids.shape[1], len(one))] for number, one in enumerate(ids)]
     return {
         "input_ids": input_ids,
         "attention_mask": pad_sequence([torch.ones_like(one) for one in ids], batch_first=True),
@@ -73,7 +69,7 @@ def readings(segment_ids: np.ndarray, sequences: Sequence[Sequence[tuple[int, in
     """
     responses, response_of = [], []
     for number, runs in enumerate(sequences):
-        places = np.concatenate([np.arange(first, first + tokens) for first, tokens in runs])
+        places = _places(runs)
         segments = segment_ids[places]
         responses.append(places[segments > 0])
         response_of.append(2 * number + segments[segments > 0].astype(np.int64) - 1)
@@ -101,11 +97,17 @@ def padded_tokens(row: dict[str, Any]) -> int:
     return (shared + max(branches)) * len(branches)
 
 
-def _sequences(branches: Sequence[int]) -> Iterator[np.ndarray]:
-    """Yield the places in a row of the tokens of each of its sequences."""
+def _runs(branches: Sequence[int]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Yield where in a row each of its sequences is: first place and tokens of what is shared, and of the rest."""
     shared, *lengths = branches
-    for end, length in zip(shared + np.cumsum(lengths), lengths, strict=True):
-        yield np.concatenate([np.arange(shared), np.arange(end - length, end)])
+    end = shared
+    for length in lengths:
+        yield (0, shared), (end, length)
+        end += length
+
+
+def _places(runs: Sequence[tuple[int, int]]) -> np.ndarray:
+    return np.concatenate([np.arange(first, first + tokens) for first, tokens in runs])
 
 
 def plan_packed(lengths: Sequence[int], budget: int, processes: int = 1) -> list[list[list[int]]]:

@@ -34,6 +34,10 @@ class Batching:
     tokens: Callable[[dict[str, Any]], int]
     plan: Callable[[Sequence[int], int, int], list[list[list[int]]]]
 
+    def costs(self, rows: Dataset) -> list[int]:
+        """Return the tokens that each row costs in a batch."""
+        return [self.tokens(row) for row in rows.select_columns(["branches", "length"])]
+
 
 def batching(model: Any, pad_token_id: int) -> Batching:
     """Return how rows become batches of a model: packed if its attention can, else padded."""
@@ -60,7 +64,7 @@ def row_logits(
     """
     state, how = PartialState(), batching(model, pad_token_id)
     rows = rows.select_columns(list(MODEL_COLUMNS))
-    costs = [how.tokens(row) for row in rows.select_columns(["branches", "length"])]
+    costs = how.costs(rows)
     mine = how.plan(costs, budget, state.num_processes)[state.process_index]
     device = next(model.parameters()).device
     found = []
@@ -94,5 +98,4 @@ def forward_budget(model: Any, rows: Dataset, pad_token_id: int, dtype: torch.dt
 
 def longest_row(rows: Dataset, how: Batching) -> dict[str, Any]:
     """Return the row that costs a batch the most tokens."""
-    costs = [how.tokens(row) for row in rows.select_columns(["branches", "length"])]
-    return rows.select_columns(list(MODEL_COLUMNS))[int(np.argmax(costs))]
+    return rows.select_columns(list(MODEL_COLUMNS))[int(np.argmax(how.costs(rows)))]

@@ -286,19 +286,13 @@ def train(recipe: Recipe, battles: Any = None, *, resume: bool = False, overwrit
         data = fingerprints(parts)
         if resume and (recipe.run_folder / MODEL).is_dir():
             check_same_inputs(recipe.run_folder, {"data": data})
+            if is_main():
+                open_run(recipe, resume, overwrite)
             logger.info("%s: already trained", recipe.run_folder)
             return recipe.run_folder, parts
         rows, validation_rows = _rows(parts, load_tokenizer(config), recipe)
     backbone = resolve(recipe.model.model_name_or_path, recipe.model.model_revision)
-    facts = {
-        "backbone": {"name": recipe.model.model_name_or_path, "fingerprint": fingerprint(backbone)},
-        "data": data,
-        "compute": {
-            "device": _device_name(device),
-            "dtype": str(dtype).removeprefix("torch."),
-            "processes": args.world_size,
-        },
-    }
+    facts = {"data": data, **_facts(recipe.model, backbone, device, dtype, args.world_size)}
     if resume:
         check_same_inputs(recipe.run_folder, facts)
     model, tokenizer = build_model(recipe.model, objective.head, args.seed)
@@ -342,5 +336,10 @@ def _with_source(recipe: Recipe, battles: Any) -> Recipe:
     return replace(recipe, data=replace(recipe.data, train=given))
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+def _facts(config: ModelConfig, backbone: Path, device: torch.device, dtype: torch.dtype, processes: int) -> dict:
+    """Return what a run remembers of its backbone and of what it computes on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "backbone": {"name": config.model_name_or_path, "fingerprint": fingerprint(backbone)},
+        "compute": {"device": name, "dtype": str(dtype).removeprefix("torch."), "processes": processes},
+    }

@@ -49,6 +49,8 @@ TRAINER_REFUSED = {
     "chat_template_path": "set prompt.template",
     "data_seed": "set trainer.seed",
     "dataloader_drop_last": "leave it out; no battle is dropped",
+    "dataloader_multiprocessing_context": "leave it out; rows are read by the platform's own way of starting workers",
+    "dataloader_pin_memory": "leave it out; micro-batches are pinned where they are made",
     "eos_token": "set prompt.template",
     "eval_accumulation_steps": "leave it out; logits of all battles are small",
     "fp16": "set model.dtype",

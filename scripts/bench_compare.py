@@ -42,6 +42,9 @@ the responses and of these with one another."""
 FRAME = (13, 7, 7, 15)
 """Tokens of the template before the prompt, before either response, and at the end."""
 
+OURS = {"trainer": "ours", "trl": "separate", "stock": "ours", "sorted": "ours"}
+"""What each of the others is compared with."""
+
 VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
@@ -68,6 +71,7 @@ class Plan:
     checkpointing: bool
     attention: str | None
     stock_attention: str | None
+    first_layer: int
     seed: int
     batch: int = 8
 
@@ -132,6 +136,7 @@ def planned(options: argparse.Namespace, folder: Path) -> Path:
         checkpointing=shape.checkpointing,
         attention=options.attention,
         stock_attention=options.stock_attention or shape.stock_attention,
+        first_layer=shape.first_layer,
         seed=options.seed,
     )
     (folder / "plan").write_bytes(pickle.dumps(plan))
@@ -249,6 +254,7 @@ def figures_of(plan: Plan, lengths: list[int], battles: int, seconds: float, com
     cuda = plan.device.type == "cuda"
     memory = {"gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)} if cuda else {}
     rate = matrix_rate(plan.device, plan.dtype)
+    flops = model_flops(plan.folder, lengths, plan.first_layer if training else None)
     return {
         "battles": battles,
         "sequences": len(lengths),
@@ -257,7 +263,7 @@ def figures_of(plan: Plan, lengths: list[int], battles: int, seconds: float, com
         "tokens_a_second": round(sum(lengths) / seconds, 1),
         "padding_share": round(max(0.0, 1 - sum(lengths) / computed), 4),
         "computed_a_token": round(computed / sum(lengths), 4),
-        "flops_utilisation": round(model_flops(plan.folder, lengths, training) / seconds / rate, 4),
+        "flops_utilisation": round(flops / seconds / rate, 4),
         "matrix_tflops": round(rate / 1e12, 3),
         **memory,
         "device": torch.cuda.get_device_name() if cuda else processor(),
@@ -270,7 +276,7 @@ def summary(runs: dict[str, list[dict]], options: argparse.Namespace, plan: Plan
     found: dict[str, Any] = {"shape": options.shape, "device": (devices or [None])[0]}
     found["versions"] = {name: importlib.metadata.version(name) for name in VERSIONS}
     found["arguments"] = {name: value for name, value in vars(options).items() if isinstance(value, str | int | list)}
-    told = ("max_length", "four_bits", "checkpointing", "batch")
+    told = ("max_length", "four_bits", "checkpointing", "first_layer", "batch")
     found["settings"] = {name: getattr(plan, name) for name in told} | {"dtype": str(plan.dtype), "warm_up": WARM}
     found["speed_of_ours"] = {}
     for name, done in runs.items():
@@ -278,9 +284,9 @@ def summary(runs: dict[str, list[dict]], options: argparse.Namespace, plan: Plan
         numbers = [key for key, value in (good or [{}])[0].items() if isinstance(value, int | float)]
         medians = {key: median(run[key] for run in good) for key in numbers}
         found[name] = {**medians, "runs": done}
-        pairs = zip(runs.get("ours", []), done, strict=False)
+        pairs = zip(runs.get(OURS.get(name, ""), []), done, strict=False)
         ratios = [ours["battles_a_second"] / run["battles_a_second"] for ours, run in pairs if both(ours, run)]
-        if ratios and name != "ours":
+        if ratios:
             spread = {"median": median(ratios), "least": min(ratios), "most": max(ratios)}
             found["speed_of_ours"][name] = {key: round(value, 3) for key, value in spread.items()}
     return found

@@ -37,6 +37,7 @@ class Shape:
         training_battles: of one measurement, beside `WARM` to warm up; 8 an optimiser step.
         inference_battles: the same, each predicted in both orders.
         stock_attention: of the stock competitors; none: what transformers takes by itself.
+        first_layer: layers before it have no adapters, of no competitor, and no backward pass.
     """
 
     config: dict[str, Any] | None
@@ -46,6 +47,7 @@ class Shape:
     training_battles: int = 48
     inference_battles: int = 64
     stock_attention: str | None = None
+    first_layer: int = 0
 
 
 SHAPES = {
@@ -77,8 +79,8 @@ SHAPES = {
         }
     ),
     "smollm2-135m-instruct": Shape(
-        None, max_length=1024, four_bits=False, checkpointing=False,
-        training_battles=32,
+        None, four_bits=False, checkpointing=False, training_battles=32, inference_battles=32,
+        first_layer=15,  # with adapters everywhere, stock batches of 8 take more than 24 GiB
     ),
     "tiny": Shape(
         {
@@ -208,6 +210,7 @@ def our_config(plan: Any) -> Any:
         lora_alpha=LORA["lora_alpha"],
         lora_dropout=LORA["lora_dropout"],
         lora_target_modules=LORA["target_modules"],
+        lora_first_layer=plan.first_layer,
     )
 
 
@@ -229,14 +232,16 @@ def stock_model(plan: Any, num_labels: int) -> tuple[Any, Any]:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     model.score.float()
-    return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], **LORA)), tokenizer
+    layers = list(range(plan.first_layer, model.config.num_hidden_layers)) if plan.first_layer else None
+    lora = LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], layers_to_transform=layers, **LORA)
+    return get_peft_model(model, lora), tokenizer
 
 
 @torch.no_grad()
 def draw_head(model: Any, seed: int) -> None:
     """Give the head that trains the same drawn weights in every competitor."""
     for name, weight in model.named_parameters():
-        if weight.requires_grad and ".score." in name:
+        if weight.requires_grad and ".score." in name and weight.ndim == 2:
             drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
             weight.copy_(drawn / weight.shape[1] ** 0.5)
 
@@ -250,12 +255,13 @@ def non_embedding_weights(folder: Path) -> int:
     return sum(weight.numel() for name, weight in model.named_parameters() if "embed" not in name)
 
 
-def model_flops(folder: Path, lengths: list[int], training: bool) -> float:
+def model_flops(folder: Path, lengths: list[int], first_layer: int | None) -> float:
     """Return the operations that sequences of these lengths need, however they are computed.
 
     A weight costs 2 a token forward and, frozen under LoRA, 2 more backward. Causal attention costs
-    2 layers · heads · head size · length² a sequence forward, and twice that more backward. Adapters, head,
-    recomputation and padding count nothing; no window of the shapes here is shorter than their sequences.
+    2 layers · heads · head size · length² a sequence forward, and twice that more backward. Layers before
+    `first_layer` have no backward pass; none: no layer has. Adapters, head, recomputation and padding count nothing;
+    no window of the shapes here is shorter than their sequences.
     """
     from transformers import AutoConfig
 
@@ -263,7 +269,8 @@ def model_flops(folder: Path, lengths: list[int], training: bool) -> float:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 2.0 * config.num_hidden_layers * config.num_attention_heads * head * sum(n * n for n in lengths)
     dense = 2.0 * non_embedding_weights(folder) * sum(lengths)
-    return dense * (2 if training else 1) + attention * (3 if training else 1)
+    back = 0 if first_layer is None else 1 - first_layer / config.num_hidden_layers
+    return dense * (1 + back) + attention * (1 + 2 * back)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -6,16 +6,19 @@
 Every optimiser step has 8 battles. One epoch over all battles is timed, so that all compute the same sequences, from
 the first batch to the last weight; a short run before it warms up.
 
-ours     rewardmodel
-trainer  transformers.Trainer, random batches of 8, each padded to its longest sequence
-trl      trl.RewardTrainer: prompt and A, prompt and B in sequences of their own, decided battles only
+ours      rewardmodel, both responses in one sequence
+trainer   transformers.Trainer on the same: random batches of 8, each padded to its longest sequence
+separate  rewardmodel on prompt and A, prompt and B: bradley_terry on decided battles
+trl       trl.RewardTrainer on the same
 """
 
 import gc
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from bench_battles import answer
 from bench_compare import Plan, arguments, compare, figures_of, guarded
@@ -29,7 +32,6 @@ Trained = tuple[Any, Callable[[Any], Any]]
 def settings(plan: Plan) -> dict[str, Any]:
     """Return what every trainer is told."""
     return {
-        "dataloader_pin_memory": plan.device.type == "cuda",
         "disable_tqdm": True,
         "eval_strategy": "no",
         "learning_rate": 2e-4,
@@ -51,12 +53,23 @@ def stock_settings(plan: Plan) -> dict[str, Any]:
             plan.checkpointing
         ),
         "bf16": plan.dtype == torch.bfloat16,
+        "dataloader_pin_memory": plan.device.type == "cuda",
         "per_device_train_batch_size": plan.batch,
         "use_cpu": plan.device.type == "cpu",
     }
 
 
 def ours(plan: Plan) -> Trained:
+    """Return rewardmodel's, both responses in one sequence."""
+    return rewardmodels(plan, "cross_entropy", lambda rows: rows)
+
+
+def separate(plan: Plan) -> Trained:
+    """Return rewardmodel's, each response alone with the prompt."""
+    return rewardmodels(plan, "bradley_terry", shared)
+
+
+def rewardmodels(plan: Plan, name: str, rows_of: Callable[[Any], Any]) -> Trained:
     """Return rewardmodel's; the tokens of a micro-batch are those that the trainer found to fit when it warmed up."""
     from rewardmodel.arguments import training_arguments
     from rewardmodel.config import ObjectiveConfig, Recipe
@@ -64,7 +77,7 @@ def ours(plan: Plan) -> Trained:
     from rewardmodel.objective import find_objective
     from rewardmodel.trainer import PreferenceTrainer
 
-    objective = ObjectiveConfig()
+    objective = ObjectiveConfig(name)
     model, tokenizer = build_model(our_config(plan), find_objective(objective).head, plan.seed)
     told = {"battles_per_step": plan.batch, "gradient_checkpointing": plan.checkpointing}
     args = training_arguments(Recipe(trainer=settings(plan) | told), plan.dtype, plan.device)
@@ -72,7 +85,7 @@ def ours(plan: Plan) -> Trained:
 
     def made(rows: Any) -> Any:
         tokens = (last.pop().tokens if last else None, None)
-        last.append(PreferenceTrainer(model, args, rows, None, tokenizer, objective, plan.dtype, tokens))
+        last.append(PreferenceTrainer(model, args, rows_of(rows), None, tokenizer, objective, plan.dtype, tokens))
         return last[0]
 
     return model, made
@@ -119,7 +132,23 @@ def decided(rows: Any) -> Any:
     return Dataset.from_dict(pairs)
 
 
-COMPETITORS: dict[str, Callable[[Plan], Trained]] = {"ours": ours, "trainer": trainer, "trl": trl}
+def shared(rows: Any) -> Any:
+    """Return the decided battles as rewardmodel's rows of both sequences of TRL's pairs, the prompt once."""
+    from datasets import Dataset
+
+    from rewardmodel.pairs import ROWS, merge
+
+    def alone(row: dict, segment: int) -> Any:
+        kept = [number for number, of in enumerate(row["segment_ids"]) if of != 3 - segment]
+        ids, of = (np.array(row[name])[kept] for name in ("input_ids", "segment_ids"))
+        return SimpleNamespace(input_ids=ids, segment_ids=of)
+
+    merged = [(row, merge([alone(row, 1), alone(row, 2)])) for row in rows if row["labels"][2] < 0.5]
+    battles = [row | one._asdict() | {"length": len(one.input_ids)} for row, one in merged]
+    return Dataset.from_list(battles, features=ROWS)
+
+
+COMPETITORS: dict[str, Callable[[Plan], Trained]] = {"ours": ours, "trainer": trainer, "separate": separate, "trl": trl}
 
 
 class Clock(TrainerCallback):
@@ -172,7 +201,7 @@ def train(path: str, name: str) -> dict:
     if plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     loss = trainer.train().training_loss
-    pairs = decided(rows) if name == "trl" else None
+    pairs = decided(rows) if name in ("trl", "separate") else None
     columns = [pairs["chosen_ids"][:], pairs["rejected_ids"][:]] if pairs else [rows["input_ids"][:]]
     lengths = [len(row) for column in columns for row in column]
     battles = len(pairs) if pairs else len(rows)

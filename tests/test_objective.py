@@ -1,4 +1,4 @@
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit, log_softmax, softmax
 
+from rewardmodel.config import ObjectiveConfig
 from rewardmodel.errors import InputError
 from rewardmodel.objective import (
     OBJECTIVES,
@@ -17,24 +18,8 @@ from rewardmodel.objective import (
     rao_kupper_link,
 )
 
-
-@dataclass
-class Section:
-    """The recipe's `objective` section, as far as losses read it."""
-
-    name: str = "cross_entropy"
-    label_smoothing: float = 0.0
-    margin: float = 0.0
-    center_rewards: float = 0.0
-    temperature: float = 1.0
-    weight_votes: float = 1.0
-    weight_teacher: float = 1.0
-    weight_cosine: float = 0.0
-    teacher: str | None = None
-
-
-PLAIN = Section()
-BUSY = Section("", 0.15, 0.4, 0.03, 1.7, 0.6, 0.8, 0.5)
+PLAIN = ObjectiveConfig()
+BUSY = ObjectiveConfig("", 0.15, 0.4, 0.03, 1.7, 0.6, 0.8, 0.5)
 SEPARATE = [name for name, objective in OBJECTIVES.items() if objective.encoding == "separate"]
 LINKS = {"rao_kupper": rao_kupper_link, "davidson": davidson_link}
 A, B, TIE = torch.eye(3, dtype=torch.float64)[:, None]
@@ -451,19 +436,25 @@ def test_fit_tie_refuses_what_it_cannot_fit():
 @each_objective
 def test_an_objective_is_found_with_every_setting_that_it_reads(name):
     given_ = {key: getattr(BUSY, key) for key in OBJECTIVES[name].settings}
-    assert find_objective(Section(name, teacher="teacher.csv", **given_)) is OBJECTIVES[name]
+    assert find_objective(ObjectiveConfig(name, **given_)) is OBJECTIVES[name]
 
 
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        (Section("crossentropy"), "did you mean 'cross_entropy'"),
-        (Section("rao_kupper", margin=0.5), r"objective\.margin: only for bradley_terry; leave it out with rao_kupper"),
-        (Section(center_rewards=0.1), "only for rao_kupper and davidson and bradley_terry"),
-        (Section("davidson", temperature=2.0), r"objective\.temperature: only for distillation"),
-        (Section("distillation", temperature=0.0), r"objective\.temperature: 0\.0; give at least 0\.01"),
-        (Section(label_smoothing=1.0), r"objective\.label_smoothing: 1\.0; give at least 0\.0 and less than 1\.0"),
-        (Section("distillation", weight_votes=float("nan")), r"objective\.weight_votes: nan"),
+        (ObjectiveConfig("crossentropy"), "did you mean 'cross_entropy'"),
+        (
+            ObjectiveConfig("rao_kupper", margin=0.5),
+            r"objective\.margin: only for bradley_terry; leave it out with rao_kupper",
+        ),
+        (ObjectiveConfig(center_rewards=0.1), "only for rao_kupper and davidson and bradley_terry"),
+        (ObjectiveConfig("davidson", temperature=2.0), r"objective\.temperature: only for distillation"),
+        (ObjectiveConfig("distillation", temperature=0.0), r"objective\.temperature: 0\.0; give at least 0\.01"),
+        (
+            ObjectiveConfig(label_smoothing=1.0),
+            r"objective\.label_smoothing: 1\.0; give at least 0\.0 and less than 1\.0",
+        ),
+        (ObjectiveConfig("distillation", weight_votes=float("nan")), r"objective\.weight_votes: nan"),
     ],
 )
 def test_a_setting_that_would_do_nothing_or_harm_is_refused(section, message):
