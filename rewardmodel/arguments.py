@@ -1,12 +1,14 @@
 """A recipe's `trainer` section in, TRL's training arguments out."""
 
+import math
+
 import torch
 from trl import RewardConfig
 
 from rewardmodel.config import Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.objective import find_objective
-from rewardmodel.trainer_keys import BATTLES, EARLY_STOPPING, OWN_KEYS, TOKENS
+from rewardmodel.trainer_keys import BATTLES, EARLY_STOPPING, HEAD_RATE, LORAPLUS, OWN_KEYS, TOKENS
 
 RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
@@ -59,4 +61,9 @@ def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device)
     for key in (BATTLES, TOKENS):
         if recipe.trainer[key] is not None and recipe.trainer[key] < 1:
             raise InputError(f"trainer.{key}: {recipe.trainer[key]}; give at least 1")
+    for key in (HEAD_RATE, LORAPLUS):
+        if recipe.trainer[key] is not None and not 0 < recipe.trainer[key] < math.inf:
+            raise InputError(f"trainer.{key}: {recipe.trainer[key]}; give a number above 0, or leave it out")
+    if recipe.trainer[LORAPLUS] is not None and not recipe.model.use_peft:
+        raise InputError(f"trainer.{LORAPLUS}: there is no LoRA without model.use_peft; leave it out")
     return args

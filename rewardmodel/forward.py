@@ -48,11 +48,18 @@ def batching(model: Any, pad_token_id: int) -> Batching:
 
 @torch.no_grad()
 def row_logits(
-    model: Any, rows: Dataset, pad_token_id: int, dtype: torch.dtype, budget: int, name: str = ""
+    model: Any,
+    rows: Dataset,
+    pad_token_id: int,
+    dtype: torch.dtype,
+    budget: int,
+    name: str = "",
+    *,
+    alone: bool = False,
 ) -> np.ndarray:
     """Return the logits of each sequence of rows, (n_rows, n_sequences, n_logits) float32, in their order.
 
-    Every process returns all of them, and computes its share.
+    Every process returns all of them and computes its share, or has rows of its own and is `alone` with them.
 
     Args:
         model: in evaluation mode, on its device.
@@ -61,11 +68,13 @@ def row_logits(
         dtype: precision to compute in.
         budget: tokens of a batch.
         name: of the progress bar; none: no bar.
+        alone: whether other processes have other rows, or none.
     """
     state, how = PartialState(), batching(model, pad_token_id)
+    process, processes = (0, 1) if alone else (state.process_index, state.num_processes)
     rows = rows.select_columns(list(MODEL_COLUMNS))
     costs = how.costs(rows)
-    mine = how.plan(costs, budget, state.num_processes)[state.process_index]
+    mine = how.plan(costs, budget, processes)[process]
     device = next(model.parameters()).device
     found = []
     with tqdm(total=sum(map(len, mine)), desc=name, unit="battle", disable=not (name and is_main())) as progress:
@@ -79,7 +88,7 @@ def row_logits(
     together = torch.cat(found)
     result = together.new_zeros(len(rows), *together.shape[1:])
     result[[number for micro in mine for number in micro]] = together
-    return reduce(result, "sum").cpu().numpy()
+    return (reduce(result, "sum") if processes > 1 else result).cpu().numpy()
 
 
 @torch.no_grad()

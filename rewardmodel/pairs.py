@@ -18,6 +18,7 @@ from rewardmodel.truncation import Sizes
 
 ROWS = Features(
     {
+        "id": Value("string"),
         "input_ids": List(Value("int32")),
         "segment_ids": List(Value("int8")),
         "branches": List(Value("int32")),
@@ -28,11 +29,11 @@ ROWS = Features(
         "weight": Value("float32"),
     }
 )
-"""One battle a row: its tokens, the segment of each (1: the first response, 2: the second, 0: neither), how many of
-them its sequences share and how many each goes on with, their number; tokens of prompt and responses before and after
-truncation; its outcome (NaN if unlabelled) and its weight in the loss."""
+"""One battle a row: its id; its tokens, the segment of each (1: the first response, 2: the second, 0: neither), how many
+of them its sequences share and how many each goes on with, their number; tokens of prompt and responses before and
+after truncation; its outcome (NaN if unlabelled) and its weight in the loss."""
 
-MODEL_COLUMNS = ("input_ids", "segment_ids", "branches", "length", "labels", "weight")
+MODEL_COLUMNS = ("id", "input_ids", "segment_ids", "branches", "length", "labels", "weight")
 """Columns that training and prediction read."""
 
 SEQUENCES = {"joint": ((0, 1, 2), (0, 2, 1)), "separate": ((0, 1), (0, 2))}
@@ -76,6 +77,7 @@ def tokenize(
         ]
         merged = [merge(battle) for battle in battles]
         return {
+            "id": batch["id"],
             "input_ids": [row.input_ids for row in merged],
             "segment_ids": [row.segment_ids for row in merged],
             "branches": [row.branches for row in merged],

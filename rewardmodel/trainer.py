@@ -2,7 +2,6 @@
 
 import logging
 import platform
-from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,15 +15,17 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer
 from trl import RewardConfig, RewardTrainer
 
 from rewardmodel.arguments import training_arguments
-from rewardmodel.batches import to_device
+from rewardmodel.batches import EpochSampler, to_device
 from rewardmodel.battles import AUGMENTATIONS
 from rewardmodel.budget import Memory, find_budget, no_room
 from rewardmodel.config import ModelConfig, ObjectiveConfig, Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.forward import batching, forward_budget, longest_row, row_logits
+from rewardmodel.guard import Guard
 from rewardmodel.metrics import accuracy, log_loss
-from rewardmodel.model import build_model, load_tokenizer, save_model
+from rewardmodel.model import build_model, classifier, head_names, load_tokenizer, save_model
 from rewardmodel.objective import find_objective, fit_tie, initial_tie
+from rewardmodel.optimizer import EVEN, Rates, split_groups
 from rewardmodel.pairs import MODEL_COLUMNS, retention, saved, tokenize
 from rewardmodel.parts import Parts, fingerprints, load_battles, split
 from rewardmodel.placement import autocast, placement
@@ -37,7 +38,7 @@ from rewardmodel.runs import (
     open_run,
     write_environment,
 )
-from rewardmodel.trainer_keys import EARLY_STOPPING, TOKENS
+from rewardmodel.trainer_keys import EARLY_STOPPING, HEAD_RATE, LORAPLUS, TOKENS
 from rewardmodel.weights import fingerprint, resolve
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class PreferenceTrainer(RewardTrainer):
         objective: loss and probabilities.
         dtype: precision of the forward pass.
         tokens: of a micro-batch in training and in evaluation; none: as many as fit.
+        rates: learning rates beside `args.learning_rate`.
     """
 
     loss_is_scaled_for_ga = True
@@ -72,12 +74,16 @@ class PreferenceTrainer(RewardTrainer):
         objective: ObjectiveConfig,
         dtype: torch.dtype,
         tokens: tuple[int | None, int | None] = (None, None),
+        rates: Rates = EVEN,
     ) -> None:
         self.objective = find_objective(objective)
         self.settings = objective
         self.dtype = dtype
         self.tokens, self.eval_tokens = tokens
+        self.rates = rates
         self.batching = batching(model, processing_class.pad_token_id)
+        attention = model.config.get_text_config()._attn_implementation
+        self.guard = Guard(f"{str(dtype).removeprefix('torch.')}, {attention} attention")
         trainable = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
         labels = model.config.id2label
         model.config.num_labels = 1  # all that TRL lets in
@@ -100,6 +106,13 @@ class PreferenceTrainer(RewardTrainer):
                 weight.requires_grad &= self.objective.learns_ties
         if args.gradient_checkpointing:
             model.disable_input_require_grads()  # needless without re-entrance, and it defeats lora_first_layer
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Return TRL's optimiser, with the head and LoRA's B at rates of their own if there are such."""
+        optimizer = super().create_optimizer(model)
+        rates = self.rates.of(model or self.model, head_names(classifier(self.model)), self.args.learning_rate)
+        optimizer.param_groups = split_groups(optimizer.param_groups, rates)
+        return optimizer
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the battles of each step, the same in every process, which then computes its share of them."""
@@ -158,8 +171,8 @@ class PreferenceTrainer(RewardTrainer):
         counted = {
             name: torch.tensor([row[name] for row in rows], dtype=torch.float32) for name in ("labels", "weight")
         }
-        device = self.accelerator.device
-        return {"model": to_device(self.batching.collate(rows), device), **to_device(counted, device)}
+        device, ids = self.accelerator.device, [row["id"] for row in rows]
+        return {"model": to_device(self.batching.collate(rows), device), **to_device(counted, device), "ids": ids}
 
     def compute_loss(
         self,
@@ -168,10 +181,15 @@ class PreferenceTrainer(RewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: float | None = None,
     ) -> torch.Tensor:
-        """Return this micro-batch's share of the mean loss over the step's battles."""
+        """Return this micro-batch's share of the mean loss over the step's battles.
+
+        Raises:
+            FloatingPointError: a loss of the step before was no number.
+        """
         with autocast(self.accelerator.device, self.dtype):
             logits = model(**inputs["model"]).logits
         losses = self.battle_losses(logits.view(len(inputs["labels"]), -1, logits.shape[-1]), inputs["labels"])
+        self.guard.watch(self.state.global_step + 1, inputs["ids"], losses)
         total = (losses * inputs["weight"]).sum()
         return total / num_items_in_batch * self.accelerator.num_processes  # gradients are averaged over processes
 
@@ -194,8 +212,17 @@ class PreferenceTrainer(RewardTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.guard.check(self.model)
+        super()._save_checkpoint(model, trial)
+
     def save_to(self, folder: Path, config: ModelConfig) -> None:
-        """Write the trained model, once, out of however many processes hold it."""
+        """Write the trained model, once, out of however many processes hold it.
+
+        Raises:
+            FloatingPointError: a loss or a weight is no number.
+        """
+        self.guard.check(self.model)
         state = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
         if is_main():
             save_model(self.accelerator.unwrap_model(self.model), self.processing_class, config, folder, state)
@@ -246,20 +273,6 @@ class PreferenceTrainer(RewardTrainer):
         """Write nothing: TRL's card describes a pairwise reward model."""
 
 
-class EpochSampler(torch.utils.data.Sampler):
-    """Draws the order of rows anew each epoch, from a seed of that epoch, so that a resumed run draws it again."""
-
-    def __init__(self, rows: int, seed: Callable[[], int]) -> None:
-        self.rows = rows
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(torch.randperm(self.rows, generator=torch.Generator().manual_seed(self.seed())).tolist())
-
-
 def train(recipe: Recipe, battles: Any = None, *, resume: bool = False, overwrite: bool = False) -> tuple[Path, Parts]:
     """Train a model on labelled battles and save it as a run.
 
@@ -297,7 +310,8 @@ def train(recipe: Recipe, battles: Any = None, *, resume: bool = False, overwrit
         check_same_inputs(recipe.run_folder, facts)
     model, tokenizer = build_model(recipe.model, objective.head, args.seed)
     tokens = (recipe.trainer[TOKENS], recipe.inference.batch_tokens)
-    trainer = PreferenceTrainer(model, args, rows, validation_rows, tokenizer, recipe.objective, dtype, tokens)
+    rates = Rates(recipe.trainer[HEAD_RATE], recipe.trainer[LORAPLUS])
+    trainer = PreferenceTrainer(model, args, rows, validation_rows, tokenizer, recipe.objective, dtype, tokens, rates)
     if recipe.trainer[EARLY_STOPPING] is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.trainer[EARLY_STOPPING]))
     checkpoint = last_checkpoint(recipe.run_folder) if resume else None

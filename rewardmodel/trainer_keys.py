@@ -5,6 +5,8 @@ from typing import Any
 EARLY_STOPPING = "early_stopping_patience"
 BATTLES = "battles_per_step"
 TOKENS = "micro_batch_tokens"
+HEAD_RATE = "head_learning_rate"
+LORAPLUS = "loraplus_lr_ratio"
 
 OWN_KEYS: dict[str, tuple[Any, Any, str]] = {
     BATTLES: (int, 8, "Battles of an optimiser step, over all processes; its loss is the mean over them."),
@@ -12,6 +14,12 @@ OWN_KEYS: dict[str, tuple[Any, Any, str]] = {
         int | None,
         None,
         "Stop after so many evaluations in a row without a better validation log loss; null: never.",
+    ),
+    HEAD_RATE: (float | None, None, "Learning rate of the classification head; null: learning_rate."),
+    LORAPLUS: (
+        float | None,
+        None,
+        "How many times as fast as LoRA's A its B learns (LoRA+; its authors advise 16); null: as fast.",
     ),
     TOKENS: (
         int | None,

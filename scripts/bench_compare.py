@@ -187,6 +187,7 @@ def _rows(texts: list, lengths: np.ndarray, kept: np.ndarray, outcomes: np.ndarr
     parts = [[text[number] for number in (3, 0, 4, first, 5, second, 6)] for text in texts]
     segments = [np.repeat([0, 0, 0, 1, 0, 2, 0], [len(text) for text in part]) for part in parts]
     columns = {
+        "id": [str(number) for number in range(len(parts))],
         "input_ids": [np.concatenate(part) for part in parts],
         "segment_ids": segments,
         "branches": [[0, len(row)] for row in segments],

@@ -7,14 +7,14 @@ ROOT = Path(__file__).parent.parent
 MODULES = {path.stem: path for path in (ROOT / "rewardmodel").glob("*.py") if path.stem != "__init__"}
 
 LEVELS = [
-    {"errors", "files", "trainer_keys", "processes"},
+    {"errors", "files", "trainer_keys", "processes", "guard", "optimizer"},
     {"config", "battles", "metrics", "backbone", "objective", "rows", "texts", "truncation", "template", "charts"}
     | {"attention", "batches"},
     {"sources", "folds", "predictions", "prompt", "weights", "runs", "head", "calibration", "resampling"}
     | {"placement", "arguments", "budget"},
     {"formats", "duplicates", "pairs", "model", "slices", "floors", "page"},
     {"parts", "audit", "bias", "forward"},
-    {"trainer", "inference", "evaluation"},
+    {"trainer", "inference", "evaluation", "rewards"},
     {"reports"},
     {"pipeline"},
     {"cli"},
