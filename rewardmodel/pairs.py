@@ -29,8 +29,8 @@ ROWS = Features(
         "weight": Value("float32"),
     }
 )
-"""One battle a row: its id; its tokens, the segment of each (1: the first response, 2: the second, 0: neither), how many
-of them its sequences share and how many each goes on with, their number; tokens of prompt and responses before and
+"""One battle a row: its id; its tokens, the segment of each (1: the first response, 2: the second, 0: neither), how
+many of them its sequences share and how many each goes on with, their number; tokens of prompt and responses before and
 after truncation; its outcome (NaN if unlabelled) and its weight in the loss."""
 
 MODEL_COLUMNS = ("id", "input_ids", "segment_ids", "branches", "length", "labels", "weight")
