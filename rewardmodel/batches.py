@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 Batch = dict[str, Any]
-"""Arguments of a model's forward pass (`rewardmodel.head.PooledHead`)."""
+"""Arguments of a model's forward pass (`rewardmodel.head`)."""
 
 
 def pack(rows: Sequence[dict[str, Any]]) -> Batch:
