@@ -21,9 +21,18 @@ HEADS = ("score", "classifier", "pooler", "pre_classifier", "head", "lm_head")
 OTHER_SENSES = ("vision_tower", "multi_modal_projector", "audio_tower")
 """Names under which transformers keeps what reads images and sounds: never LoRA targets."""
 
-AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "xmod", "mpnet") + (
-    "data2vec-text", "longformer", "luke",
-)  # fmt: skip
+AFTER_PADDING = (
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "data2vec-text",
+    "longformer",
+    "luke",
+    "mpnet",
+    "xmod",
+)
 """Families whose positions are counted from the padding id on, so that as many fewer are left."""
 
 

@@ -110,7 +110,7 @@ class ModelConfig:
     pooling: Literal["last", "responses"] = "last"
     """What a decoder's head reads: the last token, as plain transformers does, or the means over response A and over
     response B side by side, which small backbones learn from much sooner (only rewardmodel loads such a head). An
-    encoder keeps the head of its own class in transformers, which reads the first token or what else it was made for."""
+    encoder keeps the head of its class in transformers, which reads the first token or what else it was made for."""
     keep_head: bool = False
     """Start from the classification head that the backbone comes with, as a published reward model does, and refuse one
     that has none of the objective's width; false: the head's last layer is new, and starts even-handed."""

@@ -335,7 +335,7 @@ def _check_head(folder: Path, heads: list[str]) -> None:
 
 
 def _lora_targets(model: PreTrainedModel, linear: list[str], barred: set[str]) -> list[str]:
-    """Return the layers that get LoRA where a recipe names none: the family's, or all linear ones that are not barred."""
+    """Return the layers that get LoRA where a recipe names none: the family's, or all linear ones but those barred."""
     targets = family(model.config.model_type).lora_targets
     if targets:
         return list(targets)

@@ -68,8 +68,9 @@ def _stored_bits(backbone: Any) -> int | None:
         return None
     bits = [bits for bits in (4, 8) if stored.get(f"load_in_{bits}bit") or stored.get(f"_load_in_{bits}bit")]
     if not bits:
+        method = stored.get("quant_method")
         raise InputError(
-            f"model.model_name_or_path: the backbone is stored quantised by {stored.get('quant_method')}; give one that "
-            "is not quantised, or by bitsandbytes"
+            f"model.model_name_or_path: the backbone is stored quantised by {method}; give one that is not quantised, "
+            "or by bitsandbytes"
         )
     return bits[0]

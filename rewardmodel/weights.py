@@ -100,7 +100,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def tensor_shape(folder: Path, name: str) -> tuple[int, ...] | None:
-    """Return the shape of a weight by its name in the weight files of a model folder; none: they have no such weight."""
+    """Return the shape of a weight by its name in the weight files of a model folder; none: it is not there."""
     import torch
     from safetensors import safe_open
 

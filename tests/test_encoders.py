@@ -300,7 +300,7 @@ def test_a_sequence_that_is_longer_than_the_positions_is_refused_before_anything
 
 @pytest.mark.parametrize("name", ["roberta", "distilbert"])
 def test_a_sequence_of_all_positions_is_read(name, backbone):
-    model, tokenizer = build_model(config_of(backbone(name)), JOINT, seed=0)
+    model, _ = build_model(config_of(backbone(name)), JOINT, seed=0)
     ids = torch.full((1, 512), 7)
     assert logits(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).shape == (1, 3)
 

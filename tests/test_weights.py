@@ -352,7 +352,7 @@ def test_a_hub_that_did_not_answer_is_asked_again(hub):
 
 
 def test_older_weight_files_are_fetched_where_a_repository_has_no_others(hub, monkeypatch):
-    folder, asked = hub
+    folder, _ = hub
     (folder / "main").mkdir(parents=True)
     patterns = []
 
