@@ -1,6 +1,7 @@
 """Hidden states in, logits out: the head of a classifier, in float32, and what it reads."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,11 +75,13 @@ class FloatHead:
         pooling: a name out of `POOLINGS`.
         shape: what the head reads and states.
         last_layer: name of the layer that gives the logits.
+        new_parts: modules inside the backbone that belong to the head and that its weight files lack.
     """
 
     pooling: str
     shape: Head
     last_layer: str | None = None
+    new_parts: tuple[str, ...] = ()
     _keep_in_fp32_modules_strict = tuple(rf"^{name}\." for name in HEADS)
     _keys_to_ignore_on_load_missing = (rf"^({'|'.join(HEADS)})\.",)
     _keys_to_ignore_on_load_unexpected = (r"^(lm_head|cls|lm_predictions|mask_predictions|vocab_\w+|decoder)\.",)
@@ -141,11 +144,34 @@ class PooledHead(FloatHead):
 
 
 def head_names(model: Any) -> list[str]:
-    """Return the names of the modules with weights that stand on the backbone: the head."""
+    """Return the names of the modules with weights that stand on the backbone, the head, and of its `new_parts`."""
     children = model.named_children()
-    return [
+    above = [
         name for name, child in children if name != model.base_model_prefix and any(True for _ in child.parameters())
     ]
+    return [*above, *model.new_parts]
+
+
+def check_loaded(model: Any, found: dict[str, Any], folder: Path) -> None:
+    """Note the parts of a head that a folder lacks inside the backbone, as `new_parts`.
+
+    Args:
+        model: the classifier.
+        found: what transformers says of its loading.
+        folder: of the backbone, to be named.
+
+    Raises:
+        InputError: the folder lacks weights of the backbone itself, or has others of their names.
+    """
+    wrong = sorted(key for key, *_ in found["mismatched_keys"] if not key.startswith(model.last_layer))
+    if wrong:
+        raise InputError(f"{folder}: weights of other sizes than its config.json says: {', '.join(wrong[:3])}")
+    absent = [key.split(".") for key in sorted(found["missing_keys"])]
+    lacking = [".".join(parts) for parts in absent if not {*parts} & {*HEADS}]
+    if lacking:
+        raise InputError(f"{folder}: its weight files lack {', '.join(lacking[:3])}; fetch or convert it again")
+    ends = [next(place for place, part in enumerate(parts, 1) if part in HEADS) for parts in absent]
+    model.new_parts = tuple(sorted({".".join(parts[:end]) for parts, end in zip(absent, ends, strict=True)}))
 
 
 def classifier_class(config: Any, pooling: str, shape: Head) -> Any:

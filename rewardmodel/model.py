@@ -29,7 +29,7 @@ from rewardmodel.battles import OUTCOMES
 from rewardmodel.config import ModelConfig
 from rewardmodel.errors import InputError
 from rewardmodel.files import atomic_path
-from rewardmodel.head import PooledHead, classifier_class, head_names
+from rewardmodel.head import PooledHead, check_loaded, classifier_class, head_names
 from rewardmodel.objective import Head
 from rewardmodel.placement import placement
 from rewardmodel.quantization import quantization, quantized_bits
@@ -84,9 +84,7 @@ def load_classifier(config: ModelConfig, folder: Path, head: Head) -> PreTrained
         ignore_mismatched_sizes=True,  # a head of another width is no fault; other weights are looked at here
         **({"quantization_config": quantized} if quantized else {}),
     )
-    wrong = sorted(key for key, *_ in found["mismatched_keys"] if not key.startswith(model.last_layer))
-    if wrong:
-        raise InputError(f"{folder}: weights of other sizes than its config.json says: {', '.join(wrong[:3])}")
+    check_loaded(model, found, folder)
     _make_trainable(model, config.keep_head)
     if model_config.model_type not in FAMILIES:
         logger.info("%s is not in the table of families: generic rules hold for it", model_config.model_type)
@@ -103,7 +101,7 @@ def _make_trainable(model: Any, keep_head: bool) -> None:
     for weight in () if keep_head else model.get_submodule(model.last_layer).parameters():
         torch.nn.init.zeros_(weight)
     for name in head_names(model):
-        module = getattr(model, name).float()
+        module = model.get_submodule(name).float()
         if any("bitsandbytes" in type(part).__module__ for part in module.modules()):
             raise RuntimeError(f"the head '{name}' was quantised; rewardmodel.backbone.HEADS must name it")
     for module in model.modules():

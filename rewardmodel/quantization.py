@@ -10,6 +10,9 @@ from rewardmodel.backbone import HEADS
 from rewardmodel.config import ModelConfig
 from rewardmodel.errors import InputError
 
+SPARED = (*HEADS, *(rf".*\.{name}" for name in HEADS))
+"""What transformers is told not to quantise: heads that stand on a backbone, and parts of them inside it."""
+
 
 def quantized_bits(config: ModelConfig, backbone: Any) -> int | None:
     """Return in how many bits the backbone is to be held, 4 or 8; none: not quantised.
@@ -46,7 +49,7 @@ def quantization(config: ModelConfig, backbone: Any, dtype: torch.dtype) -> Bits
     bits = quantized_bits(config, backbone)
     if _stored_bits(backbone):
         stored = backbone.quantization_config
-        stored["llm_int8_skip_modules"] = sorted({*(stored.get("llm_int8_skip_modules") or []), *HEADS})
+        stored["llm_int8_skip_modules"] = sorted({*(stored.get("llm_int8_skip_modules") or []), *SPARED})
         stored["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
         return None
     if not bits:
@@ -58,7 +61,7 @@ def quantization(config: ModelConfig, backbone: Any, dtype: torch.dtype) -> Bits
         bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype if is_fsdp_enabled() else None,  # FSDP shards weights of one dtype only
-        llm_int8_skip_modules=list(HEADS),
+        llm_int8_skip_modules=list(SPARED),
     )
 
 

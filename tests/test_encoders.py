@@ -284,7 +284,7 @@ def test_encoders_learn_rewards_of_single_responses(name, objective, recipe_of, 
     run, _ = train(recipe_of(name, objective, trainer={"learning_rate": 1e-2}))
     battles = read_battles(frame)
     table, swapped = predict(run, battles), predict(run, swap(battles))
-    assert predicted(table).std(axis=0).min() > 1e-4
+    assert predicted(table)[:, 0].std() > 1e-3
     assert np.abs(predicted(swapped)[:, [1, 0, 2]] - predicted(table)).max() <= 1e-6
     tie = next(weight for key, weight in load_file(run / MODEL / "adapter_model.safetensors").items() if "tie" in key)
     assert tie != 0

@@ -356,15 +356,14 @@ def test_a_gemma3_that_sees_is_adapted_where_it_reads(tmp_path):
     assert all(".language_model.layers." in name for name in adapted)
     rows = rows_of(tokenizer)
     assert is_packed(model)
-    padded = pad(rows, tokenizer.pad_token_id)
     train_a_little(model, pack(rows))
     before = logits(model, pack(rows))
     assert before.std() > 1e-3
-    assert (logits(model, padded) - before).abs().max() <= 1e-5
     save_model(model, tokenizer, config, tmp_path / "model")
     again, _ = load_model(config, tmp_path / "model")
     assert torch.equal(logits(again, pack(rows)), before)
     plain = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=3).eval()
+    padded = pad(rows, tokenizer.pad_token_id)
     with torch.no_grad():
         theirs = plain(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits
     assert (theirs - before).abs().max() <= 1e-5
@@ -446,6 +445,31 @@ def test_a_full_fine_tune_goes_on_from_one_of_ours(backbone, tmp_path):
     save_model(model, tokenizer, config, tmp_path / "model")
     further, _ = build_model(config_of(tmp_path / "model", keep_head=True), JOINT, seed=0)
     assert torch.equal(logits(further, batch), logits(model, batch))
+
+
+def test_a_pooler_that_the_backbone_lacks_is_new_and_saved_with_the_head(tmp_path, caplog):
+    config = config_of(make_backbone("bert", tmp_path / "backbone"))
+    assert not [key for key in load_file(tmp_path / "backbone" / "model.safetensors") if "pooler" in key]
+    model, tokenizer = build_model(config, JOINT, seed=0)
+    save_model(model, tokenizer, config, tmp_path / "model")
+    saved = load_file(tmp_path / "model" / "adapter_model.safetensors")
+    assert {key for key in saved if "lora" not in key} == {
+        f"base_model.model.{layer}.{kind}"
+        for layer in ("classifier", "bert.pooler.dense")
+        for kind in ("weight", "bias")
+    }
+
+
+def test_a_backbone_with_weights_missing_is_refused(tmp_path):
+    folder = make_backbone("llama", tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {key: one for key, one in weights.items() if "layers.1.mlp" not in key},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(InputError, match=r"its weight files lack model\.layers\.1\.mlp\.down_proj\.weight, "):
+        build_model(config_of(folder), JOINT, seed=0)
 
 
 def test_weights_of_other_sizes_than_the_configuration_says_are_refused(tmp_path):
