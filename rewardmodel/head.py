@@ -120,7 +120,7 @@ class FloatHead:
 class PooledHead(FloatHead):
     """A decoder classifier whose head reads a pooling of the hidden states, packed or padded."""
 
-    def forward(
+    def forward(  # type: ignore[override]  # a batch has the places besides
         self,
         input_ids: torch.Tensor,
         last: torch.Tensor,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -108,8 +108,16 @@ def _make_trainable(model: Any, keep_head: bool) -> None:
         # On CPUs with bfloat16, bitsandbytes repacks a weight when it first evaluates, and then has no gradient for it.
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+        if isinstance(module, Linear4bit | Linear8bitLt) and family(model.config.model_type).float32_weights:
+            module.register_forward_hook(_as_autocast)
     if isinstance(model, PooledHead):
         pack_attention(model)
+
+
+def _as_autocast(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    """Return outputs in autocast's precision, as torch's own linear layers give them; DeBERTa reckons with that."""
+    device = output.device.type
+    return output.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else output
 
 
 def _check_kept(kind: Any, model_config: Any, folder: Path) -> None:
