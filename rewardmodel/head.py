@@ -103,11 +103,21 @@ class FloatHead:
         self.last_layer = last_layer
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        super()._init_weights(module)  # type: ignore[misc]
         last = self.last_layer and self.get_submodule(self.last_layer)  # type: ignore[attr-defined]
+        if module is not last:
+            super()._init_weights(module)  # type: ignore[misc]
         if last and module in (self, last):  # some families set the weights of the last layer with those of the whole
             for weight in last.parameters():
                 initialization.zeros_(weight)
+
+    def renew(self) -> None:
+        """Put a new last layer, which is zero, in the place of the one that was loaded, even a quantised one."""
+        old: Any = self.get_submodule(self.last_layer)  # type: ignore[attr-defined]
+        with torch.device("meta"):  # draws nothing at random
+            new = type(old)(old.in_features, old.out_features, old.bias is not None)
+        self.set_submodule(self.last_layer, new.to_empty(device=self.device))  # type: ignore[attr-defined]
+        for weight in new.parameters():
+            torch.nn.init.zeros_(weight)
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any

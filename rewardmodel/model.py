@@ -98,8 +98,8 @@ def _make_trainable(model: Any, keep_head: bool) -> None:
 
     Other layers of a head than its last are kept where the folder has them: they belong to what was pretrained.
     """
-    for weight in () if keep_head else model.get_submodule(model.last_layer).parameters():
-        torch.nn.init.zeros_(weight)
+    if not keep_head:
+        model.renew()
     for name in head_names(model):
         module = model.get_submodule(name).float()
         if any("bitsandbytes" in type(part).__module__ for part in module.modules()):
