@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 
 Batch = dict[str, Any]
-"""Arguments of a model's forward pass (`rewardmodel.head.PooledHead`)."""
+"""Arguments of a model's forward pass (`rewardmodel.head`)."""
 
 
 def pack(rows: Sequence[dict[str, Any]]) -> Batch:

@@ -84,7 +84,8 @@ class PromptConfig:
     template: str | None = None
     """Text around the turns: a name out of rewardmodel.template.TEMPLATES, `chat` for the tokenizer's own, a .jinja
     file, or Jinja itself; none: `instruction` for objectives that compare both responses in one sequence, `chat` for
-    those that score each alone."""
+    those that score each alone; `encoder` and `encoder_response` where the tokenizer has a separator, as those of
+    encoders do."""
     max_length: int = 1024
     """Most tokens of a sequence. Longer battles lose text; none is dropped."""
     truncation: Literal["balanced", "head", "tail", "head_tail"] = "balanced"
@@ -107,8 +108,12 @@ class ModelConfig:
     attn_implementation: str | None = None
     """Attention kernel by transformers' name; none: the best that the family allows."""
     pooling: Literal["last", "responses"] = "last"
-    """What the head reads: the last token, as plain transformers does, or the means over response A and over
-    response B side by side, which small backbones learn from much sooner (only rewardmodel loads such a head)."""
+    """What a decoder's head reads: the last token, as plain transformers does, or the means over response A and over
+    response B side by side, which small backbones learn from much sooner (only rewardmodel loads such a head). An
+    encoder keeps the head of its class in transformers, which reads the first token or what else it was made for."""
+    keep_head: bool = False
+    """Start from the classification head that the backbone comes with, as a published reward model does, and refuse one
+    that has none of the objective's width; false: the head's last layer is new, and starts even-handed."""
     load_in_4bit: bool = False
     """Quantise the backbone to 4 bits with bitsandbytes; the head is left out."""
     load_in_8bit: bool = False

@@ -1,37 +1,39 @@
 """A backbone folder in, a classifier with LoRA and a float32 head out; saving, and reloading with checks."""
 
+import copy
 import json
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.integrations import is_fsdp_enabled
+from transformers.pytorch_utils import Conv1D
 
 from rewardmodel.attention import KERNELS, PREFIX, Packing, packed
-from rewardmodel.backbone import FAMILIES, HEADS, family
+from rewardmodel.backbone import FAMILIES, HEADS, OTHER_SENSES, family
 from rewardmodel.batches import pack
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.config import ModelConfig
 from rewardmodel.errors import InputError
 from rewardmodel.files import atomic_path
-from rewardmodel.head import classifier_class
+from rewardmodel.head import PooledHead, check_loaded, classifier_class, head_names
 from rewardmodel.objective import Head
 from rewardmodel.placement import placement
-from rewardmodel.weights import fingerprint, resolve
+from rewardmodel.quantization import quantization, quantized_bits
+from rewardmodel.weights import fingerprint, resolve, tensor_shape
 
 logger = logging.getLogger(__name__)
 
@@ -54,43 +56,83 @@ def load_classifier(config: ModelConfig, folder: Path, head: Head) -> PreTrained
     """Return the backbone of a folder under a float32 head, quantised or not, on its device.
 
     Raises:
-        InputError: a device, precision or attention that is not to be had here.
+        InputError: a device, precision, attention or quantisation that is not to be had here, or no head to keep.
     """
-    if config.load_in_4bit and config.load_in_8bit:
-        raise InputError("model: load_in_4bit and load_in_8bit exclude each other; set one of them to false")
-    if (config.load_in_4bit or config.load_in_8bit) and not config.use_peft:
-        raise InputError("model.use_peft: a quantised backbone cannot train itself; leave it true, or quantise nothing")
     model_config = AutoConfig.from_pretrained(folder)
     rules = family(model_config.model_type)
     device, dtype = placement(config, folder)
+    bits = quantized_bits(config, model_config)
+    quantized = quantization(config, model_config, dtype)
     attention = config.attn_implementation or rules.attention[0]
     if attention not in rules.attention:
         raise InputError(
             f"model.attn_implementation: '{attention}' is not known to compute {model_config.model_type}; "
             f"use one of: {', '.join(rules.attention)}"
         )
-    names = dict(enumerate(OUTCOMES if head.num_labels == 3 else ["reward"]))
-    quantised = config.load_in_4bit or config.load_in_8bit
-    model = classifier_class(model_config, config.pooling, head).from_pretrained(
+    model_config.id2label = dict(enumerate(OUTCOMES if head.num_labels == 3 else ["reward"]))
+    model_config.label2id = {name: number for number, name in model_config.id2label.items()}
+    kind = classifier_class(model_config, config.pooling, head)
+    if config.keep_head:
+        _check_kept(kind, model_config, folder)
+    model, found = kind.from_pretrained(
         folder,
-        id2label=names,
-        label2id={name: number for number, name in names.items()},
-        dtype=dtype if config.use_peft else torch.float32,
+        config=model_config,
+        dtype=dtype if config.use_peft and not rules.float32_weights else torch.float32,
         attn_implementation=attention,
         device_map={"": device},
-        **({"quantization_config": quantization(config, dtype)} if quantised else {}),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # a head of another width is no fault; other weights are looked at here
+        **({"quantization_config": quantized} if quantized else {}),
     )
+    check_loaded(model, found, folder)
+    _make_trainable(model, config.keep_head)
+    if model_config.model_type not in FAMILIES:
+        logger.info("%s is not in the table of families: generic rules hold for it", model_config.model_type)
+    held = f"{bits} bits" if bits else "not quantised"
+    logger.info("%s on %s: %s, %s attention, %s", model_config.model_type, device, dtype, attention, held)
+    return model
+
+
+def _make_trainable(model: Any, keep_head: bool) -> None:
+    """Make the head float32, and even-handed if it is new; let the layers under it compute gradients, and packed rows.
+
+    Other layers of a head than its last are kept where the folder has them: they belong to what was pretrained.
+    """
+    if not keep_head:
+        model.renew()
+    for name in head_names(model):
+        module = model.get_submodule(name).float()
+        if any("bitsandbytes" in type(part).__module__ for part in module.modules()):
+            raise RuntimeError(f"the head '{name}' was quantised; rewardmodel.backbone.HEADS must name it")
     for module in model.modules():
         # On CPUs with bfloat16, bitsandbytes repacks a weight when it first evaluates, and then has no gradient for it.
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-    for name in head_names(model):
-        module = getattr(model, name).float()
-        if any("bitsandbytes" in type(part).__module__ for part in module.modules()):
-            raise RuntimeError(f"the head '{name}' was quantised; rewardmodel.backbone.HEADS must name it")
-    pack_attention(model)
-    logger.info("%s on %s: %s, %s attention, %s", model_config.model_type, device, dtype, attention, _bits(config))
-    return model
+        if isinstance(module, Linear4bit | Linear8bitLt) and family(model.config.model_type).float32_weights:
+            module.register_forward_hook(_as_autocast)
+    if isinstance(model, PooledHead):
+        pack_attention(model)
+
+
+def _as_autocast(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    """Return outputs in autocast's precision, as torch's own linear layers give them; DeBERTa reckons with that."""
+    device = output.device.type
+    return output.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else output
+
+
+def _check_kept(kind: Any, model_config: Any, folder: Path) -> None:
+    """Raise if a folder does not have the whole head of a classifier of that kind."""
+    with torch.device("meta"):
+        model = kind(copy.deepcopy(model_config))
+    for head in head_names(model):
+        for name, weight in model.get_submodule(head).named_parameters(prefix=head):
+            shape = tensor_shape(folder, name)
+            if shape != tuple(weight.shape) and not name.endswith(".tie"):
+                held = f"has '{name}' of size {shape}" if shape else f"has no '{name}'"
+                raise InputError(
+                    f"model.keep_head: {folder} {held}, and objective.name needs {tuple(weight.shape)}; "
+                    "set it to false for a new head"
+                )
 
 
 def pack_attention(model: PreTrainedModel) -> None:
@@ -136,55 +178,25 @@ def _packs(model: PreTrainedModel) -> bool:
     return bool((together - alone).abs().max() <= 0.05 * alone.abs().max())
 
 
-def quantization(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return bitsandbytes settings that leave every head alone."""
-    return BitsAndBytesConfig(
-        load_in_4bit=config.load_in_4bit,
-        load_in_8bit=config.load_in_8bit,
-        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=dtype if is_fsdp_enabled() else None,  # FSDP shards weights of one dtype only
-        llm_int8_skip_modules=list(HEADS),
-    )
-
-
-def head_names(model: PreTrainedModel) -> list[str]:
-    """Return the names of the modules with weights that stand on the backbone: the head."""
-    children = model.named_children()
-    return [
-        name for name, child in children if name != model.base_model_prefix and any(True for _ in child.parameters())
-    ]
-
-
 def add_lora(model: PreTrainedModel, config: ModelConfig) -> PeftModel:
     """Return the model with trainable float32 LoRA adapters and head, everything else frozen.
 
     Raises:
         InputError: PiSSA on a quantised backbone, or no layer left for LoRA.
     """
-    quantised = config.load_in_4bit or config.load_in_8bit
-    if config.lora_init == "pissa" and quantised:
-        raise InputError(
-            "model.lora_init: pissa splits the backbone's own weights; set load_in_4bit and load_in_8bit false"
-        )
-    if config.lora_init == "pissa" and config.use_dora:
-        raise InputError("model.lora_init: pissa and use_dora both rewrite the backbone's weights; choose one of them")
-    if config.lora_init == "pissa" and model.dtype != torch.float32:
-        raise InputError("model.lora_init: pissa is exact on a float32 backbone only; set model.dtype float32")
+    _check_lora(model, config)
     layers = model.config.get_text_config().num_hidden_layers
-    if config.lora_first_layer >= layers:
-        raise InputError(
-            f"model.lora_first_layer: {config.lora_first_layer}, but the backbone has layers 0 to {layers - 1}"
-        )
-    if config.lora_r < 1:
-        raise InputError(f"model.lora_r: {config.lora_r}; the rank is at least 1")
+    backbone = getattr(model, model.base_model_prefix)
+    linear = {name: part for name, part in backbone.named_modules() if isinstance(part, torch.nn.Linear | Conv1D)}
+    barred = {part for name in linear for part in name.split(".")} & {*HEADS, *OTHER_SENSES}
     lora = LoraConfig(
         task_type="SEQ_CLS",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules or _lora_targets(model),
+        target_modules=config.lora_target_modules or _lora_targets(model, [*linear], barred),
+        exclude_modules=rf"(.*\.)?({'|'.join(sorted(barred))})(\..*)?" if barred else None,
+        fan_in_fan_out=any(isinstance(part, Conv1D) for part in linear.values()),
         layers_to_transform=list(range(config.lora_first_layer, layers)) if config.lora_first_layer else None,
         init_lora_weights="pissa" if config.lora_init == "pissa" else True,
         use_rslora=config.use_rslora,
@@ -199,6 +211,24 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> PeftModel:
     if config.lora_init == "pissa":
         adapted.pissa_start = {name: weight.clone() for name, weight in get_peft_model_state_dict(adapted).items()}
     return adapted
+
+
+def _check_lora(model: PreTrainedModel, config: ModelConfig) -> None:
+    if config.lora_init == "pissa" and getattr(model, "is_quantized", False):
+        raise InputError(
+            "model.lora_init: pissa splits the backbone's own weights; set load_in_4bit and load_in_8bit false"
+        )
+    if config.lora_init == "pissa" and config.use_dora:
+        raise InputError("model.lora_init: pissa and use_dora both rewrite the backbone's weights; choose one of them")
+    if config.lora_init == "pissa" and model.dtype != torch.float32:
+        raise InputError("model.lora_init: pissa is exact on a float32 backbone only; set model.dtype float32")
+    layers = model.config.get_text_config().num_hidden_layers
+    if config.lora_first_layer >= layers:
+        raise InputError(
+            f"model.lora_first_layer: {config.lora_first_layer}, but the backbone has layers 0 to {layers - 1}"
+        )
+    if config.lora_r < 1:
+        raise InputError(f"model.lora_r: {config.lora_r}; the rank is at least 1")
 
 
 def build_model(config: ModelConfig, head: Head, seed: int) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -237,7 +267,7 @@ def save_model(
         "model_name_or_path": config.model_name_or_path,
         "model_revision": config.model_revision,
         "fingerprint": fingerprint(backbone),
-        "head": classifier(model).head._asdict(),
+        "head": classifier(model).shape._asdict(),
     }
     with atomic_path(folder) as partial:
         model.save_pretrained(partial, **({} if state is None else {"state_dict": state}))
@@ -279,7 +309,7 @@ def load_model(config: ModelConfig, folder: Path) -> tuple[Any, PreTrainedTokeni
     """
     about = _read_about(folder)
     if not (folder / "adapter_config.json").is_file():
-        model: Any = load_classifier(config, folder, Head(**about["head"]))
+        model: Any = load_classifier(replace(config, keep_head=True), folder, Head(**about["head"]))
         return model.eval(), load_tokenizer(folder)
     backbone = resolve(config.model_name_or_path, config.model_revision)
     if fingerprint(backbone) != about["fingerprint"]:
@@ -310,19 +340,11 @@ def _check_head(folder: Path, heads: list[str]) -> None:
             )
 
 
-def _lora_targets(model: PreTrainedModel) -> list[str]:
+def _lora_targets(model: PreTrainedModel, linear: list[str], barred: set[str]) -> list[str]:
+    """Return the layers that get LoRA where a recipe names none: the family's, or all linear ones but those barred."""
     targets = family(model.config.model_type).lora_targets
     if targets:
         return list(targets)
-    backbone = getattr(model, model.base_model_prefix)
-    linear = {
-        name.rpartition(".")[2] for name, module in backbone.named_modules() if isinstance(module, torch.nn.Linear)
-    }
-    logger.info("%s is not in the table of families; LoRA on: %s", model.config.model_type, ", ".join(sorted(linear)))
-    return sorted(linear - set(HEADS))
-
-
-def _bits(config: ModelConfig) -> str:
-    if config.load_in_4bit:
-        return f"4-bit {config.bnb_4bit_quant_type}"
-    return "8-bit" if config.load_in_8bit else "not quantised"
+    found = sorted({name.rpartition(".")[2] for name in linear if not barred & {*name.split(".")}})
+    logger.info("LoRA on: %s", ", ".join(found))
+    return found

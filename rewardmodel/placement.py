@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from rewardmodel.backbone import Family, family
+from rewardmodel.backbone import Family, check_length, family
 from rewardmodel.config import ModelConfig
 from rewardmodel.errors import InputError
 
@@ -20,6 +20,11 @@ def placement(config: ModelConfig, folder: Path) -> tuple[torch.device, torch.dt
     """
     device = compute_device(config)
     return device, compute_dtype(config, device, family(AutoConfig.from_pretrained(folder).model_type))
+
+
+def check_positions(folder: Path, max_length: int) -> None:
+    """Raise if a backbone has no positions for sequences of so many tokens, as `rewardmodel.backbone.check_length`."""
+    check_length(AutoConfig.from_pretrained(folder), max_length)
 
 
 def compute_device(config: ModelConfig) -> torch.device:

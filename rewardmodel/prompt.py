@@ -59,8 +59,8 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self.max_length = config.max_length
         self.truncation = config.truncation
-        wanted, default = ENCODINGS[encoding]
-        name = config.template or default
+        wanted, decoder, encoder = ENCODINGS[encoding]
+        name = config.template or (encoder if tokenizer.sep_token else decoder)
         self.template = Template(name, tokenizer)
         self.responses = self.template.responses
         if self.responses != wanted:

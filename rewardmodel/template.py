@@ -28,6 +28,10 @@ TEMPLATES = {
         "PROMPT: {{ round.prompt }} {{ sep }} RESPONSE A: {{ round.response_a }} {{ sep }} "
         "RESPONSE B: {{ round.response_b }}{% endfor %}"
     ),
+    "encoder_response": (
+        "{% for round in rounds %}{% if not loop.first %} {{ sep }} {% endif %}"
+        "PROMPT: {{ round.prompt }} {{ sep }} RESPONSE: {{ round.response }}{% endfor %}"
+    ),
     # For backbones without a chat template.
     "response": (
         "{% for round in rounds %}{% if not loop.first %}{{ '\n\n' }}{% endif %}"
@@ -44,8 +48,9 @@ CHAT = "chat"
 JOINT, SEPARATE = ("response_a", "response_b"), ("response",)
 """What a round's responses are called when both stand in one sequence, and when each stands in one of its own."""
 
-ENCODINGS = {"joint": (JOINT, "instruction"), "separate": (SEPARATE, CHAT)}
-"""For an objective's encoding the responses that a template must have, and the template where a recipe names none."""
+ENCODINGS = {"joint": (JOINT, "instruction", "encoder"), "separate": (SEPARATE, CHAT, "encoder_response")}
+"""For an objective's encoding the responses that a template must have, and the template where a recipe names none: for
+a decoder, and for an encoder, whose tokenizer has a separator."""
 
 # Letters of both cases, so that a filter that changes a text shows.
 _PLACEHOLDER = re.compile("\ue000Turn (\\d+) tEXT (\\d)\ue001")

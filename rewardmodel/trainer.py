@@ -28,7 +28,7 @@ from rewardmodel.objective import find_objective, fit_tie, initial_tie
 from rewardmodel.optimizer import EVEN, Rates, split_groups
 from rewardmodel.pairs import MODEL_COLUMNS, retention, saved, tokenize
 from rewardmodel.parts import Parts, fingerprints, load_battles, split
-from rewardmodel.placement import autocast, placement
+from rewardmodel.placement import autocast, check_positions, placement
 from rewardmodel.processes import is_main, wait_for_all
 from rewardmodel.runs import (
     MODEL,
@@ -292,6 +292,7 @@ def train(recipe: Recipe, battles: Any = None, *, resume: bool = False, overwrit
     objective = find_objective(recipe.objective)
     check_run(recipe, resume, overwrite)
     config = resolve(recipe.model.model_name_or_path, recipe.model.model_revision, weights=False)
+    check_positions(config, recipe.prompt.max_length)
     device, dtype = placement(recipe.model, config)
     args = training_arguments(recipe, dtype, device)
     with args.main_process_first():  # the others then find in the cache what it read

@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 """What a hub repository must hold for us: weights, configuration, tokenizer; code is never fetched."""
 
+HUB_OLDER = ("pytorch_model.bin", "pytorch_model-*.bin")
+"""Weights of a repository that has no safetensors; torch reads tensors out of them and nothing else."""
+
 HUB_COPIES = ("consolidated*", "original/*", "onnx/*")
 """The same weights in other layouts, which some repositories hold beside."""
 
@@ -96,6 +99,22 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def tensor_shape(folder: Path, name: str) -> tuple[int, ...] | None:
+    """Return the shape of a weight by its name in the weight files of a model folder; none: it is not there."""
+    import torch
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as weights:
+            if name in weights.keys():  # noqa: SIM118  # no mapping
+                return tuple(weights.get_slice(name).get_shape())
+    for path in sorted(folder.glob("pytorch_model*.bin")):
+        state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        if name in state:
+            return tuple(state[name].shape)
+    return None
+
+
 def _packaged_gguf(name: str) -> Path:
     packaged = PACKAGED[name]
     spec = importlib.util.find_spec(packaged.module)
@@ -129,16 +148,20 @@ def _from_hub(name: str, revision: str, weights: bool) -> Path:
         HFValidationError: "no hub id is spelt so; give owner/name, or the path of a folder that is there",
         Exception: "the hub cannot be reached; connect, or give a local folder",
     }
-    unwanted = [*HUB_COPIES, *([] if weights else ["*.safetensors"])]
+
+    def fetch(*patterns: str) -> Path:
+        unwanted = [*HUB_COPIES, *([] if weights else ["*.safetensors"])]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=unwanted))
+
     try:
-        folder = Path(
-            snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=unwanted)
-        )
+        folder = fetch(*HUB_FILES)
+        if weights and not any(folder.glob("*.safetensors")):
+            folder = fetch(*HUB_FILES, *HUB_OLDER)
     except Exception as error:
         mend = next(text for kind, text in mends.items() if isinstance(error, kind))
         raise InputError(f"model.model_name_or_path: hub id '{name}': {mend}") from error
-    if weights and not any(folder.glob("*.safetensors")):
-        raise InputError(f"model.model_name_or_path: hub id '{name}' has no safetensors; give a repository that has")
+    if weights and not any(path for pattern in ("*.safetensors", *HUB_OLDER) for path in folder.glob(pattern)):
+        raise InputError(f"model.model_name_or_path: hub id '{name}' has no weights; give a repository that has")
     return folder
 
 

@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-FAMILIES = ("llama", "mistral", "qwen3", "gemma2", "gemma3_text")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text")
+ENCODERS = ("deberta-v2", "roberta", "distilbert", "modernbert")
 
 SMALL = {
     "hidden_size": 64,
@@ -64,16 +65,61 @@ def make_tokenizer(add_bos: bool = True):
     )
 
 
-def make_backbone(family: str, folder: Path, **overrides) -> Path:
-    """Write a tiny random causal language model of a family, as a hub repository holds it."""
+def make_encoder_tokenizer():
+    """Return the tiny tokenizer as encoders have it: `[CLS] ... [SEP]`, with a padding token of its own."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<eos>", "cls_token": "<bos>", "sep_token": "<end_of_turn>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <end_of_turn>", special_tokens=[("<bos>", 1), ("<end_of_turn>", 2)]
+    )
+    return tokenizer
+
+
+SLIDING = ("gemma2", "gemma3_text", "mistral", "phi3")
+"""Families some of whose layers see 32 tokens here."""
+
+AS_ENCODERS = {
+    "deberta-v2": {
+        "relative_attention": True,
+        "position_buckets": 8,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": "p2c|c2p",
+        "layer_norm_eps": 1e-7,
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+        "max_position_embeddings": 512,
+    },
+    "roberta": {"max_position_embeddings": 513, "type_vocab_size": 1},
+    "distilbert": {"dim": 64, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 512},
+    "modernbert": {"local_attention": 32, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2},
+}
+"""What configurations of encoders say beside `SMALL`, as those of DeBERTa-v3, RoBERTa, DistilBERT and ModernBERT do."""
+
+
+def make_backbone(family: str, folder: Path, num_labels: int | None = None, **overrides) -> Path:
+    """Write a tiny random backbone of a family as a hub repository holds it: a language model, or a classifier."""
     import torch
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import (
+        CONFIG_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        AutoModelForSequenceClassification,
+    )
 
     torch.manual_seed(0)
-    settings = {**SMALL, "sliding_window": 32} if family in ("gemma2", "gemma3_text", "mistral") else SMALL
-    config = CONFIG_MAPPING[family](**{**settings, "initializer_range": 0.2, **overrides})
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    encoder = family in (*ENCODERS, "bert")
+    small = {**SMALL, "sliding_window": 32} if family in SLIDING else SMALL
+    if encoder:
+        small = {key: SMALL[key] for key in SMALL.keys() - {"num_key_value_heads", "head_dim"}}
+    kind = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
+    labels = {} if num_labels is None else {"num_labels": num_labels}
+    kind = kind if num_labels is None else AutoModelForSequenceClassification
+    settings = {**small, **AS_ENCODERS.get(family, {}), "initializer_range": 0.2, **labels, **overrides}
+    kind.from_config(CONFIG_MAPPING[family](**settings)).save_pretrained(folder)
+    (make_encoder_tokenizer() if encoder else make_tokenizer()).save_pretrained(folder)
     return folder
 
 

@@ -114,7 +114,7 @@ def plain_logits(model, rows):
                 hidden = inner.model(torch.tensor([ids]), use_cache=False).last_hidden_state[0]
                 means = [hidden[torch.tensor(segments) == response].mean(dim=0) for response in (1, 2)]
                 read = hidden[-1] if inner.pooling == "last" else torch.cat(means)
-                found.append(torch.cat([score.weight @ read, *([score.tie] if inner.head.tie else [])]))
+                found.append(torch.cat([score.weight @ read, *([score.tie] if inner.shape.tie else [])]))
     return torch.stack(found)
 
 
@@ -350,7 +350,12 @@ def test_flash_attention_is_called_with_the_sequences_of_a_row(family, kind, alo
     monkeypatch.setattr(attention, "_flash_attention_forward", flash_by_hand(calls))
     model, rows, expected = alone(family, kind)
     assert_learns_as_plain("flash_attention_2", model, rows, expected)
-    windows = {"mistral": [WINDOW, WINDOW], "gemma2": [WINDOW, None], "gemma3_text": [WINDOW, None]}
+    windows = {
+        "mistral": [WINDOW, WINDOW],
+        "phi3": [WINDOW, WINDOW],
+        "gemma2": [WINDOW, None],
+        "gemma3_text": [WINDOW, None],
+    }
     assert [call["window"] for call in calls] == windows.get(family, [None, None])
     assert [call["softcap"] for call in calls] == [50.0 if family == "gemma2" else None] * 2
     assert calls[0]["ends"] is calls[1]["ends"]
@@ -389,6 +394,8 @@ def test_gradient_checkpointing_changes_no_gradient(family, build, rows_of, monk
         ("mistral", "sdpa", 1),
         ("mistral", "eager", 1),
         ("mistral", "flex_attention", 1),
+        ("phi3", "sdpa", 1),
+        ("phi3", "eager", 1),
         ("gemma2", "eager", 2),
         ("gemma3_text", "sdpa", 1),
         ("gemma3_text", "eager", 2),

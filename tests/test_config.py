@@ -35,6 +35,11 @@ MODEL_TYPES = {
     "google/gemma-2-2b-it": "gemma2",
     "meta-llama/Meta-Llama-3-8B-Instruct": "llama",
     "Qwen/Qwen3-4B-Instruct-2507": "qwen3",
+    "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2": "llama",
+    "microsoft/deberta-v3-base": "deberta-v2",
+    "FacebookAI/roberta-base": "roberta",
+    "distilbert/distilbert-base-uncased": "distilbert",
+    "answerdotai/ModernBERT-base": "modernbert",
 }
 
 
@@ -57,7 +62,22 @@ def test_there_are_recipes():
         "gemma2_2b_qlora",
         "llama3_8b_qlora",
         "qwen3_4b_qlora",
+        "llama3_8b_from_reward_model",
+        "deberta_v3_base",
+        "deberta_v3_base_lora",
+        "deberta_v3_base_qlora",
+        "roberta_base",
+        "distilbert_base",
+        "modernbert_base",
     }
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.parent.name == "seeds"], ids=lambda path: path.stem)
+def test_a_seeds_recipe_says_in_its_header_what_it_reproduces_and_what_is_known_of_it(path):
+    header = " ".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    assert re.search(r"project grew from", header)
+    assert re.search(r"[Kk]nown: .*1\.0\d\d|No figure of it is known", header)
+    assert f"{load_recipe(path).prompt.max_length} tokens" in header
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -66,13 +86,17 @@ def test_every_recipe_is_read_and_builds_a_tiny_model_of_its_family(path, tmp_pa
 
     recipe = load_recipe(path)
     assert recipe.trainer["output_dir"] == f"runs/{path.stem}"
-    folder = make_backbone(MODEL_TYPES[recipe.model.model_name_or_path], tmp_path / "backbone")
+    objective = OBJECTIVES[recipe.objective.name]
+    labels = objective.head.num_labels if recipe.model.keep_head else None
+    folder = make_backbone(MODEL_TYPES[recipe.model.model_name_or_path], tmp_path / "backbone", labels)
     first_layer = min(recipe.model.lora_first_layer, 1)
     model = dataclasses.replace(
         recipe.model, model_name_or_path=str(folder), lora_first_layer=first_layer, device="cpu", dtype="float32"
     )
-    built, tokenizer = build_model(model, OBJECTIVES[recipe.objective.name].head, seed=0)
-    rows = tokenize(load_battles(DataConfig()).select(range(4)), tokenizer, recipe.prompt)
+    built, tokenizer = build_model(model, objective.head, seed=0)
+    tokenizer.chat_template = "{% for message in messages %}<{{ message.role }}> {{ message.content }}{% endfor %}"
+    battles = load_battles(DataConfig()).select(range(4))
+    rows = tokenize(battles, tokenizer, recipe.prompt, encoding=objective.encoding)
     assert len(rows) == 4
     assert any(weight.requires_grad for weight in built.parameters())
     args = training_arguments(recipe, torch.float32, torch.device("cpu"))

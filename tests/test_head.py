@@ -1,11 +1,11 @@
 import pytest
 import torch
-from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config
+from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config, ViTConfig
 
 from rewardmodel.batches import pack
 from rewardmodel.config import ModelConfig
 from rewardmodel.errors import InputError
-from rewardmodel.head import POOLINGS, TieHead, classifier_class
+from rewardmodel.head import POOLINGS, FloatHead, FloatLinear, PooledHead, TieHead, classifier_class
 from rewardmodel.model import load_classifier
 from rewardmodel.objective import JOINT, SEPARATE
 
@@ -117,11 +117,30 @@ def test_a_joint_head_is_a_class_of_transformers_own_name(pooling):
     found = classifier_class(LlamaConfig(), pooling, JOINT)
     assert found.__name__ == "LlamaForSequenceClassification"
     assert found.__module__ == "transformers.models.llama.modeling_llama"
-    assert (found.pooling, found.head) == (pooling, JOINT)
+    assert (found.pooling, found.shape) == (pooling, JOINT)
 
 
-@pytest.mark.parametrize("config", [BertConfig(), T5Config(), GPT2Config()], ids=lambda config: config.model_type)
-def test_a_backbone_without_a_decoder_classifier_is_refused(config):
+def test_a_layer_of_the_head_computes_in_float32_under_autocast():
+    torch.manual_seed(0)
+    layer, states = FloatLinear(64, 3), torch.randn(5, 64)
+    expected = layer(states)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(states), expected)
+        assert layer(states.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("config", "kind"), [(GPT2Config(), PooledHead), (BertConfig(), FloatHead)])
+def test_decoders_read_a_pooling_and_encoders_what_their_class_reads(config, kind):
+    assert classifier_class(config, "last", JOINT).__mro__[1] is kind
+
+
+def test_another_pooling_is_for_decoders():
+    with pytest.raises(InputError, match=r"^model\.pooling: 'responses' is for decoders; .* type 'bert'"):
+        classifier_class(BertConfig(), "responses", JOINT)
+
+
+@pytest.mark.parametrize("config", [ViTConfig(), T5Config()], ids=lambda config: config.model_type)
+def test_a_backbone_without_a_classifier_of_one_sequence_is_refused(config):
     with pytest.raises(
         InputError, match=rf"^model\.model_name_or_path: a backbone of type '{config.model_type}' has no"
     ):

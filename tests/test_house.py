@@ -11,7 +11,7 @@ LEVELS = [
     {"config", "battles", "metrics", "backbone", "objective", "rows", "texts", "truncation", "template", "charts"}
     | {"attention", "batches"},
     {"sources", "folds", "predictions", "prompt", "weights", "runs", "head", "calibration", "resampling"}
-    | {"placement", "arguments", "budget"},
+    | {"placement", "arguments", "budget", "quantization"},
     {"formats", "duplicates", "pairs", "model", "slices", "floors", "page"},
     {"parts", "audit", "bias", "forward"},
     {"trainer", "inference", "evaluation", "rewards"},

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, battle_frame, make_backbone
+from conftest import FAMILIES, SMALL, battle_frame, make_backbone, make_tokenizer
 from safetensors.torch import load_file, save_file
 
 from rewardmodel.backbone import HEADS, Family
@@ -14,16 +14,12 @@ from rewardmodel.batches import pack, pad
 from rewardmodel.config import ModelConfig, PromptConfig
 from rewardmodel.errors import InputError
 from rewardmodel.formats import read_battles
-from rewardmodel.model import (
-    add_lora,
-    build_model,
-    load_classifier,
-    load_model,
-    save_model,
-)
+from rewardmodel.forward import batching
+from rewardmodel.model import build_model, is_packed, load_classifier, load_model, load_tokenizer, save_model
 from rewardmodel.objective import JOINT, OBJECTIVES, SEPARATE
 from rewardmodel.pairs import tokenize
 from rewardmodel.placement import autocast, compute_dtype
+from rewardmodel.prompt import PromptEncoder
 
 VARIANTS = {
     "plain": {},
@@ -310,10 +306,195 @@ def test_a_new_head_starts_even_handed(backbone):
     assert np.allclose(logits(model, batch_of(tokenizer)).softmax(-1).numpy(), 1 / 3)
 
 
-def test_add_lora_finds_linear_layers_of_a_family_that_is_not_in_the_table(tmp_path):
-    folder = make_backbone("olmo2", tmp_path)
-    config = config_of(folder)
-    model = add_lora(load_classifier(config, folder, JOINT), config)
-    adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_A" in name}
-    assert {"q_proj", "down_proj"} <= adapted
-    assert "score" not in adapted
+GENERIC = {
+    "olmo2": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+    "stablelm": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+    "gpt_neox": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
+    "gpt2": {"c_attn", "c_proj", "c_fc"},  # not torch's linear layers, but the same transposed
+    "bert": {"query", "key", "value", "dense"},
+}
+"""The linear layers of families that are not in the table."""
+
+
+@pytest.mark.parametrize("variant", ["plain", "4bit"])
+@pytest.mark.parametrize("family", GENERIC)
+def test_a_family_that_is_not_in_the_table_trains_and_reloads(family, variant, tmp_path, caplog):
+    config = config_of(make_backbone(family, tmp_path / "backbone"), **VARIANTS[variant])
+    with caplog.at_level("INFO"):
+        model, tokenizer = build_model(config, JOINT, seed=0)
+    assert f"{family} is not in the table of families: generic rules hold for it" in caplog.text
+    adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert {name.rpartition(".")[2] for name in adapted} == GENERIC[family]
+    assert not [name for name in adapted if {*name.split(".")} & {*HEADS}]
+    batch = batching(model, tokenizer.pad_token_id).collate(rows_of(tokenizer))
+    train_a_little(model, batch)
+    before = logits(model, batch)
+    assert before.std() > 1e-3
+    save_model(model, tokenizer, config, tmp_path / "model")
+    again, _ = load_model(config, tmp_path / "model")
+    assert torch.equal(logits(again, batch), before)
+
+
+def test_a_gemma3_that_sees_is_adapted_where_it_reads(tmp_path):
+    from peft import AutoPeftModelForSequenceClassification
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    torch.manual_seed(0)
+    eyes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shared = {"mm_tokens_per_image": 4, "image_token_index": 300, "boi_token_index": 301, "eoi_token_index": 302}
+    settings = Gemma3Config(
+        text_config={**SMALL, "sliding_window": 32, "initializer_range": 0.2},
+        vision_config={**eyes, "image_size": 28, "patch_size": 7},
+        **shared,
+    )
+    Gemma3ForConditionalGeneration(settings).save_pretrained(tmp_path / "backbone")
+    make_tokenizer().save_pretrained(tmp_path / "backbone")
+    config = config_of(tmp_path / "backbone")
+    model, tokenizer = build_model(config, JOINT, seed=0)
+    adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert len(adapted) == 2 * 7
+    assert all(".language_model.layers." in name for name in adapted)
+    rows = rows_of(tokenizer)
+    assert is_packed(model)
+    train_a_little(model, pack(rows))
+    before = logits(model, pack(rows))
+    assert before.std() > 1e-3
+    save_model(model, tokenizer, config, tmp_path / "model")
+    again, _ = load_model(config, tmp_path / "model")
+    assert torch.equal(logits(again, pack(rows)), before)
+    plain = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=3).eval()
+    padded = pad(rows, tokenizer.pad_token_id)
+    with torch.no_grad():
+        theirs = plain(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits
+    assert (theirs - before).abs().max() <= 1e-5
+
+
+@pytest.fixture
+def published(tmp_path):
+    """Return the folder of a published Llama reward model: one label, a head of its own."""
+    return make_backbone("llama", tmp_path / "published", num_labels=1)
+
+
+def published_head(folder) -> torch.Tensor:
+    return load_file(folder / "model.safetensors")["score.weight"]
+
+
+@pytest.mark.parametrize("variant", ["plain", "4bit"])
+def test_the_head_of_a_published_reward_model_is_kept_and_goes_on_learning(variant, published, tmp_path):
+    config = config_of(published, keep_head=True, **VARIANTS[variant])
+    model, tokenizer = build_model(config, SEPARATE, seed=0)
+    head = model.get_submodule("base_model.model.score").modules_to_save["default"]
+    assert torch.equal(head.weight, published_head(published))
+    assert head.tie == 0
+    battles = read_battles(battle_frame(2))
+    batch = pack(list(tokenize(battles, tokenizer, PromptConfig("response", 160), encoding="separate")))
+    train_a_little(model, batch)
+    assert not torch.equal(head.weight, published_head(published))
+    before = logits(model, batch)
+    save_model(model, tokenizer, config, tmp_path / "model")
+    again, _ = load_model(config, tmp_path / "model")
+    assert torch.equal(logits(again, batch), before)
+
+
+def test_a_head_that_is_kept_stays_float32_over_a_bfloat16_backbone(published):
+    config = dataclasses.replace(config_of(published, keep_head=True), dtype="bfloat16")
+    model, _ = build_model(config, SEPARATE, seed=0)
+    head = model.get_submodule("base_model.model.score").modules_to_save["default"]
+    assert torch.equal(head.weight, published_head(published))
+
+
+def test_older_weight_files_of_a_published_reward_model_are_read_too(published):
+    weights = load_file(published / "model.safetensors")
+    torch.save(weights, published / "pytorch_model.bin")
+    (published / "model.safetensors").unlink()
+    model, _ = build_model(config_of(published, keep_head=True), SEPARATE, seed=0)
+    head = model.get_submodule("base_model.model.score").modules_to_save["default"]
+    assert torch.equal(head.weight, weights["score.weight"])
+
+
+@pytest.mark.parametrize("shape", [SEPARATE, JOINT])
+def test_the_head_of_a_published_reward_model_is_left_unless_it_is_to_be_kept(shape, published):
+    model, _ = build_model(config_of(published), shape, seed=0)
+    head = model.get_submodule("base_model.model.score").modules_to_save["default"]
+    assert head.weight.shape == (shape.num_labels, 64)
+    assert (head.weight == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "shape", "message"),
+    [
+        ({}, JOINT, r"has 'score\.weight' of size \(1, 64\), and objective\.name needs \(3, 64\); set it to false"),
+        ({"pooling": "responses"}, JOINT, r"of size \(1, 64\), and objective\.name needs \(3, 128\)"),
+    ],
+)
+def test_a_published_head_of_another_width_is_not_kept(changes, shape, message, published):
+    with pytest.raises(InputError, match=r"^model\.keep_head: .*" + message):
+        build_model(config_of(published, keep_head=True, **changes), shape, seed=0)
+
+
+def test_a_backbone_without_a_head_has_none_to_keep(backbone):
+    with pytest.raises(InputError, match=r"^model\.keep_head: .* has no 'score\.weight'"):
+        build_model(config_of(backbone("llama"), keep_head=True), SEPARATE, seed=0)
+
+
+def test_a_full_fine_tune_goes_on_from_one_of_ours(backbone, tmp_path):
+    config = config_of(backbone("llama"), use_peft=False)
+    model, tokenizer = build_model(config, JOINT, seed=0)
+    batch = batch_of(tokenizer)
+    train_a_little(model, batch)
+    save_model(model, tokenizer, config, tmp_path / "model")
+    further, _ = build_model(config_of(tmp_path / "model", keep_head=True), JOINT, seed=0)
+    assert torch.equal(logits(further, batch), logits(model, batch))
+
+
+def test_a_pooler_that_the_backbone_lacks_is_new_and_saved_with_the_head(tmp_path, caplog):
+    config = config_of(make_backbone("bert", tmp_path / "backbone"))
+    assert not [key for key in load_file(tmp_path / "backbone" / "model.safetensors") if "pooler" in key]
+    model, tokenizer = build_model(config, JOINT, seed=0)
+    save_model(model, tokenizer, config, tmp_path / "model")
+    saved = load_file(tmp_path / "model" / "adapter_model.safetensors")
+    assert {key for key in saved if "lora" not in key} == {
+        f"base_model.model.{layer}.{kind}"
+        for layer in ("classifier", "bert.pooler.dense")
+        for kind in ("weight", "bias")
+    }
+
+
+def test_a_backbone_with_weights_missing_is_refused(tmp_path):
+    folder = make_backbone("llama", tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {key: one for key, one in weights.items() if "layers.1.mlp" not in key},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(InputError, match=r"its weight files lack model\.layers\.1\.mlp\.down_proj\.weight, "):
+        build_model(config_of(folder), JOINT, seed=0)
+
+
+def test_weights_of_other_sizes_than_the_configuration_says_are_refused(tmp_path):
+    folder = make_backbone("llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 32}))
+    with pytest.raises(InputError, match=r"weights of other sizes than its config\.json says: .*mlp"):
+        build_model(config_of(folder), JOINT, seed=0)
+
+
+@pytest.mark.filterwarnings("ignore:builtin type .* has no __module__ attribute:DeprecationWarning")
+def test_the_tokenizer_of_deberta_v3_is_read_from_its_sentencepiece_file(tmp_path):
+    import sentencepiece
+
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"PROMPT RESPONSE word {chr(97 + n % 26)}{n}" for n in range(400)))
+    pieces = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "pad_piece": "[PAD]", "bos_piece": "[CLS]"}
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "spm"), vocab_size=100, minloglevel=2,
+        **pieces, eos_piece="[SEP]", unk_piece="[UNK]",
+    )  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false, "vocab_type": "spm"}')
+    (tmp_path / "config.json").write_text('{"model_type": "deberta-v2"}')
+    encoder = PromptEncoder(load_tokenizer(tmp_path), PromptConfig(max_length=160))
+    (one,) = encoder([["word"]], [["a1"]], [["b2"]])
+    tokens = encoder.tokenizer.convert_ids_to_tokens(one.input_ids)
+    assert [tokens[0], tokens[-1], tokens.count("[SEP]")] == ["[CLS]", "[SEP]", 3]
+    assert "[UNK]" not in [token for token in tokens if token in ("word", "a1", "b2")]

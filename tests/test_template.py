@@ -182,8 +182,11 @@ REFUSED = {
     ),
     "no turns": ("{{ 'Which is better?' }}", ABSENT),
     "unknown": ("instructions", "no template 'instructions'; did you mean 'instruction'"),
-    "unknown, unlike any": ("zzz", "no template 'zzz'; there are: instruction, encoder, response, chat"),
-    "empty": ("", "no template ''; there are: instruction, encoder, response, chat"),
+    "unknown, unlike any": (
+        "zzz",
+        "no template 'zzz'; there are: instruction, encoder, encoder_response, response, chat",
+    ),
+    "empty": ("", "no template ''; there are: instruction, encoder, encoder_response, response, chat"),
     "no chat template": ("chat", "the backbone has no chat template; set it to response, or give Jinja"),
     # What a recipe from elsewhere might try.
     "a class": (looped(ALL) + "{{ ().__class__ }}", "access to attribute '__class__' .* is unsafe"),

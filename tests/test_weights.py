@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rewardmodel.errors import InputError
-from rewardmodel.weights import PACKAGED, _from_hub, cache_folder, fingerprint, resolve
+from rewardmodel.weights import PACKAGED, _from_hub, cache_folder, fingerprint, resolve, tensor_shape
 
 WIDTH = 64
 SHAPES = {
@@ -345,7 +345,34 @@ def test_a_hub_that_did_not_answer_is_asked_again(hub):
     folder, asked = hub
     assert "the hub cannot be reached" in refusal("owner/name")
     (folder / "main").mkdir(parents=True)
-    assert "has no safetensors" in refusal("owner/name")
+    assert "has no weights" in refusal("owner/name")
     (folder / "main" / "model.safetensors").write_bytes(b"weights")
     assert resolve("owner/name") == folder / "main"
-    assert len(asked) == 3
+    assert len(asked) == 4
+
+
+def test_older_weight_files_are_fetched_where_a_repository_has_no_others(hub, monkeypatch):
+    folder, _ = hub
+    (folder / "main").mkdir(parents=True)
+    patterns = []
+
+    def snapshot_download(name, revision, allow_patterns, **_):
+        patterns.append(allow_patterns)
+        if "pytorch_model.bin" in allow_patterns:
+            (folder / revision / "pytorch_model.bin").write_bytes(b"weights")
+        return str(folder / revision)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert resolve("owner/name", weights=False) == folder / "main"
+    assert len(patterns) == 1
+    assert resolve("owner/name") == folder / "main"
+    assert ["pytorch_model.bin" in asked_for for asked_for in patterns] == [False, False, True]
+
+
+def test_the_shape_of_a_weight_is_read_from_either_kind_of_file(tmp_path):
+    tensors = {"score.weight": torch.zeros(3, 4), "other": torch.zeros(2)}
+    for folder, save in (("new", save_file), ("old", torch.save)):
+        (tmp_path / folder).mkdir()
+        save(tensors, tmp_path / folder / {"new": "model.safetensors", "old": "pytorch_model.bin"}[folder])
+        assert tensor_shape(tmp_path / folder, "score.weight") == (3, 4)
+        assert tensor_shape(tmp_path / folder, "score.bias") is None

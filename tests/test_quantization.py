@@ -1,0 +1,104 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+from conftest import make_backbone
+from safetensors import safe_open
+from test_model import batch_of, config_of, logits, reload_in_fresh_process, train_a_little
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+
+from rewardmodel.errors import InputError
+from rewardmodel.model import build_model, load_model, save_model
+from rewardmodel.objective import JOINT, SEPARATE
+
+SETTINGS = {
+    "as is": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "other names skipped": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": ["lm_head"]},
+    "layers skipped": {"load_in_4bit": True, "llm_int8_skip_modules": ["lm_head", "model.layers.0.mlp"]},
+    "8 bits": {"load_in_8bit": True},
+}
+
+
+def stored(folder, tmp_path, settings, kind=AutoModelForCausalLM):
+    """Write a backbone as bitsandbytes holds it, like the hub's *-bnb-4bit ones."""
+    from transformers import AutoTokenizer
+
+    target = tmp_path / "stored"
+    quantized = BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32, **settings)
+    kind.from_pretrained(folder, quantization_config=quantized, dtype=torch.float32).save_pretrained(target)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(target)
+    return target
+
+
+def classes(model) -> dict[str, str]:
+    return {name: type(module).__name__ for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_backbone_that_is_stored_quantised_stays_so_and_its_head_is_not(settings, said, backbone, tmp_path):
+    bits = 8 if settings == "8 bits" else 4
+    folder = stored(backbone("llama"), tmp_path, SETTINGS[settings])
+    config = config_of(folder, **{f"load_in_{bits}bit": said})
+    model, tokenizer = build_model(config, JOINT, seed=0)
+    kinds = classes(model)
+    head = model.get_submodule("base_model.model.score")
+    assert "bitsandbytes" not in {type(part).__module__.partition(".")[0] for part in head.modules()}
+    assert {weight.dtype for weight in head.parameters()} == {torch.float32}
+    assert kinds["base_model.model.model.layers.1.mlp.up_proj.base_layer"] == f"Linear{bits}bit".replace(
+        "8bit", "8bitLt"
+    )
+    first = kinds["base_model.model.model.layers.0.mlp.up_proj.base_layer"]
+    assert (first == "Linear") == (settings == "layers skipped")
+    batch = batch_of(tokenizer)
+    train_a_little(model, batch)
+    before = logits(model, batch)
+    assert before.std() > 1e-3
+    save_model(model, tokenizer, config, tmp_path / "model")
+    again, _ = load_model(config, tmp_path / "model")
+    assert torch.equal(logits(again, batch), before)
+
+
+def test_a_fresh_process_predicts_the_same_on_a_backbone_that_is_stored_in_4_bits(backbone, tmp_path):
+    config = config_of(stored(backbone("llama"), tmp_path, SETTINGS["as is"]))
+    model, tokenizer = build_model(config, JOINT, seed=0)
+    batch = batch_of(tokenizer)
+    train_a_little(model, batch)
+    save_model(model, tokenizer, config, tmp_path / "model")
+    fresh = reload_in_fresh_process(config, tmp_path / "model", batch, tmp_path)
+    assert (fresh.softmax(-1) - logits(model, batch).softmax(-1)).abs().max() <= 1e-5
+
+
+def test_a_stored_head_that_was_quantised_itself_gives_way_to_a_new_one_and_is_not_kept(tmp_path):
+    whole = make_backbone("llama", tmp_path / "whole", num_labels=2, id2label={n: str(n) for n in range(64)})
+    settings = {"load_in_4bit": True, "llm_int8_skip_modules": ["lm_head"]}
+    folder = stored(whole, tmp_path, settings, AutoModelForSequenceClassification)
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        assert "score.weight.absmax" in weights.keys()  # noqa: SIM118
+    model, tokenizer = build_model(config_of(folder), JOINT, seed=0)
+    assert (logits(model, batch_of(tokenizer)) == 0).all()
+    with pytest.raises(InputError, match=r"^model\.keep_head: .* has 'score\.weight' of size"):
+        build_model(config_of(folder, keep_head=True), JOINT, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"load_in_8bit": True}, r"^model\.load_in_8bit: the backbone .* is stored in 4 bits already; leave it out"),
+        ({"use_peft": False}, r"^model\.use_peft: a quantised backbone cannot train itself"),
+        ({"lora_init": "pissa"}, r"^model\.lora_init: pissa splits"),
+    ],
+)
+def test_what_a_backbone_that_is_stored_in_4_bits_cannot_do_is_refused(changes, message, backbone, tmp_path):
+    config = config_of(stored(backbone("llama"), tmp_path, SETTINGS["as is"]))
+    with pytest.raises(InputError, match=message):
+        build_model(dataclasses.replace(config, **changes), JOINT, seed=0)
+
+
+def test_a_backbone_that_is_stored_quantised_by_others_is_refused(tmp_path):
+    folder = make_backbone("llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(InputError, match=r"^model\.model_name_or_path: the backbone is stored quantised by gptq; give"):
+        build_model(config_of(folder), SEPARATE, seed=0)
