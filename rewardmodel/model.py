@@ -3,6 +3,9 @@
 import json
 import logging
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +22,19 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.integrations import is_fsdp_enabled
 
 from rewardmodel.attention import KERNELS, PREFIX, Packing, packed
 from rewardmodel.backbone import FAMILIES, HEADS, family
 from rewardmodel.batches import pack
 from rewardmodel.battles import OUTCOMES
+from rewardmodel.compatibility import refuse
 from rewardmodel.config import ModelConfig
 from rewardmodel.errors import InputError
 from rewardmodel.files import atomic_path
 from rewardmodel.head import classifier_class
+from rewardmodel.launches import launch
 from rewardmodel.objective import Head
-from rewardmodel.placement import placement
+from rewardmodel.placement import placement, setup
 from rewardmodel.weights import fingerprint, resolve
 
 logger = logging.getLogger(__name__)
@@ -50,25 +54,23 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_classifier(config: ModelConfig, folder: Path, head: Head) -> PreTrainedModel:
+def load_classifier(config: ModelConfig, folder: Path, head: Head, spread: bool = False) -> PreTrainedModel:
     """Return the backbone of a folder under a float32 head, quantised or not, on its device.
+
+    Args:
+        config: of the recipe.
+        folder: of the backbone.
+        head: its shape.
+        spread: whether FSDP will cut it up: it then waits in the host's memory, and no GPU ever holds all of it.
 
     Raises:
         InputError: a device, precision or attention that is not to be had here.
     """
-    if config.load_in_4bit and config.load_in_8bit:
-        raise InputError("model: load_in_4bit and load_in_8bit exclude each other; set one of them to false")
-    if (config.load_in_4bit or config.load_in_8bit) and not config.use_peft:
-        raise InputError("model.use_peft: a quantised backbone cannot train itself; leave it true, or quantise nothing")
+    refuse(setup(config, folder))
     model_config = AutoConfig.from_pretrained(folder)
     rules = family(model_config.model_type)
     device, dtype = placement(config, folder)
     attention = config.attn_implementation or rules.attention[0]
-    if attention not in rules.attention:
-        raise InputError(
-            f"model.attn_implementation: '{attention}' is not known to compute {model_config.model_type}; "
-            f"use one of: {', '.join(rules.attention)}"
-        )
     names = dict(enumerate(OUTCOMES if head.num_labels == 3 else ["reward"]))
     quantised = config.load_in_4bit or config.load_in_8bit
     model = classifier_class(model_config, config.pooling, head).from_pretrained(
@@ -77,7 +79,7 @@ def load_classifier(config: ModelConfig, folder: Path, head: Head) -> PreTrained
         label2id={name: number for number, name in names.items()},
         dtype=dtype if config.use_peft else torch.float32,
         attn_implementation=attention,
-        device_map={"": device},
+        device_map=None if spread else {"": device},
         **({"quantization_config": quantization(config, dtype)} if quantised else {}),
     )
     for module in model.modules():
@@ -144,7 +146,7 @@ def quantization(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_quant_type=config.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
         bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=dtype if is_fsdp_enabled() else None,  # FSDP shards weights of one dtype only
+        bnb_4bit_quant_storage=dtype if launch().strategy == "fsdp" else None,  # FSDP spreads floating types only
         llm_int8_skip_modules=list(HEADS),
     )
 
@@ -161,24 +163,9 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> PeftModel:
     """Return the model with trainable float32 LoRA adapters and head, everything else frozen.
 
     Raises:
-        InputError: PiSSA on a quantised backbone, or no layer left for LoRA.
+        InputError: PEFT refuses the rank or the layers.
     """
-    quantised = config.load_in_4bit or config.load_in_8bit
-    if config.lora_init == "pissa" and quantised:
-        raise InputError(
-            "model.lora_init: pissa splits the backbone's own weights; set load_in_4bit and load_in_8bit false"
-        )
-    if config.lora_init == "pissa" and config.use_dora:
-        raise InputError("model.lora_init: pissa and use_dora both rewrite the backbone's weights; choose one of them")
-    if config.lora_init == "pissa" and model.dtype != torch.float32:
-        raise InputError("model.lora_init: pissa is exact on a float32 backbone only; set model.dtype float32")
     layers = model.config.get_text_config().num_hidden_layers
-    if config.lora_first_layer >= layers:
-        raise InputError(
-            f"model.lora_first_layer: {config.lora_first_layer}, but the backbone has layers 0 to {layers - 1}"
-        )
-    if config.lora_r < 1:
-        raise InputError(f"model.lora_r: {config.lora_r}; the rank is at least 1")
     lora = LoraConfig(
         task_type="SEQ_CLS",
         r=config.lora_r,
@@ -205,11 +192,14 @@ def build_model(config: ModelConfig, head: Head, seed: int) -> tuple[Any, PreTra
     """Return a new model to train, its adapters drawn with `seed`, and the tokenizer.
 
     Raises:
-        InputError: as `resolve`, `load_classifier` and `add_lora`.
+        InputError: as `resolve`, `refuse`, `load_classifier` and `add_lora`.
     """
     folder = resolve(config.model_name_or_path, config.model_revision)
+    refuse(setup(config, folder, trainer={}))
     set_seed(seed)
-    model: Any = load_classifier(config, folder, head)
+    quantised, launched = config.load_in_4bit or config.load_in_8bit, launch()
+    spread = launched.strategy == "fsdp" and launched.processes > 1 and not quantised
+    model: Any = load_classifier(config, folder, head, spread)
     if config.use_peft:
         model = add_lora(model, config)
         if folder.parent.name == "snapshots":  # of the hub's cache: PEFT shall find the backbone on other machines too
@@ -279,7 +269,8 @@ def load_model(config: ModelConfig, folder: Path) -> tuple[Any, PreTrainedTokeni
     """
     about = _read_about(folder)
     if not (folder / "adapter_config.json").is_file():
-        model: Any = load_classifier(config, folder, Head(**about["head"]))
+        with _whole_in_every_process():
+            model: Any = load_classifier(config, folder, Head(**about["head"]))
         return model.eval(), load_tokenizer(folder)
     backbone = resolve(config.model_name_or_path, config.model_revision)
     if fingerprint(backbone) != about["fingerprint"]:
@@ -287,10 +278,25 @@ def load_model(config: ModelConfig, folder: Path) -> tuple[Any, PreTrainedTokeni
             f"{folder}: trained on other weights of {about['model_name_or_path']} than those in {backbone}; "
             "give the backbone that it was trained on"
         )
-    classifier = load_classifier(config, backbone, Head(**about["head"]))
-    _check_head(folder, head_names(classifier))
-    model = PeftModel.from_pretrained(classifier, folder)
+    with _whole_in_every_process():
+        classifier = load_classifier(config, backbone, Head(**about["head"]))
+        _check_head(folder, head_names(classifier))
+        model = PeftModel.from_pretrained(classifier, folder)
     return model.eval(), load_tokenizer(folder)
+
+
+@contextmanager
+def _whole_in_every_process() -> Iterator[None]:
+    """Let transformers read weights in every process, where FSDP would let the first send them to the others."""
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    before = os.environ.get(name)
+    if before is not None:
+        os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
 
 
 def _read_about(folder: Path) -> dict[str, Any]:

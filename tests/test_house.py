@@ -8,14 +8,15 @@ MODULES = {path.stem: path for path in (ROOT / "rewardmodel").glob("*.py") if pa
 
 LEVELS = [
     {"errors", "files", "trainer_keys", "processes"},
-    {"config", "battles", "metrics", "backbone", "objective", "rows", "texts", "truncation", "template", "charts"}
+    {"config", "launches", "battles", "metrics", "backbone", "objective", "rows", "texts", "truncation", "template", "charts"}
     | {"attention", "batches"},
+    {"compatibility"},
     {"sources", "folds", "predictions", "prompt", "weights", "runs", "head", "calibration", "resampling"}
-    | {"placement", "arguments", "budget"},
+    | {"placement", "arguments", "budget", "devices"},
     {"formats", "duplicates", "pairs", "model", "slices", "floors", "page"},
-    {"parts", "audit", "bias", "forward"},
-    {"trainer", "inference", "evaluation"},
-    {"reports"},
+    {"parts", "audit", "bias", "forward", "memory"},
+    {"trainer", "inference", "evaluation", "estimate"},
+    {"reports", "doctor"},
     {"pipeline"},
     {"cli"},
 ]
