@@ -206,15 +206,16 @@ def _memory_table(facts: dict[str, Any]) -> list[str]:
     names = list(dict.fromkeys(name for needs in columns for name in needs["parts"]))
     lines = ["memory, GiB           training  inference"]
     for name in names:
-        sizes = [needs["parts"].get(name) for needs in columns]
-        lines.append(f"  {name:<18}" + "".join(f"{'' if one is None else f'{one / GIB:.2f}':>11}" for one in sizes))
+        sizes = [f"{needs['parts'][name] / GIB:.2f}" if name in needs["parts"] else "" for needs in columns]
+        lines.append(f"  {name:<18}" + "".join(f"{size:>11}" for size in sizes))
     for name, key in (("all at the peak", "total"), ("one battle alone", "least")):
         lines.append(f"  {name:<18}" + "".join(f"{needs[key] / GIB:>11.2f}" for needs in columns))
     said = ("fits" if needs["fits"] else "no room" for needs in columns)
-    lines.append(f"  {f'of {facts['device'].memory / GIB:.1f}':<18}" + "".join(f"{one:>11}" for one in said))
-    lines.append(f"  {'tokens a batch':<18}" + "".join(f"{needs['tokens']:>11,}" for needs in columns))
-    if facts["device"].kind == "cuda":
-        lines.append(f"  {'tokens that fit':<18}" + "".join(f"{needs['tokens that fit']:>11,}" for needs in columns))
+    room = f"of {facts['device'].memory / GIB:.1f}"
+    lines.append(f"  {room:<18}" + "".join(f"{one:>11}" for one in said))
+    keys = [("tokens a batch", "tokens"), ("tokens that fit", "tokens that fit")]
+    for name, key in keys if facts["device"].kind == "cuda" else keys[:1]:
+        lines.append(f"  {name:<18}" + "".join(f"{needs[key]:>11,}" for needs in columns))
     return lines
 
 

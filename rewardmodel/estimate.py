@@ -155,7 +155,7 @@ def _times(recipe: Recipe) -> tuple[int, int]:
 
 def peaks(case: Case) -> Peaks:
     """Return what a case takes; it is worked out once for all devices of a kind and precision."""
-    key = f"{case.recipe.model} {case.checkpointing} {case.dtype} {case.device.kind} {case.recipe.prompt.max_length}"
+    key = f"{case.recipe.model} {case.checkpointing} {case.dtype.itemsize} {case.device.kind} {case.recipe.prompt.max_length}"
     if key not in case.found:
         plan = Plan(
             case.recipe.model, case.backbone, find_objective(case.recipe.objective).head, case.dtype, case.attention,

@@ -7,7 +7,7 @@ any architecture, attention and checkpointing counts as it is written, without a
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -95,8 +95,10 @@ class Planned:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with self.mode:
+        with torch.device("meta"):
             self.model = _model(plan)
+        with self.mode:
+            _on_cpu(self.model)
         self.packs = self.model.config.get_text_config()._attn_implementation.startswith(packed("sdpa")[:6])
         self.usage = _usage(self.model, plan)
 
@@ -118,8 +120,7 @@ class Planned:
         """Return the same of a micro-batch's forward and backward pass, beyond weights, gradients and optimiser."""
         self.model.train()
         if self.plan.checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            getattr(self.model, "disable_input_require_grads", lambda: None)()
+            checkpoint(self.model)
         with self.mode:  # gradients of the micro-batch before
             for weight in self.model.parameters():
                 weight.grad = torch.empty_like(weight) if weight.requires_grad else None
@@ -149,28 +150,41 @@ class Planned:
             name: self.mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
             for name, value in batch.items()
         }
-        live = Live()
+        live = Live([*self.model.parameters(), *self.model.buffers(), *tree_leaves(batch)])
         with self.mode, live:
             work(batch)
         return live.peak
 
 
-class Live(TorchDispatchMode):
-    """Watches the tensors that are made: `peak` is the most bytes of them that were alive at once."""
+def checkpoint(model: Any) -> None:
+    """Let a model recompute each layer in the backward pass, as the trainer does."""
+    name = "activation_checkpointing_enable"  # in later releases of transformers 5
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")({"use_reentrant": False})
+    if hasattr(model, "disable_input_require_grads"):
+        model.disable_input_require_grads()
 
-    def __init__(self) -> None:
+
+class Live(TorchDispatchMode):
+    """Watches the tensors that are made: `peak` is the most bytes of them that were alive at once.
+
+    Args:
+        known: what is there before, and stays: not counted.
+    """
+
+    def __init__(self, known: Iterable[Any]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._seen: set[int] = set()
+        tensors = [one for one in known if isinstance(one, torch.Tensor)]
+        tensors += [one.grad for one in tensors if one.grad is not None]
+        self._seen = {one.untyped_storage()._cdata for one in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count what it made."""
         made = func(*args, **(kwargs or {}))
-        given = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)}
-        for one in tree_leaves(made):
+        for one in (made,) if isinstance(made, torch.Tensor) else tree_leaves(made):
             if isinstance(one, torch.Tensor):
                 storage = one.untyped_storage()
-                if storage._cdata not in given and storage._cdata not in self._seen:
+                if storage._cdata not in self._seen:
                     self._count(storage)
         self.peak = max(self.peak, self.now)
         return made
@@ -239,6 +253,21 @@ def _model(plan: Plan) -> Any:
                 if isinstance(child, torch.nn.Dropout):
                     setattr(module, name, _ByteDropout(child.p))
     return made
+
+
+def _on_cpu(model: torch.nn.Module) -> None:
+    """Put tensors without content that count as the CPU's in the place of those of the meta device."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and id(weight) not in made:
+                content = torch.empty_like(weight, device="cpu")
+                made[id(weight)] = torch.nn.Parameter(content, requires_grad=weight.requires_grad)
+            if weight is not None:
+                module._parameters[name] = made[id(weight)]  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
 
 
 def _quantise(made: Any, model: ModelConfig, dtype: torch.dtype) -> None:

@@ -10,6 +10,7 @@ from rewardmodel.launches import Launch
 GOOD = Setup(ModelConfig(), "llama", 16, "cuda", "bfloat16", (9, 0), trainer={})
 FSDP = Launch(2, "fsdp", 2)
 EFFICIENT = Launch(2, "fsdp", 2, True)
+FLASH = {"attn_implementation": "flash_attention_2"}
 ABSENT = "no_such_package"
 
 
@@ -23,10 +24,10 @@ CASES = [
     (setup(capability=(7, 5)), r"bfloat16 is emulated below .*T4.*; set auto, float16 or float32"),
     (setup(dtype="float16", model_type="gemma2"), "leave float16's range .*; set auto"),
     (setup({"attn_implementation": "sdpa"}, model_type="gemma2"), "'sdpa' is not known to compute gemma2; use one of"),
-    (setup({"attn_implementation": "flash_attention_2"}, dtype="float16", capability=(7, 5)), "needs a GPU of compute"),
-    (setup({"attn_implementation": "flash_attention_2"}, device="cpu", capability=None), "needs a GPU of compute"),
-    (setup({"attn_implementation": "flash_attention_2"}, dtype="float32", here=False), "bfloat16 and float16 only"),
-    (setup({"attn_implementation": "flash_attention_2"}), "package flash-attn, which is not installed"),
+    (setup(FLASH, dtype="float16", capability=(7, 5), here=False), "needs a GPU of compute"),
+    (setup(FLASH, device="cpu", capability=None, here=False), "needs a GPU of compute"),
+    (setup(FLASH, dtype="float32", here=False), "bfloat16 and float16 only"),
+    (setup(FLASH), "package flash-attn, which is not installed"),
     (setup({"attn_implementation": "flex_attention"}, device="cpu", capability=None), "no backward pass on a CPU"),
     (setup({"lora_r": 0}), "model.lora_r: 0; the rank is at least 1"),
     (setup({"lora_first_layer": 16}), "model.lora_first_layer: 16, but the backbone has layers 0 to 15"),
@@ -83,7 +84,7 @@ def test_every_check_has_a_case():
         setup({"use_dora": True}, launch=EFFICIENT),
         setup({"lora_init": "pissa"}, dtype="float32"),
         setup({"use_peft": False, "lora_first_layer": 99}),
-        setup({"attn_implementation": "flash_attention_2"}, here=False),
+        setup(FLASH, here=False),
         setup(launch=Launch(2, "deepspeed", 2), here=False),
         setup(trainer={"optim": "paged_adamw_8bit", "gradient_checkpointing_kwargs": {"use_reentrant": False}}),
     ],

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from rewardmodel.batches import pack
 from rewardmodel.config import ModelConfig
-from rewardmodel.memory import Live, Plan, Planned, _row, optimiser_bytes, quantised_bytes
+from rewardmodel.memory import Live, Plan, Planned, _row, checkpoint, optimiser_bytes, quantised_bytes
 from rewardmodel.model import build_model
 from rewardmodel.objective import OBJECTIVES
 from rewardmodel.placement import autocast
@@ -27,7 +27,7 @@ ADAPTERS = 2 * 4 * ((64 + 64) * 2 + (64 + 32) * 2 + (64 + 64) * 3)
 HEAD = 3 * 64
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def planned(backbone):
     """Return a function that plans the tiny model of a family: planned("llama", lora_r=4)."""
 
@@ -60,7 +60,7 @@ def test_half_precision_halves_the_backbone_and_nothing_else(planned):
 def test_a_quantised_backbone_is_as_large_as_its_bits(planned, keys, bits):
     usage, plain = planned(dtype=torch.bfloat16, **keys).usage, planned(dtype=torch.bfloat16).usage
     saved = plain.weights - usage.weights
-    assert LINEAR * (2 - bits / 8) * 0.95 <= saved <= LINEAR * (2 - bits / 8)
+    assert LINEAR * (2 - bits / 8) * 0.93 <= saved <= LINEAR * (2 - bits / 8)
     assert (usage.parameters, usage.adapters) == (plain.parameters, plain.adapters)
 
 
@@ -102,16 +102,16 @@ def test_tensors_without_content_take_what_real_ones_do(planned, backbone, famil
     config = ModelConfig(str(backbone(family)), device="cpu", dtype="bfloat16", attn_implementation=attention, lora_r=4)
     model, _ = build_model(config, JOINT, seed=0)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.disable_input_require_grads()
+        checkpoint(model)
     model.train()
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
     lengths = [[10, 30, 20], [0, 40]]
-    live = Live()
+    batch = pack([_row(branches) for branches in lengths])
+    live = Live([*model.parameters(), *model.buffers(), *batch.values()])
     with live:
         with autocast(torch.device("cpu"), torch.bfloat16):
-            logits = model(**pack([_row(branches) for branches in lengths])).logits
+            logits = model(**batch).logits
         logits.sum().backward()
     told = planned(family, torch.bfloat16, attention, lora_dropout=0.05, checkpointing=checkpointing)
     assert told.training_peak(lengths) == pytest.approx(live.peak, rel=0.03)
@@ -130,7 +130,7 @@ def test_more_tokens_take_more(tokens, more, attention, planned_once):
     assert growth > 1 if attention == "eager" else growth == pytest.approx(1, rel=0.1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def planned_once(planned):
     """Return a function that plans once for all examples of a test."""
     made = {}
