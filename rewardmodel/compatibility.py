@@ -93,9 +93,7 @@ class Check(NamedTuple):
 def incompatibilities(setup: Setup) -> list[str]:
     """Return what in a setup cannot work together, one line each with the mend; an empty list: nothing."""
     trains = setup.trainer is not None
-    return [
-        check.message.format(s=setup) for check in CHECKS if (trains or not check.training) and check.wrong(setup)
-    ]
+    return [check.message.format(s=setup) for check in CHECKS if (trains or not check.training) and check.wrong(setup)]
 
 
 def refuse(setup: Setup) -> None:
@@ -141,8 +139,8 @@ CHECKS = (
     ),
     Check(
         lambda s: s.attention == "flash_attention_2" and (s.device == "cpu" or s.old),
-        "model.attn_implementation: flash_attention_2 needs a GPU of compute capability 8.0 (Ampere) or later; leave it "
-        "out, or use one of: {s.known_attention}",
+        "model.attn_implementation: flash_attention_2 needs a GPU of compute capability 8.0 (Ampere) or later; leave "
+        "it out, or use one of: {s.known_attention}",
         training=False,
     ),
     Check(
@@ -153,8 +151,8 @@ CHECKS = (
     ),
     Check(
         lambda s: s.attention == "flash_attention_2" and s.lacks("flash_attn", "kernels"),
-        "model.attn_implementation: flash_attention_2 needs the package flash-attn, which is not installed; install it, "
-        "or leave it out",
+        "model.attn_implementation: flash_attention_2 needs the package flash-attn, which is not installed; install "
+        "it, or leave it out",
         training=False,
     ),
     Check(
@@ -203,13 +201,13 @@ CHECKS = (
     ),
     Check(
         lambda s: s.fsdp and s.launch.version < 2,
-        "fsdp_version: FSDP 1 flattens weights of one dtype only, and a backbone and its float32 adapters have two; set "
-        "fsdp_version 2 (recipes/accelerate/fsdp2.yaml)",
+        "fsdp_version: FSDP 1 flattens weights of one dtype only, and a backbone and its float32 adapters have two; "
+        "set fsdp_version 2 (recipes/accelerate/fsdp2.yaml)",
     ),
     Check(
         lambda s: s.fsdp and s.dtype == "float16",
-        "model.dtype: accelerate lets FSDP cast every weight to float16, the float32 head too; set bfloat16 or float32, "
-        "or launch with recipes/accelerate/ddp.yaml",
+        "model.dtype: accelerate lets FSDP cast every weight to float16, the float32 head too; set bfloat16 or "
+        "float32, or launch with recipes/accelerate/ddp.yaml",
     ),
     Check(
         lambda s: s.fsdp and s.model.load_in_8bit,
@@ -243,8 +241,8 @@ CHECKS = (
     ),
     Check(
         lambda s: s.launch.strategy == "deepspeed" and s.launch.version == 3 and not s.quantised,
-        "zero_stage: ZeRO 3 cuts weights up while transformers loads them, which a model that is loaded onto its device "
-        "cannot be; set 2 (recipes/accelerate/deepspeed_zero2.yaml), or use fsdp2.yaml",
+        "zero_stage: ZeRO 3 cuts weights up while transformers loads them, which a model that is loaded onto its "
+        "device cannot be; set 2 (recipes/accelerate/deepspeed_zero2.yaml), or use fsdp2.yaml",
     ),
     Check(
         lambda s: s.launch.strategy == "deepspeed" and s.launch.version == 3 and s.quantised,

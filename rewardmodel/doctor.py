@@ -1,4 +1,4 @@
-"""A recipe in, what will happen on a device out, before anything is loaded: memory, precision, time, what cannot work."""
+"""A recipe in, what would happen on a device out, before anything is loaded: memory, precision, time, hindrances."""
 
 from dataclasses import replace
 from typing import Any
@@ -38,8 +38,8 @@ def doctor(recipe: Recipe, device: str | None = None, launched: Launch | None = 
         launched: how it would be spread over processes; none: as this process is.
 
     Returns:
-        device, processes, backbone, precision and attention with reasons, notes, problems (one line each with its mend);
-        and, if there is no problem, battles, training and inference (bytes by component, total, fits, tokens), hours,
+        device, launch, backbone, precision and attention with reasons, notes, problems (one line each with its mend);
+        if there is no problem, also battles, training and inference (bytes by component, total, fits, tokens), hours,
         mend (what makes training fit, where it does not) and others (the same of all other GPUs, in short).
 
     Raises:
@@ -92,9 +92,8 @@ def format_doctor(facts: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *_memory_table(facts), "", *_time_lines(facts), "", *_others_table(facts)])
 
 
-def _setup(
-    recipe: Recipe, backbone: Any, device: Device, dtype: torch.dtype, launched: Launch, here: bool
-) -> Setup:
+def _setup(recipe: Recipe, backbone: Any, device: Device, dtype: torch.dtype, launched: Launch, here: bool) -> Setup:
+    """Return what the checks read."""
     layers = backbone.get_text_config().num_hidden_layers
     return Setup(
         recipe.model, backbone.model_type, layers, device.kind, _name(dtype), device.capability, recipe.trainer,

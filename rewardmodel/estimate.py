@@ -1,5 +1,6 @@
 """A recipe, a device and how long battles are in; bytes by component, tokens that fit, and hours out."""
 
+import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,12 @@ CONTEXT = int(0.5 * GIB)
 
 PROCESS = int(0.75 * GIB)
 """What Python and the libraries take in the host's memory: measured by scripts/bench_doctor.py."""
+
+GAPS = 0.37
+"""What glibc's allocator leaves unused on a CPU, as a share of the activations without checkpointing, which saves none of
+it: measured by scripts/bench_doctor.py. With MALLOC_MMAP_THRESHOLD_ at 1 MiB there is none, but training is slower."""
+
+PLAIN = {"gradient_checkpointing": False, "activation_checkpointing": False}
 
 KEPT = 0.95
 """Share of a GPU's memory that its allocator can use before gaps in it count: an estimate."""
@@ -105,12 +112,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Peaks:
-    """What a case takes beyond what stays, in bytes, of one and of two of the longest rows, or of one micro-batch."""
+    """What a case takes beyond what stays, in bytes, of one and of two of the longest rows, or of one micro-batch.
+
+    `plain` is what the same training would take without checkpointing, where that matters: on a CPU.
+    """
 
     usage: Usage
-    training: tuple[int, int]
-    inference: tuple[int, int]
+    training: tuple[int, ...]
+    inference: tuple[int, ...]
     tokens: tuple[int, int]
+    plain: int
 
 
 def read_lengths(recipe: Recipe, folder: Path) -> Battles:
@@ -155,25 +166,54 @@ def _times(recipe: Recipe) -> tuple[int, int]:
 
 def peaks(case: Case) -> Peaks:
     """Return what a case takes; it is worked out once for all devices of a kind and precision."""
-    key = f"{case.recipe.model} {case.checkpointing} {case.dtype.itemsize} {case.device.kind} {case.recipe.prompt.max_length}"
+    recipe = case.recipe
+    key = f"{recipe.model} {case.checkpointing} {case.dtype.itemsize} {case.device.kind} {recipe.prompt.max_length}"
     if key not in case.found:
         plan = Plan(
             case.recipe.model, case.backbone, find_objective(case.recipe.objective).head, case.dtype, case.attention,
             case.gpu, str(case.recipe.trainer.get("optim", "adamw_torch_fused")), case.checkpointing,
         )  # fmt: skip
-        planned = Planned(plan)
         if case.gpu:
             rows = [max(_cut(case, some), key=sum) for some in (case.battles.branches, case.battles.predicted)]
             training, inference = [[rows[0]], [rows[0]] * 2], [[rows[1]], [rows[1]] * 2]
         else:
             training, inference = ([_micro_batch(case, one)] for one in (True, False))
-        case.found[key] = Peaks(
-            planned.usage,
-            tuple(planned.training_peak(rows) for rows in training),  # type: ignore[arg-type]
-            tuple(planned.forward_peak(rows) for rows in inference),  # type: ignore[arg-type]
-            tuple(sum(map(sum, rows[0])) for rows in (training, inference)),  # type: ignore[arg-type]
-        )
+        planned, at = _shorter(plan)
+        found = [
+            [one.training_peak(rows) for rows in training] + [one.forward_peak(rows) for rows in inference]
+            for one in planned
+        ]
+        whole = [round(few + at * (more - few)) for few, more in zip(found[0], found[-1], strict=True)]
+        tokens = (sum(map(sum, training[0])), sum(map(sum, inference[0])))
+        usage = Planned(plan).usage if at else planned[0].usage
+        plain = 0
+        if case.checkpointing and not case.gpu:
+            plain = peaks(with_changes(case, {}, PLAIN, {})).training[0]
+        case.found[key] = Peaks(usage, tuple(whole[: len(training)]), tuple(whole[len(training) :]), tokens, plain)
     return case.found[key]
+
+
+def _shorter(plan: Plan) -> tuple[list[Planned], float]:
+    """Return backbones of a few layers, and how far beyond them the whole lies, as every further layer takes as much.
+
+    A model of four periods of layers and one of two are as far apart as 1; a model that is no longer is alone, at 0.
+    """
+    text = plan.backbone.get_text_config()
+    kinds = list(getattr(text, "layer_types", None) or [0] * text.num_hidden_layers)
+    first = plan.model.lora_first_layer if plan.model.use_peft else 0
+    period = next(n for n in range(1, len(kinds) + 1) if kinds[:-n] == kinds[n:])
+    below, above = -(-first // period) * period and period, len(kinds) - first
+    if above <= 4 * period or first % period or text is not plan.backbone:
+        return [Planned(plan)], 0.0
+    made = []
+    for layers in (2 * period, 4 * period):
+        backbone = copy.deepcopy(plan.backbone)
+        backbone.num_hidden_layers = below + layers
+        if hasattr(backbone, "layer_types"):
+            backbone.layer_types = kinds[: below + layers]
+        model = replace(plan.model, lora_first_layer=below)
+        made.append(Planned(replace(plan, backbone=backbone, model=model)))
+    return made, (above - 2 * period) / (2 * period)
 
 
 def _cut(case: Case, branches: Branches) -> Branches:
@@ -223,19 +263,18 @@ def training_needs(case: Case) -> dict[str, Any]:
     elif case.launch.strategy == "deepspeed":
         spread = ("optimiser", "gradients")[: case.launch.version]  # of ZeRO 1, and of ZeRO 2 besides
         parts |= {name: parts[name] // shards for name in spread}
-    stays = sum(parts.values())
+    own = CONTEXT if case.gpu else PROCESS
+    least = sum(parts.values()) + own + _activations(case, one, found.plain)
     tokens = longest
     if case.gpu:
         free = case.device.memory - CONTEXT - parts["weights"] - parts["adapters"]
         fits = fitting(free, parts["gradients"] + one, parts["gradients"] + two, longest)
         tokens = max(longest, min(case.recipe.trainer[TOKENS] or fits, _step_tokens(case)))
         one += int((two - one) * (tokens / longest - 1))
-        parts["CUDA"] = CONTEXT
     else:
         fits = tokens
-        parts["process"] = PROCESS
-    parts["activations"] = one
-    least = stays + found.training[0] + (CONTEXT if case.gpu else PROCESS)
+    parts["CUDA" if case.gpu else "process"] = own
+    parts["activations"] = _activations(case, one, found.plain)
     return _told(case, parts, least, tokens, fits)
 
 
@@ -244,16 +283,21 @@ def inference_needs(case: Case) -> dict[str, Any]:
     found = peaks(case)
     usage, (one, two), longest = found.usage, found.inference * (1 if case.gpu else 2), found.tokens[1]
     parts = {"weights": usage.weights, "adapters": usage.adapters}
+    own = CONTEXT if case.gpu else PROCESS
+    least = sum(parts.values()) + own + _activations(case, one)
     tokens = fits = longest
     if case.gpu:
         fits = fitting(case.device.memory - CONTEXT - sum(parts.values()), one, two, longest)
         tokens = max(longest, case.recipe.inference.batch_tokens or fits)
-        parts["CUDA"] = CONTEXT
-    else:
-        parts["process"] = PROCESS
-    least = sum(parts.values()) + one
-    parts["activations"] = one + (int((two - one) * (tokens / longest - 1)) if case.gpu else 0)
+        one += int((two - one) * (tokens / longest - 1))
+    parts["CUDA" if case.gpu else "process"] = own
+    parts["activations"] = _activations(case, one)
     return _told(case, parts, least, tokens, fits)
+
+
+def _activations(case: Case, alive: int, plain: int = 0) -> int:
+    """Return what tensors take of which so many bytes are alive at once, and the gaps that the allocator leaves."""
+    return alive if case.gpu else int(alive + GAPS * max(alive, plain))
 
 
 def _told(case: Case, parts: dict[str, int], least: int, tokens: int, fits: int) -> dict[str, Any]:

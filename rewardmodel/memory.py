@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,12 +25,7 @@ from rewardmodel.head import classifier_class
 from rewardmodel.model import PACKABLE, add_lora, classifier, head_names
 from rewardmodel.objective import Head
 from rewardmodel.placement import autocast
-
-BLOCK = 64
-"""Weights that share a constant in bitsandbytes' 4-bit format."""
-
-NESTED = 256
-"""Constants that share one of their own under double quantisation, and states that share one in 8-bit optimisers."""
+from rewardmodel.quantised import NESTED, ByteDropout, EightBits, FourBits
 
 CPU = torch.device("cpu")
 
@@ -214,19 +208,6 @@ def optimiser_bytes(name: str, sizes: list[int]) -> int:
     return sum(states * (4 * size if size < 4096 else size + 4 * -(-size // NESTED)) for size in sizes)
 
 
-def quantised_bytes(weights: int, model: ModelConfig, out_features: int) -> int:
-    """Return the bytes of a linear layer's weights as bitsandbytes keeps them, with their constants.
-
-    4 bits: half a byte, and a float32 constant for `BLOCK` weights, or a byte for it and a float32 for `NESTED` of
-    those (QLoRA's double quantisation). 8 bits: a byte, and a float32 for a row.
-    """
-    if model.load_in_8bit:
-        return weights + 4 * out_features
-    blocks = -(-weights // BLOCK)
-    constants = blocks + 4 * -(-blocks // NESTED) if model.use_bnb_nested_quant else 4 * blocks
-    return -(-weights // 2) + constants
-
-
 def _model(plan: Plan) -> Any:
     """Return the classifier, with its adapters, as it is trained."""
     config, model = copy.deepcopy(plan.backbone), plan.model
@@ -251,7 +232,7 @@ def _model(plan: Plan) -> Any:
         for module in list(made.modules()):
             for name, child in module.named_children():
                 if isinstance(child, torch.nn.Dropout):
-                    setattr(module, name, _ByteDropout(child.p))
+                    setattr(module, name, ByteDropout(child.p))
     return made
 
 
@@ -272,7 +253,7 @@ def _on_cpu(model: torch.nn.Module) -> None:
 
 def _quantise(made: Any, model: ModelConfig, dtype: torch.dtype) -> None:
     """Put layers of quantised size in the place of linear ones, as transformers does."""
-    kind = _FourBits if model.load_in_4bit else _EightBits
+    kind = FourBits if model.load_in_4bit else EightBits
     for module in list(made.modules()):
         for name, child in module.named_children():
             if isinstance(child, torch.nn.Linear) and name not in HEADS:
@@ -286,7 +267,7 @@ def _usage(model: Any, plan: Plan) -> Usage:
     trained = sum(weight.nbytes for weight in training.values())
     every = {id(one): one for one in [*model.parameters(), *model.buffers()]}
     held = sum(one.nbytes for one in every.values())
-    linear = [module for module in model.modules() if isinstance(module, _FourBits | _EightBits)]
+    linear = [module for module in model.modules() if isinstance(module, FourBits | EightBits)]
     whole = classifier(model)
     backbone = getattr(whole, whole.base_model_prefix).named_parameters()
     count = sum(weight.numel() for name, weight in backbone if "lora_" not in name) + sum(
@@ -297,63 +278,6 @@ def _usage(model: Any, plan: Plan) -> Usage:
     optimiser = optimiser_bytes(plan.optimiser, sizes)
     embedding = model.get_input_embeddings().weight.numel()
     return Usage(count, embedding, held - trained, trained, trained, optimiser, largest)
-
-
-class _Product(torch.autograd.Function):
-    """A product with a weight that is made for it and kept by nobody, as bitsandbytes' are."""
-
-    @staticmethod
-    def forward(ctx: Any, given: torch.Tensor, out_features: int) -> torch.Tensor:  # type: ignore[override]
-        ctx.shape = (out_features, given.shape[-1])
-        return torch.nn.functional.linear(given, given.new_empty(ctx.shape))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:  # type: ignore[override]
-        return torch.matmul(gradient, gradient.new_empty(ctx.shape)), None
-
-
-def _forward(self: Any, given: torch.Tensor) -> torch.Tensor:
-    product = _Product.apply(given.to(self.compute_dtype), self.out_features).to(given.dtype)
-    return product if self.bias is None else product + self.bias.to(product.dtype)
-
-
-class _FourBits(bnb.nn.Linear4bit):
-    """A 4-bit linear layer of the size of another, which PEFT takes for one of bitsandbytes'."""
-
-    def __init__(self, linear: torch.nn.Linear, model: ModelConfig, dtype: torch.dtype) -> None:
-        torch.nn.Module.__init__(self)
-        _take_size(self, linear, model, dtype)
-        self.weight.compress_statistics = model.use_bnb_nested_quant  # type: ignore[attr-defined]
-        self.weight.quant_type = model.bnb_4bit_quant_type  # type: ignore[attr-defined]
-
-    forward = _forward
-
-
-class _EightBits(bnb.nn.Linear8bitLt):
-    """The same of 8 bits."""
-
-    def __init__(self, linear: torch.nn.Linear, model: ModelConfig, dtype: torch.dtype) -> None:
-        torch.nn.Module.__init__(self)
-        _take_size(self, linear, model, dtype)
-        self.state = bnb.MatmulLtState()
-        self.index = None
-
-    forward = _forward
-
-
-def _take_size(self: Any, linear: torch.nn.Linear, model: ModelConfig, dtype: torch.dtype) -> None:
-    self.in_features, self.out_features = linear.in_features, linear.out_features
-    size = quantised_bytes(linear.weight.numel(), model, linear.out_features)
-    self.weight = torch.nn.Parameter(torch.empty(size, 1, dtype=torch.uint8), requires_grad=False)
-    self.bias = linear.bias
-    self.compute_dtype = dtype
-
-
-class _ByteDropout(torch.nn.Dropout):
-    """Dropout as a GPU computes it: what it keeps is a byte a number."""
-
-    def forward(self, given: torch.Tensor) -> torch.Tensor:
-        return torch.native_dropout(given, self.p, True)[0] if self.training and self.p else given
 
 
 def _stored(dtype: torch.dtype) -> torch.dtype:

@@ -54,7 +54,8 @@ def recipe_of(name: str, folder: str) -> Any:
     path.write_text("")
     keys = {
         "data.train": f"{folder}/battles.csv", "model.device": "cpu", "trainer.output_dir": f"{folder}/run",
-        "trainer.max_steps": 2, "trainer.battles_per_step": 8, "trainer.eval_strategy": "no",
+        "trainer.max_steps": 2, "inference.batch_tokens": 4096,
+        "trainer.battles_per_step": 8, "trainer.eval_strategy": "no",
         "trainer.save_strategy": "no", "trainer.disable_tqdm": True, "prompt.max_length": 512,
         **{key: value for key, value in CASES[name].items() if "." in key},
     }  # fmt: skip
@@ -122,10 +123,18 @@ def take(name: str, folder: str) -> dict:
 
 def tell_beforehand(name: str, folder: str) -> dict:
     """Return what the doctor says of a case."""
-    from rewardmodel.doctor import doctor
+    from transformers import AutoConfig
 
-    facts = doctor(recipe_of(name, folder), "cpu")
-    needs = facts["inference" if CASES[name].get("predict") else "training"]
+    from rewardmodel.devices import find_device
+    from rewardmodel.estimate import Case, inference_needs, read_lengths, training_needs
+    from rewardmodel.launches import Launch
+    from rewardmodel.placement import placement
+
+    recipe = recipe_of(name, folder)
+    backbone = Path(recipe.model.model_name_or_path)
+    dtype, config = placement(recipe.model, backbone)[1], AutoConfig.from_pretrained(backbone)
+    case = Case(recipe, config, find_device("cpu"), dtype, Launch(), read_lengths(recipe, backbone))
+    needs = inference_needs(case) if CASES[name].get("predict") else training_needs(case)
     parts = {part: round(size / 2**30, 3) for part, size in needs["parts"].items()}
     return {"told_gib": round(needs["total"] / 2**30, 3), "parts": parts, "tokens": needs["tokens"]}
 

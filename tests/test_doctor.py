@@ -120,7 +120,7 @@ def test_what_is_only_worth_knowing_is_no_problem(changed):
 
 
 def test_a_backbone_that_is_not_there_is_refused(changed):
-    with pytest.raises(InputError, match="model.model_name_or_path: hub id 'no/where'"):
+    with pytest.raises(InputError, match=r"model\.model_name_or_path: hub id 'no/where'"):
         doctor(changed(model_name_or_path="no/where"), "T4")
     with pytest.raises(InputError, match="--device: no 'T5'"):
         doctor(changed(), "T5")

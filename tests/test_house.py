@@ -8,11 +8,11 @@ MODULES = {path.stem: path for path in (ROOT / "rewardmodel").glob("*.py") if pa
 
 LEVELS = [
     {"errors", "files", "trainer_keys", "processes"},
-    {"config", "launches", "battles", "metrics", "backbone", "objective", "rows", "texts", "truncation", "template", "charts"}
-    | {"attention", "batches"},
+    {"config", "battles", "metrics", "backbone", "objective", "rows", "texts", "truncation", "template", "charts"}
+    | {"attention", "batches", "launches"},
     {"compatibility"},
     {"sources", "folds", "predictions", "prompt", "weights", "runs", "head", "calibration", "resampling"}
-    | {"placement", "arguments", "budget", "devices"},
+    | {"placement", "arguments", "budget", "devices", "quantised"},
     {"formats", "duplicates", "pairs", "model", "slices", "floors", "page"},
     {"parts", "audit", "bias", "forward", "memory"},
     {"trainer", "inference", "evaluation", "estimate"},

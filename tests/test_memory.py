@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from rewardmodel.batches import pack
 from rewardmodel.config import ModelConfig
-from rewardmodel.memory import Live, Plan, Planned, _row, checkpoint, optimiser_bytes, quantised_bytes
+from rewardmodel.memory import Live, Plan, Planned, _row, checkpoint, optimiser_bytes
 from rewardmodel.model import build_model
 from rewardmodel.objective import OBJECTIVES
 from rewardmodel.placement import autocast
@@ -69,13 +69,6 @@ def test_all_weights_train_in_float32(planned):
     assert usage.adapters == usage.gradients == 4 * (BACKBONE + HEAD)
     assert usage.optimiser == 2 * usage.adapters
     assert usage.weights <= 1024
-
-
-def test_constants_of_quantisation_are_counted():
-    nested, plain = ModelConfig(load_in_4bit=True), ModelConfig(load_in_4bit=True, use_bnb_nested_quant=False)
-    assert quantised_bytes(4096, nested, 64) == 2048 + 64 + 4
-    assert quantised_bytes(4096, plain, 64) == 2048 + 64 * 4
-    assert quantised_bytes(4096, ModelConfig(load_in_8bit=True), 64) == 4096 + 64 * 4
 
 
 @pytest.mark.parametrize(
