@@ -81,8 +81,8 @@ def format_doctor(facts: dict[str, Any]) -> str:
     processes = f", {facts['launch'].processes} of them" if facts["launch"].processes > 1 else ""
     lines = [
         f"backbone   {facts['backbone']}",
-        f"device     {device.name}{processes}: {device.memory / GIB:.1f} GiB, {device.half / 1e12:,.1f} teraflops in 16 "
-        f"bits, {device.single / 1e12:,.1f} in 32 ({speed})",
+        f"device     {device.name}{processes}: {device.memory / GIB:.1f} GiB, {device.half / 1e12:,.1f} teraflops in "
+        f"16 bits, {device.single / 1e12:,.1f} in 32 ({speed})",
         f"precision  {facts['precision']}",
         f"attention  {facts['attention']}",
         *(f"note       {note}" for note in facts["notes"]),

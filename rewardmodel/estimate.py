@@ -23,7 +23,7 @@ from rewardmodel.pairs import tokenize
 from rewardmodel.trainer_keys import BATTLES, TOKENS
 
 SAMPLE = 500
-"""Battles that are tokenised to learn how long they are, and steps that are drawn to learn how large they get."""
+"""Battles that are tokenised, and steps that are drawn, to learn how long and how large they are."""
 
 ARENA = 57_477
 """Battles of the competition, assumed where a recipe's own are not at hand."""
@@ -34,12 +34,12 @@ ARENA_TOKENS = ((0, 5, 25, 50, 75, 95, 99, 100), (30, 123, 314, 599, 940, 1943, 
 CONTEXT = int(0.5 * GIB)
 """What CUDA takes for itself, and cuBLAS for its products: an estimate."""
 
-PROCESS = int(0.75 * GIB)
-"""What Python and the libraries take in the host's memory: measured by scripts/bench_doctor.py."""
+PROCESS = int(1.07 * GIB)
+"""What Python, the libraries (0.57) and their kernels take in the host's memory: by scripts/bench_doctor.py."""
 
-GAPS = 0.37
-"""What glibc's allocator leaves unused on a CPU, as a share of the activations without checkpointing, which saves none of
-it: measured by scripts/bench_doctor.py. With MALLOC_MMAP_THRESHOLD_ at 1 MiB there is none, but training is slower."""
+GAPS = 0.28
+"""What glibc's allocator leaves unused on a CPU, as a share of activations without checkpointing, which saves none of
+it: by scripts/bench_doctor.py. With MALLOC_MMAP_THRESHOLD_ at 1 MiB there is none, but training is slower."""
 
 PLAIN = {"gradient_checkpointing": False, "activation_checkpointing": False}
 
@@ -195,7 +195,6 @@ def peaks(case: Case) -> Peaks:
 
 def _shorter(plan: Plan) -> tuple[list[Planned], float]:
     """Return backbones of a few layers, and how far beyond them the whole lies, as every further layer takes as much.
-
     A model of four periods of layers and one of two are as far apart as 1; a model that is no longer is alone, at 0.
     """
     text = plan.backbone.get_text_config()
@@ -225,7 +224,7 @@ def _cut(case: Case, branches: Branches) -> Branches:
 
 def _micro_batch(case: Case, training: bool) -> Branches:
     """Return the largest micro-batch of drawn steps, or the largest batch of a prediction, on a CPU."""
-    trainer, attention = case.recipe.trainer, case.attention
+    trainer = case.recipe.trainer
     rows = _cut(case, case.battles.branches if training else case.battles.predicted)
     costs = [sum(row) for row in rows]
     steps = [range(len(rows))]
@@ -240,9 +239,9 @@ def _micro_batch(case: Case, training: bool) -> Branches:
         for micro in plan_packed([costs[row] for row in step], budget, case.launch.processes)[0]
     ]
     largest = [rows[row] for row in max(drawn, key=lambda micro: sum(costs[row] for row in micro))]
-    if attention == "eager" or len(largest) < 3:
+    if case.attention == "eager" or len(largest) < 3:
         return largest
-    # Fused attention takes as much for a few long sequences as for many short ones, and this is worked out sooner.
+    # Fused attention takes as much for a few long sequences as for many short ones.
     half = [max(1, sum(pieces) // 2) if any(pieces) else 0 for pieces in zip(*largest, strict=True)]
     return [half, half]
 
@@ -346,9 +345,6 @@ def hours(case: Case) -> dict[str, float]:
 
 def with_changes(case: Case, model: dict[str, Any], trainer: dict[str, Any], prompt: dict[str, Any]) -> Case:
     """Return a case whose recipe has other keys."""
-    recipe = case.recipe
-    changed = replace(
-        recipe, model=replace(recipe.model, **model), trainer=recipe.trainer | trainer,
-        prompt=replace(recipe.prompt, **prompt),
-    )  # fmt: skip
-    return replace(case, recipe=changed)
+    recipe, prompt_config = case.recipe, replace(case.recipe.prompt, **prompt)
+    parts = {"model": replace(recipe.model, **model), "trainer": recipe.trainer | trainer, "prompt": prompt_config}
+    return replace(case, recipe=replace(recipe, **parts))
