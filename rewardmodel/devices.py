@@ -1,10 +1,10 @@
 """The name of a device, or the machine at hand, in; its memory, its speed and what it can compute in out."""
 
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from rewardmodel.errors import InputError, nearest
@@ -77,7 +77,9 @@ def find_device(name: str | None) -> Device:
 def _here(device: torch.device) -> Device:
     half, single = matrix_rate(device, torch.bfloat16), matrix_rate(device, torch.float32)
     if device.type == "cpu":
-        return Device("this CPU", "cpu", psutil.virtual_memory().total, half, single, None, True)
+        return Device(
+            "this CPU", "cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), half, single, None, True
+        )
     about = torch.cuda.get_device_properties(device)
     capability = (about.major, about.minor)
     if capability < (8, 0):

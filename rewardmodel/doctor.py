@@ -177,8 +177,8 @@ def _mend(case: Case) -> str:
     half = case.recipe.prompt.max_length // 2
     steps.append((f"prompt.max_length {half}", {}, {}, {"max_length": half}))
     said = []
-    for words, *changes in steps:
-        case = with_changes(case, *changes)
+    for words, model, trainer, prompt in steps:
+        case = with_changes(case, model, trainer, prompt)
         said.append(words)
         needs = training_needs(case)
         if needs["fits"]:

@@ -346,5 +346,9 @@ def hours(case: Case) -> dict[str, float]:
 def with_changes(case: Case, model: dict[str, Any], trainer: dict[str, Any], prompt: dict[str, Any]) -> Case:
     """Return a case whose recipe has other keys."""
     recipe, prompt_config = case.recipe, replace(case.recipe.prompt, **prompt)
-    parts = {"model": replace(recipe.model, **model), "trainer": recipe.trainer | trainer, "prompt": prompt_config}
+    parts: dict[str, Any] = {
+        "model": replace(recipe.model, **model),
+        "trainer": recipe.trainer | trainer,
+        "prompt": prompt_config,
+    }
     return replace(case, recipe=replace(recipe, **parts))

@@ -273,7 +273,7 @@ def _usage(model: Any, plan: Plan) -> Usage:
     count = sum(weight.numel() for name, weight in backbone if "lora_" not in name) + sum(
         module.in_features * module.out_features - module.weight.numel() for module in linear
     )
-    layers = next((one for one in model.modules() if isinstance(one, torch.nn.ModuleList)), [])
+    layers: Any = next((one for one in model.modules() if isinstance(one, torch.nn.ModuleList)), [])
     largest = max((sum(weight.nbytes for weight in layer.parameters()) for layer in layers), default=0)
     optimiser = optimiser_bytes(plan.optimiser, sizes)
     embedding = model.get_input_embeddings().weight.numel()

@@ -31,12 +31,12 @@ class _Product(torch.autograd.Function):
     """A product with a weight that is made for it and kept by nobody, as bitsandbytes' are."""
 
     @staticmethod
-    def forward(ctx: Any, given: torch.Tensor, out_features: int) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, given: torch.Tensor, out_features: int) -> torch.Tensor:
         ctx.shape = (out_features, given.shape[-1])
         return torch.nn.functional.linear(given, given.new_empty(ctx.shape))
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
         return torch.matmul(gradient, gradient.new_empty(ctx.shape)), None
 
 
@@ -51,8 +51,8 @@ class FourBits(bnb.nn.Linear4bit):
     def __init__(self, linear: torch.nn.Linear, model: ModelConfig, dtype: torch.dtype) -> None:
         torch.nn.Module.__init__(self)
         _take_size(self, linear, model, dtype)
-        self.weight.compress_statistics = model.use_bnb_nested_quant  # type: ignore[attr-defined]
-        self.weight.quant_type = model.bnb_4bit_quant_type  # type: ignore[attr-defined]
+        self.weight.compress_statistics = model.use_bnb_nested_quant
+        self.weight.quant_type = model.bnb_4bit_quant_type
 
     forward = _forward
 
