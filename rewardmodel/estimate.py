@@ -195,6 +195,7 @@ def peaks(case: Case) -> Peaks:
 
 def _shorter(plan: Plan) -> tuple[list[Planned], float]:
     """Return backbones of a few layers, and how far beyond them the whole lies, as every further layer takes as much.
+
     A model of four periods of layers and one of two are as far apart as 1; a model that is no longer is alone, at 0.
     """
     text = plan.backbone.get_text_config()
@@ -346,9 +347,5 @@ def hours(case: Case) -> dict[str, float]:
 def with_changes(case: Case, model: dict[str, Any], trainer: dict[str, Any], prompt: dict[str, Any]) -> Case:
     """Return a case whose recipe has other keys."""
     recipe, prompt_config = case.recipe, replace(case.recipe.prompt, **prompt)
-    parts: dict[str, Any] = {
-        "model": replace(recipe.model, **model),
-        "trainer": recipe.trainer | trainer,
-        "prompt": prompt_config,
-    }
-    return replace(case, recipe=replace(recipe, **parts))
+    changed = replace(recipe, model=replace(recipe.model, **model), trainer=recipe.trainer | trainer)
+    return replace(case, recipe=replace(changed, prompt=prompt_config))
