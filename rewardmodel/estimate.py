@@ -242,7 +242,6 @@ def _micro_batch(case: Case, training: bool) -> Branches:
     largest = [rows[row] for row in max(drawn, key=lambda micro: sum(costs[row] for row in micro))]
     if case.attention == "eager" or len(largest) < 3:
         return largest
-    # Fused attention takes as much for a few long sequences as for many short ones.
     half = [max(1, sum(pieces) // 2) if any(pieces) else 0 for pieces in zip(*largest, strict=True)]
     return [half, half]
 
@@ -346,6 +345,6 @@ def hours(case: Case) -> dict[str, float]:
 
 def with_changes(case: Case, model: dict[str, Any], trainer: dict[str, Any], prompt: dict[str, Any]) -> Case:
     """Return a case whose recipe has other keys."""
-    recipe, prompt_config = case.recipe, replace(case.recipe.prompt, **prompt)
+    recipe = case.recipe
     changed = replace(recipe, model=replace(recipe.model, **model), trainer=recipe.trainer | trainer)
-    return replace(case, recipe=replace(changed, prompt=prompt_config))
+    return replace(case, recipe=replace(changed, prompt=replace(recipe.prompt, **prompt)))
