@@ -111,3 +111,22 @@ def check_length(config: Any, max_length: int) -> None:
             f"{most:,} tokens; set at most that"
         )
     logger.warning("prompt.max_length: %s tokens; the backbone was made for %s", f"{max_length:,}", f"{most:,}")
+
+
+def stored_bits(backbone: Any) -> int | None:
+    """Return in how many bits a backbone of this configuration is stored, 4 or 8; none: it is not quantised.
+
+    Raises:
+        InputError: it is stored quantised by something else than bitsandbytes.
+    """
+    stored = getattr(backbone, "quantization_config", None)
+    if stored is None:
+        return None
+    bits = [bits for bits in (4, 8) if stored.get(f"load_in_{bits}bit") or stored.get(f"_load_in_{bits}bit")]
+    if not bits:
+        method = stored.get("quant_method")
+        raise InputError(
+            f"model.model_name_or_path: the backbone is stored quantised by {method}; give one that is not quantised, "
+            "or by bitsandbytes"
+        )
+    return bits[0]

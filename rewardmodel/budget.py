@@ -65,13 +65,22 @@ def find_budget(memory: Memory | None, work: Callable[[int], None], longest: int
         two = memory.peak(lambda: work(2))
     except torch.OutOfMemoryError:
         return longest
-    each = max(two - one, one // 2, 1)
-    rows = 1 + (SHARE * free - one) / each
-    tokens = max(longest, min(MOST_TOKENS, int(rows * longest)))
+    tokens = fitting(free, one, two, longest)
     logger.info(
-        "%s tokens a batch fit: %.1f GiB free, %.2f MiB a token", f"{tokens:,}", free / 2**30, each / longest / 2**20
-    )
+        "%s tokens a batch fit: %.1f GiB free, %.2f MiB a token",
+        f"{tokens:,}", free / 2**30, _each(one, two) / longest / 2**20,
+    )  # fmt: skip
     return tokens
+
+
+def fitting(free: int, one: int, two: int, longest: int) -> int:
+    """Return how many tokens fit into a share of free bytes, if one and two rows of the longest length take so many."""
+    rows = 1 + (SHARE * free - one) / _each(one, two)
+    return max(longest, min(MOST_TOKENS, int(rows * longest)))
+
+
+def _each(one: int, two: int) -> int:
+    return max(two - one, one // 2, 1)
 
 
 def no_room(tokens: int) -> InputError:

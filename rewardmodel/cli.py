@@ -52,6 +52,34 @@ def _prepare(arguments: list[str]) -> None:
     print(f"{format_audit(prepare(recipe, options.output))}\n\n{options.output}")
 
 
+def _doctor(arguments: list[str]) -> int:
+    """Tell memory, precision, time and what cannot work of a recipe, before anything is loaded."""
+    parser = _parser("doctor", _doctor)
+    parser.add_argument("recipe", help="YAML file of the recipe")
+    parser.add_argument("--device", help="cpu, or a GPU by name, like T4, A100-80GB, H100; none: the machine at hand")
+    parser.add_argument("--gpus", type=int, help="how many of them, a process each; none: one, or as --launch says")
+    parser.add_argument("--launch", type=Path, help="a configuration of accelerate, like recipes/accelerate/fsdp2.yaml")
+    parser.epilog = OVERRIDES
+    options, overrides = _parse_with_recipe(parser, arguments)
+    if options.gpus is not None and options.gpus < 1:
+        raise InputError(f"--gpus: {options.gpus}; give at least 1")
+    from rewardmodel.config import load_recipe
+    from rewardmodel.doctor import doctor, format_doctor
+    from rewardmodel.launches import Launch, launch_of
+
+    recipe = load_recipe(options.recipe, overrides)
+    launched = None
+    if options.launch:
+        launched = launch_of(options.launch, options.gpus)
+    elif options.gpus:
+        launched = Launch(options.gpus, "ddp" if options.gpus > 1 else "")
+    facts = doctor(recipe, options.device, launched)
+    print(format_doctor(facts))
+    for problem in facts["problems"]:
+        print(f"error: {problem}", file=sys.stderr)
+    return 2 if facts["problems"] else 0
+
+
 def _train(arguments: list[str]) -> None:
     """Train a model on labelled battles and save it as a run."""
     parser = _parser("train", _train)
@@ -151,8 +179,9 @@ def _baseline(arguments: list[str]) -> None:
 
 OVERRIDES = "any key of the recipe can be overruled: --SECTION.KEY VALUE"
 
-VERBS: dict[str, Callable[[list[str]], None]] = {
+VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "run": _run,
+    "doctor": _doctor,
     "prepare": _prepare,
     "train": _train,
     "predict": _predict,
@@ -176,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
         _bound_cpu_memory()
         _set_up_logging()
         with contextlib.nullcontext() if is_main() else contextlib.redirect_stdout(io.StringIO()):
-            VERBS[arguments[0]](arguments[1:])
+            return VERBS[arguments[0]](arguments[1:]) or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -189,7 +218,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; a run continues from its last checkpoint with --resume", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser(name: str, verb: Callable) -> argparse.ArgumentParser:

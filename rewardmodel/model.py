@@ -4,6 +4,9 @@ import copy
 import json
 import logging
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +29,13 @@ from rewardmodel.attention import KERNELS, PREFIX, Packing, packed
 from rewardmodel.backbone import FAMILIES, HEADS, OTHER_SENSES, family
 from rewardmodel.batches import pack
 from rewardmodel.battles import OUTCOMES
+from rewardmodel.compatibility import refuse
 from rewardmodel.config import ModelConfig
 from rewardmodel.errors import InputError
 from rewardmodel.files import atomic_path
 from rewardmodel.head import PooledHead, check_loaded, classifier_class, head_names
 from rewardmodel.objective import Head
-from rewardmodel.placement import placement
+from rewardmodel.placement import placement, setup
 from rewardmodel.quantization import quantization, quantized_bits
 from rewardmodel.weights import fingerprint, resolve, tensor_shape
 
@@ -52,23 +56,25 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_classifier(config: ModelConfig, folder: Path, head: Head) -> PreTrainedModel:
+def load_classifier(config: ModelConfig, folder: Path, head: Head, spread: bool = False) -> PreTrainedModel:
     """Return the backbone of a folder under a float32 head, quantised or not, on its device.
+
+    Args:
+        config: of the recipe.
+        folder: of the backbone.
+        head: its shape.
+        spread: whether FSDP will cut it up: it then waits in the host's memory, and no GPU ever holds all of it.
 
     Raises:
         InputError: a device, precision, attention or quantisation that is not to be had here, or no head to keep.
     """
+    refuse(setup(config, folder))
     model_config = AutoConfig.from_pretrained(folder)
     rules = family(model_config.model_type)
     device, dtype = placement(config, folder)
     bits = quantized_bits(config, model_config)
     quantized = quantization(config, model_config, dtype)
     attention = config.attn_implementation or rules.attention[0]
-    if attention not in rules.attention:
-        raise InputError(
-            f"model.attn_implementation: '{attention}' is not known to compute {model_config.model_type}; "
-            f"use one of: {', '.join(rules.attention)}"
-        )
     model_config.id2label = dict(enumerate(OUTCOMES if head.num_labels == 3 else ["reward"]))
     model_config.label2id = {name: number for number, name in model_config.id2label.items()}
     kind = classifier_class(model_config, config.pooling, head)
@@ -79,7 +85,7 @@ def load_classifier(config: ModelConfig, folder: Path, head: Head) -> PreTrained
         config=model_config,
         dtype=dtype if config.use_peft and not rules.float32_weights else torch.float32,
         attn_implementation=attention,
-        device_map={"": device},
+        device_map=None if spread else {"": device},
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # a head of another width is no fault; other weights are looked at here
         **({"quantization_config": quantized} if quantized else {}),
@@ -182,9 +188,8 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> PeftModel:
     """Return the model with trainable float32 LoRA adapters and head, everything else frozen.
 
     Raises:
-        InputError: PiSSA on a quantised backbone, or no layer left for LoRA.
+        InputError: PEFT refuses the rank or the layers.
     """
-    _check_lora(model, config)
     layers = model.config.get_text_config().num_hidden_layers
     backbone = getattr(model, model.base_model_prefix)
     linear = {name: part for name, part in backbone.named_modules() if isinstance(part, torch.nn.Linear | Conv1D)}
@@ -213,33 +218,18 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> PeftModel:
     return adapted
 
 
-def _check_lora(model: PreTrainedModel, config: ModelConfig) -> None:
-    if config.lora_init == "pissa" and getattr(model, "is_quantized", False):
-        raise InputError(
-            "model.lora_init: pissa splits the backbone's own weights; set load_in_4bit and load_in_8bit false"
-        )
-    if config.lora_init == "pissa" and config.use_dora:
-        raise InputError("model.lora_init: pissa and use_dora both rewrite the backbone's weights; choose one of them")
-    if config.lora_init == "pissa" and model.dtype != torch.float32:
-        raise InputError("model.lora_init: pissa is exact on a float32 backbone only; set model.dtype float32")
-    layers = model.config.get_text_config().num_hidden_layers
-    if config.lora_first_layer >= layers:
-        raise InputError(
-            f"model.lora_first_layer: {config.lora_first_layer}, but the backbone has layers 0 to {layers - 1}"
-        )
-    if config.lora_r < 1:
-        raise InputError(f"model.lora_r: {config.lora_r}; the rank is at least 1")
-
-
 def build_model(config: ModelConfig, head: Head, seed: int) -> tuple[Any, PreTrainedTokenizerBase]:
     """Return a new model to train, its adapters drawn with `seed`, and the tokenizer.
 
     Raises:
-        InputError: as `resolve`, `load_classifier` and `add_lora`.
+        InputError: as `resolve`, `refuse`, `load_classifier` and `add_lora`.
     """
     folder = resolve(config.model_name_or_path, config.model_revision)
+    planned = setup(config, folder, trainer={})
+    refuse(planned)
     set_seed(seed)
-    model: Any = load_classifier(config, folder, head)
+    spread = planned.fsdp and planned.launch.processes > 1 and not planned.quantised
+    model: Any = load_classifier(config, folder, head, spread)
     if config.use_peft:
         model = add_lora(model, config)
         if folder.parent.name == "snapshots":  # of the hub's cache: PEFT shall find the backbone on other machines too
@@ -309,7 +299,8 @@ def load_model(config: ModelConfig, folder: Path) -> tuple[Any, PreTrainedTokeni
     """
     about = _read_about(folder)
     if not (folder / "adapter_config.json").is_file():
-        model: Any = load_classifier(replace(config, keep_head=True), folder, Head(**about["head"]))
+        with _whole_in_every_process():
+            model: Any = load_classifier(replace(config, keep_head=True), folder, Head(**about["head"]))
         return model.eval(), load_tokenizer(folder)
     backbone = resolve(config.model_name_or_path, config.model_revision)
     if fingerprint(backbone) != about["fingerprint"]:
@@ -317,10 +308,25 @@ def load_model(config: ModelConfig, folder: Path) -> tuple[Any, PreTrainedTokeni
             f"{folder}: trained on other weights of {about['model_name_or_path']} than those in {backbone}; "
             "give the backbone that it was trained on"
         )
-    classifier = load_classifier(config, backbone, Head(**about["head"]))
-    _check_head(folder, head_names(classifier))
-    model = PeftModel.from_pretrained(classifier, folder)
+    with _whole_in_every_process():
+        classifier = load_classifier(config, backbone, Head(**about["head"]))
+        _check_head(folder, head_names(classifier))
+        model = PeftModel.from_pretrained(classifier, folder)
     return model.eval(), load_tokenizer(folder)
+
+
+@contextmanager
+def _whole_in_every_process() -> Iterator[None]:
+    """Let transformers read weights in every process, where FSDP would let the first send them to the others."""
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    before = os.environ.get(name)
+    if before is not None:
+        os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
 
 
 def _read_about(folder: Path) -> dict[str, Any]:

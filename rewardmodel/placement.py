@@ -1,15 +1,18 @@
-"""A recipe's wishes and the machine at hand in, the device and the precision to compute in out."""
+"""A recipe's wishes and the machine at hand in, the device and the precision to compute in out, checked or not."""
 
 import os
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig
 
-from rewardmodel.backbone import Family, check_length, family
+from rewardmodel.backbone import Family, check_length, family, stored_bits
+from rewardmodel.compatibility import Setup
 from rewardmodel.config import ModelConfig
 from rewardmodel.errors import InputError
+from rewardmodel.launches import launch
 
 
 def placement(config: ModelConfig, folder: Path) -> tuple[torch.device, torch.dtype]:
@@ -27,6 +30,26 @@ def check_positions(folder: Path, max_length: int) -> None:
     check_length(AutoConfig.from_pretrained(folder), max_length)
 
 
+def setup(config: ModelConfig, folder: Path, trainer: dict[str, Any] | None = None) -> Setup:
+    """Return what a backbone would be run with here, for `rewardmodel.compatibility.refuse`.
+
+    Args:
+        config: of the recipe.
+        folder: of the backbone; its configuration is enough.
+        trainer: section of the recipe; none: the model is only to predict.
+
+    Raises:
+        InputError: as `placement`.
+    """
+    device, dtype = placement(config, folder)
+    backbone = AutoConfig.from_pretrained(folder)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    layers = backbone.get_text_config().num_hidden_layers
+    name = str(dtype).removeprefix("torch.")
+    kind = (backbone.model_type, layers, device.type, name, capability)
+    return Setup(config, *kind, trainer, launch(), stored_bits=stored_bits(backbone))
+
+
 def compute_device(config: ModelConfig) -> torch.device:
     """Return the device to compute on.
 
@@ -42,10 +65,13 @@ def compute_device(config: ModelConfig) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # set by accelerate launch and torchrun
 
 
-def compute_dtype(config: ModelConfig, device: torch.device, rules: Family) -> torch.dtype:
+def compute_dtype(
+    config: ModelConfig, device: torch.device, rules: Family, capability: tuple[int, int] | None = None
+) -> torch.dtype:
     """Return the precision of the backbone: bfloat16 where the hardware has it, else float16, else float32.
 
-    float16 (Turing and older) is left out for families whose activations leave its range, and on CPUs.
+    float16 (Turing and older) is left out for families whose activations leave its range, and on CPUs. `capability` is
+    that of a GPU which is not here.
     """
     if config.dtype != "auto":
         if config.dtype == "float16" and device.type == "cpu":
@@ -53,7 +79,7 @@ def compute_dtype(config: ModelConfig, device: torch.device, rules: Family) -> t
         return getattr(torch, config.dtype)
     if device.type == "cpu":
         return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-    if torch.cuda.get_device_capability(device) >= (8, 0):
+    if (capability or torch.cuda.get_device_capability(device)) >= (8, 0):
         return torch.bfloat16
     return torch.float16 if rules.float16 else torch.float32
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig
-from transformers.integrations import is_fsdp_enabled
 
-from rewardmodel.backbone import HEADS
+from rewardmodel.backbone import HEADS, stored_bits
 from rewardmodel.config import ModelConfig
 from rewardmodel.errors import InputError
+from rewardmodel.launches import launch
 
 SPARED = (*HEADS, *(rf".*\.{name}" for name in HEADS))
 """What transformers is told not to quantise: heads that stand on a backbone, and parts of them inside it."""
@@ -22,19 +22,15 @@ def quantized_bits(config: ModelConfig, backbone: Any) -> int | None:
         backbone: its configuration, of transformers; one that is stored quantised stays as it is.
 
     Raises:
-        InputError: wishes that exclude each other, or a backbone that is stored otherwise.
+        InputError: a backbone that is stored otherwise.
     """
-    if config.load_in_4bit and config.load_in_8bit:
-        raise InputError("model: load_in_4bit and load_in_8bit exclude each other; set one of them to false")
     asked = 4 if config.load_in_4bit else 8 if config.load_in_8bit else None
-    stored = _stored_bits(backbone)
+    stored = stored_bits(backbone)
     if asked and stored and asked != stored:
         raise InputError(
             f"model.load_in_{asked}bit: the backbone {config.model_name_or_path} is stored in {stored} bits already; "
             "leave it out, or give an unquantised backbone"
         )
-    if (asked or stored) and not config.use_peft:
-        raise InputError("model.use_peft: a quantised backbone cannot train itself; leave it true, or quantise nothing")
     return asked or stored
 
 
@@ -47,7 +43,7 @@ def quantization(config: ModelConfig, backbone: Any, dtype: torch.dtype) -> Bits
         InputError: as `quantized_bits`.
     """
     bits = quantized_bits(config, backbone)
-    if _stored_bits(backbone):
+    if stored_bits(backbone):
         stored = backbone.quantization_config
         stored["llm_int8_skip_modules"] = sorted({*(stored.get("llm_int8_skip_modules") or []), *SPARED})
         stored["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
@@ -60,20 +56,6 @@ def quantization(config: ModelConfig, backbone: Any, dtype: torch.dtype) -> Bits
         bnb_4bit_quant_type=config.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
         bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=dtype if is_fsdp_enabled() else None,  # FSDP shards weights of one dtype only
+        bnb_4bit_quant_storage=dtype if launch().strategy == "fsdp" else None,  # FSDP spreads floating types only
         llm_int8_skip_modules=list(SPARED),
     )
-
-
-def _stored_bits(backbone: Any) -> int | None:
-    stored = getattr(backbone, "quantization_config", None)
-    if stored is None:
-        return None
-    bits = [bits for bits in (4, 8) if stored.get(f"load_in_{bits}bit") or stored.get(f"_load_in_{bits}bit")]
-    if not bits:
-        method = stored.get("quant_method")
-        raise InputError(
-            f"model.model_name_or_path: the backbone is stored quantised by {method}; give one that is not quantised, "
-            "or by bitsandbytes"
-        )
-    return bits[0]

@@ -18,6 +18,7 @@ from rewardmodel.arguments import training_arguments
 from rewardmodel.batches import EpochSampler, to_device
 from rewardmodel.battles import AUGMENTATIONS
 from rewardmodel.budget import Memory, find_budget, no_room
+from rewardmodel.compatibility import refuse
 from rewardmodel.config import ModelConfig, ObjectiveConfig, Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.forward import batching, forward_budget, longest_row, row_logits
@@ -28,7 +29,7 @@ from rewardmodel.objective import find_objective, fit_tie, initial_tie
 from rewardmodel.optimizer import EVEN, Rates, split_groups
 from rewardmodel.pairs import MODEL_COLUMNS, retention, saved, tokenize
 from rewardmodel.parts import Parts, fingerprints, load_battles, split
-from rewardmodel.placement import autocast, check_positions, placement
+from rewardmodel.placement import autocast, check_positions, placement, setup
 from rewardmodel.processes import is_main, wait_for_all
 from rewardmodel.runs import (
     MODEL,
@@ -242,6 +243,8 @@ class PreferenceTrainer(RewardTrainer):
     def fit_tie(self) -> None:
         """Set the head's tie parameter to what fits the validation battles best."""
         logits = self._validation_logits()
+        if self.is_fsdp_enabled:
+            self.model.reshard()  # a forward pass leaves the head gathered, and what is set there is thrown away
         self.set_tie(fit_tie(logits[..., 0], np.asarray(self.eval_dataset["labels"][:]), self.objective.link))
 
     def _ties(self) -> list[torch.nn.Parameter]:
@@ -294,6 +297,7 @@ def train(recipe: Recipe, battles: Any = None, *, resume: bool = False, overwrit
     config = resolve(recipe.model.model_name_or_path, recipe.model.model_revision, weights=False)
     check_positions(config, recipe.prompt.max_length)
     device, dtype = placement(recipe.model, config)
+    refuse(setup(recipe.model, config, recipe.trainer))
     args = training_arguments(recipe, dtype, device)
     with args.main_process_first():  # the others then find in the cache what it read
         parts = split(load_battles(recipe.data, battles), recipe.data.fold)

@@ -565,5 +565,39 @@ def test_a_place_that_cannot_be_written_is_one_line(refusal, recipe_file, tmp_pa
     assert "mend the path or its permissions" in refusal(command, given, "--output", output)
 
 
+def test_doctor_tells_of_a_recipe_and_exits_by_whether_it_works(recipe_file, tmp_path, capsys):
+    path = recipe_file(model={"device": "auto", "dtype": "auto"})
+    assert main(["doctor", path, "--device", "L4", "--gpus", "2"]) == 0
+    output = capsys.readouterr()
+    assert "device     L4, 2 of them: 22.0 GiB" in output.out
+    assert "error" not in output.err
+    wrong = ["--model.dtype", "bfloat16", "--trainer.torch_compile", "true"]
+    assert main(["doctor", path, "--device", "T4", *wrong]) == 2
+    output = capsys.readouterr()
+    assert "precision  bfloat16: model.dtype says so" in output.out
+    first, second = output.err.splitlines()
+    assert first.startswith("error: model.dtype: bfloat16 is emulated")
+    assert second.startswith("error: trainer.torch_compile: ")
+
+
+def test_training_refuses_what_doctor_refuses_before_weights_are_read(refusal, recipe_file, backbone, tmp_path):
+    folder = shutil.copytree(backbone("llama"), tmp_path / "backbone")
+    (folder / "model.safetensors").unlink()
+    path = recipe_file(model={"model_name_or_path": str(folder), "lora_r": 0})
+    assert "model.lora_r: 0; the rank is at least 1" in refusal("train", path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "T5"], "--device: no 'T5'; did you mean 'T4'?"),
+        (["--gpus", "0"], "--gpus: 0; give at least 1"),
+        (["--launch", "nowhere.yaml"], "nowhere.yaml: no configuration of accelerate"),
+    ],
+)
+def test_doctor_refuses_options_that_are_none(refusal, recipe_file, arguments, message):
+    assert message in refusal("doctor", recipe_file(), *arguments)
+
+
 def test_a_baseline_file_ends_in_parquet(refusal, tmp_path):
     assert "does not end in .parquet" in refusal("baseline", "sample", "--output", tmp_path / "x.csv")

@@ -9,13 +9,14 @@ MODULES = {path.stem: path for path in (ROOT / "rewardmodel").glob("*.py") if pa
 LEVELS = [
     {"errors", "files", "trainer_keys", "processes", "guard", "optimizer"},
     {"config", "battles", "metrics", "backbone", "objective", "rows", "texts", "truncation", "template", "charts"}
-    | {"attention", "batches"},
+    | {"attention", "batches", "launches"},
+    {"compatibility"},
     {"sources", "folds", "predictions", "prompt", "weights", "runs", "head", "calibration", "resampling"}
-    | {"placement", "arguments", "budget", "quantization"},
+    | {"placement", "arguments", "budget", "devices", "quantization", "stand_ins"},
     {"formats", "duplicates", "pairs", "model", "slices", "floors", "page"},
-    {"parts", "audit", "bias", "forward"},
-    {"trainer", "inference", "evaluation", "rewards"},
-    {"reports"},
+    {"parts", "audit", "bias", "forward", "memory"},
+    {"trainer", "inference", "evaluation", "estimate", "rewards"},
+    {"reports", "doctor"},
     {"pipeline"},
     {"cli"},
 ]

@@ -1,0 +1,177 @@
+"""How near `rewardmodel doctor` comes to the memory that training and prediction take on a CPU.
+
+    python scripts/bench_doctor.py --json scripts/results/doctor.json
+
+Every case trains a few optimiser steps, or predicts, in a process of its own, on battles of the packaged sample made as
+long as the recipe lets them be. Measured is the most resident memory of the process; what the doctor told of the same
+recipe beforehand is beside it, with the process itself (`rewardmodel.estimate.PROCESS`) and without.
+"""
+
+import argparse
+import json
+import os
+import resource
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench_battles import answer, measured, tell
+from bench_models import processor
+
+SMOLLM = {"model.model_name_or_path": "smollm2"}
+MIDDLE = {"model.model_name_or_path": "llama-1024x12"}
+
+CASES: dict[str, dict[str, Any]] = {
+    "smollm2": SMOLLM,
+    "smollm2, 1024 tokens": {**SMOLLM, "prompt.max_length": 1024},
+    "smollm2, upper half": {**SMOLLM, "model.lora_first_layer": 15},
+    "smollm2, checkpointing": {**SMOLLM, "trainer.gradient_checkpointing": True},
+    "smollm2, 4 bits": {**SMOLLM, "model.load_in_4bit": True},
+    "smollm2, 4 bits, upper half, no dropout": {
+        **SMOLLM, "model.load_in_4bit": True, "model.lora_first_layer": 15, "model.lora_dropout": 0.0,
+    },
+    "smollm2, 4 bits, checkpointing, 1024 tokens": {
+        **SMOLLM, "model.load_in_4bit": True, "trainer.gradient_checkpointing": True, "prompt.max_length": 1024,
+    },
+    "smollm2, eager": {**SMOLLM, "model.attn_implementation": "eager"},
+    "smollm2, all weights": {**SMOLLM, "model.use_peft": False, "trainer.micro_batch_tokens": 1024},
+    "llama-1024x12": MIDDLE,
+    "llama-1024x12, float32": {**MIDDLE, "model.dtype": "float32", "trainer.micro_batch_tokens": 2048},
+    "llama-1024x12, 4 bits, 2048 tokens": {**MIDDLE, "model.load_in_4bit": True, "trainer.micro_batch_tokens": 2048},
+    "smollm2, prediction": {**SMOLLM, "predict": True},
+    "smollm2, 4 bits, prediction": {**SMOLLM, "model.load_in_4bit": True, "predict": True},
+    "llama-1024x12, prediction": {**MIDDLE, "predict": True},
+}  # fmt: skip
+"""Recipe keys of each case, over those of `recipe_of`."""
+
+
+def recipe_of(name: str, folder: str) -> Any:
+    """Return a case's recipe."""
+    from rewardmodel.config import load_recipe
+
+    path = Path(folder) / "recipe.yaml"
+    path.write_text("")
+    keys = {
+        "data.train": f"{folder}/battles.csv", "model.device": "cpu", "trainer.output_dir": f"{folder}/run",
+        "trainer.max_steps": 2, "inference.batch_tokens": 4096,
+        "trainer.battles_per_step": 8, "trainer.eval_strategy": "no",
+        "trainer.save_strategy": "no", "trainer.disable_tqdm": True, "prompt.max_length": 512,
+        **{key: value for key, value in CASES[name].items() if "." in key},
+    }  # fmt: skip
+    keys["model.model_name_or_path"] = f"{folder}/{keys['model.model_name_or_path']}"
+    words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    return load_recipe(path, [word.lower() if word in ("True", "False") else word for word in words])
+
+
+def make_backbone(folder: Path) -> None:
+    """Write a random Llama of 12 layers, 1,024 wide."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from rewardmodel.model import load_tokenizer
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=16,
+        num_key_value_heads=8, vocab_size=49152,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    load_tokenizer(folder.with_name("smollm2")).save_pretrained(folder)
+
+
+def make_battles(path: Path) -> None:
+    """Write battles whose every sequence reaches max_length."""
+    from rewardmodel.config import DataConfig
+    from rewardmodel.parts import load_battles
+
+    battles = load_battles(DataConfig()).to_pandas().iloc[::16].copy()
+    for name in ("prompt", "response_a", "response_b"):
+        battles[name] = [json.dumps([" ".join(list(turns) * 40)]) for turns in battles[name]]
+    columns = ["id", "prompt", "response_a", "response_b", "winner_model_a", "winner_model_b", "winner_tie"]
+    battles[columns].to_csv(path, index=False)
+
+
+def resident() -> float:
+    """Return the most memory that this process has had, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def take(name: str, folder: str) -> dict:
+    """Train or predict, and return what memory it took, and what it had before."""
+    import rewardmodel.pipeline  # noqa: F401
+    from rewardmodel.forward import row_logits
+    from rewardmodel.model import build_model
+    from rewardmodel.objective import find_objective
+    from rewardmodel.pairs import tokenize
+    from rewardmodel.parts import load_battles
+    from rewardmodel.placement import placement
+    from rewardmodel.trainer import train
+    from rewardmodel.weights import resolve
+
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")  # as the command line does
+    recipe, before = recipe_of(name, folder), resident()
+    if not CASES[name].get("predict"):
+        train(recipe)
+    else:
+        model, tokenizer = build_model(recipe.model, find_objective(recipe.objective).head, 0)
+        rows = tokenize(load_battles(recipe.data).select(range(12)), tokenizer, recipe.prompt, both_orders=True)
+        dtype = placement(recipe.model, resolve(recipe.model.model_name_or_path))[1]
+        row_logits(model.eval(), rows, tokenizer.pad_token_id, dtype, 4096)
+    return {"before_gib": round(before, 3), "peak_gib": round(resident(), 3)}
+
+
+def tell_beforehand(name: str, folder: str) -> dict:
+    """Return what the doctor says of a case."""
+    from transformers import AutoConfig
+
+    from rewardmodel.devices import find_device
+    from rewardmodel.estimate import Case, inference_needs, read_lengths, training_needs
+    from rewardmodel.launches import Launch
+    from rewardmodel.placement import placement
+
+    recipe = recipe_of(name, folder)
+    backbone = Path(recipe.model.model_name_or_path)
+    dtype, config = placement(recipe.model, backbone)[1], AutoConfig.from_pretrained(backbone)
+    case = Case(recipe, config, find_device("cpu"), dtype, Launch(), read_lengths(recipe, backbone))
+    needs = inference_needs(case) if CASES[name].get("predict") else training_needs(case)
+    parts = {part: round(size / 2**30, 3) for part, size in needs["parts"].items()}
+    return {"told_gib": round(needs["total"] / 2**30, 3), "parts": parts, "tokens": needs["tokens"]}
+
+
+MEASUREMENTS = {"take": take, "tell": tell_beforehand}
+
+
+def main() -> None:
+    """Parse, measure, write JSON."""
+    if answer(MEASUREMENTS):
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", help=f"of: {'; '.join(CASES)}; none: all")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    options = parser.parse_args()
+    from rewardmodel.weights import resolve
+
+    smollm2 = resolve("smollm2-135m-instruct")
+    figures: dict[str, Any] = {"machine": processor(), "cases": {}}
+    for name in options.cases or CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            make_battles(Path(folder) / "battles.csv")
+            (Path(folder) / "smollm2").symlink_to(smollm2)
+            if CASES[name]["model.model_name_or_path"] == "llama-1024x12":
+                make_backbone(Path(folder) / "llama-1024x12")
+            told, took = (measured(__file__, what, name, folder) for what in ("tell", "take"))
+        error = told["told_gib"] / took["peak_gib"] - 1
+        own = (told["told_gib"] - told["parts"]["process"]) / (took["peak_gib"] - took["before_gib"]) - 1
+        figures["cases"][name] = {
+            **{key: told[key] for key in ("told_gib", "parts", "tokens")},
+            **{key: took[key] for key in ("before_gib", "peak_gib")},
+            "error_percent": round(100 * error, 1), "error_percent_without_process": round(100 * own, 1),
+        }  # fmt: skip
+        print(f"{name}: {100 * error:+.1f} %, without the process {100 * own:+.1f} %", file=sys.stderr, flush=True)
+        if options.json:
+            tell(figures, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from rewardmodel.config import DataConfig, ModelConfig, Recipe
+from rewardmodel.devices import DEVICES, Device
+from rewardmodel.estimate import (
+    ARENA,
+    CONTEXT,
+    PROCESS,
+    UTILISATION,
+    Battles,
+    Case,
+    hours,
+    inference_needs,
+    peaks,
+    read_lengths,
+    training_needs,
+    with_changes,
+)
+from rewardmodel.launches import Launch
+
+CPU = Device("a CPU", "cpu", 8 * 2**30, 1e12, 5e11)
+ROWS = [[0, 40], [0, 80], [0, 120], [0, 160]]
+BOTH = [[10, 30, 30], [10, 70, 70], [10, 110, 110], [10, 150, 150]]
+
+
+@pytest.fixture
+def case(recipe, backbone):
+    """Return a function that puts the tiny recipe on a device: case(CPU), case(DEVICES["T4"], launch=...)."""
+    config = AutoConfig.from_pretrained(backbone("llama"))
+
+    def made(device=CPU, launch=None, trainer=None, **model):
+        changed = dataclasses.replace(
+            recipe, model=dataclasses.replace(recipe.model, **model), trainer=recipe.trainer | (trainer or {})
+        )
+        battles = Battles(400, 100, ROWS, BOTH, "drawn up here")
+        return Case(changed, config, device, torch.float32, launch or Launch(), battles)
+
+    return made
+
+
+def test_components_add_up(case):
+    for device, own in ((CPU, PROCESS), (DEVICES["L4"], CONTEXT)):
+        for needs in (training_needs(case(device)), inference_needs(case(device))):
+            assert sum(needs["parts"].values()) == needs["total"]
+            assert own in needs["parts"].values()
+            assert needs["least"] <= needs["total"] <= device.memory
+            assert needs["fits"]
+
+
+def test_a_cpu_computes_the_micro_batches_that_it_would_draw(case):
+    # Steps of eight battles out of four that there are: all of them, of 400 tokens, in one micro-batch or in several.
+    assert training_needs(case())["tokens"] == 400
+    assert training_needs(case(trainer={"micro_batch_tokens": 160}))["tokens"] == 160
+    assert inference_needs(case())["tokens"] == sum(map(sum, BOTH))
+
+
+def test_a_gpu_is_filled_to_its_share_but_not_beyond_a_step(case):
+    small = dataclasses.replace(DEVICES["T4"], memory=CONTEXT + 40 * 2**20)
+    needs = training_needs(case(small, trainer={"battles_per_step": 10_000}))
+    assert needs["tokens"] == needs["tokens that fit"] > 160
+    assert 0.5 * small.memory < needs["total"] < small.memory
+    assert training_needs(case(small, trainer={"micro_batch_tokens": 200}))["tokens"] == 200
+    large = training_needs(case(DEVICES["H200"]))
+    assert large["tokens"] < 10 * 160 < large["tokens that fit"]
+
+
+def test_what_has_no_room_is_told(case):
+    needs = training_needs(case(dataclasses.replace(DEVICES["T4"], memory=CONTEXT + 2**20)))
+    assert not needs["fits"]
+    assert needs["tokens that fit"] == 0
+
+
+def test_fsdp_spreads_what_stays_and_gathers_two_layers(case):
+    one, four = (training_needs(case(DEVICES["L4"], Launch(n, "fsdp" if n > 1 else "", 2)))["parts"] for n in (1, 4))
+    for name in ("weights", "adapters", "gradients", "optimiser"):
+        assert four[name] == one[name] // 4
+    assert 0 < four["gathered layers"] <= one["weights"]
+    predicted = inference_needs(case(DEVICES["L4"], Launch(4, "fsdp", 2)))["parts"]
+    assert predicted["weights"] == one["weights"]
+
+
+def test_ddp_keeps_gradients_twice_and_zero_spreads_them(case):
+    alone, ddp, zero = (
+        training_needs(case(DEVICES["L4"], launch))["parts"]
+        for launch in (Launch(), Launch(2, "ddp"), Launch(2, "deepspeed", 2))
+    )
+    assert ddp["buckets"] == ddp["gradients"] == alone["gradients"]
+    assert (zero["gradients"], zero["optimiser"]) == (alone["gradients"] // 2, alone["optimiser"] // 2)
+    assert zero["weights"] == alone["weights"]
+
+
+def test_changes_that_take_less_take_less(case):
+    whole = case(lora_dropout=0.1)
+    least = training_needs(whole)["least"]
+    for changes in (
+        ({}, {"gradient_checkpointing": True}, {}),
+        ({"lora_first_layer": 1}, {}, {}),
+        ({}, {}, {"max_length": 80}),
+    ):
+        assert training_needs(with_changes(whole, *changes))["least"] < least, changes
+
+
+def test_what_takes_the_same_is_worked_out_once(case):
+    first = case(DEVICES["L4"])
+    assert peaks(first) is peaks(dataclasses.replace(first, device=DEVICES["H100"]))
+    assert peaks(first) is not peaks(with_changes(first, {}, {"gradient_checkpointing": True}, {}))
+
+
+def test_hours_are_operations_by_the_rate(case):
+    alone = hours(case())
+    weights = peaks(case()).usage
+    dense = 2 * (weights.parameters - weights.embedding) * 100
+    attention = 2 * 2 * 4 * 16 * (40**2 + 80**2 + 120**2 + 160**2) / 4
+    rate = 5e11 * UTILISATION["cpu"] * 3600
+    assert alone["evaluation"] == pytest.approx(100 * (dense + attention) / rate)
+    assert alone["training"] == pytest.approx(400 * (2 * dense + 3 * attention) / rate)
+    more = hours(case(trainer={"num_train_epochs": 3, "gradient_checkpointing": True}))
+    assert more["training"] == pytest.approx(3 * 400 * (3 * dense + 4 * attention) / rate)
+    assert more["evaluation"] == pytest.approx(3 * alone["evaluation"])
+    assert hours(case(launch=Launch(2, "ddp")))["training"] == pytest.approx(alone["training"] / 2)
+    upper = hours(case(lora_first_layer=1))["training"]
+    assert upper == pytest.approx(400 * (1.5 * dense + 2 * attention) / rate)
+
+
+@pytest.mark.parametrize(
+    ("keys", "times"),
+    [
+        ({"eval_strategy": "no"}, 0),
+        ({"eval_strategy": "steps", "eval_steps": 0.2}, 5),
+        ({"eval_strategy": "steps", "eval_steps": 20}, 2),
+        ({"max_steps": 25}, 0.5),
+    ],
+)
+def test_evaluations_are_counted(case, keys, times):
+    assert hours(case(trainer=keys))["evaluation"] == pytest.approx(times * hours(case())["evaluation"])
+
+
+def test_battles_at_hand_are_tokenised(recipe, backbone):
+    battles = read_lengths(recipe, backbone("llama"))
+    assert (battles.training, battles.validation) == (36, 12)
+    assert len(battles.branches) == len(battles.predicted) == 48
+    assert {len(row) for row in battles.branches} == {2}
+    assert {len(row) for row in battles.predicted} == {3}
+    assert max(map(sum, battles.branches)) <= 160
+    assert battles.source == "48 of 48 tokenised"
+
+
+def test_for_want_of_battles_those_of_the_competition_are_taken(backbone):
+    recipe = Recipe(data=DataConfig(train="nowhere.csv", folds=20), model=ModelConfig(str(backbone("llama"))))
+    battles = read_lengths(recipe, backbone("llama"))
+    assert battles.training + battles.validation == ARENA
+    assert "for want of the recipe's (nowhere.csv" in battles.source
+    lengths = [sum(row) for row in battles.branches]
+    assert max(lengths) == recipe.prompt.max_length
+    assert 560 < sum(lengths) / len(lengths) < 650  # 605 were measured at 1,024

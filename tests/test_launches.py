@@ -1,0 +1,70 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from rewardmodel.errors import InputError
+from rewardmodel.launches import Launch, launch, launch_of
+
+CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, Launch()),
+        ({"WORLD_SIZE": "1"}, Launch()),
+        ({"WORLD_SIZE": "4"}, Launch(4, "ddp")),
+        (
+            {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+            | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+            Launch(2, "fsdp", 2, True),
+        ),
+        ({"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, Launch(2, "fsdp", 1, False)),
+        (
+            {"WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+            Launch(2, "deepspeed", 3),
+        ),
+    ],
+)
+def test_the_launcher_is_known_by_its_variables(environment, expected):
+    assert launch(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("one_gpu", Launch()),
+        ("ddp", Launch(2, "ddp")),
+        ("cpu_ddp", Launch(2, "ddp")),
+        ("two_nodes", Launch(16, "ddp")),
+        ("fsdp2", Launch(2, "fsdp", 2, True)),
+        ("fsdp2_qlora", Launch(2, "fsdp", 2, False)),
+        ("deepspeed_zero2", Launch(2, "deepspeed", 2)),
+    ],
+)
+def test_the_configurations_of_the_repository_are_read(name, expected):
+    assert launch_of(CONFIGS / f"{name}.yaml") == expected
+    assert launch_of(CONFIGS / f"{name}.yaml", 3).processes == 3
+
+
+def test_the_stage_is_read_out_of_a_configuration_of_deepspeed(tmp_path):
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    variables = {"WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    assert launch(variables) == Launch(2, "deepspeed", 3)
+    config = tmp_path / "accelerate.yaml"
+    config.write_text(f"distributed_type: DEEPSPEED\ndeepspeed_config: {{deepspeed_config_file: '{file}'}}\n")
+    assert launch_of(config, 2) == Launch(2, "deepspeed", 3)
+    file.write_text("[]")
+    with pytest.raises(InputError, match="no configuration of DeepSpeed"):
+        launch_of(config)
+
+
+@pytest.mark.parametrize("text", [None, "a: [", "just words", "num_processes: 2\n"])
+def test_a_file_that_is_no_configuration_is_refused(text, tmp_path):
+    path = tmp_path / "launch.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError, match="no configuration of accelerate"):
+        launch_of(path)
