@@ -54,6 +54,11 @@ def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device)
             f"model.device: {args.n_gpu} GPUs are visible to one process; start one process a GPU with "
             "scripts/launch.sh, or show it one with CUDA_VISIBLE_DEVICES=0"
         )
+    _check_own_keys(recipe, args)
+    return args
+
+
+def _check_own_keys(recipe: Recipe, args: RewardConfig) -> None:
     if recipe.trainer[EARLY_STOPPING] is not None and not args.load_best_model_at_end:
         raise InputError(
             f"trainer.{EARLY_STOPPING}: needs the best checkpoint; set eval_strategy and save_strategy alike, not 'no'"
@@ -66,4 +71,3 @@ def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device)
             raise InputError(f"trainer.{key}: {recipe.trainer[key]}; give a number above 0, or leave it out")
     if recipe.trainer[LORAPLUS] is not None and not recipe.model.use_peft:
         raise InputError(f"trainer.{LORAPLUS}: there is no LoRA without model.use_peft; leave it out")
-    return args

@@ -21,8 +21,9 @@ from rewardmodel.attention import packed
 from rewardmodel.backbone import HEADS
 from rewardmodel.batches import pack, pad
 from rewardmodel.config import ModelConfig
-from rewardmodel.head import classifier_class
-from rewardmodel.model import PACKABLE, add_lora, classifier, head_names
+from rewardmodel.head import classifier_class, head_names
+from rewardmodel.lora import add_lora
+from rewardmodel.model import PACKABLE, classifier
 from rewardmodel.objective import Head
 from rewardmodel.placement import autocast
 from rewardmodel.stand_ins import NESTED, ByteDropout, EightBits, FourBits

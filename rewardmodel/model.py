@@ -3,7 +3,6 @@
 import copy
 import json
 import logging
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +12,8 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -23,10 +21,9 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.pytorch_utils import Conv1D
 
 from rewardmodel.attention import KERNELS, PREFIX, Packing, packed
-from rewardmodel.backbone import FAMILIES, HEADS, OTHER_SENSES, family
+from rewardmodel.backbone import FAMILIES, family
 from rewardmodel.batches import pack
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.compatibility import refuse
@@ -34,6 +31,7 @@ from rewardmodel.config import ModelConfig
 from rewardmodel.errors import InputError
 from rewardmodel.files import atomic_path
 from rewardmodel.head import PooledHead, check_loaded, classifier_class, head_names
+from rewardmodel.lora import add_lora, subtract_start
 from rewardmodel.objective import Head
 from rewardmodel.placement import placement, setup
 from rewardmodel.quantization import quantization, quantized_bits
@@ -184,40 +182,6 @@ def _packs(model: PreTrainedModel) -> bool:
     return bool((together - alone).abs().max() <= 0.05 * alone.abs().max())
 
 
-def add_lora(model: PreTrainedModel, config: ModelConfig) -> PeftModel:
-    """Return the model with trainable float32 LoRA adapters and head, everything else frozen.
-
-    Raises:
-        InputError: PEFT refuses the rank or the layers.
-    """
-    layers = model.config.get_text_config().num_hidden_layers
-    backbone = getattr(model, model.base_model_prefix)
-    linear = {name: part for name, part in backbone.named_modules() if isinstance(part, torch.nn.Linear | Conv1D)}
-    barred = {part for name in linear for part in name.split(".")} & {*HEADS, *OTHER_SENSES}
-    lora = LoraConfig(
-        task_type="SEQ_CLS",
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules or _lora_targets(model, [*linear], barred),
-        exclude_modules=rf"(.*\.)?({'|'.join(sorted(barred))})(\..*)?" if barred else None,
-        fan_in_fan_out=any(isinstance(part, Conv1D) for part in linear.values()),
-        layers_to_transform=list(range(config.lora_first_layer, layers)) if config.lora_first_layer else None,
-        init_lora_weights="pissa" if config.lora_init == "pissa" else True,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        modules_to_save=head_names(model),
-    )
-    try:
-        adapted = get_peft_model(model, lora)
-    except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"model.lora_r, model.lora_target_modules: PEFT refuses them: {reason}") from error
-    if config.lora_init == "pissa":
-        adapted.pissa_start = {name: weight.clone() for name, weight in get_peft_model_state_dict(adapted).items()}
-    return adapted
-
-
 def build_model(config: ModelConfig, head: Head, seed: int) -> tuple[Any, PreTrainedTokenizerBase]:
     """Return a new model to train, its adapters drawn with `seed`, and the tokenizer.
 
@@ -262,7 +226,7 @@ def save_model(
     with atomic_path(folder) as partial:
         model.save_pretrained(partial, **({} if state is None else {"state_dict": state}))
         if config.use_peft and config.lora_init == "pissa":
-            _subtract_start(partial, model.pissa_start)
+            subtract_start(partial, model.pissa_start)
         tokenizer.save_pretrained(partial)
         (partial / BACKBONE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
@@ -270,25 +234,6 @@ def save_model(
 def classifier(model: Any) -> Any:
     """Return the transformers model, out of PEFT's wrapper if it has one."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def _subtract_start(folder: Path, start: dict[str, torch.Tensor]) -> None:
-    """Rewrite a saved PiSSA adapter as B A - B0 A0 = [B, -B0] [A; A0].
-
-    PEFT's own conversion leaves out the modules to save, and so the head.
-    """
-    weights = load_file(folder / "adapter_model.safetensors")
-    for name in weights:
-        if ".lora_A." in name:
-            weights[name] = torch.cat([weights[name], start[name].to("cpu")], dim=0)
-        elif ".lora_B." in name:
-            weights[name] = torch.cat([weights[name], -start[name].to("cpu")], dim=1)
-    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    lora = LoraConfig.from_pretrained(folder)
-    lora.init_lora_weights = True
-    lora.lora_alpha *= math.sqrt(2) if lora.use_rslora else 2
-    lora.r *= 2
-    lora.save_pretrained(folder)
 
 
 def load_model(config: ModelConfig, folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -344,13 +289,3 @@ def _check_head(folder: Path, heads: list[str]) -> None:
             raise InputError(
                 f"{folder}: the saved adapter has no head '{head}'; save it with modules_to_save=['{head}']"
             )
-
-
-def _lora_targets(model: PreTrainedModel, linear: list[str], barred: set[str]) -> list[str]:
-    """Return the layers that get LoRA where a recipe names none: the family's, or all linear ones but those barred."""
-    targets = family(model.config.model_type).lora_targets
-    if targets:
-        return list(targets)
-    found = sorted({name.rpartition(".")[2] for name in linear if not barred & {*name.split(".")}})
-    logger.info("LoRA on: %s", ", ".join(found))
-    return found

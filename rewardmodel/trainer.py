@@ -23,8 +23,9 @@ from rewardmodel.config import ModelConfig, ObjectiveConfig, Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.forward import batching, forward_budget, longest_row, row_logits
 from rewardmodel.guard import Guard
+from rewardmodel.head import head_names
 from rewardmodel.metrics import accuracy, log_loss
-from rewardmodel.model import build_model, classifier, head_names, load_tokenizer, save_model
+from rewardmodel.model import build_model, classifier, load_tokenizer, save_model
 from rewardmodel.objective import find_objective, fit_tie, initial_tie
 from rewardmodel.optimizer import EVEN, Rates, split_groups
 from rewardmodel.pairs import MODEL_COLUMNS, retention, saved, tokenize

@@ -13,7 +13,8 @@ LEVELS = [
     {"compatibility"},
     {"sources", "folds", "predictions", "prompt", "weights", "runs", "head", "calibration", "resampling"}
     | {"placement", "arguments", "budget", "devices", "quantization", "stand_ins"},
-    {"formats", "duplicates", "pairs", "model", "slices", "floors", "page"},
+    {"formats", "duplicates", "pairs", "lora", "slices", "floors", "page"},
+    {"model"},
     {"parts", "audit", "bias", "forward", "memory"},
     {"trainer", "inference", "evaluation", "estimate", "rewards"},
     {"reports", "doctor"},
