@@ -19,6 +19,8 @@ _HOMES = {
     "report": "reports",
     "run": "pipeline",
     "prepare": "pipeline",
+    "train_fold": "crossfit",
+    "train_folds": "crossfit",
 }
 
 __all__ = list(_HOMES)

@@ -1,7 +1,7 @@
 """Rows of tokens in, tensors for the model out: packed without padding, and planned by tokens, not by rows."""
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -158,3 +158,17 @@ def plan_padded(lengths: Sequence[int], budget: int, processes: int = 1) -> list
         start += rows
     cut += [[] for _ in range(-len(cut) % processes if cut else processes)]
     return [cut[process::processes] for process in range(processes)]
+
+
+class EpochSampler(torch.utils.data.Sampler):
+    """Draws the order of rows anew each epoch, from a seed of that epoch, so that a resumed run draws it again."""
+
+    def __init__(self, rows: int, seed: Callable[[], int]) -> None:
+        self.rows = rows
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(self.rows, generator=torch.Generator().manual_seed(self.seed())).tolist())

@@ -2,7 +2,6 @@
 
 import logging
 import platform
-from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer
 from trl import RewardConfig, RewardTrainer
 
 from rewardmodel.arguments import training_arguments
-from rewardmodel.batches import to_device
+from rewardmodel.batches import EpochSampler, to_device
 from rewardmodel.battles import AUGMENTATIONS
 from rewardmodel.budget import Memory, find_budget, no_room
 from rewardmodel.config import ModelConfig, ObjectiveConfig, Recipe
@@ -26,7 +25,7 @@ from rewardmodel.metrics import accuracy, log_loss
 from rewardmodel.model import build_model, load_tokenizer, save_model
 from rewardmodel.objective import find_objective, fit_tie, initial_tie
 from rewardmodel.pairs import MODEL_COLUMNS, retention, saved, tokenize
-from rewardmodel.parts import Parts, fingerprints, load_battles, split
+from rewardmodel.parts import Parts, fingerprints, load_battles, split, write_training_keys
 from rewardmodel.placement import autocast, placement
 from rewardmodel.processes import is_main, wait_for_all
 from rewardmodel.runs import (
@@ -37,6 +36,7 @@ from rewardmodel.runs import (
     open_run,
     write_environment,
 )
+from rewardmodel.teachers import check_taught, with_soft_outcomes
 from rewardmodel.trainer_keys import EARLY_STOPPING, TOKENS
 from rewardmodel.weights import fingerprint, resolve
 
@@ -95,7 +95,7 @@ class PreferenceTrainer(RewardTrainer):
             if name in trainable:  # TRL casts them to bfloat16 on a quantised backbone
                 weight.data = trainable[name].to(weight.device)
         if self.objective.head.tie:
-            self.set_tie(initial_tie(float(np.mean(np.array(train_dataset["labels"][:])[:, 2]))))
+            self.set_tie(initial_tie(float(np.nanmean(np.array(train_dataset["labels"][:])[:, 2]))))
             for weight in self._ties():
                 weight.requires_grad &= self.objective.learns_ties
         if args.gradient_checkpointing:
@@ -156,7 +156,8 @@ class PreferenceTrainer(RewardTrainer):
 
     def _tensors(self, rows: list[dict]) -> dict[str, Any]:
         counted = {
-            name: torch.tensor([row[name] for row in rows], dtype=torch.float32) for name in ("labels", "weight")
+            name: torch.tensor([row[name] for row in rows], dtype=torch.float32)
+            for name in ("labels", "teacher", "weight")
         }
         device = self.accelerator.device
         return {"model": to_device(self.batching.collate(rows), device), **to_device(counted, device)}
@@ -171,16 +172,24 @@ class PreferenceTrainer(RewardTrainer):
         """Return this micro-batch's share of the mean loss over the step's battles."""
         with autocast(self.accelerator.device, self.dtype):
             logits = model(**inputs["model"]).logits
-        losses = self.battle_losses(logits.view(len(inputs["labels"]), -1, logits.shape[-1]), inputs["labels"])
+        logits = logits.view(len(inputs["labels"]), -1, logits.shape[-1])
+        losses = self.battle_losses(logits, inputs["labels"], inputs["teacher"])
         total = (losses * inputs["weight"]).sum()
         return total / num_items_in_batch * self.accelerator.num_processes  # gradients are averaged over processes
 
-    def battle_losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the loss of each battle, (n,), of the logits of its sequences, (n, n_sequences, width)."""
+    def battle_losses(
+        self, logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the loss of each battle, (n,), of the logits of its sequences, (n, n_sequences, width).
+
+        Labels and the teacher's probabilities are (n, 3), NaN in the rows of battles that have none.
+        """
         if self.objective.encoding == "separate":
-            return self.objective.loss(logits, labels, self.settings)
-        orders = [labels, labels[:, [1, 0, 2]]][: logits.shape[1]]
-        losses = [self.objective.loss(logits[:, n], order, self.settings) for n, order in enumerate(orders)]
+            return self.objective.loss(logits, labels, self.settings, teacher)
+        losses = []
+        for number, order in enumerate([[0, 1, 2], [1, 0, 2]][: logits.shape[1]]):
+            taught = None if teacher is None else teacher[:, order]
+            losses.append(self.objective.loss(logits[:, number], labels[:, order], self.settings, taught))
         return torch.stack(losses).mean(dim=0)
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
@@ -246,26 +255,15 @@ class PreferenceTrainer(RewardTrainer):
         """Write nothing: TRL's card describes a pairwise reward model."""
 
 
-class EpochSampler(torch.utils.data.Sampler):
-    """Draws the order of rows anew each epoch, from a seed of that epoch, so that a resumed run draws it again."""
-
-    def __init__(self, rows: int, seed: Callable[[], int]) -> None:
-        self.rows = rows
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(torch.randperm(self.rows, generator=torch.Generator().manual_seed(self.seed())).tolist())
-
-
-def train(recipe: Recipe, battles: Any = None, *, resume: bool = False, overwrite: bool = False) -> tuple[Path, Parts]:
+def train(
+    recipe: Recipe, battles: Any = None, *, parts: Parts | None = None, resume: bool = False, overwrite: bool = False
+) -> tuple[Path, Parts]:
     """Train a model on labelled battles and save it as a run.
 
     Args:
         recipe: what to do; `recipe.run_folder` is written.
         battles: a Dataset, a DataFrame or a path in the place of `recipe.data.train`.
+        parts: its battles, if they were read before.
         resume: continue the run that is there from its last complete checkpoint; one that is done stays as it is.
         overwrite: replace the run that is there.
 
@@ -275,14 +273,15 @@ def train(recipe: Recipe, battles: Any = None, *, resume: bool = False, overwrit
     Raises:
         InputError: what was given cannot be used; nothing was written then.
     """
-    recipe = recipe if battles is None else _with_source(recipe, battles)
+    recipe = recipe if battles is None else with_source(recipe, battles)
     objective = find_objective(recipe.objective)
     check_run(recipe, resume, overwrite)
     config = resolve(recipe.model.model_name_or_path, recipe.model.model_revision, weights=False)
     device, dtype = placement(recipe.model, config)
     args = training_arguments(recipe, dtype, device)
     with args.main_process_first():  # the others then find in the cache what it read
-        parts = split(load_battles(recipe.data, battles), recipe.data.fold)
+        parts = parts or split(load_battles(recipe.data, battles), recipe.data.fold)
+        check_taught(parts.training, recipe.objective.name, objective.teacher)
         data = fingerprints(parts)
         if resume and (recipe.run_folder / MODEL).is_dir():
             check_same_inputs(recipe.run_folder, {"data": data})
@@ -303,6 +302,7 @@ def train(recipe: Recipe, battles: Any = None, *, resume: bool = False, overwrit
     checkpoint = last_checkpoint(recipe.run_folder) if resume else None
     if is_main():
         write_environment(open_run(recipe, resume, overwrite), facts)
+        write_training_keys(recipe.run_folder, parts.training)
     wait_for_all()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if not objective.learns_ties:
@@ -313,9 +313,10 @@ def train(recipe: Recipe, battles: Any = None, *, resume: bool = False, overwrit
 
 def _rows(parts: Parts, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[Dataset, Dataset]:
     """Return the tokenised training and validation battles, and log what truncation leaves of the former."""
-    training = AUGMENTATIONS[recipe.data.swap_augmentation](parts.training, recipe.data.seed)
-    num_proc = recipe.trainer.get("dataset_num_proc")
-    encoding = find_objective(recipe.objective).encoding
+    num_proc, objective = recipe.trainer.get("dataset_num_proc"), find_objective(recipe.objective)
+    training = parts.training if objective.teacher else with_soft_outcomes(parts.training)
+    training = AUGMENTATIONS[recipe.data.swap_augmentation](training, recipe.data.seed)
+    encoding = objective.encoding
     both = encoding == "joint" and recipe.data.swap_augmentation == "both"
     rows = tokenize(training, tokenizer, recipe.prompt, num_proc, encoding=encoding, both_orders=both)
     validation = tokenize(parts.validation, tokenizer, recipe.prompt, num_proc, encoding=encoding)
@@ -330,7 +331,7 @@ def _rows(parts: Parts, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> t
     return rows, validation
 
 
-def _with_source(recipe: Recipe, battles: Any) -> Recipe:
+def with_source(recipe: Recipe, battles: Any) -> Recipe:
     """Return the recipe with `data.train` telling what was given in its place."""
     given = str(battles) if isinstance(battles, str | Path) else f"<{type(battles).__name__}>"
     return replace(recipe, data=replace(recipe.data, train=given))

@@ -12,11 +12,13 @@ LEVELS = [
     | {"attention", "batches"},
     {"sources", "folds", "predictions", "prompt", "weights", "runs", "head", "calibration", "resampling"}
     | {"placement", "arguments", "budget"},
+    {"teachers"},
     {"formats", "duplicates", "pairs", "model", "slices", "floors", "page"},
     {"parts", "audit", "bias", "forward"},
     {"trainer", "inference", "evaluation"},
     {"reports"},
     {"pipeline"},
+    {"crossfit"},
     {"cli"},
 ]
 """A module imports only from levels above its own, inside functions too."""
