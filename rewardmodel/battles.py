@@ -102,7 +102,7 @@ def weights(battles: Dataset) -> np.ndarray:
 
 
 def swap(battles: Dataset) -> Dataset:
-    """Return the same battles with A and B exchanged: responses, models, outcomes and the teacher's; nothing else moves."""
+    """Return the same battles with A and B exchanged: texts, models, outcomes and the teacher's; nothing else moves."""
     order = battles.column_names
     return battles.rename_columns(_SWAPPED).select_columns(order)
 
@@ -131,7 +131,8 @@ def validate(battles: Dataset, where: str) -> Dataset:
 
     Raises:
         InputError: no rows, an id given twice, turns that do not line up, outcomes that are not probabilities summing
-            to 1, or battles without outcomes or a teacher's probabilities among others. Rows are counted from 1, without the header.
+            to 1, or battles without outcomes or a teacher's probabilities among others. Rows are counted from 1,
+            without the header.
     """
     if not len(battles):
         raise InputError(f"{where}: no battles; give a file with at least one row under the header")

@@ -61,7 +61,8 @@ def _train(arguments: list[str]) -> None:
     parser = _parser("train", _train)
     _add_recipe(parser)
     parser.add_argument(
-        "--fold", help="a fold to train into its own folder of the run, or `all`: then every battle is predicted out of fold"
+        "--fold",
+        help="a fold to train into its own folder of the run, or `all`: then every battle is predicted out of fold",
     )
     options, overrides = _parse_with_recipe(parser, arguments)
     from rewardmodel.config import load_recipe
@@ -231,7 +232,9 @@ def _numbers(name: str, words: list[str] | None) -> list[float] | None:
     try:
         return None if words is None else [float(word) for word in words]
     except ValueError as error:
-        raise InputError(f"{name}: {' '.join(words or ())}: not all are numbers; give one number for each run") from error
+        raise InputError(
+            f"{name}: {' '.join(words or ())}: not all are numbers; give one number for each run"
+        ) from error
 
 
 def _make_parent(path: Path | None) -> None:

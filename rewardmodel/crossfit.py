@@ -151,7 +151,9 @@ def gather(recipe: Recipe, battles: Dataset) -> None:
             raise InputError(f"{one}: trained on another backbone than {folders[0]}; train it again with --overwrite")
     parts = split(battles, None)
     ids = parts.validation["id"][:]
-    predictions = [read_predictions(one / VALIDATION).assign(fold=fold) for fold, one in zip(folds, folders, strict=True)]
+    predictions = [
+        read_predictions(one / VALIDATION).assign(fold=fold) for fold, one in zip(folds, folders, strict=True)
+    ]
     write_predictions(_in_order(predictions, ids, folder), folder / VALIDATION)
     floors = [pd.read_parquet(one / FLOORS) for one in folders]
     write_predictions(_in_order(floors, ids, folder), folder / FLOORS)

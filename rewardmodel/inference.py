@@ -104,7 +104,9 @@ def _checked_weights(weights: Sequence[float] | None, runs: int) -> list[float]:
     if len(shares) != runs:
         raise InputError(f"weights: {len(shares)} for {runs} runs; give one for each")
     if not all(0 <= share < np.inf for share in shares) or not any(shares):
-        raise InputError(f"weights: {', '.join(f'{share:g}' for share in shares)}; give numbers from 0, not all of them 0")
+        raise InputError(
+            f"weights: {', '.join(f'{share:g}' for share in shares)}; give numbers from 0, not all of them 0"
+        )
     return shares
 
 
@@ -114,15 +116,17 @@ def _dealt(folders: list[Path], battles: Dataset) -> tuple[np.ndarray, np.ndarra
     if trained is None:
         logger.warning("a run has no training_keys.npy: whether it trained on the battles is not known")
         return np.ones((len(folders), len(battles)), bool), None
-    seen = trained.all(axis=0)
+    seen = np.logical_and.reduce(trained)
     if seen.any():
         logger.warning(
             "%d of %d battles share a prompt or responses with training battles of every model: their predictions are "
-            "no measure of how new battles are predicted", seen.sum(), len(seen),
+            "no measure of how new battles are predicted", seen.sum(), len(battles),
         )  # fmt: skip
     apart = (trained.any(axis=0) & ~seen).sum()
     if apart:
-        logger.info("%d of %d battles are predicted by the models alone that did not train on them", apart, len(seen))
+        logger.info(
+            "%d of %d battles are predicted by the models alone that did not train on them", apart, len(battles)
+        )
     return ~trained | seen, seen
 
 

@@ -68,10 +68,12 @@ def _unlabelled_only_train(battles: Dataset) -> Dataset:
     if untaught.any():
         raise InputError(
             f"data.train: {battles[int(untaught.argmax())]['source']} has no outcomes (winner_model_a, winner_model_b, "
-            "winner_tie); training needs labelled battles or a teacher's predictions, give it as data.test to predict it"
+            "winner_tie); training needs labelled battles, or a teacher; give it as data.test to predict it"
         )
     if unlabelled.all():
-        raise InputError("data.train: no battle has an outcome of its own to validate on; add a source of labelled ones")
+        raise InputError(
+            "data.train: no battle has an outcome of its own to validate on; add a source of labelled ones"
+        )
     fold = np.asarray(battles.with_format(None)["fold"][:], np.int32)
     return with_column(battles, "fold", np.where(unlabelled & (fold == -1), np.int32(TRAIN_ONLY), fold))
 

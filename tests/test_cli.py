@@ -611,7 +611,9 @@ def test_several_runs_that_cannot_be_averaged_are_refused(
     assert expected in refusal("predict", *(places.get(word, word) for word in arguments))
 
 
-def test_a_teacher_that_saw_the_battles_is_refused_in_one_line(recipe_file, recipe, run_folder, tmp_path, capsys, refusal):
+def test_a_teacher_that_saw_the_battles_is_refused_in_one_line(
+    recipe_file, recipe, run_folder, tmp_path, capsys, refusal
+):
     trained_with = load_recipe(run_folder / RECIPE).data.train
     soft = tmp_path / "soft.parquet"
     assert main(["predict", str(run_folder), trained_with, "--output", str(soft)]) == 0

@@ -226,6 +226,8 @@ def two_runs(backbone, tmp_path_factory):
         runs.append(train(recipe)[0])
     new = battle_frame(3, seed=1).drop(columns=list(OUTCOMES))
     new["prompt"] = new["prompt"].str.replace("question", "riddle")
+    for name in ("response_a", "response_b"):
+        new[name] = new[name].str.replace("answer", "reply")
     return runs, file, write_csv(new, folder / "new.csv")
 
 
@@ -335,7 +337,7 @@ def test_all_runs_must_be_whole_before_any_predicts(two_runs, tmp_path, monkeypa
 
 
 def test_a_part_by_name_is_that_of_the_first_run(two_runs):
-    runs, file, _ = two_runs
+    runs, *_ = two_runs
     table = predict(runs, "validation")
     assert len(table) == 12
     assert not table["seen"].any()

@@ -49,7 +49,7 @@ def test_ids_are_compared_without_the_name_of_their_source(unlabelled, predictio
 REFUSED = {
     "seen": (
         lambda table: table.assign(**{SEEN: table["id"].isin(["0030", "0031"])}),
-        r"trained on the prompts or responses of 2 of 48 battles \(column 'seen', first '0030'\); predict with the k-fold",
+        r"trained on the prompts or responses of 2 of 48 battles \(column 'seen', first '0030'\); predict with the k",
     ),
     "missing": (lambda table: table.drop(index=[7, 9]), "no prediction of battle '0013'; predict the whole file again"),
     "no provenance": (lambda table: table.drop(columns=SEEN), "column 'seen' is missing"),
@@ -118,7 +118,9 @@ def test_a_teacher_is_there_for_those_objectives_that_read_it(unlabelled, predic
     check_taught(alone, "distillation", reads_teacher=True)
     check_taught(alone, "cross_entropy", reads_teacher=False)
     check_taught(votes, "cross_entropy", reads_teacher=False)
-    with pytest.raises(InputError, match=r"^objective\.name: distillation learns from a teacher.*data\.train\[i\]\.teacher"):
+    with pytest.raises(
+        InputError, match=r"^objective\.name: distillation learns from a teacher.*data\.train\[i\]\.teacher"
+    ):
         check_taught(votes, "distillation", reads_teacher=True)
     with pytest.raises(InputError, match=r"^data\.train: the battles of data frame have outcomes and a teacher, but "):
         check_taught(both, "cross_entropy", reads_teacher=False)

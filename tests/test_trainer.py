@@ -438,10 +438,14 @@ def few_votes(recipe, frame):
 
 def test_a_teacher_is_asked_for_and_left_unread_by_none(recipe, frame):
     distilled = dataclasses.replace(recipe, objective=ObjectiveConfig("distillation"))
-    with pytest.raises(InputError, match=r"^objective\.name: distillation learns from a teacher, but no training battle"):
+    with pytest.raises(
+        InputError, match=r"^objective\.name: distillation learns from a teacher, but no training battle"
+    ):
         train(distilled)
     source, *_ = taught_sources(recipe, frame, labelled=True)
-    with pytest.raises(InputError, match="have outcomes and a teacher, but objective.name cross_entropy reads no teacher"):
+    with pytest.raises(
+        InputError, match=r"have outcomes and a teacher, but objective\.name cross_entropy reads no teacher"
+    ):
         train(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=source)))
     assert not recipe.run_folder.exists()
 
