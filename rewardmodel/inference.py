@@ -1,6 +1,5 @@
 """Trained runs and battles in, the predictions table out: orders, folds and runs averaged."""
 
-import gc
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -132,7 +131,6 @@ def _dealt(folders: list[Path], battles: Dataset) -> tuple[np.ndarray, np.ndarra
 
 def _predict_rows(folder: Path, recipe: Recipe, battles: Dataset, rows: np.ndarray) -> pd.DataFrame:
     """Return the predictions of some battles by the model of a folder, by the battle's number."""
-    gc.collect()  # the model before
     model, tokenizer = load_model(recipe.model, folder / MODEL)
     chosen = battles if len(rows) == len(battles) else battles.select(rows)
     return predict_with(model, tokenizer, recipe, chosen).set_index(rows)

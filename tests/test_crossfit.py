@@ -75,6 +75,12 @@ def small(backbone, tmp_path):
     return recipe_in(tmp_path, backbone)
 
 
+@pytest.fixture(autouse=True)
+def no_charts(monkeypatch):
+    """Write reports without their charts, which are most of the time; `finished` has real ones."""
+    monkeypatch.setattr("rewardmodel.reports.render", lambda *_: "page")
+
+
 @pytest.fixture(scope="module")
 def finished(backbone, tmp_path_factory):
     """Return the recipe of a k-fold run, its folder and what train_folds found."""
