@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import battle_frame, write_csv
 from safetensors.torch import load_file
 
@@ -203,28 +204,32 @@ def test_a_run_killed_between_folds_goes_on_to_the_same_result(small, finished, 
     assert metrics == finished[2]
     expected, found = (read_predictions(run / VALIDATION) for run in (finished[1], folder))
     pd.testing.assert_frame_equal(found, expected)
-
-
-def test_folds_that_machines_share_are_gathered(small, finished, tmp_path):
-    for fold in (2, 0):
-        assert train_fold(small, fold) == small.run_folder / f"fold-{fold}"
-    elsewhere = train_fold(with_folder(small, tmp_path / "elsewhere"), 1)
-    shutil.copytree(elsewhere, small.run_folder / "fold-1")
-    folder, metrics = train_folds(small, resume=True)
-    assert metrics == finished[2]
-    assert train_fold(small, 1, resume=True) == folder / "fold-1"  # done, and so nothing is touched
-    assert (folder / METRICS).is_file()
-    with pytest.raises(InputError, match=r"fold-1 already holds a run; continue it with --resume"):
-        train_fold(small, 1)
-    train_fold(small, 1, overwrite=True)
-    assert not (folder / METRICS).exists()  # what was gathered was of another fold 1
-    assert train_folds(small, resume=True)[1] == metrics
+    for fold in range(FOLDS):
+        one, other = (weights(fold_folder(run, fold)) for run in (finished[1], folder))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def copied(finished, tmp_path):
     recipe, folder, _ = finished
     shutil.copytree(folder, tmp_path / "copy")
     return with_folder(recipe, tmp_path / "copy")
+
+
+def test_folds_that_machines_share_are_gathered(finished, tmp_path):
+    recipe = copied(finished, tmp_path)
+    for path in recipe.run_folder.iterdir():
+        if path.name not in ("fold-0", "fold-2"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert train_fold(recipe, 1) == recipe.run_folder / "fold-1"
+    folder, metrics = train_folds(recipe, resume=True)
+    assert metrics == finished[2]
+    assert train_fold(recipe, 1, resume=True) == folder / "fold-1"  # done, and so nothing is touched
+    assert (folder / METRICS).is_file()
+    with pytest.raises(InputError, match=r"fold-1 already holds a run; continue it with --resume"):
+        train_fold(recipe, 1)
+    train_fold(recipe, 1, overwrite=True)
+    assert not (folder / METRICS).exists()  # what was gathered was of another fold 1
 
 
 def test_what_does_not_belong_together_is_refused(finished, tmp_path, monkeypatch):

@@ -408,7 +408,7 @@ def taught_sources(recipe, frame, labelled):
 
 @pytest.mark.parametrize(
     ("objective", "labelled"),
-    [("distillation", True), ("distillation", False), ("cross_entropy", False), ("rao_kupper", False)],
+    [("distillation", True), ("cross_entropy", False), ("rao_kupper", False)],
 )
 def test_a_student_reaches_its_teacher(recipe, frame, objective, labelled):
     source, battles, answers = taught_sources(recipe, frame, labelled)
@@ -425,7 +425,7 @@ def test_a_student_reaches_its_teacher(recipe, frame, objective, labelled):
     assert len(parts.training) >= 36
     table = predict(run, battles)
     off = np.abs(predicted(table) - answers).mean()
-    assert off < 0.12  # votes say tie everywhere, and a model without a lesson .25
+    assert off < 0.12  # the best constant is .22 off, the votes, which all say tie, .37
     divergence = (answers * np.log(answers / predicted(table))).sum(axis=1).mean()
     assert divergence < 0.12
 
