@@ -119,7 +119,7 @@ def _train(
         check_same_inputs(folder, {"data": fingerprints(parts)})
         logger.info("%s: done", folder)
         return folder
-    logger.info("fold %d of %d: %s", fold, whole.data.folds, folder)
+    logger.info("fold %d of 0 to %d: %s", fold, whole.data.folds - 1, folder)
     run(recipe, parts=parts, resume=resume, overwrite=overwrite)
     if is_main():
         for path in whole.run_folder.iterdir():

@@ -569,7 +569,10 @@ def test_a_baseline_file_ends_in_parquet(refusal, tmp_path):
     assert "does not end in .parquet" in refusal("baseline", "sample", "--output", tmp_path / "x.csv")
 
 
-def test_all_folds_are_trained_and_the_run_is_predicted_with(recipe_file, recipe, test_file, tmp_path, capsys):
+def test_all_folds_are_trained_and_the_run_is_predicted_with(
+    recipe_file, recipe, test_file, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("rewardmodel.reports.render", lambda *_: "page")  # charts are most of the time
     path = recipe_file(data={"folds": 2})
     assert main(["train", path, "--fold", "1", "--trainer.max_steps", "1"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(recipe.run_folder / "fold-1")
