@@ -11,7 +11,7 @@ _HOMES = {
     "Recipe": "config",
     "load_recipe": "config",
     "read_battles": "formats",
-    "train": "trainer",
+    "train": "training",
     "predict": "inference",
     "evaluate": "evaluation",
     "compare": "evaluation",
@@ -19,6 +19,8 @@ _HOMES = {
     "report": "reports",
     "run": "pipeline",
     "prepare": "pipeline",
+    "train_fold": "crossfit",
+    "train_folds": "crossfit",
 }
 
 __all__ = list(_HOMES)

@@ -7,7 +7,6 @@ from trl import RewardConfig
 
 from rewardmodel.config import Recipe
 from rewardmodel.errors import InputError
-from rewardmodel.objective import find_objective
 from rewardmodel.trainer_keys import BATTLES, EARLY_STOPPING, HEAD_RATE, LORAPLUS, OWN_KEYS, TOKENS
 
 RENAMED = {
@@ -23,11 +22,6 @@ def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device)
     Raises:
         InputError: keys that transformers refuses together, or several GPUs in one process.
     """
-    if find_objective(recipe.objective).teacher:
-        raise InputError(
-            f"objective.name: {recipe.objective.name} learns from a teacher's probabilities, which no source of "
-            "data.train gives; use cross_entropy, which takes soft outcomes"
-        )
     keys = {key: value for key, value in recipe.trainer.items() if key not in OWN_KEYS}
     keys.setdefault("ddp_find_unused_parameters", False)
     for old, new in RENAMED.items():

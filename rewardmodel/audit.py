@@ -54,7 +54,7 @@ def audit(battles: Dataset, encoder: PromptEncoder | None = None, seed: int = 0)
     return {
         "battles": len(battles),
         "sources": _sources(survey, array),
-        "outcomes": _shares(array.mean(axis=0)),
+        "outcomes": _shares(_mean(array)),
         "position": _wins(verdict),
         "longer_response": _wins(longer),
         "turns": _turns(survey.turns),
@@ -103,6 +103,12 @@ def _shares(mean: np.ndarray) -> dict[str, float] | None:
     return None if np.isnan(mean).any() else dict(zip(OUTCOMES, mean.tolist(), strict=True))
 
 
+def _mean(array: np.ndarray) -> np.ndarray:
+    """Return the mean outcomes, (3,), of the battles that have one; NaN if none has."""
+    known = array[~np.isnan(array).any(axis=1)]
+    return known.mean(axis=0) if len(known) else np.full(3, np.nan)
+
+
 def _sources(survey: _Survey, array: np.ndarray) -> dict[str, Any]:
     counts = np.bincount(survey.source)
     means = np.stack([np.bincount(survey.source, column) for column in array.T], axis=1) / counts[:, None]
@@ -142,8 +148,9 @@ def _groups(groups: np.ndarray) -> dict[str, Any] | None:
 def _parts(fold: np.ndarray, array: np.ndarray) -> dict[str, Any]:
     parts: dict[str, Any] = {}
     for part in sorted(np.unique(fold).tolist(), key=lambda part: (part < 0, abs(part))):
-        mean, shares = array[fold == part].mean(axis=0), _shares(array[fold == part].mean(axis=0))
-        deviation = None if shares is None else float(np.abs(mean - array.mean(axis=0)).max())
+        mean = _mean(array[fold == part])
+        shares = _shares(mean)
+        deviation = None if shares is None else float(np.abs(mean - _mean(array)).max())
         name = PARTS.get(part, f"fold {part}" if part >= 0 else f"train with fold {TRAIN_WITH - part}")
         parts[name] = {"battles": int((fold == part).sum()), "outcomes": shares, "deviation": deviation}
     return parts
@@ -294,7 +301,8 @@ def _wrong_outcomes(facts: Facts) -> Iterator[str]:
     if position and not position["balanced"] and abs(position["share"] - 0.5) > IMBALANCE:
         wins = f"A wins {100 * position['share']:.1f} % of decided battles"
         yield f"{wins}: position is not balanced; data.swap_augmentation mends it in training."
-    large = {name: row["outcomes"] for name, row in facts["sources"].items() if row["battles"] >= FEW}
+    rows = facts["sources"].items()
+    large = {name: row["outcomes"] for name, row in rows if row["battles"] >= FEW and row["outcomes"]}
     without = [name for name, shares in large.items() if not shares["winner_tie"]]
     if without and facts["outcomes"]["winner_tie"] > 0:
         yield f"There are ties, but none in {_first(without)}: a model learns which texts come from where ties are."
@@ -302,6 +310,7 @@ def _wrong_outcomes(facts: Facts) -> Iterator[str]:
         if (
             not name.startswith("train")
             and name != PARTS[UNUSED]
+            and part["deviation"] is not None
             and part["deviation"] > max(DEVIATION, 1.5 / part["battles"] ** 0.5)
         ):
             yield f"An outcome's share in {name} is {100 * part['deviation']:.1f} points off its share in all battles."

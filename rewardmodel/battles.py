@@ -24,6 +24,9 @@ from rewardmodel.files import cache_folder
 OUTCOMES = ("winner_model_a", "winner_model_b", "winner_tie")
 """Outcome columns, and the column order of every (n_battles, 3) array: A wins, B wins, tie."""
 
+TEACHER = ("teacher_model_a", "teacher_model_b", "teacher_tie")
+"""Columns of a teacher's probabilities, in the order of `OUTCOMES`."""
+
 TEXTS = ("prompt", "response_a", "response_b")
 """Columns that hold lists of turns."""
 
@@ -40,9 +43,11 @@ FEATURES = Features(
         "source": Value("string"),
         "group": Value("int64"),
         "fold": Value("int32"),
+        **{name: Value("float64") for name in TEACHER},
     }
 )
-"""One battle a row. Outcomes are null in unlabelled battles; `group` and `fold` are -1 until `folds` sets them."""
+"""One battle a row. Outcomes are null in unlabelled battles; `group` and `fold` are -1 until `folds` sets them; the
+teacher's probabilities are null where no teacher predicted the battle."""
 
 _SWAPPED = {
     "response_a": "response_b",
@@ -51,6 +56,8 @@ _SWAPPED = {
     "model_b": "model_a",
     "winner_model_a": "winner_model_b",
     "winner_model_b": "winner_model_a",
+    "teacher_model_a": "teacher_model_b",
+    "teacher_model_b": "teacher_model_a",
 }
 
 OUTCOME_TOLERANCE = 1e-3
@@ -58,14 +65,35 @@ OUTCOME_TOLERANCE = 1e-3
 
 
 def is_labelled(battles: Dataset) -> bool:
-    """Return whether the battles have outcomes (all or none of them have)."""
-    return len(battles) > 0 and battles.data.column(OUTCOMES[0]).null_count == 0
+    """Return whether there are battles, and all of them have outcomes."""
+    return len(battles) > 0 and not np.isnan(outcomes(battles)).any()
 
 
 def outcomes(battles: Dataset) -> np.ndarray:
     """Return the outcome probabilities, (n_battles, 3) float64: A, B, tie; NaN where unlabelled."""
-    columns = battles.with_format(None).select_columns(list(OUTCOMES))
-    return np.stack([np.asarray(columns[name][:], dtype=np.float64) for name in OUTCOMES], axis=1)
+    return _array(battles, OUTCOMES)
+
+
+def taught(battles: Dataset) -> np.ndarray:
+    """Return a teacher's probabilities, (n_battles, 3) float64: A, B, tie; NaN where it predicted nothing."""
+    return _array(battles, TEACHER)
+
+
+def _array(battles: Dataset, names: Sequence[str]) -> np.ndarray:
+    columns = battles.with_format(None).select_columns(list(names))
+    return np.stack([np.asarray(columns[name][:], dtype=np.float64) for name in names], axis=1)
+
+
+def labelled(battles: Dataset) -> Dataset:
+    """Return the battles that have outcomes."""
+    known = ~np.isnan(outcomes(battles)).any(axis=1)
+    return battles if known.all() else battles.select(np.flatnonzero(known))
+
+
+def with_column(battles: Dataset, name: str, values: np.ndarray) -> Dataset:
+    """Return the battles with other values, (n_battles,), in a column of `FEATURES`; all columns keep their places."""
+    replaced = battles.remove_columns(name).add_column(name, values, feature=FEATURES[name])
+    return replaced.select_columns(battles.column_names)
 
 
 def weights(battles: Dataset) -> np.ndarray:
@@ -74,7 +102,7 @@ def weights(battles: Dataset) -> np.ndarray:
 
 
 def swap(battles: Dataset) -> Dataset:
-    """Return the same battles with A and B exchanged: responses, models and outcomes; nothing else moves."""
+    """Return the same battles with A and B exchanged: texts, models, outcomes and the teacher's; nothing else moves."""
     order = battles.column_names
     return battles.rename_columns(_SWAPPED).select_columns(order)
 
@@ -102,8 +130,9 @@ def validate(battles: Dataset, where: str) -> Dataset:
         where: the name of the file or data set, for messages.
 
     Raises:
-        InputError: no rows, an id given twice, turns that do not line up, or outcomes that are not
-            probabilities summing to 1. Rows are counted from 1, without the header.
+        InputError: no rows, an id given twice, turns that do not line up, outcomes that are not probabilities summing
+            to 1, or battles without outcomes or a teacher's probabilities among others. Rows are counted from 1,
+            without the header.
     """
     if not len(battles):
         raise InputError(f"{where}: no battles; give a file with at least one row under the header")
@@ -112,6 +141,7 @@ def validate(battles: Dataset, where: str) -> Dataset:
     _check_ids(table.column("id"), where)
     _check_turns(table, where)
     _check_outcomes(table, where)
+    _check_sums(_stacked(table, TEACHER), TEACHER, where, "predict the battles with the teacher again")
     _check_weights(table.column("weight"), where)
     return battles
 
@@ -156,25 +186,33 @@ def _check_turns(table: pa.Table, where: str) -> None:
 
 
 def _check_outcomes(table: pa.Table, where: str) -> None:
-    columns = [table.column(name) for name in OUTCOMES]
-    nulls = [column.null_count for column in columns]
-    if all(count == len(table) for count in nulls):
+    if all(table.column(name).null_count == len(table) for name in OUTCOMES):
         return
-    for name, column in zip(OUTCOMES, columns, strict=True):
-        row = _first_true(pc.invert(pc.is_finite(column)).combine_chunks().fill_null(True))
-        if row is not None:
+    array, teacher = (_stacked(table, names) for names in (OUTCOMES, TEACHER))
+    alone = np.isnan(array).all(axis=1) & np.isfinite(teacher).all(axis=1)  # the teacher's probabilities will do
+    for name, values in zip(OUTCOMES, array.T, strict=True):
+        bad = ~np.isfinite(values) & ~alone
+        if bad.any():
             raise InputError(
-                f"{where}: row {row + 1}, column '{name}': no number; label every battle of a file, or none"
+                f"{where}: row {bad.argmax() + 1}, column '{name}': no number; label every battle of a file, or none"
             )
-    array = np.stack([column.to_numpy() for column in columns], axis=1)
-    bad = (array < 0).any(axis=1) | (np.abs(array.sum(axis=1) - 1) > OUTCOME_TOLERANCE)
+    _check_sums(array, OUTCOMES, where, "mark one of them 1 and the others 0, or give shares")
+
+
+def _check_sums(array: np.ndarray, names: Sequence[str], where: str, mend: str) -> None:
+    """Raise unless the rows of an array, (n_battles, 3), are probabilities, or all NaN."""
+    good = (array >= 0).all(axis=1) & (np.abs(array.sum(axis=1) - 1) <= OUTCOME_TOLERANCE)
+    bad = ~(good | np.isnan(array).all(axis=1))
     if bad.any():
         row = int(bad.argmax())
         values = ", ".join(f"{value:g}" for value in array[row])
         raise InputError(
-            f"{where}: row {row + 1}, columns {', '.join(OUTCOMES)}: {values} are not probabilities that sum to 1; "
-            "mark one of them 1 and the others 0, or give shares"
+            f"{where}: row {row + 1}, columns {', '.join(names)}: {values} are not probabilities that sum to 1; {mend}"
         )
+
+
+def _stacked(table: pa.Table, names: Sequence[str]) -> np.ndarray:
+    return np.stack([table.column(name).to_numpy() for name in names], axis=1).astype(np.float64)
 
 
 def _check_weights(weights: pa.ChunkedArray, where: str) -> None:
@@ -192,7 +230,7 @@ def _first_true(mask: pa.ChunkedArray | pa.Array) -> int | None:
 DEFAULTS: dict[str, Any] = {
     "model_a": "",
     "model_b": "",
-    **dict.fromkeys(OUTCOMES),
+    **dict.fromkeys([*OUTCOMES, *TEACHER]),
     "weight": 1.0,
     "source": "",
     "group": -1,

@@ -9,9 +9,13 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rewardmodel.errors import InputError
 from rewardmodel.processes import is_main
+
+if TYPE_CHECKING:
+    from rewardmodel.config import Recipe
 
 
 def _run(arguments: list[str]) -> None:
@@ -81,27 +85,52 @@ def _doctor(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> None:
-    """Train a model on labelled battles and save it as a run."""
+    """Train a model on labelled battles and save it as a run; --fold trains one model a fold."""
     parser = _parser("train", _train)
     _add_recipe(parser)
+    parser.add_argument(
+        "--fold",
+        help="a fold to train into its own folder of the run, or `all`: then every battle is predicted out of fold",
+    )
     options, overrides = _parse_with_recipe(parser, arguments)
     from rewardmodel.config import load_recipe
-    from rewardmodel.trainer import train
 
-    folder, _ = train(load_recipe(options.recipe, overrides), resume=options.resume, overwrite=options.overwrite)
+    recipe, how = load_recipe(options.recipe, overrides), {"resume": options.resume, "overwrite": options.overwrite}
+    if options.fold is not None:
+        _train_folds(recipe, options.fold, how)
+        return
+    from rewardmodel.training import train
+
+    folder, _ = train(recipe, **how)
     print(folder)
 
 
+def _train_folds(recipe: "Recipe", fold: str, how: dict[str, bool]) -> None:
+    if fold != "all" and not fold.isdecimal():
+        raise InputError(f"--fold: {fold} is no fold; give `all`, or a number from 0 to {recipe.data.folds - 1}")
+    from rewardmodel.crossfit import train_fold, train_folds
+
+    if fold != "all":
+        print(train_fold(recipe, int(fold), **how))
+        return
+    from rewardmodel.evaluation import format_metrics
+    from rewardmodel.runs import REPORT
+
+    folder, metrics = train_folds(recipe, **how)
+    print(f"\nout of fold: {format_metrics(metrics)}\n\n{folder / REPORT}")
+
+
 def _predict(arguments: list[str]) -> None:
-    """Predict the outcomes of battles with a trained run."""
+    """Predict the outcomes of battles with a trained run, or with several, averaged."""
     parser = _parser("predict", _predict)
     parser.epilog = "--inference.KEY VALUE, --model.device and --model.dtype overrule the run's recipe for this time"
-    parser.add_argument("run", type=Path, help="folder of a trained run")
+    parser.add_argument("runs", metavar="run", type=Path, nargs="+", help="folder of a trained run, or several")
     parser.add_argument(
-        "battles", help="a file, a hub data set, 'sample', or the run's own validation, calibration or holdout"
+        "battles", help="a file, a hub data set, 'sample', or the (first) run's own validation, calibration or holdout"
     )
     parser.add_argument("--output", type=Path, required=True, help="file to write: .parquet, or .csv for a submission")
     parser.add_argument("--sample-submission", type=Path, help="a submission whose columns and ids must be repeated")
+    parser.add_argument("--weights", nargs="+", metavar="WEIGHT", help="of each run in the mean; none: all alike")
     options, overrides = parser.parse_known_args(arguments)
     for word in overrides:
         if word.startswith("--") and not word.startswith(("--inference.", "--model.device", "--model.dtype")):
@@ -110,17 +139,20 @@ def _predict(arguments: list[str]) -> None:
         raise InputError(f"--output: {options.output} ends in neither .parquet nor .csv; give one of them")
     if options.sample_submission and options.output.suffix != ".csv":
         raise InputError(f"--sample-submission: {options.output} is no submission; let --output end in .csv")
+    weights = _numbers("--weights", options.weights)
     _make_parent(options.output)
     from rewardmodel.config import load_recipe
     from rewardmodel.inference import battles_to_predict, predict
     from rewardmodel.predictions import check_sample, write_predictions, write_submission
-    from rewardmodel.runs import RECIPE, load_run_recipe
+    from rewardmodel.runs import RECIPE, trained_models
 
-    load_run_recipe(options.run)
-    battles = battles_to_predict(options.run, options.battles)
+    for run in options.runs:
+        trained_models(run)
+    battles = battles_to_predict(options.runs[0], options.battles)
     if options.sample_submission:
         check_sample(options.sample_submission, battles["id"])
-    table = predict(options.run, battles, load_recipe(options.run / RECIPE, overrides))
+    recipes = [load_recipe(run / RECIPE, overrides) for run in options.runs]
+    table = predict(options.runs, battles, recipes, weights)
     if is_main():
         write = write_submission if options.output.suffix == ".csv" else write_predictions
         write(table, options.output)
@@ -222,6 +254,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser(name: str, verb: Callable) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(f"rewardmodel {name}", description=verb.__doc__, allow_abbrev=False)
+
+
+def _numbers(name: str, words: list[str] | None) -> list[float] | None:
+    try:
+        return None if words is None else [float(word) for word in words]
+    except ValueError as error:
+        raise InputError(
+            f"{name}: {' '.join(words or ())}: not all are numbers; give one number for each run"
+        ) from error
 
 
 def _make_parent(path: Path | None) -> None:

@@ -36,6 +36,9 @@ class Source:
     """Use only about this many of its battles, drawn as whole prompt groups."""
     validation: bool = True
     """Whether its battles may be held out; false: they only train, but for those that share a held-out prompt."""
+    teacher: str | None = None
+    """A teacher's predictions of these battles, a .parquet of `rewardmodel predict` by runs that did not train on them:
+    what the distillation objective learns from, and the outcome of battles without one, which then only train."""
     subset: str | None = None
     """Configuration of a hub data set."""
     split: str | None = None

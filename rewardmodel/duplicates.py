@@ -53,13 +53,16 @@ def duplicates(battles: Dataset) -> dict[str, Any]:
     for row, (prompt, first, second) in enumerate(normalised(battles)):
         keys[row] = key(prompt, min(first, second), max(first, second))
         second_first[row] = (first > second) - (first < second)
-    verdict, identical = winner(outcomes(battles)), second_first == 0
+    array, identical = outcomes(battles), second_first == 0
+    verdict = winner(array)
     verdict = np.where(identical, abs(verdict), verdict * second_first)  # which of two identical ones won says nothing
+    known = ~np.isnan(array).any(axis=1)  # battles without an outcome contradict none
     order = np.argsort(keys, kind="stable")
     starts = np.unique(keys[order], return_index=True)[1]
     sizes = np.diff(starts, append=len(keys))
-    least, most = (extreme.reduceat(verdict[order], starts) for extreme in (np.minimum, np.maximum))
-    repeated, conflicting = sizes > 1, least != most
+    least = np.minimum.reduceat(np.where(known, verdict, 2)[order], starts)
+    most = np.maximum.reduceat(np.where(known, verdict, -2)[order], starts)
+    repeated, conflicting = sizes > 1, least < most
 
     def examples(sets: np.ndarray) -> list[list[str]]:
         shown = np.flatnonzero(sets)[:EXAMPLES]

@@ -17,7 +17,7 @@ from scipy.special import expit
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.preprocessing import normalize
 
-from rewardmodel.battles import OUTCOMES, TEXTS, is_labelled, outcomes, weights
+from rewardmodel.battles import OUTCOMES, TEXTS, labelled, outcomes, weights
 from rewardmodel.errors import InputError
 from rewardmodel.folds import trains
 from rewardmodel.metrics import summary
@@ -62,7 +62,7 @@ def fit_predict(training: Dataset, judged: Dataset) -> pd.DataFrame:
     """Return what each floor, trained on some battles, predicts for others.
 
     Args:
-        training: labelled battles; soft outcomes and `weight` count.
+        training: labelled battles; soft outcomes and `weight` count. Those without an outcome are left out.
         judged: the battles to predict, labelled or not.
 
     Returns:
@@ -72,7 +72,8 @@ def fit_predict(training: Dataset, judged: Dataset) -> pd.DataFrame:
     Raises:
         InputError: no training battles, or training battles without outcomes.
     """
-    if not is_labelled(training):
+    training = labelled(training)
+    if not len(training):
         raise InputError("the floors need training battles with outcomes; label them, or give others")
     count = len(training)
     both = concatenate_datasets([part.select_columns(list(TEXTS)) for part in (training, judged)])
@@ -86,7 +87,7 @@ def baseline(battles: Dataset) -> pd.DataFrame:
 
     Args:
         battles: labelled battles with `group` and `fold` set. Those that only train are not judged; the calibration
-            and holdout parts neither train nor are judged.
+            and holdout parts neither train nor are judged, nor do those without an outcome.
 
     Returns:
         One row a judged battle, in their order: `id`, `group`, the outcomes, and the columns of `fit_predict`.
@@ -94,7 +95,8 @@ def baseline(battles: Dataset) -> pd.DataFrame:
     Raises:
         InputError: battles without outcomes, or a fold that no other battles can be trained for.
     """
-    if not is_labelled(battles):
+    battles = labelled(battles)
+    if not len(battles):
         raise InputError("the floors are judged on labelled battles, but these have no outcomes; label them")
     fold = np.asarray(battles.with_format(None)["fold"][:])
     rows = np.flatnonzero((fold >= 0) | trains(fold, -1))

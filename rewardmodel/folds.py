@@ -5,11 +5,11 @@ import unicodedata
 from collections.abc import Iterator
 
 import numpy as np
-from datasets import Dataset, Value
+from datasets import Dataset
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from rewardmodel.battles import outcomes
+from rewardmodel.battles import outcomes, with_column
 from rewardmodel.errors import InputError
 
 TRAIN_ONLY, CALIBRATION, HOLDOUT, UNUSED = -2, -3, -4, -5
@@ -30,19 +30,25 @@ def assign_groups(battles: Dataset) -> Dataset:
     responses counts in either order. Group numbers do not depend on the order of rows: 0 has the least key.
     Keys are 64-bit hashes: two texts with the same one would share a group, which leaks nothing.
     """
-    count = len(battles)
-    prompts, pairs = np.empty(count, np.uint64), np.empty(count, np.uint64)
-    trivial = np.zeros(count, bool)
-    for row, (prompt, first, second) in enumerate(normalised(battles)):
-        prompts[row] = key(b"prompt", prompt)
-        pairs[row] = key(b"pair", min(first, second), max(first, second))
-        trivial[row] = len(first) + len(second) < TRIVIAL_RESPONSES
-    tied = np.flatnonzero(~trivial)
-    keys, nodes = np.unique(np.concatenate([prompts, pairs[tied]]), return_inverse=True)
-    edges = (np.concatenate([np.arange(count), tied]), count + nodes)
-    graph = coo_array((np.ones(len(nodes), bool), edges), shape=(count + len(keys),) * 2)
+    count, keys = len(battles), content_keys(battles)
+    distinct, nodes = np.unique(keys, return_inverse=True)
+    edges = (np.repeat(np.arange(count), 2), count + nodes.ravel())
+    graph = coo_array((np.ones(2 * count, bool), edges), shape=(count + len(distinct),) * 2)
     component = connected_components(graph, directed=False)[1][:count]
-    return _with_column(battles, "group", _ranked(component, prompts), "int64")
+    return with_column(battles, "group", _ranked(component, keys[:, 0]))
+
+
+def content_keys(battles: Dataset) -> np.ndarray:
+    """Return what ties battles to one another, (n_battles, 2) uint64: battles with a key in common share a group.
+
+    The keys are of the prompt, and of the pair of responses; a trivial pair's is the prompt's again.
+    """
+    keys = np.empty((len(battles), 2), np.uint64)
+    for row, (prompt, first, second) in enumerate(normalised(battles)):
+        keys[row] = key(b"prompt", prompt)
+        if len(first) + len(second) >= TRIVIAL_RESPONSES:
+            keys[row, 1] = key(b"pair", min(first, second), max(first, second))
+    return keys
 
 
 def assign_folds(
@@ -77,7 +83,7 @@ def assign_folds(
     there = part_of_group[place]
     shared = np.where(there >= 0, TRAIN_WITH - there, UNUSED)
     fold = np.where(only_trains, np.where(distinct[place] == groups, shared, TRAIN_ONLY), there)
-    return _with_column(battles, "fold", fold, "int32")
+    return with_column(battles, "fold", fold.astype(np.int32))
 
 
 def trains(fold: np.ndarray, held_out: int) -> np.ndarray:
@@ -180,9 +186,3 @@ def _ranked(component: np.ndarray, keys: np.ndarray) -> np.ndarray:
     least = np.full(component.max() + 1, np.iinfo(np.uint64).max, np.uint64)
     np.minimum.at(least, component, keys)
     return np.unique(least, return_inverse=True)[1][component]
-
-
-def _with_column(battles: Dataset, name: str, values: np.ndarray, dtype: str) -> Dataset:
-    order = battles.column_names
-    replaced = battles.remove_columns(name).add_column(name, values, feature=Value(dtype))
-    return replaced.select_columns(order)

@@ -14,15 +14,17 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import pandas as pd
 from datasets import Dataset, concatenate_datasets
 
-from rewardmodel.battles import FEATURES, OUTCOMES, TEXTS, from_rows, store, validate
+from rewardmodel.battles import FEATURES, OUTCOMES, TEXTS, from_rows, store, validate, with_column
 from rewardmodel.config import Source
 from rewardmodel.errors import InputError, nearest
 from rewardmodel.folds import TRAIN_ONLY, assign_groups, limit
 from rewardmodel.rows import Row, is_json_list, shown
 from rewardmodel.sources import PEEK, READERS, Rows, open_rows
+from rewardmodel.teachers import with_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +72,9 @@ def _as_source(given: str | Path | Source) -> Source:
 
 
 def _read(given: Given, role: str, seed: int, prefix: str = "") -> Dataset:
-    if isinstance(given, Dataset) and given.features == FEATURES and not prefix:
-        return validate(given, "data set")
+    if isinstance(given, Dataset) and given.features == FEATURES:
+        names = np.array([prefix + name for name in given["id"]], dtype=object) if prefix else None
+        return validate(given if names is None else with_column(given, "id", names), "data set")
     source = Source("") if isinstance(given, pd.DataFrame | Dataset) else _as_source(given)
     if not source.weight > 0:
         raise InputError(f"{source.path}: weight: {source.weight}; give a number above 0, or leave the source out")
@@ -80,6 +83,10 @@ def _read(given: Given, role: str, seed: int, prefix: str = "") -> Dataset:
         raw = _renamed(opened, source.columns)
         reader = _Reader(raw, _find_format(raw, source.format), source, seed, prefix)
         battles = store(reader.tables(), raw.where)
+    if source.teacher is not None:
+        if role != "train":
+            raise InputError(f"{source.path}: teacher: only training reads it; leave it out")
+        battles = with_teacher(battles, Path(source.teacher), prefix)
     for what, count in sorted(raw.notes.items()):
         logger.warning("%s: %d %s", raw.where, count, what)
     if source.limit is None:

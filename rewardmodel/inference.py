@@ -1,6 +1,7 @@
-"""A trained run and battles in, the predictions table out: both orders averaged."""
+"""Trained runs and battles in, the predictions table out: orders, folds and runs averaged."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +21,119 @@ from rewardmodel.forward import forward_budget, row_logits
 from rewardmodel.model import load_model
 from rewardmodel.objective import find_objective
 from rewardmodel.pairs import tokenize
-from rewardmodel.parts import fingerprints, load_battles, split
+from rewardmodel.parts import fingerprints, load_battles, split, trained_on
 from rewardmodel.placement import compute_dtype
-from rewardmodel.predictions import PROBABILITIES, predicted, predictions_table, read_predictions
-from rewardmodel.runs import CALIBRATION, CALIBRATOR, MODEL, VALIDATION, check_same_inputs, load_run_recipe
+from rewardmodel.predictions import (
+    BATTLE,
+    PROBABILITIES,
+    SEEN,
+    mean_table,
+    predicted,
+    predictions_table,
+    read_predictions,
+)
+from rewardmodel.runs import (
+    CALIBRATION,
+    CALIBRATOR,
+    MODEL,
+    VALIDATION,
+    check_same_inputs,
+    is_k_fold,
+    load_run_recipe,
+    trained_models,
+)
 
 logger = logging.getLogger(__name__)
-
-BATTLE = ("id", "prompt_chars", "response_a_chars", "response_b_chars")
-"""Columns by which a battle is known again; ids alone may be row numbers."""
 
 OWN_PARTS = ("validation", "calibration", "holdout")
 """Parts of a run's own battles that it can be asked to predict by name."""
 
 
-def predict(run: str | Path, battles: Any, recipe: Recipe | None = None) -> pd.DataFrame:
-    """Return the predictions table of battles by a trained run, one row a battle, in their order.
+def predict(
+    runs: str | Path | Sequence[str | Path],
+    battles: Any,
+    recipe: Recipe | Sequence[Recipe] | None = None,
+    weights: Sequence[float] | None = None,
+) -> pd.DataFrame:
+    """Return the predictions table of battles by one or several trained runs, one row a battle, in their order.
 
-    Template and truncation are those that the run was trained with.
+    Template and truncation are those that each run was trained with. What several runs predict, each calibrated by
+    itself, is averaged. A k-fold run is the mean of its folds, calibrated. One model is in memory at a time.
+
+    A battle is predicted by those of the runs and folds alone that had no battle of its group in training, or by all
+    if there are none: `seen` says so (absent if a run has no training_keys.npy).
 
     Args:
-        run: the run folder.
-        battles: as for `battles_to_predict`; labelled or not.
-        recipe: in the place of the run's own, for another device, precision or way to predict.
+        runs: the run folder, or several.
+        battles: as for `battles_to_predict`, of the first run; labelled or not.
+        recipe: in the place of the run's own, for another device, precision or way to predict; one for each run.
+        weights: of each run in the mean; none: all alike.
 
     Raises:
-        InputError: no trained run, no battles, or a backbone that is not there.
+        InputError: no trained run, no battles, a backbone that is not there, or weights that are none.
         FloatingPointError: a prediction that is no number; the battles are named.
     """
-    run = Path(run)
-    recipe = recipe or load_run_recipe(run)
-    battles = battles_to_predict(run, battles)
-    model, tokenizer = load_model(recipe.model, run / MODEL)
-    return calibrate(predict_with(model, tokenizer, recipe, battles), run, recipe)
+    folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
+    models = [trained_models(run) for run in folders]
+    shares = _checked_weights(weights, len(folders))
+    given = [recipe] if isinstance(recipe, Recipe) else recipe
+    recipes = list(given or map(load_run_recipe, folders))
+    battles = battles_to_predict(folders[0], battles)
+    if min(battles["group"]) < 0:
+        battles = assign_groups(battles)
+    counted = [number for number, share in enumerate(shares) if share]
+    use, seen = _dealt([folder for number in counted for folder in models[number]], battles)
+    tables = []
+    for number in counted:
+        mine, use = use[: len(models[number])], use[len(models[number]) :]
+        if mine.any():
+            found = [
+                _predict_rows(folder, recipes[number], battles, np.flatnonzero(rows))
+                for folder, rows in zip(models[number], mine, strict=True)
+                if rows.any()
+            ]
+            table = calibrate(mean_table(found, [1.0] * len(found)), folders[number], recipes[number])
+            tables.append((table, shares[number]))
+    result = mean_table(*map(list, zip(*tables, strict=True))).reset_index(drop=True)
+    return result if seen is None else result.assign(**{SEEN: seen})
+
+
+def _checked_weights(weights: Sequence[float] | None, runs: int) -> list[float]:
+    shares = [1.0] * runs if weights is None else [float(weight) for weight in weights]
+    if len(shares) != runs:
+        raise InputError(f"weights: {len(shares)} for {runs} runs; give one for each")
+    if not all(0 <= share < np.inf for share in shares) or not any(shares):
+        raise InputError(
+            f"weights: {', '.join(f'{share:g}' for share in shares)}; give numbers from 0, not all of them 0"
+        )
+    return shares
+
+
+def _dealt(folders: list[Path], battles: Dataset) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return which model predicts which battles, (n_folders, n_battles) bool, and which all have seen, (n_battles,)."""
+    trained = trained_on(folders, battles)
+    if trained is None:
+        logger.warning("a run has no training_keys.npy: whether it trained on the battles is not known")
+        return np.ones((len(folders), len(battles)), bool), None
+    seen = np.logical_and.reduce(trained)
+    if seen.any():
+        logger.warning(
+            "%d of %d battles share a prompt or responses with training battles of every model: their predictions are "
+            "no measure of how new battles are predicted", seen.sum(), len(battles),
+        )  # fmt: skip
+    apart = (trained.any(axis=0) & ~seen).sum()
+    if apart:
+        logger.info(
+            "%d of %d battles are predicted by the models alone that did not train on them", apart, len(battles)
+        )
+    return ~trained | seen, seen
+
+
+def _predict_rows(folder: Path, recipe: Recipe, battles: Dataset, rows: np.ndarray) -> pd.DataFrame:
+    """Return the predictions of some battles by the model of a folder, by the battle's number."""
+    model, tokenizer = load_model(recipe.model, folder / MODEL)
+    chosen = battles if len(rows) == len(battles) else battles.select(rows)
+    return predict_with(model, tokenizer, recipe, chosen).set_index(rows)
 
 
 def calibrate(table: pd.DataFrame, run: Path, recipe: Recipe) -> pd.DataFrame:
@@ -89,7 +170,7 @@ def battles_to_predict(run: Path, battles: Any) -> Dataset:
     if not (isinstance(battles, str) and battles in OWN_PARTS):
         return read_battles(battles, role="test")
     data = load_run_recipe(run).data
-    parts = split(load_battles(data), data.fold)
+    parts = split(load_battles(data), None if is_k_fold(run) else data.fold)
     check_same_inputs(run, {"data": fingerprints(parts)})
     part: Dataset = getattr(parts, battles)
     if not len(part):

@@ -10,7 +10,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from rewardmodel import prompt, template, truncation
-from rewardmodel.battles import OUTCOMES
+from rewardmodel.battles import OUTCOMES, TEACHER
 from rewardmodel.config import PromptConfig
 from rewardmodel.files import cache_folder
 from rewardmodel.prompt import Encoded, PromptEncoder
@@ -26,14 +26,15 @@ ROWS = Features(
         "full": List(Value("int32")),
         "kept": List(Value("int32")),
         "labels": List(Value("float32"), length=3),
+        "teacher": List(Value("float32"), length=3),
         "weight": Value("float32"),
     }
 )
 """One battle a row: its id; its tokens, the segment of each (1: the first response, 2: the second, 0: neither), how
 many of them its sequences share and how many each goes on with, their number; tokens of prompt and responses before and
-after truncation; its outcome (NaN if unlabelled) and its weight in the loss."""
+after truncation; its outcome and a teacher's probabilities (NaN where there is none), and its weight in the loss."""
 
-MODEL_COLUMNS = ("id", "input_ids", "segment_ids", "branches", "length", "labels", "weight")
+MODEL_COLUMNS = ("id", "input_ids", "segment_ids", "branches", "length", "labels", "teacher", "weight")
 """Columns that training and prediction read."""
 
 SEQUENCES = {"joint": ((0, 1, 2), (0, 2, 1)), "separate": ((0, 1), (0, 2))}
@@ -85,6 +86,7 @@ def tokenize(
             "full": [_sizes([one.full for one in battle]) for battle in battles],
             "kept": [_sizes([one.kept for one in battle]) for battle in battles],
             "labels": np.array([batch[name] for name in OUTCOMES], dtype=np.float32).T,
+            "teacher": np.array([batch[name] for name in TEACHER], dtype=np.float32).T,
             "weight": batch["weight"],
         }
 

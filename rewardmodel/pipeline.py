@@ -15,7 +15,7 @@ from rewardmodel.formats import read_battles
 from rewardmodel.inference import calibrate, predict_with
 from rewardmodel.model import load_model, load_tokenizer
 from rewardmodel.objective import find_objective
-from rewardmodel.parts import load_battles
+from rewardmodel.parts import Parts, load_battles
 from rewardmodel.predictions import check_sample, write_predictions, write_submission
 from rewardmodel.processes import is_main, wait_for_all
 from rewardmodel.prompt import PromptEncoder
@@ -30,7 +30,7 @@ from rewardmodel.runs import (
     VALIDATION,
     write_json,
 )
-from rewardmodel.trainer import train
+from rewardmodel.training import train
 from rewardmodel.weights import resolve
 
 logger = logging.getLogger(__name__)
@@ -39,13 +39,16 @@ BATTLES, AUDIT = "battles.parquet", "audit.json"
 """What `prepare` writes."""
 
 
-def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> tuple[Path, dict[str, Any]]:
+def run(
+    recipe: Recipe, *, parts: Parts | None = None, resume: bool = False, overwrite: bool = False
+) -> tuple[Path, dict[str, Any]]:
     """Train, judge on the held-out fold beside the floors, report, and predict `data.test` if there is one.
 
     The model that predicts is read back from disk, so that what is judged is what was saved.
 
     Args:
         recipe: what to do; `recipe.run_folder` is written.
+        parts: its battles, if they were read before.
         resume: continue the run that is there.
         overwrite: replace the run that is there.
 
@@ -61,7 +64,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> tup
         if test is None:
             raise InputError("data.sample_submission: there is no data.test to submit; give it, or leave this out")
         check_sample(Path(data.sample_submission), test["id"])
-    folder, parts = train(recipe, resume=resume, overwrite=overwrite)
+    folder, parts = train(recipe, parts=parts, resume=resume, overwrite=overwrite)
 
     model, tokenizer = load_model(recipe.model, folder / MODEL)
     if is_main():

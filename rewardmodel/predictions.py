@@ -8,7 +8,7 @@ have the beginnings of their texts, for people to read.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,12 @@ from rewardmodel.texts import SCRIPTS, characters_of, script_numbers
 
 PROBABILITIES = ("p_model_a", "p_model_b", "p_tie")
 """Predicted probabilities, in the order of `OUTCOMES`."""
+
+BATTLE = ("id", "prompt_chars", "response_a_chars", "response_b_chars")
+"""Columns by which a battle is known again; ids alone may be row numbers."""
+
+SEEN = "seen"
+"""Column that says whether the runs that predicted a battle had its group in training, where that is known."""
 
 MODELS = ("model_a", "model_b")
 
@@ -51,6 +57,7 @@ def predictions_table(battles: Dataset, as_given: np.ndarray, exchanged: np.ndar
 
 def _text_columns(battles: Dataset) -> dict[str, Any]:
     found: dict[str, list] = defaultdict(list)
+    shown = is_labelled(battles)
     for table in battles.with_format("arrow").select_columns(list(TEXTS)).iter(batch_size=1000):
         for name in TEXTS:
             column = table.column(name).combine_chunks()
@@ -58,10 +65,31 @@ def _text_columns(battles: Dataset) -> dict[str, Any]:
             if name == "prompt":
                 found["turns"].append(pc.list_value_length(column).to_numpy())
                 found["script"].append(np.array(SCRIPTS)[script_numbers(column)])
-            if is_labelled(battles):
+            if shown:
                 begun = pc.utf8_slice_codeunits(pc.binary_join(column, "\n\n"), 0, EXCERPT)
                 found[name].append(begun.to_numpy(zero_copy_only=False))
     return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def mean_table(tables: Sequence[pd.DataFrame], weights: Sequence[float]) -> pd.DataFrame:
+    """Return the weighted mean of predictions of the same battles, one row a battle.
+
+    Args:
+        tables: predictions whose index is the battle's number; each of all battles, or of some.
+        weights: of each table, above 0; a battle's mean is over the tables that it is in.
+
+    Returns:
+        The table, by the battle's number; of an order (`ab_*`, `ba_*`) only where all tables have it.
+    """
+    if len(tables) == 1:
+        return tables[0]
+    kept = [name for name in tables[0] if all(name in table for table in tables)]
+    names = [name for name in kept if str(name).endswith(PROBABILITIES)]
+    stacked = pd.concat([table[kept] for table in tables])
+    share = pd.Series(np.repeat(weights, [len(table) for table in tables]).astype(np.float64), stacked.index)
+    sums = stacked[names].astype(np.float64).mul(share, axis=0).groupby(level=0).sum()
+    result = stacked[~stacked.index.duplicated()].sort_index()
+    return result.assign(**sums.div(share.groupby(level=0).sum(), axis=0))
 
 
 def average(probabilities: list[np.ndarray]) -> np.ndarray:

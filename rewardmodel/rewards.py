@@ -83,5 +83,6 @@ def _messages(given: Conversation, role: str) -> list[dict[str, str]]:
 
 def _row(name: str, input_ids: np.ndarray, segment_ids: np.ndarray, branches: list[int]) -> dict[str, Any]:
     """Return a row of `ROWS` of one conversation, without an outcome."""
+    unknown = {"labels": [np.nan] * 3, "teacher": [np.nan] * 3}
     sequence = {"input_ids": input_ids, "segment_ids": segment_ids, "branches": branches, "length": len(input_ids)}
-    return {"id": name, **sequence, "full": [], "kept": [], "labels": [np.nan] * 3, "weight": 1.0}
+    return {"id": name, **sequence, **unknown, "full": [], "kept": [], "weight": 1.0}

@@ -2,7 +2,9 @@
 
 recipe.yaml          the resolved recipe; prediction reads template and truncation from here
 environment.json     versions, hardware, backbone and data fingerprints
+training_keys.npy    by what the groups are known again that it trained on
 checkpoint-N/        states to resume from, while training
+fold-K/              in a k-fold run, the run of each fold; what is beside them is of all folds, each out of fold
 model/               the trained model: PEFT's own layout with the head, and the tokenizer
 validation.parquet   predictions of the held-out fold
 calibration.parquet  predictions of the battles kept to fit calibration on (data.calibration)
@@ -22,15 +24,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
-from rewardmodel.battles import FEATURES
+from rewardmodel.battles import FEATURES, TEACHER, taught
 from rewardmodel.config import Recipe, dump_recipe, load_recipe
 from rewardmodel.errors import InputError
 from rewardmodel.files import write_text
 
 RECIPE = "recipe.yaml"
 ENVIRONMENT = "environment.json"
+TRAINING_KEYS = "training_keys.npy"
 MODEL = "model"
 VALIDATION = "validation.parquet"
 CALIBRATION = "calibration.parquet"
@@ -44,12 +48,12 @@ REPORT = "report.html"
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "scikit-learn")
 
 
-def check_run(recipe: Recipe, resume: bool, overwrite: bool) -> None:
-    """Raise if the run may not be written to its folder; touch nothing.
+def check_run(recipe: Recipe, resume: bool, overwrite: bool, all_folds: bool = False) -> None:
+    """Raise if the run, of one fold or of all, may not be written to its folder; touch nothing.
 
     Raises:
         InputError: the folder holds a run already and neither `resume` nor `overwrite` is set, or holds
-            something else, or `resume` finds a run of another recipe.
+            something else, or `resume` finds a run of another recipe, or one of all folds where one is meant.
     """
     folder = recipe.run_folder
     above = next(path for path in folder.absolute().parents if path.exists())
@@ -57,10 +61,15 @@ def check_run(recipe: Recipe, resume: bool, overwrite: bool) -> None:
         raise InputError(f"trainer.output_dir: {folder}: {above} is no folder; name another")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    if not (folder / RECIPE).is_file():
+    if not (folder / RECIPE).is_file() and not (all_folds and is_k_fold(folder)):
         raise InputError(f"trainer.output_dir: {folder} is there and is no run folder; name another")
     if resume:
-        _check_same_recipe(folder, recipe)
+        if not all_folds and is_k_fold(folder):
+            raise InputError(f"{folder}: the run there is of all folds; continue it with rewardmodel train --fold all")
+        if all_folds and (folder / MODEL).exists():
+            raise InputError(f"{folder}: the run there is of one fold; name another folder for one of all folds")
+        if (folder / RECIPE).is_file():
+            _check_same_recipe(folder, recipe)
     elif not overwrite:
         raise InputError(
             f"trainer.output_dir: {folder} already holds a run; continue it with --resume, replace it with "
@@ -111,6 +120,33 @@ def load_run_recipe(folder: Path) -> Recipe:
     return load_recipe(folder / RECIPE)
 
 
+def fold_folder(run: Path, fold: int) -> Path:
+    """Return the folder of one fold of a k-fold run."""
+    return run / f"fold-{fold}"
+
+
+def is_k_fold(run: Path) -> bool:
+    """Return whether a folder is a run of all folds, or of some of them."""
+    return any(run.glob(f"fold-*/{RECIPE}"))
+
+
+def trained_models(run: Path) -> list[Path]:
+    """Return the folders whose models predict for a run: itself, or its folds.
+
+    Raises:
+        InputError: it is no run, or has not finished training.
+    """
+    folds = is_k_fold(run)
+    if folds and not (run / METRICS).is_file():
+        raise InputError(f"{run}: its folds are not gathered; finish with rewardmodel train RECIPE --fold all --resume")
+    recipe = load_run_recipe(run)
+    folders = [fold_folder(run, fold) for fold in range(recipe.data.folds)] if folds else [run]
+    for folder in folders:
+        if not (folder / MODEL).is_dir():
+            raise InputError(f"{folder / MODEL}: no trained model there; has the run finished training?")
+    return folders
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the latest complete checkpoint: its trainer_state.json, which is written last, can be read."""
     checkpoints = [(path.name.rpartition("-")[2], path) for path in folder.glob("checkpoint-*")]
@@ -125,9 +161,13 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def data_fingerprint(battles: Dataset) -> str:
-    """Return a digest of battles in their order, the same in whatever file they stand and however they are split."""
+    """Return a digest of battles in their order, the same in whatever file they stand and however they are split.
+
+    A teacher's probabilities are in it where there are any.
+    """
     digest = hashlib.sha256()
-    columns = [name for name in FEATURES if name not in ("group", "fold", "source")]
+    left_out = ["group", "fold", "source", *(() if np.isfinite(taught(battles)).any() else TEACHER)]
+    columns = [name for name in FEATURES if name not in left_out]
     for batch in battles.with_format(None).select_columns(columns).iter(batch_size=1000):
         digest.update(json.dumps(batch, ensure_ascii=False).encode())
     return digest.hexdigest()[:16]

@@ -1,9 +1,7 @@
-"""A recipe and labelled battles in, a trained run folder out: `train`, and the TRL trainer under it."""
+"""A classifier and tokenised rows in, trained weights out: TRL's trainer, for battles."""
 
 import logging
-import platform
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +9,24 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerControl
+from transformers import PreTrainedTokenizerBase, TrainerControl
 from trl import RewardConfig, RewardTrainer
 
-from rewardmodel.arguments import training_arguments
 from rewardmodel.batches import EpochSampler, to_device
-from rewardmodel.battles import AUGMENTATIONS
 from rewardmodel.budget import Memory, find_budget, no_room
-from rewardmodel.compatibility import refuse
-from rewardmodel.config import ModelConfig, ObjectiveConfig, Recipe
+from rewardmodel.config import ModelConfig, ObjectiveConfig
 from rewardmodel.errors import InputError
 from rewardmodel.forward import batching, forward_budget, longest_row, row_logits
 from rewardmodel.guard import Guard
 from rewardmodel.head import head_names
 from rewardmodel.metrics import accuracy, log_loss
-from rewardmodel.model import build_model, classifier, load_tokenizer, save_model
+from rewardmodel.model import classifier, save_model
 from rewardmodel.objective import find_objective, fit_tie, initial_tie
 from rewardmodel.optimizer import EVEN, Rates, split_groups
-from rewardmodel.pairs import MODEL_COLUMNS, retention, saved, tokenize
-from rewardmodel.parts import Parts, fingerprints, load_battles, split
-from rewardmodel.placement import autocast, check_positions, placement, setup
+from rewardmodel.pairs import MODEL_COLUMNS
+from rewardmodel.placement import autocast
 from rewardmodel.processes import is_main, wait_for_all
-from rewardmodel.runs import (
-    MODEL,
-    check_run,
-    check_same_inputs,
-    last_checkpoint,
-    open_run,
-    write_environment,
-)
-from rewardmodel.trainer_keys import EARLY_STOPPING, HEAD_RATE, LORAPLUS, TOKENS
-from rewardmodel.weights import fingerprint, resolve
+from rewardmodel.trainer_keys import TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +88,7 @@ class PreferenceTrainer(RewardTrainer):
             if name in trainable:  # TRL casts them to bfloat16 on a quantised backbone
                 weight.data = trainable[name].to(weight.device)
         if self.objective.head.tie:
-            self.set_tie(initial_tie(float(np.mean(np.array(train_dataset["labels"][:])[:, 2]))))
+            self.set_tie(initial_tie(float(np.nanmean(np.array(train_dataset["labels"][:])[:, 2]))))
             for weight in self._ties():
                 weight.requires_grad &= self.objective.learns_ties
         if args.gradient_checkpointing:
@@ -171,7 +156,8 @@ class PreferenceTrainer(RewardTrainer):
 
     def _tensors(self, rows: list[dict]) -> dict[str, Any]:
         counted = {
-            name: torch.tensor([row[name] for row in rows], dtype=torch.float32) for name in ("labels", "weight")
+            name: torch.tensor([row[name] for row in rows], dtype=torch.float32)
+            for name in ("labels", "teacher", "weight")
         }
         device, ids = self.accelerator.device, [row["id"] for row in rows]
         return {"model": to_device(self.batching.collate(rows), device), **to_device(counted, device), "ids": ids}
@@ -190,17 +176,25 @@ class PreferenceTrainer(RewardTrainer):
         """
         with autocast(self.accelerator.device, self.dtype):
             logits = model(**inputs["model"]).logits
-        losses = self.battle_losses(logits.view(len(inputs["labels"]), -1, logits.shape[-1]), inputs["labels"])
+        logits = logits.view(len(inputs["labels"]), -1, logits.shape[-1])
+        losses = self.battle_losses(logits, inputs["labels"], inputs["teacher"])
         self.guard.watch(self.state.global_step + 1, inputs["ids"], losses)
         total = (losses * inputs["weight"]).sum()
         return total / num_items_in_batch * self.accelerator.num_processes  # gradients are averaged over processes
 
-    def battle_losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the loss of each battle, (n,), of the logits of its sequences, (n, n_sequences, width)."""
+    def battle_losses(
+        self, logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the loss of each battle, (n,), of the logits of its sequences, (n, n_sequences, width).
+
+        Labels and the teacher's probabilities are (n, 3), NaN in the rows of battles that have none.
+        """
         if self.objective.encoding == "separate":
-            return self.objective.loss(logits, labels, self.settings)
-        orders = [labels, labels[:, [1, 0, 2]]][: logits.shape[1]]
-        losses = [self.objective.loss(logits[:, n], order, self.settings) for n, order in enumerate(orders)]
+            return self.objective.loss(logits, labels, self.settings, teacher)
+        losses = []
+        for number, order in enumerate([[0, 1, 2], [1, 0, 2]][: logits.shape[1]]):
+            taught = None if teacher is None else teacher[:, order]
+            losses.append(self.objective.loss(logits[:, number], labels[:, order], self.settings, taught))
         return torch.stack(losses).mean(dim=0)
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
@@ -275,91 +269,3 @@ class PreferenceTrainer(RewardTrainer):
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Write nothing: TRL's card describes a pairwise reward model."""
-
-
-def train(recipe: Recipe, battles: Any = None, *, resume: bool = False, overwrite: bool = False) -> tuple[Path, Parts]:
-    """Train a model on labelled battles and save it as a run.
-
-    Args:
-        recipe: what to do; `recipe.run_folder` is written.
-        battles: a Dataset, a DataFrame or a path in the place of `recipe.data.train`.
-        resume: continue the run that is there from its last complete checkpoint; one that is done stays as it is.
-        overwrite: replace the run that is there.
-
-    Returns:
-        The run folder and its battles, by part.
-
-    Raises:
-        InputError: what was given cannot be used; nothing was written then.
-    """
-    recipe = recipe if battles is None else _with_source(recipe, battles)
-    objective = find_objective(recipe.objective)
-    check_run(recipe, resume, overwrite)
-    config = resolve(recipe.model.model_name_or_path, recipe.model.model_revision, weights=False)
-    check_positions(config, recipe.prompt.max_length)
-    device, dtype = placement(recipe.model, config)
-    refuse(setup(recipe.model, config, recipe.trainer))
-    args = training_arguments(recipe, dtype, device)
-    with args.main_process_first():  # the others then find in the cache what it read
-        parts = split(load_battles(recipe.data, battles), recipe.data.fold)
-        data = fingerprints(parts)
-        if resume and (recipe.run_folder / MODEL).is_dir():
-            check_same_inputs(recipe.run_folder, {"data": data})
-            if is_main():
-                open_run(recipe, resume, overwrite)
-            logger.info("%s: already trained", recipe.run_folder)
-            return recipe.run_folder, parts
-        rows, validation_rows = _rows(parts, load_tokenizer(config), recipe)
-    backbone = resolve(recipe.model.model_name_or_path, recipe.model.model_revision)
-    facts = {"data": data, **_facts(recipe.model, backbone, device, dtype, args.world_size)}
-    if resume:
-        check_same_inputs(recipe.run_folder, facts)
-    model, tokenizer = build_model(recipe.model, objective.head, args.seed)
-    tokens = (recipe.trainer[TOKENS], recipe.inference.batch_tokens)
-    rates = Rates(recipe.trainer[HEAD_RATE], recipe.trainer[LORAPLUS])
-    trainer = PreferenceTrainer(model, args, rows, validation_rows, tokenizer, recipe.objective, dtype, tokens, rates)
-    if recipe.trainer[EARLY_STOPPING] is not None:
-        trainer.add_callback(EarlyStoppingCallback(recipe.trainer[EARLY_STOPPING]))
-    checkpoint = last_checkpoint(recipe.run_folder) if resume else None
-    if is_main():
-        write_environment(open_run(recipe, resume, overwrite), facts)
-    wait_for_all()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if not objective.learns_ties:
-        trainer.fit_tie()
-    trainer.save_to(recipe.run_folder / MODEL, recipe.model)
-    return recipe.run_folder, parts
-
-
-def _rows(parts: Parts, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[Dataset, Dataset]:
-    """Return the tokenised training and validation battles, and log what truncation leaves of the former."""
-    training = AUGMENTATIONS[recipe.data.swap_augmentation](parts.training, recipe.data.seed)
-    num_proc = recipe.trainer.get("dataset_num_proc")
-    encoding = find_objective(recipe.objective).encoding
-    both = encoding == "joint" and recipe.data.swap_augmentation == "both"
-    rows = tokenize(training, tokenizer, recipe.prompt, num_proc, encoding=encoding, both_orders=both)
-    validation = tokenize(parts.validation, tokenizer, recipe.prompt, num_proc, encoding=encoding)
-    kept = retention(rows)
-    logger.info(
-        "%d battles to train on, %d for validation; max_length %d cuts %.1f %% of battles and keeps %.1f %% of the "
-        "responses' tokens%s",
-        len(rows), len(validation), recipe.prompt.max_length,
-        100 * kept["battles_cut"], 100 * kept["responses_kept"],
-        f"; its sequences share {100 * saved(rows):.1f} % of their tokens" if len(rows[0]["branches"]) > 2 else "",
-    )  # fmt: skip
-    return rows, validation
-
-
-def _with_source(recipe: Recipe, battles: Any) -> Recipe:
-    """Return the recipe with `data.train` telling what was given in its place."""
-    given = str(battles) if isinstance(battles, str | Path) else f"<{type(battles).__name__}>"
-    return replace(recipe, data=replace(recipe.data, train=given))
-
-
-def _facts(config: ModelConfig, backbone: Path, device: torch.device, dtype: torch.dtype, processes: int) -> dict:
-    """Return what a run remembers of its backbone and of what it computes on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {
-        "backbone": {"name": config.model_name_or_path, "fingerprint": fingerprint(backbone)},
-        "compute": {"device": name, "dtype": str(dtype).removeprefix("torch."), "processes": processes},
-    }

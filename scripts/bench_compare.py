@@ -195,6 +195,7 @@ def _rows(texts: list, lengths: np.ndarray, kept: np.ndarray, outcomes: np.ndarr
         "full": lengths[:, order].astype(int),
         "kept": kept[:, order],
         "labels": outcomes[:, [first - 1, second - 1, 2]],
+        "teacher": np.full((len(parts), 3), np.nan),
         "weight": np.ones(len(parts)),
     }
     return Dataset.from_dict({name: columns[name] for name in ROWS}, features=ROWS)

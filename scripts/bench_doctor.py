@@ -106,7 +106,7 @@ def take(name: str, folder: str) -> dict:
     from rewardmodel.pairs import tokenize
     from rewardmodel.parts import load_battles
     from rewardmodel.placement import placement
-    from rewardmodel.trainer import train
+    from rewardmodel.training import train
     from rewardmodel.weights import resolve
 
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")  # as the command line does

@@ -56,7 +56,7 @@ def battles(path: str, count: str, backbone: str) -> dict:
     from rewardmodel.inference import predict_with
     from rewardmodel.model import load_model
     from rewardmodel.runs import MODEL
-    from rewardmodel.trainer import train
+    from rewardmodel.training import train
 
     recipe = recipe_of(backbone, str(Path(path).with_suffix("")), train=path)
     start = time.perf_counter()
@@ -87,6 +87,7 @@ def length(backbone: str, tokens: str) -> dict:
     size, random = int(tokens), np.random.default_rng(0)
     segments = np.repeat([0, 1, 2], [size - 2 * (size // 3), size // 3, size // 3]).astype(np.int8)
     row = {"segment_ids": segments, "branches": [0, size], "length": size, "full": [], "kept": [], "weight": 1.0}
+    row["teacher"] = [np.nan] * 3
     rows = [
         row | {"id": str(number), "input_ids": random.integers(1000, 40_000, size), "labels": np.eye(3)[number % 3]}
         for number in range(A_LENGTH)

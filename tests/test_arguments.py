@@ -4,7 +4,7 @@ from transformers import TrainingArguments
 from trl import RewardConfig
 
 from rewardmodel.arguments import RENAMED, training_arguments
-from rewardmodel.config import ObjectiveConfig, Recipe
+from rewardmodel.config import Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.trainer_keys import OWN_KEYS
 
@@ -137,8 +137,3 @@ def test_the_later_name_is_taken_too(arguments):
     if "activation_checkpointing" not in RewardConfig.__dataclass_fields__:
         pytest.skip("this release of transformers has the older name alone")
     assert checkpointing(arguments(activation_checkpointing=True))[0] is True
-
-
-def test_an_objective_with_a_teacher_is_refused_as_there_is_none():
-    with pytest.raises(InputError, match=r"^objective\.name: distillation learns from a teacher"):
-        training_arguments(Recipe(objective=ObjectiveConfig(name="distillation")), torch.float32, CPU)

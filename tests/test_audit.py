@@ -318,3 +318,14 @@ def test_lines_fit_a_terminal():
     assert max(map(len, lines)) <= 120
     assert "  and 8 more" in lines
     assert any(line.startswith("*") for line in lines)
+
+
+def test_shares_are_of_the_battles_that_have_an_outcome():
+    unknown = [np.nan] * 3
+    fold = [0, 0, 1, 1, TRAIN_ONLY, TRAIN_ONLY]
+    battles = numbered(6, [A, B, A, TIE, unknown, unknown], fold=fold, group=list(range(6)))
+    facts = audit(battles)
+    assert list(facts["outcomes"].values()) == [0.5, 0.25, 0.25]
+    assert facts["parts"]["fold 0"]["deviation"] == pytest.approx(0.25)
+    assert facts["parts"]["train only"] == {"battles": 2, "outcomes": None, "deviation": None}
+    assert "not labelled" in format_audit(facts)

@@ -9,14 +9,18 @@ from rewardmodel.battles import (
     AUGMENTATIONS,
     FEATURES,
     OUTCOMES,
+    TEACHER,
     from_rows,
     is_labelled,
+    labelled,
     outcomes,
     store,
     swap,
     swap_randomly,
+    taught,
     validate,
     weights,
+    with_column,
 )
 from rewardmodel.errors import InputError
 from rewardmodel.formats import read_battles
@@ -158,7 +162,7 @@ def test_from_rows_fills_what_is_absent():
     assert from_rows([ROW]).to_pylist() == [
         {
             **ROW,
-            **{"model_a": "", "model_b": "", **dict.fromkeys(OUTCOMES)},
+            **{"model_a": "", "model_b": "", **dict.fromkeys([*OUTCOMES, *TEACHER])},
             **{"weight": 1.0, "source": "", "group": -1, "fold": -1},
         }
     ]
@@ -346,3 +350,46 @@ def test_cache_folder_that_is_a_file_is_refused_in_one_line(tmp_path, monkeypatc
     monkeypatch.setenv("REWARDMODEL_CACHE", str(tmp_path / "file"))
     with pytest.raises(InputError, match="cannot be written"):
         store([from_rows(numbered(1))], "file")
+
+
+TAUGHT = {"teacher_model_a": [0.5, None, 0.1], "teacher_model_b": [0.3, None, 0.7], "teacher_tie": [0.2, None, 0.2]}
+HALF_LABELLED = {
+    "winner_model_a": [None, 1.0, None],
+    "winner_model_b": [None, 0.0, None],
+    "winner_tie": [None, 0.0, None],
+}
+
+
+def test_a_teachers_probabilities_are_nan_where_there_are_none_and_swap_with_the_responses():
+    battles = battles_of(**TAUGHT)
+    expected = np.array([[0.5, 0.3, 0.2], [np.nan] * 3, [0.1, 0.7, 0.2]])
+    np.testing.assert_array_equal(taught(battles), expected)
+    np.testing.assert_array_equal(taught(swap(battles)), expected[:, [1, 0, 2]])
+    assert np.isnan(taught(battles_of())).all()
+
+
+def test_battles_without_an_outcome_may_stand_among_others_if_a_teacher_predicted_them():
+    battles = battles_of(**HALF_LABELLED, **TAUGHT)
+    assert validate(battles, "mixed") is battles
+    assert not is_labelled(battles)
+    assert is_labelled(battles.select([1]))
+    assert labelled(battles)["id"][:] == ["id1"]
+    with pytest.raises(InputError, match=r"mixed: row 1, column 'winner_model_a': no number; label every battle"):
+        validate(battles_of(**HALF_LABELLED), "mixed")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("teacher_tie", [0.4, None, 0.2]), ("teacher_tie", [None] * 3), ("teacher_model_a", [-0.5, None, 0.1])],
+)
+def test_a_teachers_probabilities_that_are_none_are_refused(name, values):
+    with pytest.raises(InputError, match=r"^soft: row 1, columns teacher_model_a, teacher_model_b, teacher_tie: "):
+        validate(battles_of(**{**TAUGHT, name: values}), "soft")
+
+
+def test_a_column_is_replaced_in_its_place():
+    battles = with_column(battles_of(), "fold", np.array([3, 4, 5]))
+    assert battles.features == FEATURES
+    assert battles.column_names == list(FEATURES)
+    assert battles["fold"][:] == [3, 4, 5]
+    assert battles["id"][:] == battles_of()["id"][:]

@@ -601,3 +601,61 @@ def test_doctor_refuses_options_that_are_none(refusal, recipe_file, arguments, m
 
 def test_a_baseline_file_ends_in_parquet(refusal, tmp_path):
     assert "does not end in .parquet" in refusal("baseline", "sample", "--output", tmp_path / "x.csv")
+
+
+def test_all_folds_are_trained_and_the_run_is_predicted_with(
+    recipe_file, recipe, test_file, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("rewardmodel.reports.render", lambda *_: "page")  # charts are most of the time
+    path = recipe_file(data={"folds": 2})
+    assert main(["train", path, "--fold", "1", "--trainer.max_steps", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(recipe.run_folder / "fold-1")
+    assert main(["train", path, "--fold", "all", "--resume", "--trainer.max_steps", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "out of fold: 48 battles of 12 prompts" in lines
+    assert lines[-1] == str(recipe.run_folder / "report.html")
+    runs, output = [str(recipe.run_folder), str(recipe.run_folder / "fold-0")], tmp_path / "x.csv"
+    assert main(["predict", *runs, str(test_file), "--output", str(output), "--weights", "2", "0.5"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"12 battles: {output}"
+    expected = predict(runs, test_file, weights=[2, 0.5])
+    submission = pd.read_csv(output)[list(OUTCOMES)].to_numpy()
+    assert submission == pytest.approx(predicted(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("fold", "expected"),
+    [("4", "data.fold: 4, but data.folds makes folds 0 to 3"), ("some", "--fold: some is no fold; give `all`, or a")],
+)
+def test_a_fold_that_is_not_there_is_refused(fold, expected, refusal, recipe_file, recipe):
+    assert expected in refusal("train", recipe_file(), "--fold", fold)
+    assert not recipe.run_folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["RUN", "RUN", "BATTLES", "--output", "x.csv", "--weights", "1"], "weights: 1 for 2 runs; give one for each"),
+        (["RUN", "BATTLES", "--output", "x.csv", "--weights", "much"], "--weights: much: not all are numbers"),
+        (["RUN", "BATTLES", "--output", "x.csv", "--weights", "0"], "weights: 0; give numbers from 0"),
+        (["RUN", "nowhere", "BATTLES", "--output", "x.csv"], "nowhere: no recipe.yaml there"),
+    ],
+)
+def test_several_runs_that_cannot_be_averaged_are_refused(
+    arguments, expected, refusal, run_folder, test_file, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    places = {"RUN": run_folder, "BATTLES": test_file}
+    assert expected in refusal("predict", *(places.get(word, word) for word in arguments))
+
+
+def test_a_teacher_that_saw_the_battles_is_refused_in_one_line(
+    recipe_file, recipe, run_folder, tmp_path, capsys, refusal
+):
+    trained_with = load_recipe(run_folder / RECIPE).data.train
+    soft = tmp_path / "soft.parquet"
+    assert main(["predict", str(run_folder), trained_with, "--output", str(soft)]) == 0
+    assert "36 of 48 battles share a prompt or responses with training battles" in capsys.readouterr().err
+    source = {"path": trained_with, "teacher": str(soft)}
+    message = refusal("train", recipe_file(data={"train": [source]}), "--objective.name", "distillation")
+    assert "the teacher trained on the prompts or responses of 36 of 48 battles" in message
+    assert not recipe.run_folder.exists()

@@ -7,6 +7,7 @@ import pytest
 from conftest import make_backbone
 from trl import RewardConfig
 
+from rewardmodel.arguments import training_arguments
 from rewardmodel.config import (
     SECTIONS,
     TRAINER_DEFAULTS,
@@ -23,7 +24,6 @@ from rewardmodel.model import build_model
 from rewardmodel.objective import OBJECTIVES
 from rewardmodel.pairs import tokenize
 from rewardmodel.parts import load_battles
-from rewardmodel.trainer import training_arguments
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate")

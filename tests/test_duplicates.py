@@ -226,3 +226,10 @@ def test_batches_do_not_change_what_is_found(monkeypatch):
     monkeypatch.setattr(module, "PAIRS_A_BATCH", 2)
     assert near_duplicates(battles) == found
     assert found["pairs"] > 0
+
+
+def test_battles_without_an_outcome_contradict_none():
+    rows, unknown = [("p", "x", "y")] * 3, [np.nan] * 3
+    assert duplicates(battles_of(rows, [A, unknown, A]))["label_conflicts"]["sets"] == 0
+    assert duplicates(battles_of(rows, [A, unknown, B]))["label_conflicts"]["sets"] == 1
+    assert duplicates(battles_of(rows, [unknown] * 3))["label_conflicts"]["sets"] == 0

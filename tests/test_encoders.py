@@ -27,7 +27,7 @@ from rewardmodel.placement import autocast
 from rewardmodel.predictions import predicted
 from rewardmodel.prompt import PromptEncoder
 from rewardmodel.runs import MODEL
-from rewardmodel.trainer import train
+from rewardmodel.training import train
 
 VARIANTS = {
     "full": {"use_peft": False},

@@ -12,7 +12,7 @@ from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.linear_model import LogisticRegression
 
 from rewardmodel import floors
-from rewardmodel.battles import FEATURES, OUTCOMES, swap
+from rewardmodel.battles import FEATURES, OUTCOMES, swap, with_column
 from rewardmodel.config import DataConfig
 from rewardmodel.errors import InputError
 from rewardmodel.floors import FLOORS, INVERSE_PENALTY, baseline, fit_predict, format_baseline, measure
@@ -294,3 +294,16 @@ def test_the_floors_of_real_battles(real_data, monkeypatch):
     assert loss["prior"] == pytest.approx(1.097, abs=0.003)
     assert loss["length"] <= 1.06
     assert loss["tfidf"] <= loss["length"] - 0.005
+
+
+def test_battles_without_an_outcome_teach_and_judge_nothing():
+    battles = load_battles(DataConfig(train="sample", limit=60, folds=3))
+    known = np.arange(len(battles)) % 4 > 0
+    for name in OUTCOMES:
+        values = np.where(known, np.array(battles[name][:]), np.nan)
+        battles = with_column(battles, name, values)
+    only = battles.select(np.flatnonzero(known))
+    assert baseline(battles).equals(baseline(only))
+    assert fit_predict(battles, only).equals(fit_predict(only, only))
+    with pytest.raises(InputError, match="the floors need training battles with outcomes"):
+        fit_predict(battles.select(np.flatnonzero(~known)), only)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from rewardmodel.battles import FEATURES, OUTCOMES, outcomes, swap
 from rewardmodel.errors import InputError
-from rewardmodel.folds import TRIVIAL_RESPONSES, assign_folds, assign_groups, limit
+from rewardmodel.folds import TRIVIAL_RESPONSES, assign_folds, assign_groups, content_keys, limit
 
 LONG = [f"answer {letter} " + letter * TRIVIAL_RESPONSES for letter in "uvwxyz"]
 
@@ -232,3 +232,15 @@ def test_limit_is_deterministic_by_seed(thousand):
 
 def test_limit_above_the_number_of_battles_returns_all(thousand):
     assert limit(thousand, 5000)["id"][:] == thousand["id"][:]
+
+
+def test_content_keys_are_in_common_where_groups_are():
+    battles = battles_of(
+        ["p", " P", "q", "r"], [(LONG[0], LONG[1]), (LONG[2], LONG[3]), (LONG[1], LONG[0]), ("yes", "no")]
+    )
+    keys = content_keys(battles)
+    assert keys.dtype == np.uint64
+    assert keys[0, 0] == keys[1, 0] != keys[2, 0]
+    assert keys[0, 1] == keys[2, 1] != keys[1, 1]
+    assert keys[3, 0] == keys[3, 1]  # a trivial pair ties nothing
+    assert len(np.unique(keys)) == 3 + 2

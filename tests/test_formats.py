@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewardmodel import formats, sources
-from rewardmodel.battles import FEATURES, OUTCOMES, TEXTS, is_labelled, outcomes, swap, weights
+from rewardmodel.battles import FEATURES, OUTCOMES, TEACHER, TEXTS, is_labelled, outcomes, swap, weights
 from rewardmodel.config import Source
 from rewardmodel.errors import InputError
 from rewardmodel.folds import TRAIN_ONLY
@@ -58,6 +58,7 @@ def test_labelled_competition_file_is_read_as_it_stands(tmp_path):
     assert is_labelled(battles)
     assert outcomes(battles).tolist() == [[0, 1, 0], [0, 0, 1]]
     assert battles[0] == {
+        **dict.fromkeys(TEACHER),
         **{
             "id": "0030192",
             "prompt": ["Hi", "More?"],

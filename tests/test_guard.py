@@ -9,7 +9,8 @@ from rewardmodel.config import dump_recipe
 from rewardmodel.formats import read_battles
 from rewardmodel.guard import Guard
 from rewardmodel.runs import MODEL
-from rewardmodel.trainer import PreferenceTrainer, train
+from rewardmodel.trainer import PreferenceTrainer
+from rewardmodel.training import train
 
 NAN = float("nan")
 
@@ -50,8 +51,8 @@ def spoilt(monkeypatch, step: int) -> None:
     """Let the loss of one battle of a step be no number."""
     honest = PreferenceTrainer.battle_losses
 
-    def losses(self, logits, labels):
-        found = honest(self, logits, labels)
+    def losses(self, logits, labels, teacher):
+        found = honest(self, logits, labels, teacher)
         return torch.cat([found[:1] * NAN, found[1:]]) if self.state.global_step + 1 == step else found
 
     monkeypatch.setattr(PreferenceTrainer, "battle_losses", losses)

@@ -13,12 +13,14 @@ LEVELS = [
     {"compatibility"},
     {"sources", "folds", "predictions", "prompt", "weights", "runs", "head", "calibration", "resampling"}
     | {"placement", "arguments", "budget", "devices", "quantization", "stand_ins"},
+    {"teachers"},
     {"formats", "duplicates", "pairs", "lora", "slices", "floors", "page"},
     {"model"},
     {"parts", "audit", "bias", "forward", "memory"},
     {"trainer", "inference", "evaluation", "estimate", "rewards"},
-    {"reports", "doctor"},
+    {"training", "reports", "doctor"},
     {"pipeline"},
+    {"crossfit"},
     {"cli"},
 ]
 """A module imports only from levels above its own, inside functions too."""

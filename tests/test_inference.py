@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from rewardmodel.objective import JOINT
 from rewardmodel.pairs import retention, tokenize
 from rewardmodel.predictions import average, predicted, write_predictions
 from rewardmodel.runs import MODEL, RECIPE, load_run_recipe
-from rewardmodel.trainer import train
+from rewardmodel.training import train
 
 SWAPPED = [1, 0, 2]
 
@@ -154,7 +155,7 @@ def in_memory(run, file, **prompt):
 def test_a_run_and_a_file_predict_what_the_model_in_memory_predicts(trained):
     run, file = trained
     table = predict(run, file)
-    assert table.equals(in_memory(run, file))
+    assert table.drop(columns="seen").equals(in_memory(run, file))
     assert table.equals(predict(str(run), read_battles(file)))
 
 
@@ -208,3 +209,135 @@ def test_the_battles_that_a_calibrator_was_fitted_on_stay_as_the_model_states_th
         assert calibrate(table.copy(), tmp_path, recipe)["p_tie"].tolist() == pytest.approx(tie)
     one_order = table.drop(columns=[f"ba_{one}" for one in names])
     assert calibrate(one_order, tmp_path, Recipe())["p_tie"].tolist() == pytest.approx([1 / 3] * 2)
+
+
+@pytest.fixture(scope="module")
+def two_runs(backbone, tmp_path_factory):
+    """Return two runs that hold out different folds of the same file, and a file of new battles."""
+    folder = tmp_path_factory.mktemp("ensemble")
+    file = str(write_csv(battle_frame(), folder / "train.csv"))
+    model = ModelConfig(model_name_or_path=str(backbone("llama")), device="cpu", dtype="float32", lora_r=4)
+    runs = []
+    for fold in (0, 1):
+        trainer = {"output_dir": str(folder / f"run{fold}"), "disable_tqdm": True, "learning_rate": 0.1, "max_steps": 4}
+        data = DataConfig(train=file, folds=4, fold=fold)
+        recipe = Recipe(data=data, prompt=PromptConfig(max_length=160), model=model, trainer=trainer)
+        runs.append(train(recipe)[0])
+    new = battle_frame(3, seed=1).drop(columns=list(OUTCOMES))
+    new["prompt"] = new["prompt"].str.replace("question", "riddle")
+    for name in ("response_a", "response_b"):
+        new[name] = new[name].str.replace("answer", "reply")
+    return runs, file, write_csv(new, folder / "new.csv")
+
+
+@pytest.mark.parametrize("weights", [None, [2, 1], [0.25, 0.75], [0, 3]])
+def test_several_runs_are_averaged_with_their_weights(two_runs, weights):
+    runs, _, new = two_runs
+    each = [predict(run, new) for run in runs]
+    assert np.abs(predicted(each[0]) - predicted(each[1])).max() > 1e-3
+    table = predict(runs, new, weights=weights)
+    first, second = weights or [1, 1]
+    for order in ("", "ab", "ba"):
+        mean = (first * predicted(each[0], order) + second * predicted(each[1], order)) / (first + second)
+        np.testing.assert_allclose(predicted(table, order), mean, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(predicted(table).sum(axis=1), 1, atol=1e-12)
+    assert table["id"].tolist() == each[0]["id"].tolist()
+    assert list(table) == list(each[0])
+    assert not table["seen"].any()
+
+
+def test_each_run_is_calibrated_by_itself_before_the_mean(two_runs, tmp_path):
+    runs, _, new = two_runs
+    raw = [predicted(predict(run, new)) for run in runs]
+    calibrator = Calibrator("tie_mass", (1.0,))
+    copies = [shutil.copytree(run, tmp_path / run.name) for run in runs]
+    save(calibrator, copies[0] / "calibrator.json")
+    table = predict_with_tables(copies[0], new)
+    write_predictions(table, copies[0] / "validation.parquet")
+    table = predict(copies, new)
+    np.testing.assert_allclose(predicted(table), (calibrator(raw[0]) + raw[1]) / 2, atol=1e-6)
+
+
+def predict_with_tables(run, new):
+    """Return predictions of other battles than those of `new`, as a calibrator was fitted on."""
+    table = predict(run, new, dataclasses.replace(load_run_recipe(run), inference=InferenceConfig(calibrate=False)))
+    return table.assign(id=[f"other {name}" for name in table["id"]])
+
+
+def test_a_battle_is_predicted_by_the_runs_alone_that_did_not_train_on_it(two_runs):
+    runs, file, _ = two_runs
+    each = [predict(run, file) for run in runs]
+    seen = np.stack([table["seen"] for table in each])
+    assert seen.sum(axis=1).tolist() == [36, 36]
+    assert seen.all(axis=0).sum() == 24
+    table = predict(runs, file, weights=[3, 1])
+    np.testing.assert_array_equal(table["seen"], seen.all(axis=0))
+    probabilities = [predicted(one) for one in each]
+    expected = np.where(seen.all(axis=0)[:, None], (3 * probabilities[0] + probabilities[1]) / 4, np.nan)
+    for number in (0, 1):
+        alone = ~seen[number] & seen[1 - number]
+        expected[alone] = probabilities[number][alone]
+    np.testing.assert_allclose(predicted(table), expected, atol=1e-6)
+
+
+def test_one_battle_of_a_group_is_enough_to_have_been_seen(two_runs):
+    runs, file, _ = two_runs
+    given = pd.read_csv(file, dtype={"id": str})
+    trained = given[predict(runs[0], file)["seen"].to_numpy()].iloc[:1]
+    other = trained.assign(id="paraphrase", prompt='["asked in other words"]')
+    essay = '["one and the same answer under both of the prompts, at such a length that it ties them together"]'
+    planted = pd.concat([trained, other], ignore_index=True).assign(response_a=essay)
+    assert predict(runs[0], planted)["seen"].tolist() == [True, True]
+    assert predict(runs[0], planted[1:])["seen"].tolist() == [False]
+
+
+def test_orders_that_not_all_runs_have_are_left_out_of_the_mean(two_runs):
+    runs, _, new = two_runs
+    own = [load_run_recipe(run) for run in runs]
+    one_order = dataclasses.replace(own[1], inference=InferenceConfig(swap_tta="none"))
+    table = predict(runs, new, [own[0], one_order])
+    assert "ba_p_tie" not in table
+    expected = (predicted(predict(runs[0], new)) + predicted(predict(runs[1], new, one_order))) / 2
+    np.testing.assert_allclose(predicted(table), expected, atol=1e-7)
+
+
+def test_a_run_that_does_not_say_what_it_trained_on_predicts_all_the_same(two_runs, tmp_path, caplog):
+    runs, file, _ = two_runs
+    bare = shutil.copytree(runs[0], tmp_path / "bare", ignore=shutil.ignore_patterns("training_keys.npy"))
+    table = predict(bare, file)
+    assert "seen" not in table
+    assert "whether it trained on the battles is not known" in caplog.text
+    np.testing.assert_array_equal(predicted(table), predicted(predict(runs[0], file)))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1], "weights: 1 for 2 runs; give one for each"),
+        ([1, -1], "weights: 1, -1; give numbers from 0"),
+        ([0, 0], "weights: 0, 0; give numbers from 0, not all of them 0"),
+        ([1, float("nan")], "weights: 1, nan; give numbers from 0"),
+        ([1, float("inf")], "weights: 1, inf; give numbers from 0"),
+    ],
+)
+def test_weights_that_are_none_are_refused(two_runs, weights, message):
+    with pytest.raises(InputError, match="^" + message):
+        predict(two_runs[0], two_runs[2], weights=weights)
+
+
+def test_all_runs_must_be_whole_before_any_predicts(two_runs, tmp_path, monkeypatch):
+    runs, _, new = two_runs
+    monkeypatch.setattr("rewardmodel.inference.load_model", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(InputError, match=r"no recipe\.yaml there"):
+        predict([runs[0], tmp_path], new)
+    (tmp_path / RECIPE).write_bytes((runs[0] / RECIPE).read_bytes())
+    with pytest.raises(InputError, match="has the run finished training"):
+        predict([runs[0], tmp_path], new)
+
+
+def test_a_part_by_name_is_that_of_the_first_run(two_runs):
+    runs, *_ = two_runs
+    table = predict(runs, "validation")
+    assert len(table) == 12
+    assert not table["seen"].any()
+    np.testing.assert_allclose(predicted(table), predicted(predict(runs[0], "validation")), atol=1e-6)

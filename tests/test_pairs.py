@@ -9,7 +9,7 @@ import pytest
 from conftest import battle_frame, make_tokenizer, write_csv
 from datasets import Dataset
 
-from rewardmodel.battles import OUTCOMES, outcomes, swap
+from rewardmodel.battles import OUTCOMES, TEACHER, outcomes, swap, with_column
 from rewardmodel.config import PromptConfig
 from rewardmodel.errors import InputError
 from rewardmodel.formats import read_battles
@@ -85,7 +85,7 @@ def test_swapped_battles_exchange_their_segments_labels_and_nothing_of_their_len
 
 def test_a_format_of_the_battles_does_not_matter(battles, tokenizer):
     rows = tokenize(battles, tokenizer, PROMPT)
-    assert tokenize(battles.with_format("numpy"), tokenizer, PROMPT)[:] == rows[:]
+    np.testing.assert_equal(tokenize(battles.with_format("numpy"), tokenizer, PROMPT)[:], rows[:])  # NaN is NaN
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_rows_of_two_processes_are_those_of_one(battles, tokenizer, tmp_path, mo
     by_two = tokenize(battles, tokenizer, PROMPT, num_proc=2)
     assert len(by_two.cache_files) == 2
     assert by_two.features == ROWS
-    assert by_two[:] == rows[:]
+    np.testing.assert_equal(by_two[:], rows[:])
 
 
 TOKENIZE_A_FILE = """
@@ -289,3 +289,13 @@ def test_separate_rows_say_what_is_kept_of_prompt_and_responses(battles, tokeniz
     assert rows["full"][:] == joint["full"][:]
     assert any(kept != full for kept, full in zip(rows["kept"][:], rows["full"][:], strict=True))
     assert all(len(kept) == 3 for kept in rows["kept"])
+
+
+def test_a_teachers_probabilities_are_in_the_rows_and_swap_with_the_responses(battles, tokenizer):
+    assert np.isnan(np.array(tokenize(battles, tokenizer, PROMPT)["teacher"][:])).all()
+    soft = np.random.default_rng(0).dirichlet([1, 1, 1], len(battles))
+    for name, values in zip(TEACHER, soft.T, strict=True):
+        battles = with_column(battles, name, values)
+    rows, swapped = (np.array(tokenize(one, tokenizer, PROMPT)["teacher"][:]) for one in (battles, swap(battles)))
+    np.testing.assert_allclose(rows, soft, atol=1e-7)
+    np.testing.assert_array_equal(swapped, rows[:, [1, 0, 2]])

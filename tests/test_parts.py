@@ -1,13 +1,17 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
-from conftest import battle_frame
+from conftest import battle_frame, write_csv
 
-from rewardmodel.battles import outcomes
+from rewardmodel.battles import OUTCOMES, outcomes, taught
 from rewardmodel.config import DataConfig, Source
 from rewardmodel.errors import InputError
-from rewardmodel.parts import Parts, fingerprints, load_battles, split
+from rewardmodel.formats import read_battles
+from rewardmodel.parts import Parts, fingerprints, load_battles, split, trained_on, write_training_keys
+from rewardmodel.predictions import predictions_table, write_predictions
+from rewardmodel.runs import TRAINING_KEYS
 
 
 @pytest.fixture
@@ -121,3 +125,63 @@ def test_real_battles_of_all_sources_share_no_group_and_no_part_has_other_outcom
     whole = np.concatenate([outcomes(part) for part in parts]).mean(axis=0)
     for part in parts:
         assert np.abs(outcomes(part).mean(axis=0) - whole).max() < 0.02
+
+
+@pytest.fixture
+def taught_source(frame, tmp_path):
+    """Return a source of unlabelled battles with a teacher: 12 of prompts that the recipe has, 8 of its own."""
+    again, new = frame.head(12).assign(id=[f"again{n}" for n in range(12)]), battle_frame(2, seed=5)
+    new["prompt"] = new["prompt"].str.replace("question", "riddle")
+    unlabelled = pd.concat([again, new], ignore_index=True).drop(columns=list(OUTCOMES))
+    path = write_csv(unlabelled, tmp_path / "unlabelled.csv")
+    battles = read_battles(str(path))
+    table = predictions_table(battles, np.tile([0.5, 0.3, 0.2], (20, 1))).assign(seen=False)
+    write_predictions(table, tmp_path / "soft.parquet")
+    return Source(str(path), teacher=str(tmp_path / "soft.parquet"))
+
+
+def test_battles_without_votes_only_train_and_leave_with_the_held_out_prompt_they_share(data, taught_source):
+    for fold in range(4):
+        parts = parts_of(data, train=[data.train, taught_source], fold=fold)
+        assert set(parts.validation["source"]) == {"train"}
+        assert len(parts.validation) == 12
+        assert not np.isnan(outcomes(parts.validation)).any()
+        alone = np.isnan(outcomes(parts.training)).any(axis=1)
+        held_out = len({name for name in parts.validation["id"] if int(name.split("/")[1][:3]) < 3})
+        assert alone.sum() == 20 - held_out
+        np.testing.assert_allclose(taught(parts.training)[alone], np.tile([0.5, 0.3, 0.2], (alone.sum(), 1)))
+        assert not set(parts.training["group"]) & set(parts.validation["group"])
+
+
+def test_labelled_battles_are_dealt_as_without_the_others(data, taught_source):
+    alone, together = load_battles(data), load_battles(dataclasses.replace(data, train=[data.train, taught_source]))
+    assert together["fold"][: len(alone)] == alone["fold"][:]
+    assert max(together["fold"][len(alone) :]) < 0
+
+
+def test_validation_needs_battles_with_outcomes_of_their_own(data, taught_source):
+    with pytest.raises(InputError, match=r"^data\.train: no battle has an outcome of its own to validate on"):
+        parts_of(data, train=taught_source)
+
+
+def test_all_folds_in_turn_validate_every_battle_and_train_on_all_that_train(data):
+    data = dataclasses.replace(data, folds=2, calibration=0.25, holdout=0.25)
+    battles = load_battles(data)
+    every, folds = split(battles, None), [split(battles, fold) for fold in (0, 1)]
+    assert sorted(every.validation["id"]) == sorted(name for one in folds for name in one.validation["id"])
+    assert every.calibration["id"][:] == folds[0].calibration["id"][:]
+    assert fingerprints(every) != fingerprints(folds[0])
+
+
+def test_a_run_knows_the_groups_again_that_it_trained_on(data, tmp_path):
+    battles = load_battles(data)
+    runs = [tmp_path / str(fold) for fold in range(4)]
+    for fold, run in enumerate(runs):
+        write_training_keys(run, split(battles, fold).training)
+    keys = np.load(runs[0] / TRAINING_KEYS)
+    assert keys.dtype == np.uint64
+    assert (np.diff(keys) > 0).all()
+    fold = np.array(battles["fold"][:])
+    np.testing.assert_array_equal(trained_on(runs, battles), fold != np.arange(4)[:, None])
+    (runs[1] / TRAINING_KEYS).unlink()
+    assert trained_on(runs, battles) is None

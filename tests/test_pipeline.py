@@ -26,10 +26,11 @@ from rewardmodel.runs import (
     RECIPE,
     REPORT,
     SUBMISSION,
+    TRAINING_KEYS,
     VALIDATION,
     load_run_recipe,
 )
-from rewardmodel.trainer import train
+from rewardmodel.training import train
 
 IDS = ["0900", "7", "x-3", "0033", "12345678901234567890", "00", "a,b", "猫"]
 """Ids that would not survive being read as numbers, in no order."""
@@ -74,7 +75,7 @@ def test_a_run_folder_holds_all_that_is_promised(finished):
     assert folder == recipe.run_folder
     names = {path.name for path in folder.iterdir() if not path.name.startswith("checkpoint-")}
     evidence = {VALIDATION, FLOORS, CALIBRATOR, METRICS, REPORT}
-    assert names == {RECIPE, ENVIRONMENT, MODEL, PREDICTIONS, SUBMISSION} | evidence
+    assert names == {RECIPE, ENVIRONMENT, TRAINING_KEYS, MODEL, PREDICTIONS, SUBMISSION} | evidence
     assert {"adapter_model.safetensors", "tokenizer.json"} <= {path.name for path in (folder / MODEL).iterdir()}
     assert load_run_recipe(folder) == recipe
 
@@ -252,7 +253,9 @@ def test_battles_kept_for_calibration_are_predicted_and_the_holdout_only_when_as
     assert not list(folder.glob("*holdout*"))
     table = predict(folder, "holdout")
     assert table["id"].tolist() == parts.holdout["id"][:]
-    assert predict(folder, "validation").equals(read_predictions(folder / VALIDATION))
+    again = predict(folder, "validation")
+    assert not again["seen"].any()
+    assert again.drop(columns="seen").equals(read_predictions(folder / VALIDATION))
 
 
 def test_a_part_that_was_not_kept_cannot_be_predicted(finished):

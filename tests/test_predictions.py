@@ -13,6 +13,7 @@ from rewardmodel.predictions import (
     PROBABILITIES,
     average,
     check_sample,
+    mean_table,
     predicted,
     predictions_table,
     read_predictions,
@@ -272,3 +273,23 @@ def test_id_that_pandas_takes_for_missing_is_an_id(tmp_path):
     check_sample(sample_of(tmp_path, ["NA", "1"]), ["NA", "1"])
     write_submission(table_of(["NA", "1"]), tmp_path / "submission.csv")
     assert [row[0] for row in rows_of(tmp_path / "submission.csv")] == ["id", "NA", "1"]
+
+
+def numbered(probabilities, rows, **columns):
+    """Return predictions of one order, their index the battle's number."""
+    table = pd.DataFrame({"id": [f"id{row}" for row in rows], "group": rows, **columns}, index=rows)
+    for prefix in ("", "ab_"):
+        table[[prefix + name for name in PROBABILITIES]] = np.asarray(probabilities, np.float64)
+    return table
+
+
+def test_the_mean_of_tables_is_the_weighted_one_over_those_that_have_a_battle():
+    first = numbered([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6]], [0, 2], ba_p_tie=0.5)
+    second = numbered([[0.3, 0.3, 0.4], [0.1, 0.8, 0.1]], [2, 1])
+    table = mean_table([first, second], [3, 1])
+    assert table["id"].tolist() == ["id0", "id1", "id2"]
+    expected = [[0.6, 0.3, 0.1], [0.1, 0.8, 0.1], [0.225, 0.225, 0.55]]
+    for order in ("", "ab"):
+        np.testing.assert_allclose(predicted(table, order), expected, atol=1e-12)
+    assert "ba_p_tie" not in table
+    assert mean_table([first], [7]) is first

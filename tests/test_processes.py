@@ -16,7 +16,7 @@ from rewardmodel.config import dump_recipe, load_recipe
 from rewardmodel.inference import predict
 from rewardmodel.predictions import predicted, read_predictions
 from rewardmodel.runs import MODEL, VALIDATION
-from rewardmodel.trainer import train
+from rewardmodel.training import train
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
 
@@ -24,18 +24,18 @@ SHARDED = """
 import sys
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-import rewardmodel.trainer as trainer
+import rewardmodel.training as training
 from rewardmodel.config import load_recipe
 
-arguments = trainer.training_arguments
+arguments = training.training_arguments
 
 def sharded(*given):  # accelerate shards over GPUs only
     args = arguments(*given)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return args
 
-trainer.training_arguments = sharded
-trainer.train(load_recipe(sys.argv[1]))
+training.training_arguments = sharded
+training.train(load_recipe(sys.argv[1]))
 """
 
 

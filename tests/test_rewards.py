@@ -13,7 +13,7 @@ from rewardmodel.errors import InputError
 from rewardmodel.formats import read_battles
 from rewardmodel.inference import predict
 from rewardmodel.rewards import conversation, reward_function
-from rewardmodel.trainer import train
+from rewardmodel.training import train
 
 
 @pytest.fixture

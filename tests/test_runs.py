@@ -5,7 +5,7 @@ import pytest
 from conftest import from_columns
 from datasets import concatenate_datasets
 
-from rewardmodel.battles import OUTCOMES, swap
+from rewardmodel.battles import OUTCOMES, TEACHER, swap
 from rewardmodel.config import DataConfig, InferenceConfig, PromptConfig, Recipe, dump_recipe
 from rewardmodel.errors import InputError
 from rewardmodel.runs import (
@@ -13,9 +13,12 @@ from rewardmodel.runs import (
     check_run,
     check_same_inputs,
     data_fingerprint,
+    fold_folder,
+    is_k_fold,
     last_checkpoint,
     load_run_recipe,
     open_run,
+    trained_models,
     write_environment,
 )
 
@@ -289,3 +292,22 @@ def test_a_folder_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file is no folder; name another"):
         open_run(recipe_of(tmp_path / "file" / "run"), resume=False, overwrite=False)
+
+
+def test_fingerprint_changes_with_a_teacher_and_only_with_one():
+    teacher = dict(zip(TEACHER, [[0.5] * 3, [0.3] * 3, [0.2] * 3], strict=True))
+    other = {**teacher, TEACHER[0]: [0.3] * 3, TEACHER[1]: [0.5] * 3}
+    assert data_fingerprint(battles_of()) == "ca59d751e27c0b8a"  # as runs have it that know of no teachers
+    assert len({data_fingerprint(battles_of(**columns)) for columns in ({}, teacher, other)}) == 3
+
+
+def test_a_folder_of_folds_is_no_run_of_one(tmp_path):
+    recipe = recipe_of(tmp_path / "run")
+    open_run(recipe_of(fold_folder(recipe.run_folder, 1)), resume=False, overwrite=False)
+    assert is_k_fold(recipe.run_folder)
+    check_run(recipe, resume=True, overwrite=False, all_folds=True)
+    for resume in (True, False):
+        with pytest.raises(InputError, match="is there and is no run folder; name another"):
+            check_run(recipe, resume=resume, overwrite=False)
+    with pytest.raises(InputError, match="its folds are not gathered"):
+        trained_models(recipe.run_folder)

@@ -13,7 +13,7 @@ from trl import RewardConfig, RewardTrainer
 
 from rewardmodel.formats import read_battles
 from rewardmodel.pairs import tokenize
-from rewardmodel.trainer import train
+from rewardmodel.training import train
 
 LORA = {"task_type": "SEQ_CLS", "r": 4, "target_modules": ["q_proj", "v_proj"]}
 

@@ -1,0 +1,131 @@
+"""A recipe and labelled battles in, a trained run folder out: `train`."""
+
+import logging
+import platform
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
+
+from rewardmodel.arguments import training_arguments
+from rewardmodel.battles import AUGMENTATIONS
+from rewardmodel.compatibility import refuse
+from rewardmodel.config import ModelConfig, Recipe
+from rewardmodel.model import build_model, load_tokenizer
+from rewardmodel.objective import find_objective
+from rewardmodel.optimizer import Rates
+from rewardmodel.pairs import retention, saved, tokenize
+from rewardmodel.parts import Parts, fingerprints, load_battles, split, write_training_keys
+from rewardmodel.placement import check_positions, placement, setup
+from rewardmodel.processes import is_main, wait_for_all
+from rewardmodel.runs import (
+    MODEL,
+    check_run,
+    check_same_inputs,
+    last_checkpoint,
+    open_run,
+    write_environment,
+)
+from rewardmodel.teachers import check_taught, with_soft_outcomes
+from rewardmodel.trainer import PreferenceTrainer
+from rewardmodel.trainer_keys import EARLY_STOPPING, HEAD_RATE, LORAPLUS, TOKENS
+from rewardmodel.weights import fingerprint, resolve
+
+logger = logging.getLogger(__name__)
+
+
+def train(
+    recipe: Recipe, battles: Any = None, *, parts: Parts | None = None, resume: bool = False, overwrite: bool = False
+) -> tuple[Path, Parts]:
+    """Train a model on labelled battles and save it as a run.
+
+    Args:
+        recipe: what to do; `recipe.run_folder` is written.
+        battles: a Dataset, a DataFrame or a path in the place of `recipe.data.train`.
+        parts: its battles, if they were read before.
+        resume: continue the run that is there from its last complete checkpoint; one that is done stays as it is.
+        overwrite: replace the run that is there.
+
+    Returns:
+        The run folder and its battles, by part.
+
+    Raises:
+        InputError: what was given cannot be used; nothing was written then.
+    """
+    recipe = recipe if battles is None else with_source(recipe, battles)
+    objective = find_objective(recipe.objective)
+    check_run(recipe, resume, overwrite)
+    config = resolve(recipe.model.model_name_or_path, recipe.model.model_revision, weights=False)
+    check_positions(config, recipe.prompt.max_length)
+    device, dtype = placement(recipe.model, config)
+    refuse(setup(recipe.model, config, recipe.trainer))
+    args = training_arguments(recipe, dtype, device)
+    with args.main_process_first():  # the others then find in the cache what it read
+        parts = parts or split(load_battles(recipe.data, battles), recipe.data.fold)
+        check_taught(parts.training, recipe.objective.name, objective.teacher)
+        data = fingerprints(parts)
+        if resume and (recipe.run_folder / MODEL).is_dir():
+            check_same_inputs(recipe.run_folder, {"data": data})
+            if is_main():
+                open_run(recipe, resume, overwrite)
+            logger.info("%s: already trained", recipe.run_folder)
+            return recipe.run_folder, parts
+        rows, validation_rows = _rows(parts, load_tokenizer(config), recipe)
+    backbone = resolve(recipe.model.model_name_or_path, recipe.model.model_revision)
+    facts = {"data": data, **_facts(recipe.model, backbone, device, dtype, args.world_size)}
+    if resume:
+        check_same_inputs(recipe.run_folder, facts)
+    model, tokenizer = build_model(recipe.model, objective.head, args.seed)
+    tokens = (recipe.trainer[TOKENS], recipe.inference.batch_tokens)
+    rates = Rates(recipe.trainer[HEAD_RATE], recipe.trainer[LORAPLUS])
+    trainer = PreferenceTrainer(model, args, rows, validation_rows, tokenizer, recipe.objective, dtype, tokens, rates)
+    if recipe.trainer[EARLY_STOPPING] is not None:
+        trainer.add_callback(EarlyStoppingCallback(recipe.trainer[EARLY_STOPPING]))
+    checkpoint = last_checkpoint(recipe.run_folder) if resume else None
+    if is_main():
+        write_environment(open_run(recipe, resume, overwrite), facts)
+        write_training_keys(recipe.run_folder, parts.training)
+    wait_for_all()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if not objective.learns_ties:
+        trainer.fit_tie()
+    trainer.save_to(recipe.run_folder / MODEL, recipe.model)
+    return recipe.run_folder, parts
+
+
+def _rows(parts: Parts, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[Dataset, Dataset]:
+    """Return the tokenised training and validation battles, and log what truncation leaves of the former."""
+    num_proc, objective = recipe.trainer.get("dataset_num_proc"), find_objective(recipe.objective)
+    training = parts.training if objective.teacher else with_soft_outcomes(parts.training)
+    training = AUGMENTATIONS[recipe.data.swap_augmentation](training, recipe.data.seed)
+    encoding = objective.encoding
+    both = encoding == "joint" and recipe.data.swap_augmentation == "both"
+    rows = tokenize(training, tokenizer, recipe.prompt, num_proc, encoding=encoding, both_orders=both)
+    validation = tokenize(parts.validation, tokenizer, recipe.prompt, num_proc, encoding=encoding)
+    kept = retention(rows)
+    logger.info(
+        "%d battles to train on, %d for validation; max_length %d cuts %.1f %% of battles and keeps %.1f %% of the "
+        "responses' tokens%s",
+        len(rows), len(validation), recipe.prompt.max_length,
+        100 * kept["battles_cut"], 100 * kept["responses_kept"],
+        f"; its sequences share {100 * saved(rows):.1f} % of their tokens" if len(rows[0]["branches"]) > 2 else "",
+    )  # fmt: skip
+    return rows, validation
+
+
+def with_source(recipe: Recipe, battles: Any) -> Recipe:
+    """Return the recipe with `data.train` telling what was given in its place."""
+    given = str(battles) if isinstance(battles, str | Path) else f"<{type(battles).__name__}>"
+    return replace(recipe, data=replace(recipe.data, train=given))
+
+
+def _facts(config: ModelConfig, backbone: Path, device: torch.device, dtype: torch.dtype, processes: int) -> dict:
+    """Return what a run remembers of its backbone and of what it computes on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "backbone": {"name": config.model_name_or_path, "fingerprint": fingerprint(backbone)},
+        "compute": {"device": name, "dtype": str(dtype).removeprefix("torch."), "processes": processes},
+    }

@@ -1,0 +1,338 @@
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import battle_frame, write_csv
+from safetensors.torch import load_file
+
+from rewardmodel import crossfit
+from rewardmodel.battles import OUTCOMES
+from rewardmodel.config import DataConfig, ModelConfig, ObjectiveConfig, PromptConfig, Recipe, Source
+from rewardmodel.crossfit import GATHERED, train_fold, train_folds
+from rewardmodel.errors import InputError
+from rewardmodel.evaluation import compare, evaluate
+from rewardmodel.floors import baseline
+from rewardmodel.inference import predict
+from rewardmodel.parts import load_battles, split, trained_on
+from rewardmodel.predictions import predicted, read_predictions, write_predictions
+from rewardmodel.reports import report
+from rewardmodel.runs import (
+    CALIBRATION,
+    ENVIRONMENT,
+    FLOORS,
+    METRICS,
+    MODEL,
+    RECIPE,
+    REPORT,
+    TRAINING_KEYS,
+    VALIDATION,
+    fold_folder,
+    load_run_recipe,
+)
+from rewardmodel.training import train
+
+FOLDS = 3
+
+
+def riddles(prompts, seed):
+    """Return battles that share neither a prompt nor a pair of responses with others."""
+    frame = battle_frame(prompts, seed)
+    for name, old, new in (
+        ("prompt", "question", "riddle"),
+        ("response_a", "answer", "reply"),
+        ("response_b", "answer", "reply"),
+    ):
+        frame[name] = frame[name].str.replace(old, new)
+    return frame
+
+
+def planted_frame():
+    """Return battles of which some repeat the responses of another prompt, or its prompt in other letters."""
+    frame = battle_frame(10)
+    essay = json.dumps(["a long answer, word for word the same under two prompts, " * 3])
+    frame.loc[[0, 21], "response_a"] = essay
+    frame.loc[[0, 21], "response_b"] = json.dumps(["and another one that is the same under both of them, " * 3])
+    frame.loc[5, "prompt"] = json.dumps(["QUESTION  number 8"])
+    return frame
+
+
+def recipe_in(folder, backbone, **data):
+    return Recipe(
+        data=DataConfig(**{"train": str(folder / "train.csv"), "folds": FOLDS, **data}),
+        prompt=PromptConfig(max_length=160),
+        model=ModelConfig(model_name_or_path=str(backbone("llama")), device="cpu", dtype="float32", lora_r=4),
+        trainer={"output_dir": str(folder / "run"), "disable_tqdm": True, "learning_rate": 0.1, "max_steps": 4},
+    )
+
+
+@pytest.fixture
+def small(backbone, tmp_path):
+    """Return a recipe of three folds on a file of its own."""
+    write_csv(planted_frame(), tmp_path / "train.csv")
+    return recipe_in(tmp_path, backbone)
+
+
+@pytest.fixture(autouse=True)
+def no_charts(monkeypatch):
+    """Write reports without their charts, which are most of the time; `finished` has real ones."""
+    monkeypatch.setattr("rewardmodel.reports.render", lambda *_: "page")
+
+
+@pytest.fixture(scope="module")
+def finished(backbone, tmp_path_factory):
+    """Return the recipe of a k-fold run, its folder and what train_folds found."""
+    folder = tmp_path_factory.mktemp("crossfit")
+    write_csv(planted_frame(), folder / "train.csv")
+    recipe = recipe_in(folder, backbone, fold=2)
+    return recipe, *train_folds(recipe)
+
+
+def with_data(recipe, **keys):
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **keys))
+
+
+def with_folder(recipe, folder):
+    return dataclasses.replace(recipe, trainer={**recipe.trainer, "output_dir": str(folder)})
+
+
+def weights(folder):
+    return load_file(folder / MODEL / "adapter_model.safetensors")
+
+
+def test_the_folder_holds_a_run_a_fold_and_what_is_asked_of_a_run(finished):
+    recipe, folder, _ = finished
+    assert folder == recipe.run_folder
+    names = {path.name for path in folder.iterdir()}
+    assert names == {RECIPE, *(f"fold-{fold}" for fold in range(FOLDS)), *GATHERED} - {CALIBRATION}
+    for fold in range(FOLDS):
+        own = fold_folder(folder, fold)
+        assert load_run_recipe(own).data.fold == fold
+        assert {MODEL, VALIDATION, METRICS, REPORT, TRAINING_KEYS} <= {path.name for path in own.iterdir()}
+    assert load_run_recipe(folder).data.fold == 0
+    facts = json.loads((folder / ENVIRONMENT).read_text())
+    assert facts["backbone"] == json.loads((folder / "fold-1" / ENVIRONMENT).read_text())["backbone"]
+
+
+def test_every_battle_is_predicted_once_in_order_by_the_fold_that_held_it_out(finished):
+    recipe, folder, _ = finished
+    battles = load_battles(recipe.data)
+    table = read_predictions(folder / VALIDATION)
+    assert table["id"].tolist() == battles["id"][:] == planted_frame()["id"].tolist()
+    assert table["fold"].tolist() == battles["fold"][:]
+    assert set(table["fold"]) == set(range(FOLDS))
+    for fold in range(FOLDS):
+        own = read_predictions(fold_folder(folder, fold) / VALIDATION)
+        rows = table[table["fold"] == fold]
+        assert rows["id"].tolist() == own["id"].tolist()
+        np.testing.assert_array_equal(predicted(rows), predicted(own))
+
+
+def test_no_battle_is_predicted_by_a_fold_that_trained_on_its_group(finished):
+    recipe, folder, _ = finished
+    battles = load_battles(recipe.data)
+    group, fold = (np.array(battles[name][:]) for name in ("group", "fold"))
+    assert group[0] == group[21]
+    assert group[5] == group[32]
+    seen = trained_on([fold_folder(folder, number) for number in range(FOLDS)], battles)
+    np.testing.assert_array_equal(seen, fold != np.arange(FOLDS)[:, None])
+
+
+def test_floors_are_out_of_fold_too(finished):
+    recipe, folder, metrics = finished
+    expected, found = baseline(load_battles(recipe.data)), pd.read_parquet(folder / FLOORS)
+    assert found["id"].tolist() == expected["id"].tolist()
+    names = [name for name in found if name != "id"]
+    np.testing.assert_allclose(found[names], expected[names], atol=1e-5)
+    assert set(metrics["floors"]) == {"prior", "length", "tfidf"}
+
+
+def test_it_is_evaluated_reported_and_compared_as_any_run(finished):
+    _, folder, metrics = finished
+    assert metrics["battles"] == 40
+    assert evaluate(folder) == metrics == json.loads((folder / METRICS).read_text())
+    assert report(folder) == folder / REPORT
+    assert compare(folder, folder)["value"] == 0
+
+
+def test_its_own_battles_are_predicted_by_the_fold_that_did_not_see_them(finished):
+    recipe, folder, _ = finished
+    table = read_predictions(folder / VALIDATION)
+    for battles in ("validation", recipe.data.train):
+        again = predict(folder, battles)
+        assert again["id"].tolist() == table["id"].tolist()
+        assert not again["seen"].any()
+        np.testing.assert_allclose(predicted(again), predicted(table), atol=1e-6)
+        np.testing.assert_allclose(predicted(again, "ba"), predicted(table, "ba"), atol=1e-6)
+
+
+def test_new_battles_are_predicted_by_the_mean_of_the_folds(finished):
+    _, folder, _ = finished
+    new = riddles(3, seed=9)
+    table = predict(folder, new)
+    each = [predict(fold_folder(folder, fold), new) for fold in range(FOLDS)]
+    assert np.abs(predicted(each[0]) - predicted(each[1])).max() > 1e-3
+    for order in ("", "ab", "ba"):
+        mean = np.mean([predicted(one, order) for one in each], axis=0)
+        np.testing.assert_allclose(predicted(table, order), mean, atol=1e-6)
+    assert table["id"].tolist() == new["id"].tolist()
+    assert not table["seen"].any()
+
+
+def test_a_run_killed_between_folds_goes_on_to_the_same_result(small, finished, monkeypatch, tmp_path):
+    ran = crossfit.run
+
+    def killed(recipe, **how):
+        if recipe.data.fold == 1:
+            raise KeyboardInterrupt
+        return ran(recipe, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(crossfit, "run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_folds(small)
+    with pytest.raises(InputError, match="its folds are not gathered; finish with rewardmodel train RECIPE --fold all"):
+        predict(small.run_folder, small.data.train)
+    with pytest.raises(InputError, match="already holds a run; continue it with --resume"):
+        train_folds(small)
+    before = (small.run_folder / "fold-0" / MODEL / "adapter_model.safetensors").stat().st_mtime_ns
+    folder, metrics = train_folds(small, resume=True)
+    assert (folder / "fold-0" / MODEL / "adapter_model.safetensors").stat().st_mtime_ns == before
+    assert metrics == finished[2]
+    expected, found = (read_predictions(run / VALIDATION) for run in (finished[1], folder))
+    pd.testing.assert_frame_equal(found, expected)
+    for fold in range(FOLDS):
+        one, other = (weights(fold_folder(run, fold)) for run in (finished[1], folder))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def copied(finished, tmp_path):
+    recipe, folder, _ = finished
+    shutil.copytree(folder, tmp_path / "copy")
+    return with_folder(recipe, tmp_path / "copy")
+
+
+def test_folds_that_machines_share_are_gathered(finished, tmp_path):
+    recipe = copied(finished, tmp_path)
+    for path in recipe.run_folder.iterdir():
+        if path.name not in ("fold-0", "fold-2"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert train_fold(recipe, 1) == recipe.run_folder / "fold-1"
+    folder, metrics = train_folds(recipe, resume=True)
+    assert metrics == finished[2]
+    assert train_fold(recipe, 1, resume=True) == folder / "fold-1"  # done, and so nothing is touched
+    assert (folder / METRICS).is_file()
+    with pytest.raises(InputError, match=r"fold-1 already holds a run; continue it with --resume"):
+        train_fold(recipe, 1)
+    train_fold(recipe, 1, overwrite=True)
+    assert not (folder / METRICS).exists()  # what was gathered was of another fold 1
+
+
+def test_what_does_not_belong_together_is_refused(finished, tmp_path, monkeypatch):
+    recipe = copied(finished, tmp_path)
+    monkeypatch.setattr(crossfit, "run", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(InputError, match=r"the run there has data\.seed: 0, not 1"):
+        train_folds(with_data(recipe, seed=1), resume=True)
+    with pytest.raises(InputError, match=r"the run there has data\.seed: 0, not 1"):
+        train_fold(with_data(recipe, seed=1), 0, overwrite=True)
+    with pytest.raises(InputError, match=r"data\.fold: 3, but data\.folds makes folds 0 to 2"):
+        train_fold(recipe, 3)
+    with pytest.raises(
+        InputError, match="the run there is of all folds; continue it with rewardmodel train --fold all"
+    ):
+        train(recipe, resume=True)
+    environment = json.loads((recipe.run_folder / "fold-2" / ENVIRONMENT).read_text())
+    environment["backbone"]["fingerprint"] = "another"
+    (recipe.run_folder / "fold-2" / ENVIRONMENT).write_text(json.dumps(environment))
+    with pytest.raises(InputError, match=r"fold-2: trained on another backbone than .*fold-0"):
+        train_folds(recipe, resume=True)
+    table = read_predictions(recipe.run_folder / "fold-0" / VALIDATION)
+    environment["backbone"] = json.loads((recipe.run_folder / "fold-0" / ENVIRONMENT).read_text())["backbone"]
+    (recipe.run_folder / "fold-2" / ENVIRONMENT).write_text(json.dumps(environment))
+    write_predictions(table, recipe.run_folder / "fold-2" / VALIDATION)
+    with pytest.raises(InputError, match="its folds did not predict each battle once"):
+        train_folds(recipe, resume=True)
+
+
+def test_battles_that_changed_since_a_fold_was_trained_are_refused(finished, tmp_path):
+    recipe = copied(finished, tmp_path)
+    changed = planted_frame()
+    changed.loc[3, "response_a"] = json.dumps(["something else"])
+    original = write_csv(planted_frame(), recipe.data.train)
+    write_csv(changed, original)
+    try:
+        with pytest.raises(InputError, match="the run there began on another data"):
+            train_folds(recipe, resume=True)
+    finally:
+        write_csv(planted_frame(), original)
+
+
+def test_a_run_of_one_fold_and_one_of_all_do_not_share_a_folder(small):
+    train(small)
+    with pytest.raises(InputError, match="already holds a run"):
+        train_folds(small)
+    for call in (lambda: train_folds(small, resume=True), lambda: train_fold(small, 1)):
+        with pytest.raises(InputError, match="the run there is of one fold; name another folder"):
+            call()
+
+
+def test_overwriting_replaces_all_folds_and_a_mistake_costs_none(finished, tmp_path):
+    recipe = copied(finished, tmp_path)
+    broken = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, lora_first_layer=9))
+    before = sorted(recipe.run_folder.rglob("*"))
+    with pytest.raises(InputError, match="lora_first_layer"):
+        train_folds(broken, overwrite=True)
+    assert sorted(recipe.run_folder.rglob("*")) == before
+    folder, metrics = train_folds(with_data(recipe, folds=2), overwrite=True)
+    assert {path.name for path in folder.glob("fold-*")} == {"fold-0", "fold-1"}
+    assert metrics["battles"] == 40
+    assert load_run_recipe(folder).data.folds == 2
+
+
+def test_nothing_is_written_for_a_recipe_that_cannot_be_trained(small):
+    broken = dataclasses.replace(small, model=dataclasses.replace(small.model, lora_first_layer=9))
+    with pytest.raises(InputError, match="lora_first_layer"):
+        train_folds(broken)
+    assert not small.run_folder.exists()
+
+
+def test_a_data_frame_is_noted_and_its_calibration_part_predicted_by_the_mean_of_the_folds(small):
+    folder, _ = train_folds(with_data(small, train="nowhere.csv", folds=2, calibration=0.3), planted_frame())
+    assert load_run_recipe(folder / "fold-1").data.train == "<DataFrame>"
+    kept = read_predictions(folder / CALIBRATION)
+    each = [read_predictions(fold_folder(folder, fold) / CALIBRATION) for fold in range(2)]
+    assert kept["id"].tolist() == each[0]["id"].tolist()
+    np.testing.assert_allclose(predicted(kept), (predicted(each[0]) + predicted(each[1])) / 2, atol=1e-9)
+    assert not set(kept["id"]) & set(read_predictions(folder / VALIDATION)["id"])
+
+
+def test_a_student_learns_from_out_of_fold_labels_and_from_battles_without_votes(finished, backbone, tmp_path):
+    recipe, teacher, _ = finished
+    new = riddles(4, seed=5).drop(columns=list(OUTCOMES))
+    files = [recipe.data.train, write_csv(new, tmp_path / "new.csv")]
+    sources = []
+    for number, file in enumerate(files):
+        write_predictions(predict(teacher, str(file)), tmp_path / f"soft{number}.parquet")
+        sources.append(Source(str(file), teacher=str(tmp_path / f"soft{number}.parquet")))
+    student = with_data(with_folder(recipe, tmp_path / "student"), train=sources, fold=0)
+    student = dataclasses.replace(student, objective=ObjectiveConfig("distillation", weight_votes=0.2))
+    folder, parts = train(student)
+    assert set(parts.training["source"]) == {"train", "new"}
+    assert set(parts.validation["source"]) == {"train"}
+    assert trained_on([folder], split(load_battles(student.data), 0).training).all()
+    assert load_run_recipe(folder).data.train == sources
+
+
+def test_a_teacher_that_saw_a_group_is_refused(finished, tmp_path):
+    recipe, teacher, _ = finished
+    table = predict(fold_folder(teacher, 0), recipe.data.train)
+    assert 0 < table["seen"].sum() < len(table)
+    write_predictions(table, tmp_path / "soft.parquet")
+    source = Source(recipe.data.train, teacher=str(tmp_path / "soft.parquet"))
+    message = rf"trained on the prompts or responses of {table['seen'].sum()} of 40 battles"
+    with pytest.raises(InputError, match=message):
+        train(with_data(with_folder(recipe, tmp_path / "student"), train=source))
