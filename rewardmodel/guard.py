@@ -65,9 +65,9 @@ class Guard:
             FloatingPointError: as `look`, or a weight that is no number.
         """
         self.look()
-        norm = get_total_norm([weight.detach() for weight in model.parameters() if weight.requires_grad])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if not norm.isfinite():
+        weights = [weight.detach() for weight in model.parameters() if weight.requires_grad]
+        mine = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+        if not get_total_norm(mine).isfinite():
             raise FloatingPointError(f"weights that train are no numbers ({self.computing}); {ADVICE}")
 
 

@@ -51,6 +51,7 @@ def refusal(capsys):
     """Return a function that runs a command, checks that it was refused as it should be, and returns the reason."""
 
     def run(*arguments):
+        capsys.readouterr()  # what fixtures said
         code = main(list(map(str, arguments)))
         output = capsys.readouterr()
         assert code == 2

@@ -227,7 +227,7 @@ def test_the_budget_is_measured_on_the_longest_rows_without_gradients(way, model
 
 
 def test_the_longest_row_of_a_padded_model_is_the_one_that_pads_to_the_most():
-    columns = {name: [[0], [0]] for name in ("input_ids", "segment_ids", "labels", "teacher")}
+    columns = {name: [[0], [0]] for name in ("id", "input_ids", "segment_ids", "labels", "teacher")}
     rows = Dataset.from_dict(
         {**columns, "branches": [[100, 1, 1], [0, 60, 60]], "length": [102, 120], "weight": [1, 2]}
     )
