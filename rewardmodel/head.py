@@ -66,6 +66,7 @@ class PooledHead:
 
     pooling: str
     head: Head
+    _keep_in_fp32_modules_strict = ("score",)
     _keys_to_ignore_on_load_missing = (r"^score\.(weight|tie)$",)
     _keys_to_ignore_on_load_unexpected = (r"^lm_head\.",)
 

@@ -23,7 +23,14 @@ from rewardmodel.pairs import tokenize
 from rewardmodel.parts import fingerprints, load_battles, split
 from rewardmodel.placement import compute_dtype
 from rewardmodel.predictions import PROBABILITIES, predicted, predictions_table, read_predictions
-from rewardmodel.runs import CALIBRATION, CALIBRATOR, MODEL, VALIDATION, check_same_inputs, load_run_recipe
+from rewardmodel.runs import (
+    CALIBRATION,
+    CALIBRATOR,
+    VALIDATION,
+    check_same_inputs,
+    load_run_recipe,
+    model_folder,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +47,7 @@ def predict(run: str | Path, battles: Any, recipe: Recipe | None = None) -> pd.D
     Template and truncation are those that the run was trained with.
 
     Args:
-        run: the run folder.
+        run: the run folder, or what `rewardmodel.exports` made of one.
         battles: as for `battles_to_predict`; labelled or not.
         recipe: in the place of the run's own, for another device, precision or way to predict.
 
@@ -51,7 +58,7 @@ def predict(run: str | Path, battles: Any, recipe: Recipe | None = None) -> pd.D
     run = Path(run)
     recipe = recipe or load_run_recipe(run)
     battles = battles_to_predict(run, battles)
-    model, tokenizer = load_model(recipe.model, run / MODEL)
+    model, tokenizer = load_model(recipe.model, model_folder(run))
     return calibrate(predict_with(model, tokenizer, recipe, battles), run, recipe)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -31,15 +30,14 @@ from rewardmodel.files import atomic_path
 from rewardmodel.head import classifier_class
 from rewardmodel.objective import Head
 from rewardmodel.placement import placement
+from rewardmodel.runs import BACKBONE
+from rewardmodel.saved import ADAPTER, backbone_folder, check_head, is_adapter, read_about
 from rewardmodel.weights import fingerprint, resolve
 
 logger = logging.getLogger(__name__)
 
 PACKABLE = {"full_attention", "sliding_attention"}
 """Kinds of layers through which sequences of one row pass without seeing each other."""
-
-BACKBONE = "backbone.json"
-"""File beside a saved model that says on which weights it stands."""
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -50,8 +48,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_classifier(config: ModelConfig, folder: Path, head: Head) -> PreTrainedModel:
+def load_classifier(
+    config: ModelConfig, folder: Path, head: Head, weights: torch.dtype | None = None
+) -> PreTrainedModel:
     """Return the backbone of a folder under a float32 head, quantised or not, on its device.
+
+    Its weights are loaded in the precision to compute in, or in that of `weights`.
 
     Raises:
         InputError: a device, precision or attention that is not to be had here.
@@ -63,18 +65,17 @@ def load_classifier(config: ModelConfig, folder: Path, head: Head) -> PreTrained
     model_config = AutoConfig.from_pretrained(folder)
     rules = family(model_config.model_type)
     device, dtype = placement(config, folder)
+    dtype = weights or dtype
     attention = config.attn_implementation or rules.attention[0]
     if attention not in rules.attention:
         raise InputError(
             f"model.attn_implementation: '{attention}' is not known to compute {model_config.model_type}; "
             f"use one of: {', '.join(rules.attention)}"
         )
-    names = dict(enumerate(OUTCOMES if head.num_labels == 3 else ["reward"]))
-    quantised = config.load_in_4bit or config.load_in_8bit
+    quantised = (config.load_in_4bit or config.load_in_8bit) and not getattr(model_config, "quantization_config", None)
     model = classifier_class(model_config, config.pooling, head).from_pretrained(
         folder,
-        id2label=names,
-        label2id={name: number for number, name in names.items()},
+        **label_names(head),
         dtype=dtype if config.use_peft else torch.float32,
         attn_implementation=attention,
         device_map={"": device},
@@ -91,6 +92,12 @@ def load_classifier(config: ModelConfig, folder: Path, head: Head) -> PreTrained
     pack_attention(model)
     logger.info("%s on %s: %s, %s attention, %s", model_config.model_type, device, dtype, attention, _bits(config))
     return model
+
+
+def label_names(head: Head) -> dict[str, dict]:
+    """Return the names of a head's outputs in the words of transformers' configurations."""
+    names = dict(enumerate(OUTCOMES if head.num_labels == 3 else ["reward"]))
+    return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
 
 
 def pack_attention(model: PreTrainedModel) -> None:
@@ -257,13 +264,13 @@ def _subtract_start(folder: Path, start: dict[str, torch.Tensor]) -> None:
 
     PEFT's own conversion leaves out the modules to save, and so the head.
     """
-    weights = load_file(folder / "adapter_model.safetensors")
+    weights = load_file(folder / ADAPTER)
     for name in weights:
         if ".lora_A." in name:
             weights[name] = torch.cat([weights[name], start[name].to("cpu")], dim=0)
         elif ".lora_B." in name:
             weights[name] = torch.cat([weights[name], -start[name].to("cpu")], dim=1)
-    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(weights, folder / ADAPTER, metadata={"format": "pt"})
     lora = LoraConfig.from_pretrained(folder)
     lora.init_lora_weights = True
     lora.lora_alpha *= math.sqrt(2) if lora.use_rslora else 2
@@ -271,43 +278,23 @@ def _subtract_start(folder: Path, start: dict[str, torch.Tensor]) -> None:
     lora.save_pretrained(folder)
 
 
-def load_model(config: ModelConfig, folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Return a saved model, ready to predict, and its tokenizer.
+def load_model(
+    config: ModelConfig, folder: Path, weights: torch.dtype | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Return a saved model, ready to predict, and its tokenizer; `weights` as `load_classifier` has it.
 
     Raises:
         InputError: no saved model there, one without its head, or a backbone that is not the one it was trained on.
     """
-    about = _read_about(folder)
-    if not (folder / "adapter_config.json").is_file():
-        model: Any = load_classifier(config, folder, Head(**about["head"]))
-        return model.eval(), load_tokenizer(folder)
-    backbone = resolve(config.model_name_or_path, config.model_revision)
-    if fingerprint(backbone) != about["fingerprint"]:
-        raise InputError(
-            f"{folder}: trained on other weights of {about['model_name_or_path']} than those in {backbone}; "
-            "give the backbone that it was trained on"
-        )
-    classifier = load_classifier(config, backbone, Head(**about["head"]))
-    _check_head(folder, head_names(classifier))
+    about = read_about(folder)
+    classifier: Any = load_classifier(config, backbone_folder(config, folder), Head(**about["head"]), weights)
+    if not is_adapter(folder):
+        if "tie" in about:  # of a merged model, whose files have no place for it
+            classifier.score.tie.data.fill_(about["tie"])
+        return classifier.eval(), load_tokenizer(folder)
+    check_head(folder, head_names(classifier))
     model = PeftModel.from_pretrained(classifier, folder)
     return model.eval(), load_tokenizer(folder)
-
-
-def _read_about(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / BACKBONE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no trained model there; has the run finished training?") from error
-
-
-def _check_head(folder: Path, heads: list[str]) -> None:
-    with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
-        keys = list(weights.keys())
-    for head in heads:
-        if not any(f".{head}." in key for key in keys):
-            raise InputError(
-                f"{folder}: the saved adapter has no head '{head}'; save it with modules_to_save=['{head}']"
-            )
 
 
 def _lora_targets(model: PreTrainedModel) -> list[str]:

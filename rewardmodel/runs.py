@@ -32,6 +32,7 @@ from rewardmodel.files import write_text
 RECIPE = "recipe.yaml"
 ENVIRONMENT = "environment.json"
 MODEL = "model"
+BACKBONE = "backbone.json"  # in the folder of a model: the weights on which it stands
 VALIDATION = "validation.parquet"
 CALIBRATION = "calibration.parquet"
 PREDICTIONS = "predictions.parquet"
@@ -98,6 +99,11 @@ def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
                     f"{folder}: the run there has {section}.{key}: {there!r}, not {here!r}; resume with the same "
                     "recipe, or start anew with --overwrite"
                 )
+
+
+def model_folder(run: Path) -> Path:
+    """Return where the model of a run is, or of an export, which is a model with its recipe beside."""
+    return run if (run / BACKBONE).is_file() else run / MODEL
 
 
 def load_run_recipe(folder: Path) -> Recipe:

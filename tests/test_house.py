@@ -12,11 +12,13 @@ LEVELS = [
     | {"attention", "batches"},
     {"sources", "folds", "predictions", "prompt", "weights", "runs", "head", "calibration", "resampling"}
     | {"placement", "arguments", "budget"},
-    {"formats", "duplicates", "pairs", "model", "slices", "floors", "page"},
-    {"parts", "audit", "bias", "forward"},
-    {"trainer", "inference", "evaluation"},
-    {"reports"},
-    {"pipeline"},
+    {"saved", "wheels"},
+    {"formats", "duplicates", "pairs", "model", "slices", "floors", "page", "bundle"},
+    {"parts", "audit", "bias", "forward", "merge"},
+    {"trainer", "inference", "evaluation", "soup"},
+    {"reports", "parity"},
+    {"pipeline", "card"},
+    {"exports"},
     {"cli"},
 ]
 """A module imports only from levels above its own, inside functions too."""
