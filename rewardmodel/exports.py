@@ -77,7 +77,8 @@ def export(
 
     Returns:
         What `rewardmodel.parity.check_parity` found; of several runs also `probability_average`: how far the export is
-        from the mean of the runs' predictions.
+        from the mean of the runs' predictions; and of a run in 8 bits `rounded_run`: how far its weights in float32 are
+        from it as it predicts by itself, which rounds activations, too.
 
     Raises:
         InputError: what was given cannot be exported so.
@@ -103,11 +104,13 @@ def export(
         compared = battles_to_compare(found[0], battles)
         beside = predict_run(run, compared)
         plain = run.recipe.model.pooling == "last" and contents != "adapter" and not rewardmodel_only
-        precision, limits = _precision(run, contents, weights), _limits(run, contents, weights)
+        precision, limits = _precision(run, contents, weights), _limits(contents, weights)
         facts = {"kind": kind, **check_parity(run, beside, model, compared, precision, limits, plain)}
         if len(found) > 1:
             tables = [predict_run(one, compared) for one in found]
             facts["probability_average"] = differences(_averaged(tables), beside)
+        if run.recipe.model.load_in_8bit:
+            facts["rounded_run"] = differences(predict_run(run, compared, rounded=True), beside)
         write_json(folder / PARITY, facts)
         write_card([one.folder for one in found], model, facts)
         if bundle:
@@ -200,11 +203,10 @@ def _precision(run: Trained, contents: str, weights: torch.dtype) -> str:
     return "float32" if alone else str(weights).removeprefix("torch.")
 
 
-def _limits(run: Trained, contents: str, weights: torch.dtype) -> Limits | None:
+def _limits(contents: str, weights: torch.dtype) -> Limits | None:
     if EXPORTS[contents].bits:
         return None
-    exact = contents == "adapter" or (weights == torch.float32 and not run.recipe.model.load_in_8bit)
-    return EXACT if exact else ROUNDED
+    return EXACT if contents == "adapter" or weights == torch.float32 else ROUNDED
 
 
 @dataclass(frozen=True)

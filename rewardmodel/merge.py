@@ -81,7 +81,7 @@ def merge(
     Args:
         run: with an adapter, or fully fine-tuned, which has nothing to merge.
         folder: where to; plain transformers loads the model from there.
-        dtype: of the weights written; the head stays float32.
+        dtype: of the weights written; the head stays float32, unless `requantise`.
         requantise: bitsandbytes settings to quantise what was merged once more; none: not at all.
         shard: bytes of an output file.
 
@@ -191,7 +191,8 @@ class Merging:
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise FloatingPointError(f"{self.run.folder}: {name} has values that are no finite numbers")
         if name.startswith(self.heads):
-            yield key, value.float().cpu().contiguous()
+            # Beside quantised weights transformers casts nothing that it loads, and so could not compute the head.
+            yield key, value.to(self.dtype if self.requantizer else torch.float32).cpu().contiguous()
             return
         value = value.to(self.dtype) if value.is_floating_point() else value
         if self.requantizer and self.requantizer.param_needs_quantization(self.target, name):

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.functional import int8_vectorwise_dequant
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from datasets import Dataset, load_from_disk
 
 from rewardmodel.batches import pad
@@ -50,7 +51,7 @@ class Limits(NamedTuple):
 
 
 EXACT, ROUNDED = Limits(1e-4, 1e-3), Limits(0.02, 1e-3)
-"""Limits of exports in float32, and of those in 16 bits or of runs in 8 bits, which round activations as they go."""
+"""Limits of exports in float32, and of those in 16 bits."""
 
 FRESH_PROCESS = """
 import json, sys, torch
@@ -92,17 +93,35 @@ def battles_to_compare(run: Trained, battles: Any = None) -> Dataset:
     return held_out.select(np.linspace(0, len(held_out) - 1, BATTLES).astype(int))
 
 
-def predict_run(run: Trained, battles: Dataset) -> pd.DataFrame:
-    """Return the predictions of a run's weights as they were trained, computed in float32, without its calibrator."""
+def predict_run(run: Trained, battles: Dataset, rounded: bool = False) -> pd.DataFrame:
+    """Return the predictions of a run's weights as they were trained, computed in float32, without its calibrator.
+
+    Args:
+        run: what predicts.
+        battles: n battles.
+        rounded: whether a run in 8 bits rounds the activations of its layers to 8 bits, too, as it does by itself
+            (LLM.int8, Dettmers et al. 2022).
+    """
     recipe = computed_in("float32", run.recipe)
     model, tokenizer = load_model(recipe.model, run.model, run.dtype)
     for weight in [*model.parameters(), *model.buffers()]:
         if weight.is_floating_point():
             weight.data = weight.data.float()
-    for module in model.modules():
+    for module in list(model.modules()):
         if isinstance(module, Linear4bit):
             module.compute_dtype = torch.float32
+        for name, child in () if rounded else list(module.named_children()):
+            if isinstance(child, Linear8bitLt):
+                setattr(module, name, _unrounded(child))
     return predict_with(model, tokenizer, recipe, battles)
+
+
+def _unrounded(layer: Linear8bitLt) -> torch.nn.Linear:
+    """Return the layer with its 8-bit weight in float32."""
+    plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    weight = int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
+    plain.weight, plain.bias = torch.nn.Parameter(weight, requires_grad=False), layer.bias
+    return plain
 
 
 def computed_in(precision: str, recipe: Recipe) -> Recipe:
@@ -204,13 +223,16 @@ def format_parity(facts: Facts) -> str:
         lines.append(f"  {'log loss':<28}{losses['run']:.4f} -> {losses['export']:.4f}, {change}")
     if facts["plain"]:
         lines.append(f"  {'plain transformers, max |dp|':<28}{facts['plain']['max_abs_dp']:.2e}")
-    if facts.get("probability_average"):
-        other = facts["probability_average"]
-        loss = f", log loss {other['log_loss']['difference']:+.2e}" if other["log_loss"] else ""
-        lines.append(
-            f"  {'from the runs averaged':<28}{other['max_abs_dp']:.2e}, mean {other['mean_abs_dp']:.2e}{loss}"
-        )
+    for key, name in OTHERS.items():
+        if key in facts:
+            other = facts[key]
+            loss = f", log loss {other['log_loss']['difference']:+.2e}" if other["log_loss"] else ""
+            lines.append(f"  {name:<28}{other['max_abs_dp']:.2e}, mean {other['mean_abs_dp']:.2e}{loss}")
     return "\n".join(lines)
+
+
+OTHERS = {"probability_average": "from the runs averaged", "rounded_run": "from the run in 8 bits"}
+"""Other predictions that the run's are measured against, by their key, and how a terminal calls them."""
 
 
 def _limit(facts: Facts, name: str) -> str:

@@ -159,7 +159,7 @@ def test_a_reward_model_is_a_plain_one_with_its_tie_parameter_beside(backbone, t
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_what_was_merged_is_quantised_once_more_with_the_head_left_out(bits, backbone, tmp_path):
-    run, model, tokenizer = random_run(tmp_path, backbone("llama"))
+    run, _, tokenizer = random_run(tmp_path, backbone("llama"))
     config = replace(run.recipe.model, load_in_4bit=bits == 4, load_in_8bit=bits == 8)
     merge(run, tmp_path / "merged", torch.float32, quantization(config, torch.float32))
     found = load_file(tmp_path / "merged" / "model.safetensors")
@@ -169,7 +169,7 @@ def test_what_was_merged_is_quantised_once_more_with_the_head_left_out(bits, bac
     rows = rows_of(tokenizer)
     after = plain_logits(tmp_path / "merged", tokenizer, rows)
     again, _ = load_model(config, tmp_path / "merged")
-    assert (after - logits(again, pack(rows))).abs().max() <= 1e-2
+    assert (after.softmax(-1) - logits(again, pack(rows)).softmax(-1)).abs().max() <= 0.02
     # As transformers itself quantises the merged model when it loads it:
     merge(run, tmp_path / "float32", torch.float32)
     asked = load_classifier(config, tmp_path / "float32", JOINT)
@@ -180,14 +180,14 @@ def test_what_was_merged_is_quantised_once_more_with_the_head_left_out(bits, bac
 
 def test_shards_hold_at_most_their_limit_and_load(backbone, tmp_path):
     run, model, tokenizer = random_run(tmp_path, backbone("llama"))
-    merge(run, tmp_path / "merged", torch.float32, shard=120_000)
+    merge(run, tmp_path / "merged", torch.float32, shard=90_000)
     files = sorted((tmp_path / "merged").glob("*.safetensors"))
-    assert len(files) > 3
+    assert len(files) >= 3
     assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
     for file in files:
         with safe_open(file, "pt") as content:
             keys = list(content.keys())
-        assert len(keys) == 1 or file.stat().st_size <= 130_000
+        assert len(keys) == 1 or file.stat().st_size <= 100_000
     assert len(weight_files(tmp_path / "merged")) == 21
     after = plain_logits(tmp_path / "merged", tokenizer, rows_of(tokenizer))
     assert (after - logits(model, pack(rows_of(tokenizer)))).abs().max() <= 1e-4
