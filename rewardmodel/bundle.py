@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -79,17 +80,16 @@ def script(bundle: Bundle) -> str:
     return environment.get_template("kaggle.py.jinja").render(**names, base=bundle.base, model=BUNDLED_MODEL)
 
 
-def notebook(text: str) -> dict:
+def notebook(text: str) -> dict[str, Any]:
     """Return the Jupyter notebook (nbformat 4.5) of a program whose cells are parted by `# %%`."""
     cells = []
     for number, part in enumerate(re.split(r"^# %%", text, flags=re.MULTILINE)[1:]):
         kind, _, body = part.partition("\n")
-        cell = {"id": f"cell-{number}", "metadata": {}}
+        cell: dict[str, Any] = {"id": f"cell-{number}", "metadata": {}}
         if "[markdown]" in kind:
             lines = [line.removeprefix("#").removeprefix(" ") for line in body.strip().splitlines()]
             cells.append({**cell, "cell_type": "markdown", "source": "\n".join(lines)})
         else:
-            code = {"cell_type": "code", "execution_count": None, "outputs": []}
-            cells.append({**cell, **code, "source": body.strip()})
+            cells.append({**cell, "cell_type": "code", "execution_count": None, "outputs": [], "source": body.strip()})
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     return {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}

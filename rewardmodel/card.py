@@ -72,6 +72,7 @@ def card_facts(runs: Sequence[Path], model: Path, parity: Facts) -> dict[str, An
         "plain": recipe.model.pooling == "last" and (is_adapter(model) or parity["plain"] is not None),
         "why_not_plain": _why_not_plain(recipe.model),
         "form": _form(merged, bits) if merged else "the adapter and its head as they were trained, in PEFT's layout",
+        "requantised": bool(merged.get("bits")),
         "max_length": recipe.prompt.max_length,
         "truncation": recipe.prompt.truncation,
         "example": _example(model, recipe),
@@ -108,20 +109,23 @@ def _licence_of_card(config: ModelConfig) -> str | None:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return (model_info(config.model_name_or_path, timeout=10).card_data or {}).get("license")
+        stated = model_info(config.model_name_or_path, timeout=10).card_data
+        return stated.get("license") if stated else None
     except (HfHubHTTPError, OSError, ValueError):  # OSError: no network, or none wanted
         return None
 
 
 def _bits(config: ModelConfig) -> str | None:
     if config.load_in_4bit:
-        return f"4 bits, {config.bnb_4bit_quant_type}" + (", double quantised" if config.use_bnb_nested_quant else "")
-    return "8 bits" if config.load_in_8bit else None
+        return f"4-bit {config.bnb_4bit_quant_type}" + (
+            " with double quantisation" if config.use_bnb_nested_quant else ""
+        )
+    return "8-bit int8" if config.load_in_8bit else None
 
 
 def _form(merged: dict[str, Any], bits: str | None) -> str:
-    added = f"the backbone in {bits} made {merged['dtype']}" if bits else "the backbone"
-    form = f"one model: {added}, the adapter added in float32, saved in {merged['dtype']}"
+    added = f"the backbone's weights out of {bits}" if bits else "the backbone's weights"
+    form = f"one model: {added}, what was trained added in float32, saved in {merged['dtype']}"
     return f"{form} and quantised once more to {merged['bits']} bits, the head left out" if merged["bits"] else form
 
 

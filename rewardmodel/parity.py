@@ -10,7 +10,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -128,7 +128,7 @@ def computed_in(precision: str, recipe: Recipe) -> Recipe:
     """Return a recipe that predicts in a precision, with an attention that knows it, and uncalibrated."""
     return replace(
         recipe,
-        model=replace(recipe.model, dtype=precision, attn_implementation=None),
+        model=replace(recipe.model, dtype=cast(Any, precision), attn_implementation=None),
         inference=replace(recipe.inference, calibrate=False),
     )
 
@@ -214,20 +214,20 @@ def format_parity(facts: Facts) -> str:
     """Return what `check_parity` found as lines for a terminal."""
     lines = [
         f"parity on {facts['battles']} battles, the run in float32 beside the export in {facts['precision']}",
-        f"  {'max |dp|':<28}{facts['max_abs_dp']:.2e}{_limit(facts, 'probability')}",
-        f"  {'mean |dp|':<28}{facts['mean_abs_dp']:.2e}",
+        f"  {'max |dp|':<30}{facts['max_abs_dp']:.2e}{_limit(facts, 'probability')}",
+        f"  {'mean |dp|':<30}{facts['mean_abs_dp']:.2e}",
     ]
     if facts["log_loss"]:
         losses = facts["log_loss"]
         change = f"{losses['difference']:+.2e}{_limit(facts, 'log_loss')}"
-        lines.append(f"  {'log loss':<28}{losses['run']:.4f} -> {losses['export']:.4f}, {change}")
+        lines.append(f"  {'log loss':<30}{losses['run']:.4f} -> {losses['export']:.4f}, {change}")
     if facts["plain"]:
-        lines.append(f"  {'plain transformers, max |dp|':<28}{facts['plain']['max_abs_dp']:.2e}")
+        lines.append(f"  {'plain transformers, max |dp|':<30}{facts['plain']['max_abs_dp']:.2e}")
     for key, name in OTHERS.items():
         if key in facts:
             other = facts[key]
             loss = f", log loss {other['log_loss']['difference']:+.2e}" if other["log_loss"] else ""
-            lines.append(f"  {name:<28}{other['max_abs_dp']:.2e}, mean {other['mean_abs_dp']:.2e}{loss}")
+            lines.append(f"  {name:<30}{other['max_abs_dp']:.2e}, mean {other['mean_abs_dp']:.2e}{loss}")
     return "\n".join(lines)
 
 

@@ -12,10 +12,11 @@ import zipfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name, parse_wheel_filename
+from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 import rewardmodel
@@ -42,15 +43,15 @@ def read_installed(file: Path) -> dict[str, Version]:
         raise InputError(
             f"--installed: {file}: no list can be read there ({error}); give what pip freeze prints"
         ) from error
-    found = {}
+    found: dict[str, Version] = {}
     for line in lines:
-        name, _, version = line.partition("==")
-        if not version and " @ " in line and line.endswith(".whl"):
-            name, version = line.split(" @ ")[0], str(parse_wheel_filename(line.rpartition("/")[2])[1])
+        name, at, version = line.partition(" @ ") if " @ " in line else line.partition("==")
+        if at == " @ ":  # as conda and offline installations have it: only the file's name tells the version
+            version = "".join(unquote(version).rpartition("/")[2].split("-")[1:2])
         try:
             found[canonicalize_name(name.strip())] = Version(version.split(";")[0].strip())
         except InvalidVersion:
-            continue  # comments, packages from a folder
+            continue  # a comment, or a package from a folder
     if not found:
         raise InputError(f"--installed: {file} has no line like name==1.0; give what pip freeze prints there")
     return found

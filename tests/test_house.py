@@ -12,7 +12,7 @@ LEVELS = [
     | {"attention", "batches"},
     {"sources", "folds", "predictions", "prompt", "weights", "runs", "head", "calibration", "resampling"}
     | {"placement", "arguments", "budget"},
-    {"saved", "wheels"},
+    {"saved", "wheels", "checkpoint"},
     {"formats", "duplicates", "pairs", "model", "slices", "floors", "page", "bundle"},
     {"parts", "audit", "bias", "forward", "merge"},
     {"trainer", "inference", "evaluation", "soup"},

@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from rewardmodel.batches import pack, pad
+from rewardmodel.checkpoint import weight_files
 from rewardmodel.config import ModelConfig, PromptConfig, Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.formats import read_battles
-from rewardmodel.merge import Trained, merge, parameter_names, trained, weight_files, write_shards
+from rewardmodel.merge import Trained, merge, trained
 from rewardmodel.model import build_model, load_classifier, load_model, quantization, save_model
 from rewardmodel.objective import JOINT, SEPARATE
 from rewardmodel.pairs import tokenize
@@ -251,19 +252,6 @@ def test_a_backbone_that_is_quantised_in_its_files_is_refused(backbone, tmp_path
     assert backbone_folder(second.recipe.model, second.model) == tmp_path / "quantised"
     with pytest.raises(InputError, match="quantised in their files"):
         merge(second, tmp_path / "merged", torch.float32)
-
-
-def test_tensors_are_named_as_transformers_loads_them(backbone):
-    config = ModelConfig(str(backbone("llama")), device="cpu", dtype="float32")
-    model = load_classifier(config, backbone("llama"), JOINT)
-    names = parameter_names(model, ["lm_head.weight", "norm.weight", "model.embed_tokens.weight"])
-    assert names == {"norm.weight": "model.norm.weight", "model.embed_tokens.weight": "model.embed_tokens.weight"}
-
-
-def test_one_shard_needs_no_index(tmp_path):
-    write_shards([("a", torch.zeros(3)), ("b", torch.ones(2))], tmp_path, 10**9)
-    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
-    assert load_file(tmp_path / "model.safetensors").keys() == {"a", "b"}
 
 
 def test_a_folder_without_its_precision_is_no_trained_run(recipe, backbone, tmp_path):
