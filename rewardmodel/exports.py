@@ -87,13 +87,14 @@ def export(
     output = Path(output)
     found = [trained(folder) for folder in run_folders(runs)]
     contents = _check_asked(found, output, kind, dtype, push_to_hub, bundle)
+    if found[0].recipe.model.pooling != "last" and contents != "adapter" and not (rewardmodel_only or bundle):
+        raise InputError(
+            f"{found[0].folder}: model.pooling is {found[0].recipe.model.pooling}, where plain transformers reads the "
+            "last token; --kind adapter, or accept with --rewardmodel-only that only rewardmodel loads it"
+        )
+    compared = battles_to_compare(found[0], battles)
     with tempfile.TemporaryDirectory() as work, atomic_path(output) as folder:
         run = found[0] if len(found) == 1 else soup(found, Path(work))
-        if run.recipe.model.pooling != "last" and contents != "adapter" and not (rewardmodel_only or bundle):
-            raise InputError(
-                f"{run.folder}: model.pooling is {run.recipe.model.pooling}; plain transformers would read the last "
-                "token instead; --kind adapter, or accept with --rewardmodel-only that only rewardmodel loads it"
-            )
         model = folder / BUNDLED_MODEL if bundle else folder
         weights = getattr(torch, dtype or DTYPES[0])
         EXPORTS[contents].write(run, model, weights)
@@ -101,7 +102,6 @@ def export(
         write_text(model / RECIPE, dump_recipe(recipe))
         if len(found) == 1:
             _copy_calibrator(run.folder, model)
-        compared = battles_to_compare(found[0], battles)
         beside = predict_run(run, compared)
         plain = run.recipe.model.pooling == "last" and contents != "adapter" and not rewardmodel_only
         precision, limits = _precision(run, contents, weights), _limits(contents, weights)
