@@ -17,6 +17,7 @@ _HOMES = {
     "compare": "evaluation",
     "baseline": "floors",
     "report": "reports",
+    "export": "exports",
     "run": "pipeline",
     "prepare": "pipeline",
     "train_fold": "crossfit",

@@ -187,6 +187,36 @@ def _report(arguments: list[str]) -> None:
     print(report(options.runs, options.output))
 
 
+def _export(arguments: list[str]) -> None:
+    """Write a run, or the mean of several, in a form that other machines load, and check it beside the run."""
+    parser = _parser("export", _export)
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders, or a folder of fold-0, fold-1, ...")
+    parser.add_argument("--output", type=Path, required=True, help="the folder to make")
+    kinds = "adapter, merged, merged_4bit, merged_8bit, soup, kaggle"
+    parser.add_argument("--kind", default="merged", help=f"{kinds} (merged)")
+    parser.add_argument("--dtype", help="of merged weights: bfloat16, float16, float32 (bfloat16)")
+    parser.add_argument("--battles", help="to compare on, 64 at least; none: the run's held-out ones, or 'sample'")
+    parser.add_argument("--rewardmodel-only", action="store_true", help="accept what plain transformers reads wrongly")
+    parser.add_argument("--push-to-hub", help="owner/name of a model repository, made private if it is not there")
+    kaggle = parser.add_argument_group("--kind kaggle")
+    kaggle.add_argument("--dataset", help="owner/name of the Kaggle data set")
+    kaggle.add_argument("--installed", type=Path, help="what is installed there, as pip freeze prints it")
+    kaggle.add_argument("--contents", help="the model inside, another of the kinds (adapter)")
+    kaggle.add_argument("--base", help="where the adapter's backbone is mounted there")
+    kaggle.add_argument("--python", help="version there (3.12)")
+    options = vars(parser.parse_args(arguments))
+    asked = {name: options.pop(name) for name in ("dataset", "installed", "contents", "base", "python")}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if asked and not {"dataset", "installed"} <= asked.keys():
+        raise InputError(f"--{next(iter(asked))}: only for --kind kaggle, which needs --dataset and --installed")
+    from rewardmodel.bundle import Bundle
+    from rewardmodel.exports import export
+    from rewardmodel.parity import format_parity
+
+    facts = export(**options, bundle=Bundle(**asked) if asked else None)
+    print(f"{format_parity(facts)}\n\n{options['output']}")
+
+
 def _baseline(arguments: list[str]) -> None:
     """Measure what needs no language model: class prior, lengths, TF-IDF; out of fold."""
     parser = _parser("baseline", _baseline)
@@ -219,6 +249,7 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "predict": _predict,
     "evaluate": _evaluate,
     "report": _report,
+    "export": _export,
     "baseline": _baseline,
 }
 """Commands by name; the first line of each docstring is its help."""

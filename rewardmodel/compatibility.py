@@ -129,7 +129,6 @@ CHECKS = (
     Check(
         lambda s: s.quantised and not s.model.use_peft,
         "model.use_peft: a quantised backbone cannot train itself; leave it true, or quantise nothing",
-        training=False,
     ),
     Check(
         lambda s: s.dtype == "bfloat16" and s.old,

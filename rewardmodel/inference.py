@@ -35,11 +35,11 @@ from rewardmodel.predictions import (
 from rewardmodel.runs import (
     CALIBRATION,
     CALIBRATOR,
-    MODEL,
     VALIDATION,
     check_same_inputs,
     is_k_fold,
     load_run_recipe,
+    model_folder,
     trained_models,
 )
 
@@ -64,7 +64,7 @@ def predict(
     if there are none: `seen` says so (absent if a run has no training_keys.npy).
 
     Args:
-        runs: the run folder, or several.
+        runs: the run folder, or what `rewardmodel.exports` made of one; or several.
         battles: as for `battles_to_predict`, of the first run; labelled or not.
         recipe: in the place of the run's own, for another device, precision or way to predict; one for each run.
         weights: of each run in the mean; none: all alike.
@@ -131,7 +131,7 @@ def _dealt(folders: list[Path], battles: Dataset) -> tuple[np.ndarray, np.ndarra
 
 def _predict_rows(folder: Path, recipe: Recipe, battles: Dataset, rows: np.ndarray) -> pd.DataFrame:
     """Return the predictions of some battles by the model of a folder, by the battle's number."""
-    model, tokenizer = load_model(recipe.model, folder / MODEL)
+    model, tokenizer = load_model(recipe.model, model_folder(folder))
     chosen = battles if len(rows) == len(battles) else battles.select(rows)
     return predict_with(model, tokenizer, recipe, chosen).set_index(rows)
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel
-from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -35,15 +34,14 @@ from rewardmodel.lora import add_lora, subtract_start
 from rewardmodel.objective import Head
 from rewardmodel.placement import placement, setup
 from rewardmodel.quantization import quantization, quantized_bits
+from rewardmodel.runs import BACKBONE
+from rewardmodel.saved import backbone_folder, check_head, is_adapter, read_about
 from rewardmodel.weights import fingerprint, resolve, tensor_shape
 
 logger = logging.getLogger(__name__)
 
 PACKABLE = {"full_attention", "sliding_attention"}
 """Kinds of layers through which sequences of one row pass without seeing each other."""
-
-BACKBONE = "backbone.json"
-"""File beside a saved model that says on which weights it stands."""
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -54,7 +52,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_classifier(config: ModelConfig, folder: Path, head: Head, spread: bool = False) -> PreTrainedModel:
+def load_classifier(
+    config: ModelConfig, folder: Path, head: Head, spread: bool = False, weights: torch.dtype | None = None
+) -> PreTrainedModel:
     """Return the backbone of a folder under a float32 head, quantised or not, on its device.
 
     Args:
@@ -62,6 +62,7 @@ def load_classifier(config: ModelConfig, folder: Path, head: Head, spread: bool 
         folder: of the backbone.
         head: its shape.
         spread: whether FSDP will cut it up: it then waits in the host's memory, and no GPU ever holds all of it.
+        weights: precision to load weights in; none: that to compute in.
 
     Raises:
         InputError: a device, precision, attention or quantisation that is not to be had here, or no head to keep.
@@ -70,11 +71,12 @@ def load_classifier(config: ModelConfig, folder: Path, head: Head, spread: bool 
     model_config = AutoConfig.from_pretrained(folder)
     rules = family(model_config.model_type)
     device, dtype = placement(config, folder)
+    dtype = weights or dtype
     bits = quantized_bits(config, model_config)
     quantized = quantization(config, model_config, dtype)
     attention = config.attn_implementation or rules.attention[0]
-    model_config.id2label = dict(enumerate(OUTCOMES if head.num_labels == 3 else ["reward"]))
-    model_config.label2id = {name: number for number, name in model_config.id2label.items()}
+    for key, names in label_names(head).items():
+        setattr(model_config, key, names)
     kind = classifier_class(model_config, config.pooling, head)
     if config.keep_head:
         _check_kept(kind, model_config, folder)
@@ -137,6 +139,12 @@ def _check_kept(kind: Any, model_config: Any, folder: Path) -> None:
                     f"model.keep_head: {folder} {held}, and objective.name needs {tuple(weight.shape)}; "
                     "set it to false for a new head"
                 )
+
+
+def label_names(head: Head) -> dict[str, dict]:
+    """Return the names of a head's outputs in the words of transformers' configurations."""
+    names = dict(enumerate(OUTCOMES if head.num_labels == 3 else ["reward"]))
+    return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
 
 
 def pack_attention(model: PreTrainedModel) -> None:
@@ -236,27 +244,23 @@ def classifier(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def load_model(config: ModelConfig, folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Return a saved model, ready to predict, and its tokenizer.
+def load_model(
+    config: ModelConfig, folder: Path, weights: torch.dtype | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Return a saved model, ready to predict, and its tokenizer; `weights` as `load_classifier` has it.
 
     Raises:
         InputError: no saved model there, one without its head, or a backbone that is not the one it was trained on.
     """
-    about = _read_about(folder)
-    if not (folder / "adapter_config.json").is_file():
-        with _whole_in_every_process():
-            model: Any = load_classifier(replace(config, keep_head=True), folder, Head(**about["head"]))
-        return model.eval(), load_tokenizer(folder)
-    backbone = resolve(config.model_name_or_path, config.model_revision)
-    if fingerprint(backbone) != about["fingerprint"]:
-        raise InputError(
-            f"{folder}: trained on other weights of {about['model_name_or_path']} than those in {backbone}; "
-            "give the backbone that it was trained on"
-        )
+    about, adapted = read_about(folder), is_adapter(folder)
+    config = config if adapted else replace(config, keep_head=True)
     with _whole_in_every_process():
-        classifier = load_classifier(config, backbone, Head(**about["head"]))
-        _check_head(folder, head_names(classifier))
-        model = PeftModel.from_pretrained(classifier, folder)
+        model: Any = load_classifier(config, backbone_folder(config, folder), Head(**about["head"]), weights=weights)
+        if adapted:
+            check_head(folder, head_names(model))
+            model = PeftModel.from_pretrained(model, folder)
+    if "tie" in about:  # of a merged model, whose files have no place for it
+        model.get_submodule(model.last_layer).tie.data.fill_(about["tie"])
     return model.eval(), load_tokenizer(folder)
 
 
@@ -272,20 +276,3 @@ def _whole_in_every_process() -> Iterator[None]:
     finally:
         if before is not None:
             os.environ[name] = before
-
-
-def _read_about(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / BACKBONE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no trained model there; has the run finished training?") from error
-
-
-def _check_head(folder: Path, heads: list[str]) -> None:
-    with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
-        keys = list(weights.keys())
-    for head in heads:
-        if not any(f".{head}." in key for key in keys):
-            raise InputError(
-                f"{folder}: the saved adapter has no head '{head}'; save it with modules_to_save=['{head}']"
-            )

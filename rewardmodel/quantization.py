@@ -50,6 +50,11 @@ def quantization(config: ModelConfig, backbone: Any, dtype: torch.dtype) -> Bits
         return None
     if not bits:
         return None
+    return bits_and_bytes(config, dtype)
+
+
+def bits_and_bytes(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return bitsandbytes settings of what the recipe wishes, that leave every head alone."""
     return BitsAndBytesConfig(
         load_in_4bit=config.load_in_4bit,
         load_in_8bit=config.load_in_8bit,

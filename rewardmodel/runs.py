@@ -36,6 +36,7 @@ RECIPE = "recipe.yaml"
 ENVIRONMENT = "environment.json"
 TRAINING_KEYS = "training_keys.npy"
 MODEL = "model"
+BACKBONE = "backbone.json"  # in the folder of a model: the weights on which it stands
 VALIDATION = "validation.parquet"
 CALIBRATION = "calibration.parquet"
 PREDICTIONS = "predictions.parquet"
@@ -109,6 +110,11 @@ def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
                 )
 
 
+def model_folder(run: Path) -> Path:
+    """Return where the model of a run is, or of an export, which is a model with its recipe beside."""
+    return run if (run / BACKBONE).is_file() else run / MODEL
+
+
 def load_run_recipe(folder: Path) -> Recipe:
     """Return the recipe that a run carries.
 
@@ -142,7 +148,7 @@ def trained_models(run: Path) -> list[Path]:
     recipe = load_run_recipe(run)
     folders = [fold_folder(run, fold) for fold in range(recipe.data.folds)] if folds else [run]
     for folder in folders:
-        if not (folder / MODEL).is_dir():
+        if not model_folder(folder).is_dir():
             raise InputError(f"{folder / MODEL}: no trained model there; has the run finished training?")
     return folders
 

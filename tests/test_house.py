@@ -13,14 +13,14 @@ LEVELS = [
     {"compatibility"},
     {"sources", "folds", "predictions", "prompt", "weights", "runs", "head", "calibration", "resampling"}
     | {"placement", "arguments", "budget", "devices", "quantization", "stand_ins"},
-    {"teachers"},
-    {"formats", "duplicates", "pairs", "lora", "slices", "floors", "page"},
+    {"teachers", "saved", "wheels", "checkpoint"},
+    {"formats", "duplicates", "pairs", "lora", "slices", "floors", "page", "bundle"},
     {"model"},
-    {"parts", "audit", "bias", "forward", "memory"},
-    {"trainer", "inference", "evaluation", "estimate", "rewards"},
-    {"training", "reports", "doctor"},
-    {"pipeline"},
-    {"crossfit"},
+    {"parts", "audit", "bias", "forward", "memory", "merge"},
+    {"trainer", "inference", "evaluation", "estimate", "rewards", "soup"},
+    {"training", "reports", "doctor", "parity"},
+    {"pipeline", "card"},
+    {"crossfit", "exports"},
     {"cli"},
 ]
 """A module imports only from levels above its own, inside functions too."""
