@@ -142,8 +142,9 @@ def own_wheel(folder: Path) -> Path:
         for path in sorted(package.rglob("*"))
         if path.is_file() and "__pycache__" not in path.parts
     }
-    for name in ("METADATA", "entry_points.txt"):
-        files[f"{about}/{name}"] = (installed.read_text(name) or "").encode()
+    told = installed.read_text("METADATA") or installed.read_text("PKG-INFO") or ""  # the latter in a source tree
+    files[f"{about}/METADATA"] = told.encode()
+    files[f"{about}/entry_points.txt"] = (installed.read_text("entry_points.txt") or "").encode()
     files[f"{about}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: rewardmodel\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     record = [f"{name},sha256={_digest(content)},{len(content)}" for name, content in files.items()]
     files[f"{about}/RECORD"] = ("\n".join([*record, f"{about}/RECORD,,"]) + "\n").encode()

@@ -21,7 +21,7 @@ from rewardmodel.config import load_recipe
 from rewardmodel.errors import InputError
 from rewardmodel.inference import predict
 from rewardmodel.predictions import predicted
-from rewardmodel.trainer import train
+from rewardmodel.training import train
 
 UNPLUGGED = """
 import socket

@@ -10,7 +10,7 @@ from conftest import make_backbone
 from rewardmodel.card import LICENCES, licence, write_card
 from rewardmodel.config import ModelConfig, ObjectiveConfig
 from rewardmodel.merge import merge, trained
-from rewardmodel.trainer import train
+from rewardmodel.training import train
 from rewardmodel.weights import PACKAGED
 
 PARITY = {

@@ -16,23 +16,24 @@ from rewardmodel.battles import TEXTS
 from rewardmodel.bundle import Bundle
 from rewardmodel.calibration import Calibrator, save
 from rewardmodel.config import DataConfig, ModelConfig, ObjectiveConfig, PromptConfig, Recipe, load_recipe
+from rewardmodel.crossfit import train_folds
 from rewardmodel.errors import InputError
 from rewardmodel.evaluation import evaluate
 from rewardmodel.inference import predict
 from rewardmodel.pipeline import run as run_recipe
 from rewardmodel.predictions import predicted, read_predictions
-from rewardmodel.trainer import train
+from rewardmodel.training import train
 
 
 @pytest.fixture(scope="module")
 def recipe_of(backbone, tmp_path_factory):
     """Return a function that makes a recipe of 280 battles, changed."""
 
-    def make(name: str, objective: str = "cross_entropy", template: str | None = None, fold: int = 0, **model):
+    def make(name: str, objective: str = "cross_entropy", template: str | None = None, **model):
         folder = tmp_path_factory.mktemp(name)
         config = ModelConfig(model_name_or_path=str(backbone("llama")), device="cpu", dtype="float32", lora_r=4)
         return Recipe(
-            data=DataConfig(train=str(write_csv(battle_frame(70), folder / "train.csv")), folds=4, fold=fold),
+            data=DataConfig(train=str(write_csv(battle_frame(70), folder / "train.csv")), folds=4),
             prompt=PromptConfig(max_length=120, template=template),
             model=replace(config, **model),
             objective=ObjectiveConfig(name=objective),
@@ -263,10 +264,8 @@ def test_a_hub_that_refuses_leaves_the_export_and_says_so(run_folder, tmp_path, 
 
 
 def test_of_folds_the_mean_is_exported(recipe_of, tmp_path, in_this_process):
-    folds = tmp_path / "runs"
-    for number in range(2):
-        recipe = recipe_of(f"fold{number}", fold=number, load_in_4bit=True, use_rslora=True)
-        train(replace(recipe, trainer={**recipe.trainer, "output_dir": str(folds / f"fold-{number}"), "seed": number}))
+    recipe = recipe_of("folds", load_in_4bit=True, use_rslora=True)
+    folds, _ = train_folds(replace(recipe, data=replace(recipe.data, folds=2)))
     facts = export(folds, tmp_path / "soup", "soup", dtype="float32")
     assert facts["max_abs_dp"] <= 1e-4
     assert facts["probability_average"]["max_abs_dp"] > 1e-6

@@ -15,9 +15,10 @@ from rewardmodel.config import ModelConfig, PromptConfig, Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.formats import read_battles
 from rewardmodel.merge import Trained, merge, trained
-from rewardmodel.model import build_model, load_classifier, load_model, quantization, save_model
+from rewardmodel.model import build_model, load_classifier, load_model, save_model
 from rewardmodel.objective import JOINT, SEPARATE
 from rewardmodel.pairs import tokenize
+from rewardmodel.quantization import bits_and_bytes
 from rewardmodel.saved import backbone_folder
 
 VARIANTS = {
@@ -162,7 +163,7 @@ def test_a_reward_model_is_a_plain_one_with_its_tie_parameter_beside(backbone, t
 def test_what_was_merged_is_quantised_once_more_with_the_head_left_out(bits, backbone, tmp_path):
     run, _, tokenizer = random_run(tmp_path, backbone("llama"))
     config = replace(run.recipe.model, load_in_4bit=bits == 4, load_in_8bit=bits == 8)
-    merge(run, tmp_path / "merged", torch.float32, quantization(config, torch.float32))
+    merge(run, tmp_path / "merged", torch.float32, bits_and_bytes(config, torch.float32))
     found = load_file(tmp_path / "merged" / "model.safetensors")
     expected = torch.uint8 if bits == 4 else torch.int8
     assert found["model.layers.0.mlp.up_proj.weight"].dtype == expected
@@ -173,7 +174,7 @@ def test_what_was_merged_is_quantised_once_more_with_the_head_left_out(bits, bac
     assert (after.softmax(-1) - logits(again, pack(rows)).softmax(-1)).abs().max() <= 0.02
     # As transformers itself quantises the merged model when it loads it:
     merge(run, tmp_path / "float32", torch.float32)
-    asked = load_classifier(config, tmp_path / "float32", JOINT)
+    asked = load_classifier(replace(config, keep_head=True), tmp_path / "float32", JOINT)
     ours = dict(again.named_parameters())
     for name, weight in asked.named_parameters():
         assert torch.equal(weight.data, ours[name].data), name
@@ -247,7 +248,7 @@ def test_a_backbone_without_safetensors_or_without_a_weight_is_refused(backbone,
 def test_a_backbone_that_is_quantised_in_its_files_is_refused(backbone, tmp_path):
     run, *_ = random_run(tmp_path / "first", backbone("llama"))
     config = replace(run.recipe.model, load_in_4bit=True)
-    merge(run, tmp_path / "quantised", torch.float32, quantization(config, torch.float32))
+    merge(run, tmp_path / "quantised", torch.float32, bits_and_bytes(config, torch.float32))
     second, *_ = random_run(tmp_path / "second", tmp_path / "quantised", load_in_4bit=True)
     assert backbone_folder(second.recipe.model, second.model) == tmp_path / "quantised"
     with pytest.raises(InputError, match="quantised in their files"):
@@ -255,7 +256,7 @@ def test_a_backbone_that_is_quantised_in_its_files_is_refused(backbone, tmp_path
 
 
 def test_a_folder_without_its_precision_is_no_trained_run(recipe, backbone, tmp_path):
-    from rewardmodel.trainer import train
+    from rewardmodel.training import train
 
     with pytest.raises(InputError, match=r"no recipe\.yaml"):
         trained(tmp_path)
