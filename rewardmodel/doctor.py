@@ -55,13 +55,17 @@ def doctor(recipe: Recipe, device: str | None = None, launched: Launch | None = 
     problems += incompatibilities(_setup(recipe, backbone, here, dtype, launched, device in (None, "cpu")))
     facts: dict[str, Any] = {
         "device": here, "launch": launched,
-        "backbone": f"{recipe.model.model_name_or_path}, {backbone.model_type}, {_bits(recipe.model)}",
+        "backbone": ", ".join([recipe.model.model_name_or_path, backbone.model_type, _bits(recipe.model, backbone)]),
         "precision": f"{_name(dtype)}: {_why_precision(recipe.model, backbone, here, dtype)}",
         "attention": _why_attention(recipe.model, backbone),
         "notes": _notes(recipe, here), "problems": problems,
     }  # fmt: skip
     if problems:
         return facts
+    bits = stored_bits(backbone)
+    if bits:
+        recipe = replace(recipe, model=replace(recipe.model, load_in_4bit=bits == 4, load_in_8bit=bits == 8))
+        del backbone.quantization_config
     case = Case(recipe, backbone, here, dtype, launched, read_lengths(recipe, folder))
     usage, layers = peaks(case).usage, backbone.get_text_config().num_hidden_layers
     facts["backbone"] += f", {usage.parameters:,} weights in {layers} layers"
@@ -149,7 +153,9 @@ def _notes(recipe: Recipe, device: Device) -> list[str]:
     return said
 
 
-def _bits(config: ModelConfig) -> str:
+def _bits(config: ModelConfig, backbone: Any) -> str:
+    if stored_bits(backbone):
+        return f"stored in {stored_bits(backbone)} bits"
     if config.load_in_4bit:
         return f"4-bit {config.bnb_4bit_quant_type}{', double quantisation' if config.use_bnb_nested_quant else ''}"
     return "8-bit" if config.load_in_8bit else "not quantised"

@@ -16,11 +16,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from transformers import AutoConfig
 
 from rewardmodel import calibration
+from rewardmodel.backbone import stored_bits
 from rewardmodel.battles import TEXTS
 from rewardmodel.bundle import BUNDLED_MODEL, Bundle, write_bundle
 from rewardmodel.card import write_card
+from rewardmodel.compatibility import incompatibilities
 from rewardmodel.config import ModelConfig, Recipe, dump_recipe
 from rewardmodel.errors import InputError, nearest
 from rewardmodel.files import atomic_path, write_text
@@ -35,11 +38,11 @@ from rewardmodel.parity import (
     differences,
     predict_run,
 )
-from rewardmodel.placement import compute_device
+from rewardmodel.placement import compute_device, setup
 from rewardmodel.predictions import PROBABILITIES, predicted, read_predictions, write_predictions
 from rewardmodel.quantization import bits_and_bytes
 from rewardmodel.runs import CALIBRATION, CALIBRATOR, RECIPE, VALIDATION, trained_models, write_json
-from rewardmodel.saved import is_adapter
+from rewardmodel.saved import backbone_folder, is_adapter
 from rewardmodel.soup import soup
 from rewardmodel.wheels import check_installed
 
@@ -87,6 +90,9 @@ def export(
     output = Path(output)
     found = [trained(folder) for folder in run_folders(runs)]
     contents = _check_asked(found, output, kind, dtype, push_to_hub, bundle)
+    stored = stored_bits(AutoConfig.from_pretrained(backbone_folder(found[0].recipe.model, found[0].model)))
+    if stored and contents != "adapter":
+        raise InputError(f"--kind: the backbone is stored in {stored} bits, which merging does not read; use adapter")
     if found[0].recipe.model.pooling != "last" and contents != "adapter" and not (rewardmodel_only or bundle):
         raise InputError(
             f"{found[0].folder}: model.pooling is {found[0].recipe.model.pooling}, where plain transformers reads the "
@@ -198,9 +204,12 @@ def _averaged(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 def _precision(run: Trained, contents: str, weights: torch.dtype) -> str:
     """Return the precision that an export is compared in: its own, where the machine computes it."""
-    on_cpu = compute_device(run.recipe.model).type == "cpu"
-    alone = contents == "adapter" or (weights == torch.float16 and on_cpu)
-    return "float32" if alone else str(weights).removeprefix("torch.")
+    name, config = str(weights).removeprefix("torch."), run.recipe.model
+    if contents == "adapter" or (name == "float16" and compute_device(config).type == "cpu"):
+        return "float32"
+    asked = replace(config, dtype=name, attn_implementation=None)  # type: ignore[arg-type]
+    planned = setup(asked, backbone_folder(config, run.model))
+    return "float32" if incompatibilities(planned) else name
 
 
 def _limits(contents: str, weights: torch.dtype) -> Limits | None:

@@ -76,7 +76,7 @@ def predict(
     folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
     models = [trained_models(run) for run in folders]
     shares = _checked_weights(weights, len(folders))
-    given = [recipe] if isinstance(recipe, Recipe) else recipe
+    given = [recipe] * len(folders) if isinstance(recipe, Recipe) else recipe
     recipes = list(given or map(load_run_recipe, folders))
     battles = battles_to_predict(folders[0], battles)
     if min(battles["group"]) < 0:

@@ -23,7 +23,7 @@ from rewardmodel.batches import pack, pad
 from rewardmodel.config import ModelConfig
 from rewardmodel.head import classifier_class, head_names
 from rewardmodel.lora import add_lora
-from rewardmodel.model import PACKABLE, classifier
+from rewardmodel.model import classifier, is_packed, may_pack
 from rewardmodel.objective import Head
 from rewardmodel.placement import autocast
 from rewardmodel.stand_ins import NESTED, ByteDropout, EightBits, FourBits
@@ -94,7 +94,7 @@ class Planned:
             self.model = _model(plan)
         with self.mode:
             _on_cpu(self.model)
-        self.packs = self.model.config.get_text_config()._attn_implementation.startswith(packed("sdpa")[:6])
+        self.packs = is_packed(self.model)
         self.usage = _usage(self.model, plan)
 
     def forward_peak(self, lengths: list[list[int]]) -> int:
@@ -218,15 +218,12 @@ def _model(plan: Plan) -> Any:
     made: Any = classifier_class(config, model.pooling, plan.head)._from_config(
         config, dtype=dtype, attn_implementation="eager"
     )
-    text = made.config.get_text_config()
-    plain = text._attn_implementation
-    packs = set(getattr(text, "layer_types", None) or []) <= PACKABLE
-    text._attn_implementation = packed(kind) if packs else plain
+    made.config.get_text_config()._attn_implementation = packed(kind) if may_pack(made) else kind
     heads = head_names(made)
     if model.load_in_4bit or model.load_in_8bit:
         _quantise(made, model, dtype)
     for name in heads:
-        getattr(made, name).float()
+        made.get_submodule(name).float()
     if model.use_peft:
         made = add_lora(made, replace(model, lora_init="default"))
     if plan.gpu:
@@ -255,10 +252,9 @@ def _on_cpu(model: torch.nn.Module) -> None:
 def _quantise(made: Any, model: ModelConfig, dtype: torch.dtype) -> None:
     """Put layers of quantised size in the place of linear ones, as transformers does."""
     kind = FourBits if model.load_in_4bit else EightBits
-    for module in list(made.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, torch.nn.Linear) and name not in HEADS:
-                setattr(module, name, kind(child, model, dtype))
+    for name, child in list(made.named_modules()):
+        if type(child) is torch.nn.Linear and not {*name.split(".")} & {*HEADS}:
+            made.set_submodule(name, kind(child, model, dtype))
     made.is_loaded_in_4bit, made.is_loaded_in_8bit = model.load_in_4bit, model.load_in_8bit
 
 

@@ -156,7 +156,8 @@ class Merging:
         """Yield every tensor of the merged model's files: name, and content on the CPU."""
         loaded_into = parameter_names(self.model, self.files)
         lacking = [name for name, _ in self.model.named_parameters() if name not in loaded_into.values()]
-        lacking = [name for name in lacking if not (self.adapter and name.startswith(self.heads))]
+        if self.adapter:
+            lacking = [name for name in lacking if not name.startswith(self.heads) and name not in self.adapter.saved]
         if lacking:
             raise InputError(f"{next(iter(self.files.values())).parent}: no weights of {lacking[0]} in its files")
         for key, name in loaded_into.items():

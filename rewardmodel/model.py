@@ -1,6 +1,7 @@
 """A backbone folder in, a classifier with LoRA and a float32 head out; saving, and reloading with checks."""
 
 import copy
+import gc
 import json
 import logging
 import os
@@ -116,8 +117,7 @@ def _make_trainable(model: Any, keep_head: bool) -> None:
             module.support_avx512bf16_for_cpu = False
         if isinstance(module, Linear4bit | Linear8bitLt) and family(model.config.model_type).float32_weights:
             module.register_forward_hook(_as_autocast)
-    if isinstance(model, PooledHead):
-        pack_attention(model)
+    pack_attention(model)
 
 
 def _as_autocast(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
@@ -147,13 +147,20 @@ def label_names(head: Head) -> dict[str, dict]:
     return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
 
 
-def pack_attention(model: PreTrainedModel) -> None:
+def may_pack(model: Any) -> bool:
+    """Return whether a model's head, attention and layers are of the kinds that packed rows go through."""
+    config = model.config.get_text_config()
+    causal = getattr(config, "is_causal", True) and not getattr(config, "use_bidirectional_attention", False)
+    kinds = set(getattr(config, "layer_types", None) or [])
+    return isinstance(model, PooledHead) and config._attn_implementation in KERNELS and causal and kinds <= PACKABLE
+
+
+def pack_attention(model: Any) -> None:
     """Let the model attend to packed rows, if its family is known to, or is seen to do so here."""
+    if not may_pack(model):
+        return
     config = model.config.get_text_config()
     plain = config._attn_implementation
-    causal = getattr(config, "is_causal", True) and not getattr(config, "use_bidirectional_attention", False)
-    if plain not in KERNELS or not causal or not set(getattr(config, "layer_types", None) or []) <= PACKABLE:
-        return
     config._attn_implementation = packed(plain)
     if config.model_type not in FAMILIES and not _packs(model):
         config._attn_implementation = plain
@@ -252,6 +259,9 @@ def load_model(
     Raises:
         InputError: no saved model there, one without its head, or a backbone that is not the one it was trained on.
     """
+    gc.collect()  # bitsandbytes' layers are in cycles: a model that was let go may be here still
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     about, adapted = read_about(folder), is_adapter(folder)
     config = config if adapted else replace(config, keep_head=True)
     with _whole_in_every_process():

@@ -15,7 +15,7 @@ from rewardmodel.objective import find_objective
 from rewardmodel.pairs import ROWS, merge
 from rewardmodel.placement import compute_dtype
 from rewardmodel.prompt import PromptEncoder
-from rewardmodel.runs import MODEL, load_run_recipe
+from rewardmodel.runs import load_run_recipe, model_folder, trained_models
 
 Conversation = str | Sequence[dict[str, str]]
 """A text, or messages with a role and a content."""
@@ -28,7 +28,7 @@ def reward_function(run: str | Path) -> Callable[..., list[float]]:
     user's; a completion is a text, or messages. A system message stands before the user's first.
 
     Args:
-        run: the run folder; its objective scores each response alone.
+        run: the run folder, or what `rewardmodel.exports` made of one; its objective scores each response alone.
 
     Returns:
         rewards(prompts, completions, **others) -> one float each, in order; `others` are passed over.
@@ -45,7 +45,10 @@ def reward_function(run: str | Path) -> Callable[..., list[float]]:
             f"{run}: objective {recipe.objective.name} compares two responses and gives no reward; train with "
             "rao_kupper, davidson or bradley_terry"
         )
-    model, tokenizer = load_model(recipe.model, run / MODEL)
+    folders = trained_models(run)
+    if len(folders) > 1:
+        raise InputError(f"{run}: a run of {len(folders)} folds; give one of them, or export them as a soup")
+    model, tokenizer = load_model(recipe.model, model_folder(run))
     encoder = PromptEncoder(tokenizer, recipe.prompt, objective.encoding)
     dtype = compute_dtype(recipe.model, model.device, family(model.config.model_type))
 

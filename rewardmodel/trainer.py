@@ -254,7 +254,9 @@ class PreferenceTrainer(RewardTrainer):
             model.zero_grad()
 
         device = self.accelerator.device
-        found = find_budget(Memory(device) if device.type == "cuda" else None, work, self.batching.tokens(longest))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout as without it
+            memory = Memory(device) if device.type == "cuda" else None
+            found = find_budget(memory, work, self.batching.tokens(longest))
         return int(self.accelerator.gather(torch.tensor([found], device=device)).min())
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> float:

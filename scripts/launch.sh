@@ -2,6 +2,7 @@
 # `rewardmodel run` on one GPU or several:
 #
 #     scripts/launch.sh RECIPE [GPUS] [further arguments of `rewardmodel run`]
+#     VERB=train scripts/launch.sh RECIPE [GPUS] --fold all
 #
 # GPUS of this machine, all that torch sees by default. ACCELERATE_CONFIG names a configuration, a file or a name out of
 # recipes/accelerate, in the place of one_gpu or ddp. On several machines MACHINE_RANK, MAIN_PROCESS_IP and
@@ -45,12 +46,13 @@ if [ "$gpus" -eq 1 ] && [ "$seen" -gt 1 ]; then
     CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
     export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES%%,*} # transformers would take all that one process sees
 fi
-"$python" -m rewardmodel.cli run "$recipe" "$@" --print-config >/dev/null # says once what is wrong, not in every process
+verb=${VERB:-run}
+[ "$verb" != run ] || "$python" -m rewardmodel.cli run "$recipe" "$@" --print-config >/dev/null # says once what is wrong
 threads=${OMP_NUM_THREADS:-$(("$(nproc)" / gpus))}
 "$python" -m accelerate.commands.launch --quiet --config_file "$config" \
     --num_processes "$((gpus * ${machines:-1}))" --num_cpu_threads_per_process "$((threads > 0 ? threads : 1))" \
     ${rank:+--machine_rank "$rank"} ${address:+--main_process_ip "$address"} ${port:+--main_process_port "$port"} \
-    -m rewardmodel.cli run "$recipe" "$@" || {
+    -m rewardmodel.cli "$verb" "$recipe" "$@" || {
     echo "error: a process ended before its time, as told above; a run continues with --resume" >&2
     exit 1
 }
