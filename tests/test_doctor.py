@@ -2,6 +2,8 @@ import dataclasses
 import json
 
 import pytest
+from conftest import ENCODERS
+from test_quantization import SETTINGS, stored
 
 from rewardmodel.devices import DEVICES
 from rewardmodel.doctor import doctor, format_doctor
@@ -124,3 +126,24 @@ def test_a_backbone_that_is_not_there_is_refused(changed):
         doctor(changed(model_name_or_path="no/where"), "T4")
     with pytest.raises(InputError, match="--device: no 'T5'"):
         doctor(changed(), "T5")
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_are_told_too(name, bits, changed, backbone):
+    asked = changed(model_name_or_path=str(backbone(name)), load_in_4bit=bits == 4)
+    facts = doctor(dataclasses.replace(asked, prompt=dataclasses.replace(asked.prompt, template="encoder")), "T4")
+    assert facts["problems"] == []
+    assert facts["training"]["fits"]
+
+
+def test_a_backbone_that_is_stored_quantised_counts_as_what_it_is(changed, backbone, tmp_path):
+    folder = stored(backbone("llama"), tmp_path, SETTINGS["as is"])
+    found = doctor(changed(model_name_or_path=str(folder)), "T4")
+    asked = doctor(
+        changed(model_name_or_path=str(backbone("llama")), load_in_4bit=True, use_bnb_nested_quant=False), "T4"
+    )
+    assert "stored in 4 bits" in found["backbone"]
+    plain = doctor(changed(), "T4")
+    assert found["training"]["parts"]["weights"] < plain["training"]["parts"]["weights"]
+    assert found["training"]["parts"]["weights"] == pytest.approx(asked["training"]["parts"]["weights"], rel=0.05)
