@@ -2,10 +2,10 @@
 
     python scripts/bench_growth.py train.csv --json scripts/results/growth.json
 
-Battles: the labelled file is repeated up to so many rows, and a tiny random Llama trains on all but a fold of them, at
-most 64 tokens each, and predicts that fold in both orders: `rewardmodel run`, but for the report. Lengths: the same
-Llama trains on, and predicts, battles of drawn ids, all of one length, in micro-batches of 8,192 tokens. Every
-measurement is a process of its own; memory is the peak of its anonymous pages.
+Battles: the labelled file is repeated up to so many rows, and a random Llama of one layer trains on all but a fold of
+them, at most 128 tokens each, 64 a step, and predicts that fold in both orders: `rewardmodel run`, but for the report.
+Lengths: one of four layers trains on, and predicts, battles of drawn ids, all of one length. Micro-batches have 8,192
+tokens. Every measurement is a process of its own; memory is the peak of its anonymous pages.
 """
 
 import argparse
@@ -18,31 +18,34 @@ import numpy as np
 from bench_battles import answer, measured, repeated, tell
 from bench_models import backbone_folder, processor
 
-MAX_LENGTH = 64
+MAX_LENGTH = 128
 """Most tokens of a battle where their number grows."""
 
 TOKENS = 8192
 """Tokens of a micro-batch where their length grows."""
 
+ONE_LAYER = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
+"""The backbone where the number of battles grows."""
+
 A_LENGTH = 16
 """Battles of each length, in two optimiser steps."""
 
 
-def tiny(folder: Path) -> Path:
-    """Return the folder of a tiny random Llama."""
+def tiny(folder: Path, **smaller: int) -> str:
+    """Return the folder of a tiny random Llama, in some respects made smaller."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = backbone_folder("tiny", folder)
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).save_pretrained(path)
-    return path
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, **smaller)).save_pretrained(path)
+    return str(path)
 
 
-def recipe_of(backbone: str, output: str, **data: Any) -> Any:
+def recipe_of(backbone: str, output: str, trainer: dict[str, Any], **data: Any) -> Any:
     """Return a recipe for the tiny Llama."""
     from rewardmodel.config import DataConfig, ModelConfig, PromptConfig, Recipe
 
     told = {"output_dir": output, "save_strategy": "no", "eval_strategy": "no", "logging_steps": 10**9}
-    told |= {"disable_tqdm": True, "micro_batch_tokens": TOKENS}
+    told |= {"disable_tqdm": True, "micro_batch_tokens": TOKENS, **trainer}
     return Recipe(
         data=DataConfig(**data),
         prompt=PromptConfig(max_length=MAX_LENGTH),
@@ -58,7 +61,7 @@ def battles(path: str, count: str, backbone: str) -> dict:
     from rewardmodel.runs import MODEL
     from rewardmodel.training import train
 
-    recipe = recipe_of(backbone, str(Path(path).with_suffix("")), train=path)
+    recipe = recipe_of(backbone, str(Path(path).with_suffix("")), {"battles_per_step": 64}, train=path)
     start = time.perf_counter()
     run, parts = train(recipe)
     trained = time.perf_counter()
@@ -93,7 +96,7 @@ def length(backbone: str, tokens: str) -> dict:
         for number in range(A_LENGTH)
     ]
     with tempfile.TemporaryDirectory() as folder:
-        recipe = recipe_of(backbone, folder)
+        recipe = recipe_of(backbone, folder, {})
         model, tokenizer = build_model(recipe.model, JOINT, seed=0)
         args = training_arguments(recipe, torch.float32, torch.device("cpu"))
         data, given = Dataset.from_list(rows, features=ROWS), (recipe.objective, torch.float32, (TOKENS, TOKENS))
@@ -128,10 +131,11 @@ def main() -> None:
     found: dict[str, Any] = {"device": processor(), "battles": [], "lengths": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        backbone = str(tiny(folder))
+        tiniest = tiny(folder / "one", **ONE_LAYER)
+        backbone = tiny(folder / "four")
         for count in options.battles:
             repeated(options.train, count, folder / f"{count}.csv")
-            found["battles"].append(measured(__file__, "battles", str(folder / f"{count}.csv"), str(count), backbone))
+            found["battles"].append(measured(__file__, "battles", str(folder / f"{count}.csv"), str(count), tiniest))
         for tokens in options.lengths:
             found["lengths"].append(measured(__file__, "length", backbone, str(tokens)))
     tell(found, options.json)
