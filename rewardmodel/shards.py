@@ -62,15 +62,15 @@ class Deadline:
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self.end = clock() + seconds
-        self.pace = 0.0
+        self.seconds = self.tokens = 0.0  # that shards took, each half as much as the next
 
     def left(self) -> float:
         """Return the seconds that are left, below 0 if the time is over."""
         return self.end - self.clock()
 
     def allows(self, tokens: int) -> bool:
-        """Return whether so many tokens can be computed in time, at the pace of the last shard."""
-        return from_main(lambda: self.pace * tokens < self.left())
+        """Return whether so many tokens can be computed in time, at the pace of the last shards."""
+        return from_main(lambda: self.seconds * tokens < self.left() * max(self.tokens, 1))
 
     def share(self, models: int) -> "Deadline":
         """Return the deadline of the next of so many models, which get what is left in equal shares."""
@@ -81,10 +81,10 @@ class Deadline:
         return Deadline(-math.inf, self.clock)
 
     def measure(self, tokens: int, work: Callable[[], np.ndarray]) -> np.ndarray:
-        """Return what `work` returns, which computes so many tokens, and remember the seconds a token."""
+        """Return what `work` returns, which computes so many tokens, and remember how long it took."""
         begun = self.clock()
         result = work()
-        self.pace = (self.clock() - begun) / tokens
+        self.seconds, self.tokens = self.seconds / 2 + self.clock() - begun, self.tokens / 2 + tokens
         return result
 
 

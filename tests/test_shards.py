@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,7 +110,11 @@ def killed(process, work, count):
     while len(list(work.glob("*/*-*.npz"))) < count:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], check=False, capture_output=True, text=True
+    ).stdout.split()
+    for one in (process.pid, *map(int, children)):
+        os.kill(one, signal.SIGKILL)
     process.communicate()
     return [np.load(path)["rows"] for path in work.glob("*/*-*.npz")]
 
@@ -288,14 +293,20 @@ def test_the_shortest_battles_get_the_second_order_in_time(run, computed, tickin
 
 
 def test_all_runs_predict_one_order_before_any_predicts_the_other(run, computed, ticking):
-    predict(run[0], run[1], time_limit=1000)
-    shards_of_one = len(computed) // 2
-    table = predict([run[0], run[0]], run[1], time_limit=2 * shards_of_one)
+    two = [run[0], shutil.copytree(run[0], run[0].with_name("two"))]
+    other_model(two[1])
+    whole = predict(two, run[1], time_limit=1000)
+    shards_of_one = len(computed) // 4
+    assert in_both_orders(whole).all()
+    np.testing.assert_allclose(predicted(whole), predicted(predict(two, run[1])), rtol=0, atol=1e-6)
+    table = predict(two, run[1], time_limit=2 * shards_of_one)
     assert not in_both_orders(table).any()
-    np.testing.assert_allclose(predicted(table), predicted(table, "ab"), atol=1e-6)
-    table = predict([run[0], run[0]], run[1], time_limit=1000)
-    np.testing.assert_allclose(predicted(table), predicted(predict(*run)), rtol=0, atol=1e-6)
-    assert in_both_orders(table).all()
+    np.testing.assert_allclose(predicted(table), predicted(whole, "ab"), rtol=0, atol=1e-6)
+    table = predict(two, run[1], time_limit=2 * shards_of_one + 6.5)
+    both = in_both_orders(table)
+    assert 0 < both.sum() < 40
+    np.testing.assert_allclose(predicted(table)[both], predicted(whole)[both], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(predicted(table, "ba")[both], predicted(whole, "ba")[both], rtol=0, atol=1e-6)
 
 
 def test_one_order_that_takes_longer_is_finished(run, computed, ticking, caplog):
