@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import reduce
 from datasets import Dataset
 
@@ -16,6 +15,7 @@ from rewardmodel.budget import Memory, find_budget
 from rewardmodel.model import is_packed
 from rewardmodel.pairs import MODEL_COLUMNS
 from rewardmodel.placement import autocast
+from rewardmodel.processes import joined
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def row_logits(
         alone: whether other processes have other rows, or none.
         advance: is told the rows of each batch of this process when they are done.
     """
-    state, how = PartialState(), batching(model, pad_token_id)
+    state, how = joined(), batching(model, pad_token_id)
     process, processes = (0, 1) if alone else (state.process_index, state.num_processes)
     rows = rows.select_columns(list(MODEL_COLUMNS))
     costs = how.costs(rows)

@@ -20,7 +20,6 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm.auto import tqdm
@@ -29,7 +28,7 @@ from rewardmodel.files import atomic_path, write_text
 from rewardmodel.forward import batching, forward_budget, row_logits
 from rewardmodel.model import is_packed
 from rewardmodel.pairs import one_sequence
-from rewardmodel.processes import from_main, is_main
+from rewardmodel.processes import from_main, is_main, joined
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +112,7 @@ def sharded_logits(
         FloatingPointError: logits that are no numbers; nothing is kept of that shard.
     """
     tokens = budget or _budget(folder, model, partial(forward_budget, model, rows, pad_token_id, dtype))
-    least = tokens * BATCHES * PartialState().num_processes if folder or deadline else None
+    least = tokens * BATCHES * joined().num_processes if folder or deadline else None
     compute = partial(row_logits, model, pad_token_id=pad_token_id, dtype=dtype, budget=tokens)
     how, packed = batching(model, pad_token_id), is_packed(model)
 
