@@ -14,7 +14,7 @@ import pandas as pd
 from scipy import sparse
 
 from rewardmodel.metrics import log_loss_terms
-from rewardmodel.predictions import average, known_outcomes, predicted
+from rewardmodel.predictions import average, in_both_orders, known_outcomes, predicted, true_outcomes
 from rewardmodel.resampling import STEEPEST, Draws, draw_groups, figure, ratio, slopes
 from rewardmodel.slices import CLOSE, LENGTHS, lengths, slice_figures, slice_terms, slices
 
@@ -62,7 +62,7 @@ def audit_bias(table: pd.DataFrame) -> Facts:
 
 
 def position(table: pd.DataFrame) -> Facts | None:
-    """Return what the order of the responses does to predictions; None unless both orders were predicted.
+    """Return what the order of the responses does to battles predicted in both; None if there are none.
 
     Returns:
         `flip_rate`: share of battles whose likeliest outcome differs between the orders; `mean_abs_difference` of the
@@ -70,9 +70,11 @@ def position(table: pd.DataFrame) -> Facts | None:
         wins), 0 without position bias; `log_loss` of `ab`, `ba` and their `average`; `gain`: the mean log loss of the
         two orders minus that of their average. Each is {value, low, high}.
     """
-    true = known_outcomes(table)
-    if "ba_p_tie" not in table:
+    known_outcomes(table)
+    table = table[in_both_orders(table)]
+    if table.empty:
         return None
+    true = true_outcomes(table)
     ab, ba = predicted(table, "ab"), predicted(table, "ba")
     losses = [log_loss_terms(probabilities, true) for probabilities in (ab, ba, average([ab, ba]))]
     columns = {

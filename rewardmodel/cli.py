@@ -131,6 +131,7 @@ def _predict(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="file to write: .parquet, or .csv for a submission")
     parser.add_argument("--sample-submission", type=Path, help="a submission whose columns and ids must be repeated")
     parser.add_argument("--weights", nargs="+", metavar="WEIGHT", help="of each run in the mean; none: all alike")
+    parser.add_argument("--time-limit", nargs=1, metavar="SECONDS", help="one order of all, then the other in time")
     options, overrides = parser.parse_known_args(arguments)
     for word in overrides:
         if word.startswith("--") and not word.startswith(("--inference.", "--model.device", "--model.dtype")):
@@ -139,12 +140,13 @@ def _predict(arguments: list[str]) -> None:
         raise InputError(f"--output: {options.output} ends in neither .parquet nor .csv; give one of them")
     if options.sample_submission and options.output.suffix != ".csv":
         raise InputError(f"--sample-submission: {options.output} is no submission; let --output end in .csv")
-    weights = _numbers("--weights", options.weights)
+    weights, limit = _numbers("--weights", options.weights), _numbers("--time-limit", options.time_limit)
     _make_parent(options.output)
     from rewardmodel.config import load_recipe
     from rewardmodel.inference import battles_to_predict, predict
     from rewardmodel.predictions import check_sample, write_predictions, write_submission
     from rewardmodel.runs import RECIPE, trained_models
+    from rewardmodel.shards import remove_shards
 
     for run in options.runs:
         trained_models(run)
@@ -152,10 +154,12 @@ def _predict(arguments: list[str]) -> None:
     if options.sample_submission:
         check_sample(options.sample_submission, battles["id"])
     recipes = [load_recipe(run / RECIPE, overrides) for run in options.runs]
-    table = predict(options.runs, battles, recipes, weights)
+    work = options.output.with_name(f"{options.output.name}.shards")
+    table = predict(options.runs, battles, recipes, weights, work=work, time_limit=limit[0] if limit else None)
     if is_main():
         write = write_submission if options.output.suffix == ".csv" else write_predictions
         write(table, options.output)
+        remove_shards(work)
     print(f"{len(table)} battles: {options.output}")
 
 
@@ -292,7 +296,7 @@ def _numbers(name: str, words: list[str] | None) -> list[float] | None:
         return None if words is None else [float(word) for word in words]
     except ValueError as error:
         raise InputError(
-            f"{name}: {' '.join(words or ())}: not all are numbers; give one number for each run"
+            f"{name}: {' '.join(words or ())}: not all are numbers; give a number, and as a weight one for each run"
         ) from error
 
 

@@ -177,6 +177,16 @@ class InferenceConfig:
     """Apply the run's calibrator, where its evaluation found one that helps beyond noise."""
     batch_tokens: int | None = None
     """Tokens of a batch; none: as many as fit into free memory."""
+    tie_if_same: float | None = None
+    """P(tie) where both responses are the same text, in the place of the model's; A and B share the rest; none: off."""
+    win_if_other_empty: float | None = None
+    """P(win) of a response beside one of white space alone; the other and the tie share the rest; none: off."""
+
+    def __post_init__(self) -> None:
+        for key in ("tie_if_same", "win_if_other_empty"):
+            chance = getattr(self, key)
+            if chance is not None and not 0 <= chance <= 1:
+                raise InputError(f"recipe: inference.{key}: {chance:g}; give a probability from 0 to 1, or null")
 
 
 @dataclass

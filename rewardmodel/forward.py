@@ -7,17 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import reduce
 from datasets import Dataset
-from tqdm.auto import tqdm
 
 from rewardmodel.batches import Batch, pack, pad, padded_tokens, plan_packed, plan_padded, to_device
 from rewardmodel.budget import Memory, find_budget
 from rewardmodel.model import is_packed
 from rewardmodel.pairs import MODEL_COLUMNS
 from rewardmodel.placement import autocast
-from rewardmodel.processes import is_main
+from rewardmodel.processes import joined
 
 
 @dataclass(frozen=True)
@@ -53,9 +51,9 @@ def row_logits(
     pad_token_id: int,
     dtype: torch.dtype,
     budget: int,
-    name: str = "",
     *,
     alone: bool = False,
+    advance: Callable[[int], Any] = lambda rows: None,
 ) -> np.ndarray:
     """Return the logits of each sequence of rows, (n_rows, n_sequences, n_logits) float32, in their order.
 
@@ -67,24 +65,23 @@ def row_logits(
         pad_token_id: what fills the ends of shorter sequences, where a model cannot do without.
         dtype: precision to compute in.
         budget: tokens of a batch.
-        name: of the progress bar; none: no bar.
         alone: whether other processes have other rows, or none.
+        advance: is told the rows of each batch of this process when they are done.
     """
-    state, how = PartialState(), batching(model, pad_token_id)
+    state, how = joined(), batching(model, pad_token_id)
     process, processes = (0, 1) if alone else (state.process_index, state.num_processes)
     rows = rows.select_columns(list(MODEL_COLUMNS))
     costs = how.costs(rows)
     mine = how.plan(costs, budget, processes)[process]
     device = next(model.parameters()).device
     found = []
-    with tqdm(total=sum(map(len, mine)), desc=name, unit="battle", disable=not (name and is_main())) as progress:
-        for micro in mine:
-            # A sharded model needs every process in every forward pass; one without rows left repeats a row.
-            chosen = [rows[number] for number in micro or [int(np.argmin(costs))]]
-            with autocast(device, dtype):
-                logits = model(**to_device(how.collate(chosen), device)).logits.float()
-            found.append(logits.view(len(chosen), -1, logits.shape[-1])[: len(micro)])
-            progress.update(len(micro))
+    for micro in mine:
+        # A sharded model needs every process in every forward pass; one without rows left repeats a row.
+        chosen = [rows[number] for number in micro or [int(np.argmin(costs))]]
+        with autocast(device, dtype):
+            logits = model(**to_device(how.collate(chosen), device)).logits.float()
+        found.append(logits.view(len(chosen), -1, logits.shape[-1])[: len(micro)])
+        advance(len(micro))
     together = torch.cat(found)
     result = together.new_zeros(len(rows), *together.shape[1:])
     result[[number for micro in mine for number in micro]] = together

@@ -2,8 +2,10 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,7 +19,6 @@ from rewardmodel.config import Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.folds import assign_groups
 from rewardmodel.formats import read_battles
-from rewardmodel.forward import forward_budget, row_logits
 from rewardmodel.model import load_model
 from rewardmodel.objective import find_objective
 from rewardmodel.pairs import tokenize
@@ -27,10 +28,13 @@ from rewardmodel.predictions import (
     BATTLE,
     PROBABILITIES,
     SEEN,
+    in_both_orders,
     mean_table,
+    overrule,
     predicted,
     predictions_table,
     read_predictions,
+    ruled,
 )
 from rewardmodel.runs import (
     CALIBRATION,
@@ -42,6 +46,7 @@ from rewardmodel.runs import (
     model_folder,
     trained_models,
 )
+from rewardmodel.shards import Deadline, shard_folder, sharded_logits
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +59,9 @@ def predict(
     battles: Any,
     recipe: Recipe | Sequence[Recipe] | None = None,
     weights: Sequence[float] | None = None,
+    *,
+    work: Path | None = None,
+    time_limit: float | None = None,
 ) -> pd.DataFrame:
     """Return the predictions table of battles by one or several trained runs, one row a battle, in their order.
 
@@ -68,11 +76,19 @@ def predict(
         battles: as for `battles_to_predict`, of the first run; labelled or not.
         recipe: in the place of the run's own, for another device, precision or way to predict; one for each run.
         weights: of each run in the mean; none: all alike.
+        work: a folder to keep what is computed in, shard by shard, so that the same call goes on after a kill; remove
+            it with `rewardmodel.shards.remove_shards`. None: nothing is kept.
+        time_limit: seconds. Every battle is predicted as given first, by all models and however long it takes; then
+            with A and B exchanged, the shortest first, as far as time allows. `ba_*` of the others is NaN, and only
+            one order of theirs is in what is predicted. None: both orders at once, which is quickest.
 
     Raises:
-        InputError: no trained run, no battles, a backbone that is not there, or weights that are none.
+        InputError: no trained run, no battles, a backbone that is not there, or weights or a time that are none.
         FloatingPointError: a prediction that is no number; the battles are named.
     """
+    if time_limit is not None and not 0 <= time_limit < np.inf:
+        raise InputError(f"time limit: {time_limit:g}; give seconds, from 0")
+    deadline = None if time_limit is None else Deadline(time_limit)
     folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
     models = [trained_models(run) for run in folders]
     shares = _checked_weights(weights, len(folders))
@@ -82,20 +98,60 @@ def predict(
     if min(battles["group"]) < 0:
         battles = assign_groups(battles)
     counted = [number for number, share in enumerate(shares) if share]
-    use, seen = _dealt([folder for number in counted for folder in models[number]], battles)
+    jobs = [(number, folder) for number in counted for folder in models[number]]
+    use, seen = _dealt([folder for _, folder in jobs], battles)
+    asked = [
+        _Asked(number, folder, recipes[number], np.flatnonzero(rows))
+        for (number, folder), rows in zip(jobs, use, strict=True)
+        if rows.any()
+    ]
+    found = _predict_each(asked, battles, work, deadline)
     tables = []
-    for number in counted:
-        mine, use = use[: len(models[number])], use[len(models[number]) :]
-        if mine.any():
-            found = [
-                _predict_rows(folder, recipes[number], battles, np.flatnonzero(rows))
-                for folder, rows in zip(models[number], mine, strict=True)
-                if rows.any()
-            ]
-            table = calibrate(mean_table(found, [1.0] * len(found)), folders[number], recipes[number])
-            tables.append((table, shares[number]))
+    for number in dict.fromkeys(one.run for one in asked):
+        mine = [table for one, table in zip(asked, found, strict=True) if one.run == number]
+        table = calibrate(mean_table(mine, [1.0] * len(mine)), folders[number], recipes[number])
+        tables.append((by_rule(table, recipes[number], battles), shares[number]))
     result = mean_table(*map(list, zip(*tables, strict=True))).reset_index(drop=True)
+    if deadline is not None:
+        _tell(result, deadline)
     return result if seen is None else result.assign(**{SEEN: seen})
+
+
+def _tell(table: pd.DataFrame, deadline: Deadline) -> None:
+    """Log what the time was enough for."""
+    if "ba_p_tie" not in table:
+        late = "" if deadline.left() > 0 else ", and took longer than the time limit"
+        logger.info("all %d battles were predicted in one order, as was asked for%s", len(table), late)
+        return
+    both = int(in_both_orders(table).sum())
+    if both == len(table):
+        logger.info("all %d battles were predicted in both orders", both)
+    else:
+        logger.warning("time is up: %d of %d battles were predicted in both orders, all in one", both, len(table))
+
+
+class _Asked(NamedTuple):
+    """What one model is asked for: number of its run, its folder, the recipe to predict by, (n,) battle numbers."""
+
+    run: int
+    folder: Path
+    recipe: Recipe
+    rows: np.ndarray
+
+
+def _predict_each(
+    asked: list[_Asked], battles: Dataset, work: Path | None, deadline: Deadline | None
+) -> list[pd.DataFrame]:
+    """Return what each model predicts; before a deadline all predict one order before any begins with the other."""
+    if deadline is None or len(asked) == 1:
+        return [_predict_rows(one, battles, work, deadline) for one in asked]
+    with TemporaryDirectory() as kept:
+        work = work or Path(kept)
+        tables = [_predict_rows(one, battles, work, deadline.over()) for one in asked]
+        for number, one in enumerate(asked):
+            if deadline.allows(0) and "ba_p_tie" in tables[number]:
+                tables[number] = _predict_rows(one, battles, work, deadline.share(len(asked) - number))
+    return tables
 
 
 def _checked_weights(weights: Sequence[float] | None, runs: int) -> list[float]:
@@ -129,30 +185,41 @@ def _dealt(folders: list[Path], battles: Dataset) -> tuple[np.ndarray, np.ndarra
     return ~trained | seen, seen
 
 
-def _predict_rows(folder: Path, recipe: Recipe, battles: Dataset, rows: np.ndarray) -> pd.DataFrame:
-    """Return the predictions of some battles by the model of a folder, by the battle's number."""
-    model, tokenizer = load_model(recipe.model, model_folder(folder))
-    chosen = battles if len(rows) == len(battles) else battles.select(rows)
-    return predict_with(model, tokenizer, recipe, chosen).set_index(rows)
+def _predict_rows(one: _Asked, battles: Dataset, work: Path | None, deadline: Deadline | None) -> pd.DataFrame:
+    """Return the predictions of some battles by a model, by the battle's number."""
+    model, tokenizer = load_model(one.recipe.model, model_folder(one.folder))
+    chosen = battles if len(one.rows) == len(battles) else battles.select(one.rows)
+    kept = (work, model_folder(one.folder)) if work else None
+    return predict_with(model, tokenizer, one.recipe, chosen, kept, deadline).set_index(one.rows)
+
+
+def by_rule(table: pd.DataFrame, recipe: Recipe, battles: Dataset) -> pd.DataFrame:
+    """Return predictions, whose index is the battle's number, with the recipe's rules for same and empty responses."""
+    rules = ruled(battles, recipe.inference.tie_if_same, recipe.inference.win_if_other_empty)
+    return overrule(table, rules[table.index])
 
 
 def calibrate(table: pd.DataFrame, run: Path, recipe: Recipe) -> pd.DataFrame:
     """Return predictions of a run with its calibrator applied to the probabilities that are stated in the end.
 
-    Battles that the calibrator was fitted on stay as the model states them; and so do all, if the recipe switches
-    calibration off, or predicts another number of orders than the calibrator knows.
+    Battles that the calibrator was fitted on stay as the model states them; and so do those that were predicted in
+    another number of orders than it was fitted on, and all, if the recipe switches calibration off.
     """
     calibrator = load(run / CALIBRATOR)
     if calibrator == NONE or not recipe.inference.calibrate:
         return table
     fitted = read_predictions(run / (CALIBRATION if (run / CALIBRATION).is_file() else VALIDATION))
-    if ("ba_p_tie" in fitted) != ("ba_p_tie" in table):
+    alike = in_both_orders(table) == ("ba_p_tie" in fitted)
+    if not alike.any():
         logger.warning("not calibrated: the run's calibrator was fitted with another inference.swap_tta")
         return table
+    if not alike.all():
+        logger.warning("%d battles are left uncalibrated: the calibrator was fitted on both orders", (~alike).sum())
     same = [pd.MultiIndex.from_frame(one[list(BATTLE)]) for one in (table, fitted)]
     fresh = ~same[0].isin(same[1])
     if not fresh.all():
         logger.info("%d battles are left uncalibrated: the calibrator was fitted on them", (~fresh).sum())
+    fresh &= alike
     table.loc[fresh, list(PROBABILITIES)] = calibrator(predicted(table))[fresh]
     return table
 
@@ -183,27 +250,38 @@ def predict_with(
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
     battles: Dataset,
+    kept: tuple[Path, Path] | None = None,
+    deadline: Deadline | None = None,
 ) -> pd.DataFrame:
-    """Return the predictions table of battles by a model in memory; `recipe` is the one it was trained with."""
+    """Return the predictions table of battles by a model in memory.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: of the model.
+        recipe: the one that the model was trained with.
+        battles: what to predict.
+        kept: a folder to keep shards in, and the folder of the saved model; none: nothing is kept.
+        deadline: for the second order, as `time_limit` of `predict`.
+
+    Raises:
+        FloatingPointError: a prediction that is no number; the battles are named.
+    """
     inference = recipe.inference
     objective = find_objective(recipe.objective)
     dtype = compute_dtype(recipe.model, next(model.parameters()).device, family(model.config.model_type))
     if min(battles["group"]) < 0:
         battles = assign_groups(battles)
+    both_orders = objective.encoding == "joint" and inference.swap_tta == "both"
     rows = tokenize(
         battles,
         tokenizer,
         recipe.prompt,
         recipe.trainer.get("dataset_num_proc"),
         encoding=objective.encoding,
-        both_orders=objective.encoding == "joint" and inference.swap_tta == "both",
+        both_orders=both_orders,
     )
-    budget = inference.batch_tokens or forward_budget(model, rows, tokenizer.pad_token_id, dtype)
-    logits = torch.from_numpy(row_logits(model, rows, tokenizer.pad_token_id, dtype, budget, "predicting"))
-    as_given, *exchanged = [order.numpy() for order in objective.orders(logits)]
-    table = predictions_table(battles, as_given, *exchanged)
-    bad = ~np.isfinite(table.filter(like="p_").to_numpy(np.float64)).all(axis=1)
-    if bad.any():
-        ids = ", ".join(table["id"][bad][:5])
-        raise FloatingPointError(f"{bad.sum()} predictions are no numbers ({dtype}); the first ids: {ids}")
-    return table
+    settings = {**asdict(recipe.model), "dtype": str(dtype), "batch_tokens": inference.batch_tokens}
+    folder = shard_folder(*kept, rows, settings) if kept else None
+    until = deadline if both_orders else None
+    found = sharded_logits(model, rows, tokenizer.pad_token_id, dtype, inference.batch_tokens, folder, until)
+    return predictions_table(battles, *(order.numpy() for order in objective.orders(torch.from_numpy(found))))

@@ -142,6 +142,21 @@ def merge(sequences: Sequence[Encoded]) -> Merged:
     )
 
 
+def one_sequence(rows: Dataset, number: int) -> Dataset:
+    """Return rows with the columns that models read, and with one of their sequences alone, by its place."""
+    rows = rows.select_columns(list(MODEL_COLUMNS))
+    return rows.map(_alone, fn_kwargs={"number": number}, features=rows.features, desc="taking orders apart")
+
+
+def _alone(row: dict[str, Any], number: int) -> dict[str, Any]:
+    shared, *lengths = row["branches"]
+    start = shared + sum(lengths[:number])
+    kept = {
+        name: row[name][:shared] + row[name][start : start + lengths[number]] for name in ("input_ids", "segment_ids")
+    }
+    return {**kept, "branches": [0, shared + lengths[number]], "length": shared + lengths[number]}
+
+
 def saved(rows: Dataset) -> float:
     """Return the share of all sequences' tokens that rows do without, because sequences of a battle share them."""
     tokens = sum(shared * len(branches) + sum(branches) for shared, *branches in rows["branches"])

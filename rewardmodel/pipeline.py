@@ -12,7 +12,7 @@ from rewardmodel.errors import InputError
 from rewardmodel.files import atomic_path
 from rewardmodel.floors import fit_predict
 from rewardmodel.formats import read_battles
-from rewardmodel.inference import calibrate, predict_with
+from rewardmodel.inference import by_rule, calibrate, predict_with
 from rewardmodel.model import load_model, load_tokenizer
 from rewardmodel.objective import find_objective
 from rewardmodel.parts import Parts, load_battles
@@ -80,7 +80,7 @@ def run(
         write_predictions(fit_predict(parts.training, parts.validation), folder / FLOORS)
         report(folder)
         if submitted is not None:
-            predictions = calibrate(submitted, folder, recipe)
+            predictions = by_rule(calibrate(submitted, folder, recipe), recipe, test)
             write_predictions(predictions, folder / PREDICTIONS)
             write_submission(predictions, folder / SUBMISSION)
     wait_for_all()

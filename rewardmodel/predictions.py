@@ -2,11 +2,12 @@
 
 Columns, one battle a row, in the order of the battles: `id`, `group`, `source`, `model_a`, `model_b`, the true outcomes
 (null where unknown), `p_model_a, p_model_b, p_tie` (what is predicted), the same of each order that was computed:
-`ab_*` as given, `ba_*` with the responses exchanged (all of them speak of the battle's own A and B), and what audits
-ask of the texts: `turns`, `script`, and `prompt_chars`, `response_a_chars`, `response_b_chars`. Labelled battles also
-have the beginnings of their texts, for people to read.
+`ab_*` as given, `ba_*` with the responses exchanged (all of them speak of the battle's own A and B; NaN where the time
+was up), and what audits ask of the texts: `turns`, `script`, and `prompt_chars`, `response_a_chars`,
+`response_b_chars`. Labelled battles also have the beginnings of their texts, for people to read.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from rewardmodel.battles import OUTCOMES, TEXTS, is_labelled, outcomes
 from rewardmodel.errors import InputError
 from rewardmodel.files import atomic_path
 from rewardmodel.texts import SCRIPTS, characters_of, script_numbers
+
+logger = logging.getLogger(__name__)
 
 PROBABILITIES = ("p_model_a", "p_model_b", "p_tie")
 """Predicted probabilities, in the order of `OUTCOMES`."""
@@ -43,13 +46,15 @@ def predictions_table(battles: Dataset, as_given: np.ndarray, exchanged: np.ndar
     Args:
         battles: the battles, n_battles.
         as_given: (n_battles, 3) float: A, B, tie with the responses in the order given.
-        exchanged: the same computed from swapped battles and swapped back; or None.
+        exchanged: the same computed from swapped battles and swapped back, NaN where it was not; or None.
     """
     orders = {"ab": as_given} if exchanged is None else {"ab": as_given, "ba": exchanged}
+    stated = average(list(orders.values()))
+    stated = np.where(np.isnan(stated), average([as_given]), stated)
     plain = battles.with_format(None)
     columns: dict[str, Any] = {name: np.asarray(plain[name][:]) for name in ("id", "group", "source", *MODELS)}
     columns |= dict(zip(OUTCOMES, outcomes(battles).T, strict=True))
-    columns |= dict(zip(PROBABILITIES, average(list(orders.values())).T, strict=True))
+    columns |= dict(zip(PROBABILITIES, stated.T, strict=True))
     for order, probabilities in orders.items():
         columns |= {f"{order}_{name}": p for name, p in zip(PROBABILITIES, probabilities.T, strict=True)}
     return pd.DataFrame(columns | _text_columns(battles))
@@ -79,7 +84,8 @@ def mean_table(tables: Sequence[pd.DataFrame], weights: Sequence[float]) -> pd.D
         weights: of each table, above 0; a battle's mean is over the tables that it is in.
 
     Returns:
-        The table, by the battle's number; of an order (`ab_*`, `ba_*`) only where all tables have it.
+        The table, by the battle's number; of an order (`ab_*`, `ba_*`) only where all tables have it, and NaN for
+        battles that it is NaN for in one of theirs.
     """
     if len(tables) == 1:
         return tables[0]
@@ -89,13 +95,54 @@ def mean_table(tables: Sequence[pd.DataFrame], weights: Sequence[float]) -> pd.D
     share = pd.Series(np.repeat(weights, [len(table) for table in tables]).astype(np.float64), stacked.index)
     sums = stacked[names].astype(np.float64).mul(share, axis=0).groupby(level=0).sum()
     result = stacked[~stacked.index.duplicated()].sort_index()
-    return result.assign(**sums.div(share.groupby(level=0).sum(), axis=0))
+    means = sums.div(share.groupby(level=0).sum(), axis=0)
+    return result.assign(**means.mask(stacked[names].isna().groupby(level=0).any()))
 
 
 def average(probabilities: list[np.ndarray]) -> np.ndarray:
     """Return the mean of several (n_battles, 3) arrays as float64 rows that sum to 1."""
     mean = np.mean([array.astype(np.float64) for array in probabilities], axis=0)
     return mean / mean.sum(axis=1, keepdims=True)
+
+
+def in_both_orders(table: pd.DataFrame) -> np.ndarray:
+    """Return which battles were predicted in both orders, (n_battles,) bool."""
+    return table["ba_p_tie"].notna().to_numpy() if "ba_p_tie" in table else np.zeros(len(table), bool)
+
+
+def ruled(battles: Dataset, tie_if_same: float | None, win_if_other_empty: float | None) -> np.ndarray:
+    """Return the probabilities that rules give without a model, (n_battles, 3) float64; NaN where no rule speaks.
+
+    Args:
+        battles: the battles; white space at the ends of turns does not count.
+        tie_if_same: P(tie) where both responses are the same, or both empty; A and B share the rest.
+        win_if_other_empty: P(win) of a response beside one without text; that one and the tie share the rest.
+    """
+    result = np.full((len(battles), 3), np.nan)
+    if tie_if_same is None and win_if_other_empty is None:
+        return result
+    texts = zip(*(battles.with_format(None)[name][:] for name in ("response_a", "response_b")), strict=True)
+    for row, responses in enumerate(texts):
+        a, b = ([turn.strip() for turn in turns] for turns in responses)
+        if a == b or not (any(a) or any(b)):
+            likely, chance = 2, tie_if_same
+        elif any(a) and any(b):
+            continue
+        else:
+            likely, chance = 0 if any(a) else 1, win_if_other_empty
+        if chance is not None:
+            result[row] = (1 - chance) / 2
+            result[row, likely] = chance
+    return result
+
+
+def overrule(table: pd.DataFrame, probabilities: np.ndarray) -> pd.DataFrame:
+    """Return predictions with what `ruled` gives in the place of what is stated in the end."""
+    rows = ~np.isnan(probabilities[:, 0])
+    if rows.any():
+        logger.info("%d of %d battles are predicted by rule: same or empty responses", rows.sum(), len(table))
+        table.loc[rows, list(PROBABILITIES)] = probabilities[rows]
+    return table
 
 
 def predicted(table: pd.DataFrame, order: str = "") -> np.ndarray:

@@ -154,6 +154,13 @@ def test_a_model_that_always_says_a_has_no_preference_for_a_position():
     assert facts["flip_rate"]["value"] == facts["preference"]["value"] == facts["gain"]["value"] == 0
 
 
+def test_battles_without_the_second_order_are_left_out_of_what_order_does():
+    ab, ba = [[0.6, 0.3, 0.1], [0.6, 0.3, 0.1], [0.2, 0.5, 0.3]], [[0.5, 0.4, 0.1], [0.3, 0.6, 0.1], [np.nan] * 3]
+    true = np.eye(3)[[0, 1, 2]]
+    assert position(table_of(true, ab, ba)) == position(table_of(true[:2], ab[:2], ba[:2]))
+    assert position(table_of(true, ab, np.full((3, 3), np.nan))) is None
+
+
 def test_flips_are_changes_of_the_likeliest_outcome():
     ab = [[0.6, 0.3, 0.1], [0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.1, 0.1, 0.8]]
     ba = [[0.5, 0.4, 0.1], [0.3, 0.6, 0.1], [0.3, 0.4, 0.3], [0.1, 0.2, 0.7]]

@@ -408,6 +408,14 @@ def test_predict_writes_a_table_as_parquet_and_a_submission_as_csv(run_folder, t
     assert submission[list(OUTCOMES)].to_numpy() == pytest.approx(predicted(expected), rel=1e-12)
 
 
+def test_predict_keeps_to_a_time_limit_and_leaves_nothing_but_its_output(run_folder, test_file, tmp_path, capsys):
+    output = tmp_path / "out" / "x.parquet"
+    assert main(["predict", str(run_folder), str(test_file), "--output", str(output), "--time-limit", "0"]) == 0
+    assert "time is up: 0 of 12 battles were predicted in both orders, all in one" in capsys.readouterr().err
+    assert read_predictions(output)["ba_p_tie"].isna().all()
+    assert list(output.parent.iterdir()) == [output]
+
+
 def test_predict_takes_keys_of_the_inference_section_for_this_time(run_folder, test_file, tmp_path):
     before = (run_folder / RECIPE).read_bytes()
     output = tmp_path / "x.parquet"
@@ -426,6 +434,10 @@ def test_predict_takes_keys_of_the_inference_section_for_this_time(run_folder, t
         (["RUN", "BATTLES", "--output", "x.csv", "--prompt.max_length", "300"], "unknown option --prompt.max_length"),
         (["RUN", "BATTLES", "--output", "x.csv", "--inference.swap_tt", "none"], "did you mean 'inference.swap_tta'?"),
         (["RUN", "BATTLES", "--output", "x.csv", "--inference.swap_tta", "twice"], "inference.swap_tta"),
+        (["RUN", "BATTLES", "--output", "x.csv", "--time-limit", "soon"], "--time-limit: soon: not all are numbers"),
+        (["RUN", "BATTLES", "--output", "x.csv", "--time-limit", "-1"], "time limit: -1; give seconds, from 0"),
+        (["RUN", "BATTLES", "--output", "x.csv", "--time-limit", "nan"], "time limit: nan; give seconds, from 0"),
+        (["RUN", "BATTLES", "--output", "x.csv", "--inference.tie_if_same", "2"], "inference.tie_if_same: 2; give a"),
     ],
 )
 def test_predict_refuses_what_it_cannot_use(arguments, expected, refusal, run_folder, test_file, tmp_path, monkeypatch):

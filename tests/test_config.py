@@ -221,3 +221,13 @@ def test_a_template_file_becomes_part_of_the_recipe(tmp_path, write, monkeypatch
 def test_a_template_file_that_is_not_there_is_refused(write):
     with pytest.raises(InputError, match=r"nowhere\.jinja: no such file"):
         load_recipe(write("prompt: {template: nowhere.jinja}\n"))
+
+
+@pytest.mark.parametrize(("key", "value"), [("tie_if_same", "1.5"), ("win_if_other_empty", "-1")])
+def test_rules_give_probabilities(key, value, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("")
+    message = f"inference.{key}: {value}; give a probability from 0 to 1, or null"
+    with pytest.raises(InputError, match=message):
+        load_recipe(tmp_path / "recipe.yaml", [f"--inference.{key}", value])
+    assert getattr(load_recipe(tmp_path / "recipe.yaml", [f"--inference.{key}", "0.5"]).inference, key) == 0.5
+    assert getattr(load_recipe(tmp_path / "recipe.yaml").inference, key) is None

@@ -179,6 +179,19 @@ def test_predicting_writes_nothing_into_the_run(trained):
     assert sorted(run.rglob("*")) == before
 
 
+def test_rules_for_responses_come_after_the_mean_and_know_no_order(trained):
+    run, file = trained
+    recipe = dataclasses.replace(load_run_recipe(run), inference=InferenceConfig(tie_if_same=0.9, batch_tokens=500))
+    battles = pd.read_csv(file, dtype={"id": str})
+    battles.loc[3, "response_b"] = battles["response_a"][3]
+    battles = read_battles(battles)
+    table, plain = predict(run, battles, recipe), predict(run, battles)
+    assert predicted(table)[3] == pytest.approx([0.05, 0.05, 0.9])
+    np.testing.assert_array_equal(predicted(predict(run, swap(battles), recipe))[3], predicted(table)[3])
+    assert np.abs(predicted(table, "ab") - predicted(plain, "ab")).max() < 1e-6
+    assert predicted(plain)[3, 2] != pytest.approx(0.9)
+
+
 def test_a_folder_that_is_no_run_is_refused(trained, tmp_path):
     with pytest.raises(InputError, match="give the folder of a run"):
         predict(tmp_path, trained[1])
@@ -207,6 +220,11 @@ def test_the_battles_that_a_calibrator_was_fitted_on_stay_as_the_model_states_th
     save(Calibrator("tie_mass", (np.log(2),)), tmp_path / "calibrator.json")
     for recipe, tie in ((Recipe(), [1 / 3, 1 / 2]), (Recipe(inference=InferenceConfig(calibrate=False)), [1 / 3] * 2)):
         assert calibrate(table.copy(), tmp_path, recipe)["p_tie"].tolist() == pytest.approx(tie)
+    late = table.copy()
+    late.loc[1, [f"ba_{one}" for one in names]] = np.nan
+    assert calibrate(late, tmp_path, Recipe())["p_tie"].tolist() == pytest.approx([1 / 3] * 2)
+    late["id"] = ["3", "4"]
+    assert calibrate(late, tmp_path, Recipe())["p_tie"].tolist() == pytest.approx([1 / 2, 1 / 3])
     one_order = table.drop(columns=[f"ba_{one}" for one in names])
     assert calibrate(one_order, tmp_path, Recipe())["p_tie"].tolist() == pytest.approx([1 / 3] * 2)
 

@@ -7,16 +7,19 @@ from conftest import from_columns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewardmodel.battles import OUTCOMES
+from rewardmodel.battles import OUTCOMES, swap
 from rewardmodel.errors import InputError
 from rewardmodel.predictions import (
     PROBABILITIES,
     average,
     check_sample,
+    in_both_orders,
     mean_table,
+    overrule,
     predicted,
     predictions_table,
     read_predictions,
+    ruled,
     true_outcomes,
     write_predictions,
     write_submission,
@@ -293,3 +296,71 @@ def test_the_mean_of_tables_is_the_weighted_one_over_those_that_have_a_battle():
         np.testing.assert_allclose(predicted(table, order), expected, atol=1e-12)
     assert "ba_p_tie" not in table
     assert mean_table([first], [7]) is first
+
+
+def half(seed=2):
+    """Return predictions of four battles, the middle two of them in one order alone."""
+    ba = probabilities(4, seed)
+    ba[1:3] = np.nan
+    return predictions_table(battles_of(), probabilities(4, 1), ba)
+
+
+def test_a_battle_without_the_second_order_is_predicted_by_the_first():
+    table = half()
+    assert in_both_orders(table).tolist() == [True, False, False, True]
+    ab, ba = predicted(table, "ab"), predicted(table, "ba")
+    np.testing.assert_array_equal(predicted(table)[1:3], average([ab[1:3]]))
+    np.testing.assert_array_equal(predicted(table)[[0, 3]], average([ab, ba])[[0, 3]])
+    one = predictions_table(battles_of(), probabilities(4, 1))
+    assert not in_both_orders(one).any()
+    np.testing.assert_array_equal(predicted(table)[1:3], predicted(one)[1:3])
+
+
+def test_the_mean_has_an_order_of_a_battle_where_all_have_it():
+    first, second = half(), table_of()
+    table = mean_table([first, second], [1.0, 3.0])
+    assert in_both_orders(table).tolist() == [True, False, False, True]
+    np.testing.assert_allclose(predicted(table), predicted(first) / 4 + predicted(second) * 3 / 4)
+    expected = predicted(first, "ba") / 4 + predicted(second, "ba") * 3 / 4
+    np.testing.assert_allclose(predicted(table, "ba"), expected)
+
+
+PAIRS = [
+    (["yes"], ["yes"]), (["yes "], ["\nyes"]), (["yes"], ["Yes"]), ([""], [" \n"]),
+    (["yes"], [" "]), (["", ""], ["a", ""]), (["yes", ""], ["no", "no"]),
+]  # fmt: skip
+"""Responses that are the same, but for white space, but for a capital; both empty; B empty; A empty; neither."""
+
+TIE, A, B, NONE = [0.05, 0.05, 0.9], [0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [np.nan] * 3
+
+
+def pairs():
+    a, b = zip(*PAIRS, strict=True)
+    prompt = [["?"] * len(turns) for turns in a]
+    columns = {"id": [str(row) for row in range(len(a))], "prompt": prompt, "response_a": a, "response_b": b}
+    return from_columns(columns, "made")
+
+
+@pytest.mark.parametrize(
+    ("same", "empty", "expected"),
+    [
+        (None, None, [NONE] * 7),
+        (0.9, None, [TIE, TIE, NONE, TIE, NONE, NONE, NONE]),
+        (None, 0.8, [NONE, NONE, NONE, NONE, A, B, NONE]),
+        (0.9, 0.8, [TIE, TIE, NONE, TIE, A, B, NONE]),
+    ],
+)
+def test_rules_speak_of_same_and_of_empty_responses(same, empty, expected):
+    found = ruled(pairs(), same, empty)
+    np.testing.assert_allclose(found, expected, atol=1e-15)
+    np.testing.assert_array_equal(ruled(swap(pairs()), same, empty), found[:, [1, 0, 2]])
+
+
+def test_rules_take_the_place_of_what_is_stated_in_the_end_alone(caplog):
+    caplog.set_level("INFO", "rewardmodel")
+    table = table_of()
+    found = overrule(table.copy(), np.array([NONE, TIE, NONE, A]))
+    np.testing.assert_array_equal(predicted(found), [predicted(table)[0], TIE, predicted(table)[2], A])
+    for order in ("ab", "ba"):
+        np.testing.assert_array_equal(predicted(found, order), predicted(table, order))
+    assert "2 of 4 battles are predicted by rule" in caplog.text
