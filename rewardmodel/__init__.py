@@ -9,7 +9,7 @@ from typing import Any
 _HOMES = {
     "InputError": "errors",
     "Recipe": "config",
-    "load_recipe": "config",
+    "load_recipe": "recipe",
     "read_battles": "formats",
     "train": "training",
     "predict": "inference",

@@ -24,7 +24,7 @@ def _run(arguments: list[str]) -> None:
     _add_recipe(parser)
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
     options, overrides = _parse_with_recipe(parser, arguments)
-    from rewardmodel.config import dump_recipe, load_recipe
+    from rewardmodel.recipe import dump_recipe, load_recipe
 
     recipe = load_recipe(options.recipe, overrides)
     if options.print_config:
@@ -47,7 +47,7 @@ def _prepare(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.epilog = OVERRIDES
     options, overrides = _parse_with_recipe(parser, arguments)
-    from rewardmodel.config import load_recipe
+    from rewardmodel.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, overrides)
     from rewardmodel.audit import format_audit
@@ -67,9 +67,9 @@ def _doctor(arguments: list[str]) -> int:
     options, overrides = _parse_with_recipe(parser, arguments)
     if options.gpus is not None and options.gpus < 1:
         raise InputError(f"--gpus: {options.gpus}; give at least 1")
-    from rewardmodel.config import load_recipe
     from rewardmodel.doctor import doctor, format_doctor
     from rewardmodel.launches import Launch, launch_of
+    from rewardmodel.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, overrides)
     launched = None
@@ -93,7 +93,7 @@ def _train(arguments: list[str]) -> None:
         help="a fold to train into its own folder of the run, or `all`: then every battle is predicted out of fold",
     )
     options, overrides = _parse_with_recipe(parser, arguments)
-    from rewardmodel.config import load_recipe
+    from rewardmodel.recipe import load_recipe
 
     recipe, how = load_recipe(options.recipe, overrides), {"resume": options.resume, "overwrite": options.overwrite}
     if options.fold is not None:
@@ -142,9 +142,9 @@ def _predict(arguments: list[str]) -> None:
         raise InputError(f"--sample-submission: {options.output} is no submission; let --output end in .csv")
     weights, limit = _numbers("--weights", options.weights), _numbers("--time-limit", options.time_limit)
     _make_parent(options.output)
-    from rewardmodel.config import load_recipe
     from rewardmodel.inference import battles_to_predict, predict
     from rewardmodel.predictions import check_sample, write_predictions, write_submission
+    from rewardmodel.recipe import load_recipe
     from rewardmodel.runs import RECIPE, trained_models
     from rewardmodel.shards import remove_shards
 
@@ -316,7 +316,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 def _parse_with_recipe(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return the command's own options, and the overrides of recipe keys; `--help` prints both kinds."""
     if "-h" in arguments or "--help" in arguments:
-        from rewardmodel.config import recipe_parser
+        from rewardmodel.recipe import recipe_parser
 
         parser.print_help()
         keys = recipe_parser(parser.prog)

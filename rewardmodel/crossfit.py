@@ -16,13 +16,14 @@ import pandas as pd
 import torch
 from datasets import Dataset
 
-from rewardmodel.config import Recipe, dump_recipe
+from rewardmodel.config import Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.files import write_text
 from rewardmodel.parts import fingerprints, load_battles, split
 from rewardmodel.pipeline import run
 from rewardmodel.predictions import mean_table, read_predictions, write_predictions
 from rewardmodel.processes import is_main, wait_for_all
+from rewardmodel.recipe import dump_recipe
 from rewardmodel.reports import report
 from rewardmodel.runs import (
     CALIBRATION,

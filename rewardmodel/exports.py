@@ -24,7 +24,7 @@ from rewardmodel.battles import TEXTS
 from rewardmodel.bundle import BUNDLED_MODEL, Bundle, write_bundle
 from rewardmodel.card import write_card
 from rewardmodel.compatibility import incompatibilities
-from rewardmodel.config import ModelConfig, Recipe, dump_recipe
+from rewardmodel.config import ModelConfig, Recipe
 from rewardmodel.errors import InputError, nearest
 from rewardmodel.files import atomic_path, write_text
 from rewardmodel.merge import Trained, merge, trained
@@ -41,6 +41,7 @@ from rewardmodel.parity import (
 from rewardmodel.placement import compute_device, setup
 from rewardmodel.predictions import PROBABILITIES, predicted, read_predictions, write_predictions
 from rewardmodel.quantization import bits_and_bytes
+from rewardmodel.recipe import dump_recipe
 from rewardmodel.runs import CALIBRATION, CALIBRATOR, RECIPE, VALIDATION, trained_models, write_json
 from rewardmodel.saved import backbone_folder, is_adapter
 from rewardmodel.soup import soup

@@ -28,9 +28,10 @@ import numpy as np
 from datasets import Dataset
 
 from rewardmodel.battles import FEATURES, TEACHER, taught
-from rewardmodel.config import Recipe, dump_recipe, load_recipe
+from rewardmodel.config import Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.files import write_text
+from rewardmodel.recipe import dump_recipe, load_recipe
 
 RECIPE = "recipe.yaml"
 ENVIRONMENT = "environment.json"

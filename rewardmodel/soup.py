@@ -13,10 +13,10 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from rewardmodel.config import dump_recipe
 from rewardmodel.errors import InputError
 from rewardmodel.files import write_text
 from rewardmodel.merge import Trained
+from rewardmodel.recipe import dump_recipe
 from rewardmodel.runs import ENVIRONMENT, MODEL, RECIPE
 from rewardmodel.saved import ADAPTER, is_adapter, read_about
 

@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def recipe_of(name: str, folder: str) -> Any:
     """Return a case's recipe."""
-    from rewardmodel.config import load_recipe
+    from rewardmodel.recipe import load_recipe
 
     path = Path(folder) / "recipe.yaml"
     path.write_text("")

@@ -63,7 +63,8 @@ def make_run(folder: Path, backbone: Path, how: str) -> None:
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from rewardmodel.config import ModelConfig, Recipe, dump_recipe
+    from rewardmodel.config import ModelConfig, Recipe
+    from rewardmodel.recipe import dump_recipe
     from rewardmodel.weights import fingerprint
 
     with torch.device("meta"):

@@ -17,10 +17,10 @@ from conftest import battle_frame, write_csv
 from rewardmodel import export
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.bundle import Bundle, notebook, script
-from rewardmodel.config import load_recipe
 from rewardmodel.errors import InputError
 from rewardmodel.inference import predict
 from rewardmodel.predictions import predicted
+from rewardmodel.recipe import load_recipe
 from rewardmodel.training import train
 
 UNPLUGGED = """

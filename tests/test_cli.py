@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from rewardmodel import inference
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.cli import VERBS, main
-from rewardmodel.config import DataConfig, ModelConfig, PromptConfig, Recipe, dump_recipe, load_recipe
+from rewardmodel.config import DataConfig, ModelConfig, PromptConfig, Recipe
 from rewardmodel.inference import predict
 from rewardmodel.predictions import predicted, read_predictions
+from rewardmodel.recipe import dump_recipe, load_recipe
 from rewardmodel.runs import METRICS, MODEL, RECIPE, SUBMISSION
 
 

@@ -8,22 +8,13 @@ from conftest import make_backbone
 from trl import RewardConfig
 
 from rewardmodel.arguments import training_arguments
-from rewardmodel.config import (
-    SECTIONS,
-    TRAINER_DEFAULTS,
-    TRAINER_REFUSED,
-    DataConfig,
-    Recipe,
-    Source,
-    dump_recipe,
-    load_recipe,
-    recipe_parser,
-)
+from rewardmodel.config import TRAINER_DEFAULTS, TRAINER_REFUSED, DataConfig, Recipe, Source
 from rewardmodel.errors import InputError
 from rewardmodel.model import build_model
 from rewardmodel.objective import OBJECTIVES
 from rewardmodel.pairs import tokenize
 from rewardmodel.parts import load_battles
+from rewardmodel.recipe import SECTIONS, dump_recipe, load_recipe, recipe_parser
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate")

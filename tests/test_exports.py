@@ -15,13 +15,14 @@ from rewardmodel import export, exports, parity
 from rewardmodel.battles import TEXTS
 from rewardmodel.bundle import Bundle
 from rewardmodel.calibration import Calibrator, save
-from rewardmodel.config import DataConfig, ModelConfig, ObjectiveConfig, PromptConfig, Recipe, load_recipe
+from rewardmodel.config import DataConfig, ModelConfig, ObjectiveConfig, PromptConfig, Recipe
 from rewardmodel.crossfit import train_folds
 from rewardmodel.errors import InputError
 from rewardmodel.evaluation import evaluate
 from rewardmodel.inference import predict
 from rewardmodel.pipeline import run as run_recipe
 from rewardmodel.predictions import predicted, read_predictions
+from rewardmodel.recipe import load_recipe
 from rewardmodel.training import train
 
 

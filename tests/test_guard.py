@@ -5,9 +5,9 @@ import torch
 from test_trainer import make_trainer, with_trainer
 
 from rewardmodel.cli import main
-from rewardmodel.config import dump_recipe
 from rewardmodel.formats import read_battles
 from rewardmodel.guard import Guard
+from rewardmodel.recipe import dump_recipe
 from rewardmodel.runs import MODEL
 from rewardmodel.trainer import PreferenceTrainer
 from rewardmodel.training import train

@@ -10,7 +10,7 @@ LEVELS = [
     {"errors", "files", "trainer_keys", "processes", "guard", "optimizer"},
     {"config", "battles", "metrics", "backbone", "objective", "rows", "texts", "truncation", "template", "charts"}
     | {"attention", "batches", "launches"},
-    {"compatibility"},
+    {"compatibility", "recipe"},
     {"sources", "folds", "predictions", "prompt", "weights", "runs", "head", "calibration", "resampling"}
     | {"placement", "arguments", "budget", "devices", "quantization", "stand_ins"},
     {"teachers", "saved", "wheels", "checkpoint"},

@@ -12,9 +12,9 @@ import pytest
 from safetensors.torch import load_file
 
 from rewardmodel import processes
-from rewardmodel.config import dump_recipe, load_recipe
 from rewardmodel.inference import predict
 from rewardmodel.predictions import predicted, read_predictions
+from rewardmodel.recipe import dump_recipe, load_recipe
 from rewardmodel.runs import MODEL, VALIDATION
 from rewardmodel.training import train
 
@@ -25,7 +25,7 @@ import sys
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 import rewardmodel.training as training
-from rewardmodel.config import load_recipe
+from rewardmodel.recipe import load_recipe
 
 arguments = training.training_arguments
 

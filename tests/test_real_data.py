@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 
 from rewardmodel.battles import outcomes
-from rewardmodel.config import load_recipe
 from rewardmodel.evaluation import evaluate
 from rewardmodel.folds import assign_groups
 from rewardmodel.formats import read_battles
 from rewardmodel.pipeline import run
 from rewardmodel.predictions import true_outcomes
+from rewardmodel.recipe import load_recipe
 
 
 def test_real_files_are_read_whole(real_data):

@@ -6,8 +6,9 @@ from conftest import from_columns
 from datasets import concatenate_datasets
 
 from rewardmodel.battles import OUTCOMES, TEACHER, swap
-from rewardmodel.config import DataConfig, InferenceConfig, PromptConfig, Recipe, dump_recipe
+from rewardmodel.config import DataConfig, InferenceConfig, PromptConfig, Recipe
 from rewardmodel.errors import InputError
+from rewardmodel.recipe import dump_recipe
 from rewardmodel.runs import (
     RECIPE,
     check_run,

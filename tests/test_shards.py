@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from rewardmodel import shards
 from rewardmodel.battles import OUTCOMES
-from rewardmodel.config import InferenceConfig, dump_recipe
+from rewardmodel.config import InferenceConfig
 from rewardmodel.errors import InputError
 from rewardmodel.inference import predict
 from rewardmodel.predictions import in_both_orders, predicted, read_predictions
+from rewardmodel.recipe import dump_recipe
 from rewardmodel.runs import MODEL, load_run_recipe
 from rewardmodel.shards import Deadline, cut, remove_shards
 from rewardmodel.training import train

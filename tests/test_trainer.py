@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rewardmodel.arguments import training_arguments
 from rewardmodel.batches import pack
 from rewardmodel.battles import OUTCOMES, swap
-from rewardmodel.config import ObjectiveConfig, Source, dump_recipe
+from rewardmodel.config import ObjectiveConfig, Source
 from rewardmodel.errors import InputError
 from rewardmodel.formats import read_battles
 from rewardmodel.inference import predict
@@ -25,6 +25,7 @@ from rewardmodel.objective import JOINT, find_objective
 from rewardmodel.pairs import tokenize
 from rewardmodel.parts import load_battles, split, trained_on
 from rewardmodel.predictions import predicted, predictions_table, write_predictions
+from rewardmodel.recipe import dump_recipe
 from rewardmodel.runs import MODEL
 from rewardmodel.trainer import PreferenceTrainer
 from rewardmodel.training import train
@@ -83,7 +84,7 @@ def test_the_same_seed_trains_the_same_weights(recipe, tmp_path):
 
 TRAIN = """
 import sys
-from rewardmodel.config import load_recipe
+from rewardmodel.recipe import load_recipe
 from rewardmodel.training import train
 train(load_recipe(sys.argv[1]), resume="--resume" in sys.argv)
 """
