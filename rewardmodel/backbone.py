@@ -85,6 +85,25 @@ def family(model_type: str) -> Family:
     return FAMILIES.get(model_type, GENERIC)
 
 
+def lowest_layers(config: Any, count: int | None) -> Any:
+    """Return a backbone's configuration, of transformers, with so many layers from below; none: as it is.
+
+    Raises:
+        InputError: it has fewer.
+    """
+    text = config.get_text_config()
+    if count is None:
+        return config
+    if not 1 <= count <= text.num_hidden_layers:
+        raise InputError(
+            f"model.num_hidden_layers: {count}, but the backbone has {text.num_hidden_layers}; set as many"
+        )
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:count]
+    text.num_hidden_layers = count
+    return config
+
+
 def check_length(config: Any, max_length: int) -> None:
     """Raise if sequences of so many tokens have no position embeddings in a backbone; warn if they are untried.
 

@@ -131,6 +131,16 @@ CHECKS = (
         "model.use_peft: a quantised backbone cannot train itself; leave it true, or quantise nothing",
     ),
     Check(
+        lambda s: s.model.freeze_backbone and not s.model.use_peft,
+        "model.freeze_backbone: the backbone cannot stay as it is while use_peft is false, which trains all weights; "
+        "set one of them",
+    ),
+    Check(
+        lambda s: s.model.freeze_backbone and s.fsdp,
+        "model.freeze_backbone: FSDP spreads weights that train, and these do not; launch with "
+        "recipes/accelerate/ddp.yaml",
+    ),
+    Check(
         lambda s: s.dtype == "bfloat16" and s.old,
         "model.dtype: bfloat16 is emulated below compute capability 8.0 (Turing, like the T4), many times slower; set "
         "auto, float16 or float32",
@@ -175,7 +185,7 @@ CHECKS = (
         "model.lora_r: {s.model.lora_r}; the rank is at least 1",
     ),
     Check(
-        lambda s: s.model.use_peft and s.model.lora_first_layer >= s.layers,
+        lambda s: s.model.use_peft and not s.model.freeze_backbone and s.model.lora_first_layer >= s.layers,
         "model.lora_first_layer: {s.model.lora_first_layer}, but the backbone has layers 0 to {s.last_layer}",
     ),
     Check(

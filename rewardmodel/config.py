@@ -96,6 +96,8 @@ class ModelConfig:
     """A hub id, a local folder, a .gguf file, or a packaged name (rewardmodel.weights.PACKAGED)."""
     model_revision: str = "main"
     """Branch, tag or commit of a hub id."""
+    num_hidden_layers: int | None = None
+    """Use so many layers of the backbone, from below, and leave the others out; none: all."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes CUDA where there is a device."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -119,6 +121,9 @@ class ModelConfig:
     """Quantise the quantisation constants too (double quantisation)."""
     use_peft: bool = True
     """Train LoRA adapters and the head; false: all weights."""
+    freeze_backbone: bool = False
+    """Train the last layer of the head alone. What it reads of each battle is computed once and kept in the cache, and
+    the head is then fitted exactly: no lora_* key is read, and of `trainer` only where to, the seed and processes."""
     lora_r: int = 16
     """LoRA rank."""
     lora_alpha: int = 32

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -19,16 +20,32 @@ logger = logging.getLogger(__name__)
 
 
 def add_lora(model: PreTrainedModel, config: ModelConfig) -> PeftModel:
-    """Return the model with trainable float32 LoRA adapters and head, everything else frozen.
+    """Return the model with trainable float32 LoRA adapters and head, or the head alone, everything else frozen.
 
     Raises:
         InputError: PEFT refuses the rank or the layers.
     """
+    lora = _head_alone(model) if config.freeze_backbone else _settings(model, config)
+    try:
+        adapted = get_peft_model(model, lora)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"model.lora_r, model.lora_target_modules: PEFT refuses them: {reason}") from error
+    if lora.init_lora_weights == "pissa":
+        adapted.pissa_start = {name: weight.clone() for name, weight in get_peft_model_state_dict(adapted).items()}
+    return adapted
+
+
+def _head_alone(model: PreTrainedModel) -> LoraConfig:
+    return LoraConfig(task_type="SEQ_CLS", target_modules=DUMMY_TARGET_MODULES, modules_to_save=head_names(model))
+
+
+def _settings(model: PreTrainedModel, config: ModelConfig) -> LoraConfig:
     layers = model.config.get_text_config().num_hidden_layers
     backbone = getattr(model, model.base_model_prefix)
     linear = {name: part for name, part in backbone.named_modules() if isinstance(part, torch.nn.Linear | Conv1D)}
     barred = {part for name in linear for part in name.split(".")} & {*HEADS, *OTHER_SENSES}
-    lora = LoraConfig(
+    return LoraConfig(
         task_type="SEQ_CLS",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -42,14 +59,6 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> PeftModel:
         use_dora=config.use_dora,
         modules_to_save=head_names(model),
     )
-    try:
-        adapted = get_peft_model(model, lora)
-    except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"model.lora_r, model.lora_target_modules: PEFT refuses them: {reason}") from error
-    if config.lora_init == "pissa":
-        adapted.pissa_start = {name: weight.clone() for name, weight in get_peft_model_state_dict(adapted).items()}
-    return adapted
 
 
 def subtract_start(folder: Path, start: dict[str, torch.Tensor]) -> None:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.quantizers import AutoHfQuantizer
 
-from rewardmodel.backbone import family
+from rewardmodel.backbone import family, lowest_layers
 from rewardmodel.checkpoint import SHARD, parameter_names, weight_files, write_shards
 from rewardmodel.config import Recipe
 from rewardmodel.errors import InputError
@@ -87,6 +87,7 @@ def merge(
     about = read_about(run.model)
     backbone = backbone_folder(run.recipe.model, run.model)
     settings = AutoConfig.from_pretrained(backbone, **label_names(Head(**about["head"])))
+    settings = lowest_layers(settings, run.recipe.model.num_hidden_layers)
     if getattr(settings, "quantization_config", None):
         raise InputError(f"{backbone}: its weights are quantised in their files, which merging does not read")
     streams = Merging(run, backbone, settings, Head(**about["head"]), dtype, requantise)

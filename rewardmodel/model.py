@@ -23,14 +23,14 @@ from transformers import (
 )
 
 from rewardmodel.attention import KERNELS, PREFIX, Packing, packed
-from rewardmodel.backbone import FAMILIES, family
+from rewardmodel.backbone import FAMILIES, family, lowest_layers
 from rewardmodel.batches import pack
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.compatibility import refuse
 from rewardmodel.config import ModelConfig
 from rewardmodel.errors import InputError
 from rewardmodel.files import atomic_path
-from rewardmodel.head import PooledHead, check_loaded, classifier_class, head_names
+from rewardmodel.head import FloatLinear, PooledHead, check_loaded, classifier_class, head_names
 from rewardmodel.lora import add_lora, subtract_start
 from rewardmodel.objective import Head
 from rewardmodel.placement import placement, setup
@@ -70,6 +70,8 @@ def load_classifier(
     """
     refuse(setup(config, folder))
     model_config = AutoConfig.from_pretrained(folder)
+    layers = model_config.get_text_config().num_hidden_layers
+    lowest_layers(model_config, config.num_hidden_layers)
     rules = family(model_config.model_type)
     device, dtype = placement(config, folder)
     dtype = weights or dtype
@@ -79,6 +81,8 @@ def load_classifier(
     for key, names in label_names(head).items():
         setattr(model_config, key, names)
     kind = classifier_class(model_config, config.pooling, head)
+    left_out = range(model_config.get_text_config().num_hidden_layers, layers)
+    kind._keys_to_ignore_on_load_unexpected += tuple(rf"\.{number}\." for number in left_out)
     if config.keep_head:
         _check_kept(kind, model_config, folder)
     model, found = kind.from_pretrained(
@@ -215,7 +219,8 @@ def build_model(config: ModelConfig, head: Head, seed: int) -> tuple[Any, PreTra
             model.peft_config["default"].base_model_name_or_path = config.model_name_or_path
             model.peft_config["default"].revision = folder.name
         count, total = model.get_nb_trainable_parameters()
-        logger.info("LoRA r%d: %s of %s weights train", config.lora_r, f"{count:,}", f"{total:,}")
+        what = "the head alone" if config.freeze_backbone else f"LoRA r{config.lora_r}"
+        logger.info("%s: %s of %s weights train", what, f"{count:,}", f"{total:,}")
     return model, load_tokenizer(folder)
 
 
@@ -240,10 +245,20 @@ def save_model(
     }
     with atomic_path(folder) as partial:
         model.save_pretrained(partial, **({} if state is None else {"state_dict": state}))
-        if config.use_peft and config.lora_init == "pissa":
+        if config.use_peft and config.lora_init == "pissa" and not config.freeze_backbone:
             subtract_start(partial, model.pissa_start)
         tokenizer.save_pretrained(partial)
         (partial / BACKBONE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def trained_layer(model: Any) -> Any:
+    """Return the last layer of the head that is trained, out of PEFT's wrapper if it has one."""
+    last = classifier(model).last_layer.rpartition(".")[2]
+    return next(
+        part
+        for name, part in model.named_modules()
+        if isinstance(part, FloatLinear) and part.weight.requires_grad and last in name.split(".")[-3:]
+    )
 
 
 def classifier(model: Any) -> Any:

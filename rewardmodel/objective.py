@@ -20,6 +20,9 @@ from torch import Tensor
 
 from rewardmodel.errors import InputError, nearest
 
+SHOWN = ([0, 1, 2], [1, 0, 2])
+"""Outcomes of the sequence that shows A first, and of the one that shows B first, in the words of the other."""
+
 
 class Settings(Protocol):
     """What losses read of the recipe's `objective` section, where the fields are documented."""
@@ -82,8 +85,24 @@ class Objective:
         """
         if self.encoding == "separate":
             return [self.probabilities(logits)]
-        shown = ([0, 1, 2], [1, 0, 2])[: logits.shape[1]]
-        return [self.probabilities(logits[:, number])[:, order] for number, order in enumerate(shown)]
+        return [
+            self.probabilities(logits[:, number])[:, order] for number, order in enumerate(SHOWN[: logits.shape[1]])
+        ]
+
+    def battle_losses(
+        self, logits: Tensor, labels: Tensor, settings: Settings, teacher: Tensor | None = None
+    ) -> Tensor:
+        """Return the loss of each battle, (n,), of the logits of its sequences, (n, n_sequences, width).
+
+        Of several orders it is the mean. Labels and the teacher's probabilities are (n, 3) of A, B, tie.
+        """
+        if self.encoding == "separate":
+            return self.loss(logits, labels, settings, teacher)
+        losses = []
+        for number, order in enumerate(SHOWN[: logits.shape[1]]):
+            taught = None if teacher is None else teacher[:, order]
+            losses.append(self.loss(logits[:, number], labels[:, order], settings, taught))
+        return torch.stack(losses).mean(dim=0)
 
     def counted(self, outcomes: Tensor) -> Tensor:
         """Return what each battle adds to the denominator of a mean loss, (n,): 1, or its decided part."""

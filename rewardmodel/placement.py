@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from rewardmodel.backbone import Family, check_length, family, stored_bits
+from rewardmodel.backbone import Family, check_length, family, lowest_layers, stored_bits
 from rewardmodel.compatibility import Setup
 from rewardmodel.config import ModelConfig
 from rewardmodel.errors import InputError
@@ -42,7 +42,7 @@ def setup(config: ModelConfig, folder: Path, trainer: dict[str, Any] | None = No
         InputError: as `placement`.
     """
     device, dtype = placement(config, folder)
-    backbone = AutoConfig.from_pretrained(folder)
+    backbone = lowest_layers(AutoConfig.from_pretrained(folder), config.num_hidden_layers)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     layers = backbone.get_text_config().num_hidden_layers
     name = str(dtype).removeprefix("torch.")

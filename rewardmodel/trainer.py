@@ -189,13 +189,7 @@ class PreferenceTrainer(RewardTrainer):
 
         Labels and the teacher's probabilities are (n, 3), NaN in the rows of battles that have none.
         """
-        if self.objective.encoding == "separate":
-            return self.objective.loss(logits, labels, self.settings, teacher)
-        losses = []
-        for number, order in enumerate([[0, 1, 2], [1, 0, 2]][: logits.shape[1]]):
-            taught = None if teacher is None else teacher[:, order]
-            losses.append(self.objective.loss(logits[:, number], labels[:, order], self.settings, taught))
-        return torch.stack(losses).mean(dim=0)
+        return self.objective.battle_losses(logits, labels, self.settings, teacher)
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """Return log loss and accuracy of the validation battles in the order given, and log them."""

@@ -2,24 +2,30 @@
 
 import logging
 import platform
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
+from trl import RewardConfig
 
 from rewardmodel.arguments import training_arguments
 from rewardmodel.battles import AUGMENTATIONS
 from rewardmodel.compatibility import refuse
 from rewardmodel.config import ModelConfig, Recipe
-from rewardmodel.model import build_model, load_tokenizer
-from rewardmodel.objective import find_objective
+from rewardmodel.features import feature_folder, features
+from rewardmodel.model import build_model, load_tokenizer, save_model, trained_layer
+from rewardmodel.objective import find_objective, fit_tie, initial_tie
 from rewardmodel.optimizer import Rates
 from rewardmodel.pairs import retention, saved, tokenize
 from rewardmodel.parts import Parts, fingerprints, load_battles, split, write_training_keys
 from rewardmodel.placement import check_positions, placement, setup
+from rewardmodel.probe import Examples, fit_last_layer
 from rewardmodel.processes import is_main, wait_for_all
 from rewardmodel.runs import (
     MODEL,
@@ -79,21 +85,83 @@ def train(
     if resume:
         check_same_inputs(recipe.run_folder, facts)
     model, tokenizer = build_model(recipe.model, objective.head, args.seed)
+    begin = partial(_begin, recipe, parts.training, facts, resume, overwrite)
+    if recipe.model.freeze_backbone:
+        begin()
+        fit_head(model, tokenizer, rows, validation_rows, np.asarray(parts.training["group"][:]), recipe, dtype)
+    else:
+        _fit_adapters(model, tokenizer, rows, validation_rows, recipe, args, dtype, resume, begin)
+    return recipe.run_folder, parts
+
+
+def _fit_adapters(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    validation_rows: Dataset,
+    recipe: Recipe,
+    args: RewardConfig,
+    dtype: torch.dtype,
+    resume: bool,
+    begin: Callable[[], None],
+) -> None:
+    """Train what of a model trains, call `begin` when everything is checked, and save the model as a run's."""
     tokens = (recipe.trainer[TOKENS], recipe.inference.batch_tokens)
     rates = Rates(recipe.trainer[HEAD_RATE], recipe.trainer[LORAPLUS])
     trainer = PreferenceTrainer(model, args, rows, validation_rows, tokenizer, recipe.objective, dtype, tokens, rates)
     if recipe.trainer[EARLY_STOPPING] is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.trainer[EARLY_STOPPING]))
     checkpoint = last_checkpoint(recipe.run_folder) if resume else None
-    if is_main():
-        write_environment(open_run(recipe, resume, overwrite), facts)
-        write_training_keys(recipe.run_folder, parts.training)
-    wait_for_all()
+    begin()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if not objective.learns_ties:
+    if not trainer.objective.learns_ties:
         trainer.fit_tie()
     trainer.save_to(recipe.run_folder / MODEL, recipe.model)
-    return recipe.run_folder, parts
+
+
+def _begin(recipe: Recipe, training: Dataset, facts: dict, resume: bool, overwrite: bool) -> None:
+    """Open the run folder and write what the run is made of."""
+    if is_main():
+        write_environment(open_run(recipe, resume, overwrite), facts)
+        write_training_keys(recipe.run_folder, training)
+    wait_for_all()
+
+
+def fit_head(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    validation_rows: Dataset,
+    groups: np.ndarray,
+    recipe: Recipe,
+    dtype: torch.dtype,
+) -> None:
+    """Fit the head's last layer on a frozen backbone, and save the model as a run's.
+
+    Args:
+        model: of `build_model`.
+        tokenizer: of the model.
+        rows: the training battles.
+        validation_rows: what the tie parameter is fitted on, if the loss leaves it alone.
+        groups: the prompt group of each training battle.
+        recipe: what to do.
+        dtype: precision of the backbone.
+    """
+    objective, layer = find_objective(recipe.objective), trained_layer(model)
+    reading = (tokenizer.pad_token_id, dtype, feature_folder(recipe.model, dtype), recipe.inference.batch_tokens)
+    examples = Examples.of(rows, features(model, layer, rows, *reading))
+    if objective.head.tie:
+        torch.nn.init.constant_(layer.tie, initial_tie(float(examples.labels[:, 2].nanmean())))
+        layer.tie.requires_grad_(objective.learns_ties)
+    fit_last_layer(layer, examples, groups, objective, recipe.objective)
+    if not objective.learns_ties:
+        judged = Examples.of(validation_rows, features(model, layer, validation_rows, *reading))
+        with torch.no_grad():
+            rewards = layer(judged.features)[..., 0].numpy()
+        torch.nn.init.constant_(layer.tie, fit_tie(rewards, judged.labels.numpy(), objective.link))
+    if is_main():
+        save_model(model, tokenizer, recipe.model, recipe.run_folder / MODEL)
+    wait_for_all()
 
 
 def _rows(parts: Parts, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[Dataset, Dataset]:

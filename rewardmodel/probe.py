@@ -1,0 +1,131 @@
+"""Features and outcomes in, the last layer of a head fitted to them out: what trains where the backbone is frozen.
+
+The loss is the objective's, of a linear layer: L-BFGS finds its least. How much the weights are held back, an L2
+penalty, is what predicts other prompt groups of the training battles best.
+"""
+
+import copy
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from rewardmodel.objective import Objective, Settings
+
+logger = logging.getLogger(__name__)
+
+FOLDS = 4
+"""Parts of the training groups; each is predicted with what was fitted on the others, for every penalty."""
+
+PENALTIES = (3000.0, 1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0)
+"""Half of it times the squared weights, of features of variance 1, is added to the summed loss of the battles."""
+
+STEPS = 200
+"""Most iterations of L-BFGS."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a layer is fitted to.
+
+    Attributes:
+        features: (n_battles, n_sequences, width) float32.
+        labels: (n_battles, 3) float32 outcomes.
+        teacher: (n_battles, 3) float32, NaN where there is none.
+        weight: (n_battles,) float32.
+    """
+
+    features: torch.Tensor
+    labels: torch.Tensor
+    teacher: torch.Tensor
+    weight: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: Dataset, features: np.ndarray) -> "Examples":
+        """Return the examples of rows of `rewardmodel.pairs.ROWS`, with their features."""
+        columns = (np.asarray(rows[name][:], dtype=np.float32) for name in ("labels", "teacher", "weight"))
+        return cls(*map(torch.from_numpy, (features, *columns)))
+
+    def select(self, rows: np.ndarray) -> "Examples":
+        """Return some of them, by (n,) bool."""
+        chosen = torch.from_numpy(np.flatnonzero(rows))
+        return Examples(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
+
+
+def fit_last_layer(
+    layer: Any, examples: Examples, groups: np.ndarray, objective: Objective, settings: Settings
+) -> dict[float, float]:
+    """Fit a linear layer to features in place, by the penalty that does best across prompt groups.
+
+    Args:
+        layer: of `rewardmodel.head`, on the device of the examples.
+        examples: the training battles.
+        groups: (n_battles,) the prompt group of each.
+        objective: the loss.
+        settings: the recipe's `objective` section.
+
+    Returns:
+        The mean loss on left-out groups by penalty.
+    """
+    center, scale = _standard(examples.features, centred=layer.bias is not None)
+    scaled = Examples((examples.features - center) / scale, examples.labels, examples.teacher, examples.weight)
+    _, members = np.unique(groups, return_inverse=True)
+    part = (np.random.default_rng(0).permutation(members.max() + 1) % FOLDS)[members]
+    losses = dict.fromkeys(PENALTIES, 0.0)
+    for number in np.unique(part):
+        tried = copy.deepcopy(layer)
+        others, own = scaled.select(part != number), scaled.select(part == number)
+        for penalty in PENALTIES:  # from the strongest on: each begins where the one before ended
+            _minimise(tried, others, objective, settings, penalty)
+            with torch.no_grad():
+                losses[penalty] += _loss(tried, own, objective, settings).item()
+    total = _total(examples, objective)
+    losses = {penalty: loss / total for penalty, loss in losses.items()}
+    best = min(losses, key=losses.__getitem__)
+    for penalty in PENALTIES[: PENALTIES.index(best) + 1]:
+        _minimise(layer, scaled, objective, settings, penalty)
+    with torch.no_grad():
+        layer.weight /= scale
+        if layer.bias is not None:
+            layer.bias -= layer.weight @ center
+    logger.info("penalty %g: loss %.4f on left-out groups of the training battles", best, losses[best])
+    return losses
+
+
+def _standard(features: torch.Tensor, centred: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what to take off features, 0 where no bias could make up for it, and what to divide them by, (width,)."""
+    flat = features.flatten(0, 1)
+    mean = flat.mean(dim=0)
+    spread = (flat - mean).square().mean(dim=0).sqrt()
+    return mean if centred else torch.zeros_like(mean), torch.where(spread > 0, spread, 1.0)
+
+
+def _total(examples: Examples, objective: Objective) -> float:
+    return float((examples.weight * objective.counted(examples.labels)).sum()) or 1.0
+
+
+def _loss(layer: Any, examples: Examples, objective: Objective, settings: Settings) -> torch.Tensor:
+    logits = layer(examples.features.flatten(0, 1)).view(*examples.features.shape[:2], -1)
+    losses = objective.battle_losses(logits, examples.labels, settings, examples.teacher)
+    return (losses * examples.weight).sum()
+
+
+def _minimise(layer: Any, examples: Examples, objective: Objective, settings: Settings, penalty: float) -> None:
+    total = _total(examples, objective)
+    weights = [weight for weight in layer.parameters() if weight.requires_grad]
+    search = torch.optim.LBFGS(
+        weights, max_iter=STEPS, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+    )
+
+    def step() -> torch.Tensor:
+        search.zero_grad()
+        held = penalty / 2 * layer.weight.square().sum()
+        loss = (_loss(layer, examples, objective, settings) + held) / total
+        loss.backward()
+        return loss
+
+    search.step(step)
+    search.zero_grad()

@@ -1,0 +1,104 @@
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import battle_frame
+from safetensors import safe_open
+
+from rewardmodel import features
+from rewardmodel.config import ModelConfig, ObjectiveConfig
+from rewardmodel.crossfit import train_folds
+from rewardmodel.errors import InputError
+from rewardmodel.exports import export
+from rewardmodel.inference import predict
+from rewardmodel.metrics import log_loss
+from rewardmodel.predictions import predicted, read_predictions, true_outcomes
+from rewardmodel.runs import MODEL
+from rewardmodel.training import train
+
+JOINT = ("cross_entropy",)
+OBJECTIVES = (*JOINT, "davidson", "bradley_terry")
+
+
+@pytest.fixture
+def frozen(recipe):
+    """Return a function that returns a recipe with a frozen backbone of one layer, for an objective."""
+
+    def of(objective):
+        model = dataclasses.replace(
+            recipe.model, freeze_backbone=True, num_hidden_layers=1, pooling="responses", lora_first_layer=5
+        )
+        data = dataclasses.replace(recipe.data, swap_augmentation="both")
+        prompt = dataclasses.replace(recipe.prompt, template="instruction" if objective in JOINT else "response")
+        return dataclasses.replace(recipe, model=model, data=data, prompt=prompt, objective=ObjectiveConfig(objective))
+
+    return of
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_head_on_a_frozen_backbone_learns_is_saved_and_predicts(frozen, objective, tmp_path):
+    run, parts = train(frozen(objective))
+    with safe_open(run / MODEL / "adapter_model.safetensors", "pt") as weights:
+        names = list(weights.keys())
+    assert names
+    assert all(".score." in name for name in names)
+    table = predict(run, parts.validation)
+    loss = log_loss(predicted(table), true_outcomes(table))
+    assert loss < 0.9  # 1.04 without looking
+    assert ("ba_p_tie" in table) == (objective in JOINT)
+    write = "from rewardmodel.cli import main; main(['predict', *__import__('sys').argv[1:]])"
+    subprocess.run(
+        [sys.executable, "-c", write, str(run), "validation", "--output", str(tmp_path / "x.parquet")], check=True
+    )
+    np.testing.assert_allclose(predicted(read_predictions(tmp_path / "x.parquet")), predicted(table), atol=1e-6)
+
+
+def test_folds_read_the_features_of_a_battle_once(frozen, monkeypatch):
+    count, compute = [], features.row_logits
+
+    def counted(reader, rows, *given):
+        count.extend(rows["id"][:])
+        return compute(reader, rows, *given)
+
+    monkeypatch.setattr(features, "row_logits", counted)
+    _, facts = train_folds(frozen("davidson"))
+    assert sorted(count) == sorted(battle_frame()["id"])
+    assert facts["metrics"]["log_loss"]["value"] < 0.9
+
+
+def test_what_a_frozen_run_exports_predicts_alike(frozen, tmp_path):
+    recipe = frozen("cross_entropy")
+    last = dataclasses.replace(recipe.model, pooling="last")
+    run, _ = train(dataclasses.replace(recipe, model=last))
+    facts = export(run, tmp_path / "merged", "merged", dtype="float32")
+    assert facts["max_abs_difference"] <= 1e-4
+
+
+def test_a_frozen_run_that_is_done_is_left_alone_and_one_that_was_killed_goes_on(frozen, monkeypatch):
+    recipe = frozen("davidson")
+    with monkeypatch.context() as patch:
+        patch.setattr("rewardmodel.training.fit_last_layer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe)
+    run, _ = train(recipe, resume=True)
+    before = (run / MODEL / "adapter_model.safetensors").read_bytes()
+    train(recipe, resume=True)
+    assert (run / MODEL / "adapter_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"use_peft": False}, "model.freeze_backbone: .*use_peft is false"),
+        ({"num_hidden_layers": 3}, "model.num_hidden_layers: 3, but the backbone has 2"),
+        ({"num_hidden_layers": 0}, "model.num_hidden_layers: 0, but the backbone has 2"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(frozen, keys, message):
+    recipe = frozen("davidson")
+    model: ModelConfig = dataclasses.replace(recipe.model, **keys)
+    with pytest.raises(InputError, match=message):
+        train(dataclasses.replace(recipe, model=model))
+    assert not recipe.run_folder.exists()
