@@ -69,7 +69,7 @@ def card_facts(runs: Sequence[Path], model: Path, parity: Facts) -> dict[str, An
         "link": LINKS.get(recipe.objective.name),
         "bits": bits,
         "whole": not is_adapter(model),
-        "plain": recipe.model.pooling == "last" and (is_adapter(model) or parity["plain"] is not None),
+        "plain": recipe.model.plain_head and (is_adapter(model) or parity["plain"] is not None),
         "why_not_plain": _why_not_plain(recipe.model),
         "form": _form(merged, bits) if merged else "the adapter and its head as they were trained, in PEFT's layout",
         "requantised": bool(merged.get("bits")),
@@ -130,10 +130,10 @@ def _form(merged: dict[str, Any], bits: str | None) -> str:
 
 
 def _why_not_plain(config: ModelConfig) -> str:
-    if config.pooling != "last":
+    if not config.plain_head:
         return (
-            f"**Only rewardmodel loads this model.** Its head reads means over the responses (`model.pooling: "
-            f"{config.pooling}`), where plain transformers would read the last token."
+            f"**Only rewardmodel loads this model.** Its head is another than plain transformers' (`model.pooling: "
+            f"{config.pooling}`, `model.pair_ties: {str(config.pair_ties).lower()}`)."
         )
     return "**Only rewardmodel loads this model** as it was trained; plain transformers was not checked on it."
 

@@ -104,10 +104,13 @@ class ModelConfig:
     """Compute precision; `auto` asks the hardware. Head and trainable weights are always float32."""
     attn_implementation: str | None = None
     """Attention kernel by transformers' name; none: the best that the family allows."""
-    pooling: Literal["last", "responses"] = "last"
-    """What a decoder's head reads: the last token, as plain transformers does, or the means over response A and over
-    response B side by side, which small backbones learn from much sooner (only rewardmodel loads such a head). An
-    encoder keeps the head of its class in transformers, which reads the first token or what else it was made for."""
+    pooling: Literal["last", "responses", "last_and_responses"] = "last"
+    """What a decoder's head reads: the last token, as plain transformers does; the mean over each response of the
+    sequence, side by side, which small backbones learn from much sooner; or both (only rewardmodel loads such heads).
+    An encoder keeps the head of its class in transformers, which reads the first token or what else it was made for."""
+    pair_ties: bool = False
+    """Let P(tie) depend on what the head reads of both responses, on how far they are apart and on their mean, and not
+    on their rewards and one number alone (separate objectives; only rewardmodel loads such a head)."""
     keep_head: bool = False
     """Start from the classification head that the backbone comes with, as a published reward model does, and refuse one
     that has none of the objective's width; false: the head's last layer is new, and starts even-handed."""
@@ -140,6 +143,11 @@ class ModelConfig:
     """Scale by lora_alpha / sqrt(lora_r) (rank-stabilised LoRA)."""
     use_dora: bool = False
     """Learn magnitude and direction apart (DoRA)."""
+
+    @property
+    def plain_head(self) -> bool:
+        """Whether plain transformers computes what the head was trained to."""
+        return self.pooling == "last" and not self.pair_ties
 
 
 @dataclass

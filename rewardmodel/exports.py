@@ -94,10 +94,10 @@ def export(
     stored = stored_bits(AutoConfig.from_pretrained(backbone_folder(found[0].recipe.model, found[0].model)))
     if stored and contents != "adapter":
         raise InputError(f"--kind: the backbone is stored in {stored} bits, which merging does not read; use adapter")
-    if found[0].recipe.model.pooling != "last" and contents != "adapter" and not (rewardmodel_only or bundle):
+    if not found[0].recipe.model.plain_head and contents != "adapter" and not (rewardmodel_only or bundle):
         raise InputError(
-            f"{found[0].folder}: model.pooling is {found[0].recipe.model.pooling}, where plain transformers reads the "
-            "last token; --kind adapter, or accept with --rewardmodel-only that only rewardmodel loads it"
+            f"{found[0].folder}: model.pooling or model.pair_ties make a head that plain transformers does not know; "
+            "--kind adapter, or accept with --rewardmodel-only that only rewardmodel loads it"
         )
     compared = battles_to_compare(found[0], battles)
     with tempfile.TemporaryDirectory() as work, atomic_path(output) as folder:
@@ -110,7 +110,7 @@ def export(
         if len(found) == 1:
             _copy_calibrator(run.folder, model)
         beside = predict_run(run, compared)
-        plain = run.recipe.model.pooling == "last" and contents != "adapter" and not rewardmodel_only
+        plain = run.recipe.model.plain_head and contents != "adapter" and not rewardmodel_only
         precision, limits = _precision(run, contents, weights), _limits(contents, weights)
         facts = {"kind": kind, **check_parity(run, beside, model, compared, precision, limits, plain)}
         if len(found) > 1:

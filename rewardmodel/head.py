@@ -36,11 +36,24 @@ def response_means(
     return (sums / counts.clamp(min=1)[:, None]).view(len(last), -1)
 
 
-POOLINGS = {"last": last_token, "responses": response_means}
+def last_and_means(
+    hidden: torch.Tensor, last: torch.Tensor, responses: torch.Tensor, response_of: torch.Tensor
+) -> torch.Tensor:
+    """Return the state of the last token beside the means over the responses, (n, 3 * width) float32."""
+    places = (hidden, last, responses, response_of)
+    return torch.cat([last_token(*places).float(), response_means(*places)], dim=1)
+
+
+POOLINGS = {"last": last_token, "responses": response_means, "last_and_responses": last_and_means}
 """What a decoder's head reads, by the recipe's `model.pooling`.
 
-A pooling takes the hidden states of all places of a batch, (places, width), and `rewardmodel.batches.readings`.
+A pooling takes the hidden states of all places of a batch, (places, width), and `rewardmodel.batches.readings`. A head
+reads as many columns as it has weights for: there is no second response in the sequences of separate objectives.
 """
+
+WIDTHS = {"last": lambda responses: 1, "responses": lambda responses: responses}
+WIDTHS |= {"last_and_responses": lambda responses: 1 + responses}
+"""How many times the width of the hidden states that is, by the responses of a sequence."""
 
 
 class FloatLinear(torch.nn.Linear):
@@ -63,6 +76,31 @@ class TieHead(FloatLinear):
         """Return rewards and the tie parameter, (n, 2), of pooled states (n, width)."""
         reward = super().forward(states)
         return torch.cat([reward, self.tie.expand_as(reward)], dim=1)
+
+
+class PairTieHead(TieHead):
+    """A scalar reward, and beside it a tie parameter that depends on both responses of the battle: (n, 2).
+
+    It is tie + tie_apart . |a - b| + tie_mean . (a + b) / 2 of the states a and b of sequences that follow one another,
+    the same whichever comes first.
+    """
+
+    def __init__(self, width: int, outputs: int = 1, bias: bool = False) -> None:
+        super().__init__(width, outputs, bias)
+        self.tie_apart = torch.nn.Parameter(torch.zeros(width))
+        self.tie_mean = torch.nn.Parameter(torch.zeros(width))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Return rewards and tie parameters, (n, 2), of pooled states (n, width), those of a battle's A and B in turn.
+
+        An odd last one, as where only rewards are asked for, is without another: its tie parameter is `tie`.
+        """
+        outputs = super().forward(states)
+        with torch.autocast(states.device.type, enabled=False):
+            a, b = states.float()[: len(states) // 2 * 2].view(-1, 2, states.shape[1]).unbind(dim=1)
+            ties = (a - b).abs() @ self.tie_apart + (a + b) @ self.tie_mean / 2
+        added = torch.nn.functional.pad(ties.repeat_interleave(2), (0, len(states) % 2))
+        return outputs + torch.stack([torch.zeros_like(added), added], dim=1)
 
 
 class FloatHead:
@@ -95,9 +133,10 @@ class FloatHead:
             if name.partition(".")[0] in heads and isinstance(layer, torch.nn.Linear)
         }
         last_layer = [name for name, layer in layers.items() if layer.out_features == self.shape.num_labels][-1]
-        wider = self.shape.responses if self.pooling == "responses" else 1
+        wider = WIDTHS[self.pooling](self.shape.responses)
         for name, layer in layers.items():
-            kind = TieHead if self.shape.tie and name == last_layer else FloatLinear
+            ties = self.shape.tie and name == last_layer
+            kind = (PairTieHead if self.shape.pairs else TieHead) if ties else FloatLinear
             fresh = kind(wider * layer.in_features, layer.out_features, bias=layer.bias is not None)
             self.set_submodule(name, fresh)  # type: ignore[attr-defined]
         self.last_layer = last_layer

@@ -212,7 +212,7 @@ def build_model(config: ModelConfig, head: Head, seed: int) -> tuple[Any, PreTra
     refuse(planned)
     set_seed(seed)
     spread = planned.fsdp and planned.launch.processes > 1 and not planned.quantised
-    model: Any = load_classifier(config, folder, head, spread)
+    model: Any = load_classifier(config, folder, head._replace(pairs=config.pair_ties), spread)
     if config.use_peft:
         model = add_lora(model, config)
         if folder.parent.name == "snapshots":  # of the hub's cache: PEFT shall find the backbone on other machines too

@@ -2,9 +2,9 @@
 
 An objective is one entry of `OBJECTIVES`. Its link turns head outputs into three log-weights, of A, B and a tie, whose
 softmax is what the model states; its loss says how that is learnt. Outputs are joint, (n, 3), the log-weights
-themselves, or separate, (n, 2, 2): response A, response B; each its reward and the tie parameter t, one scalar that the
-model broadcasts. d is the reward of A less that of B. Half precision is computed in float32, float64 stays float64, and
-everything is finite up to |d| = 1e4 at least.
+themselves, or separate, (n, 2, 2): response A, response B; each its reward and the tie parameter t of the battle. d is
+the reward of A less that of B. Half precision is computed in float32, float64 stays float64, and everything is finite
+up to |d| = 1e4 at least.
 """
 
 import math
@@ -43,11 +43,13 @@ class Head(NamedTuple):
         num_labels: outputs for a sequence: 3 outcomes, or 1 reward.
         responses: how many of them are in a sequence.
         tie: whether it carries the tie parameter besides.
+        pairs: whether that depends on both responses of a battle, and is no mere number.
     """
 
     num_labels: int
     responses: int
     tie: bool
+    pairs: bool = False
 
 
 @dataclass(frozen=True)

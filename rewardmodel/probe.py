@@ -6,6 +6,7 @@ penalty, is what predicts other prompt groups of the training battles best.
 
 import copy
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from rewardmodel.head import PairTieHead, TieHead
 from rewardmodel.objective import Objective, Settings
 
 logger = logging.getLogger(__name__)
@@ -20,8 +22,16 @@ logger = logging.getLogger(__name__)
 FOLDS = 4
 """Parts of the training groups; each is predicted with what was fitted on the others, for every penalty."""
 
-PENALTIES = (3000.0, 1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0)
-"""Half of it times the squared weights, of features of variance 1, is added to the summed loss of the battles."""
+PENALTIES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
+"""Half of it times the squared weights is added to the summed loss of the battles; of weights on features of variance
+1 over their number, so that it means the same for few and for many."""
+
+TIES_HELD = 3.0
+"""How many times as much weights are held back that ties alone depend on. Log loss of 2,578 arena battles in five
+grouped folds, by SmolLM2-135M's layer 20 and penalty 1: 1.0148 if they are held alike, 1.0092 with 3."""
+
+HELD = {"weight": 1.0, "tie_apart": TIES_HELD, "tie_mean": TIES_HELD}
+"""By how much weights of `rewardmodel.head` are held back; others are free."""
 
 STEPS = 200
 """Most iterations of L-BFGS."""
@@ -70,7 +80,8 @@ def fit_last_layer(
     Returns:
         The mean loss on left-out groups by penalty.
     """
-    center, scale = _standard(examples.features, centred=layer.bias is not None)
+    centred = layer.bias is not None or (isinstance(layer, TieHead) and not settings.center_rewards)
+    center, scale = _standard(examples.features, centred)
     scaled = Examples((examples.features - center) / scale, examples.labels, examples.teacher, examples.weight)
     _, members = np.unique(groups, return_inverse=True)
     part = (np.random.default_rng(0).permutation(members.max() + 1) % FOLDS)[members]
@@ -87,20 +98,30 @@ def fit_last_layer(
     best = min(losses, key=losses.__getitem__)
     for penalty in PENALTIES[: PENALTIES.index(best) + 1]:
         _minimise(layer, scaled, objective, settings, penalty)
-    with torch.no_grad():
-        layer.weight /= scale
-        if layer.bias is not None:
-            layer.bias -= layer.weight @ center
+    _read_unscaled(layer, center, scale)
     logger.info("penalty %g: loss %.4f on left-out groups of the training battles", best, losses[best])
     return losses
 
 
 def _standard(features: torch.Tensor, centred: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what to take off features, 0 where no bias could make up for it, and what to divide them by, (width,)."""
+    """Return what to take off features, 0 where nothing could make up for it, and what to divide them by, (width,)."""
     flat = features.flatten(0, 1)
     mean = flat.mean(dim=0)
-    spread = (flat - mean).square().mean(dim=0).sqrt()
+    spread = (flat - mean).square().mean(dim=0).sqrt() * math.sqrt(flat.shape[1])
     return mean if centred else torch.zeros_like(mean), torch.where(spread > 0, spread, 1.0)
+
+
+def _read_unscaled(layer: Any, center: torch.Tensor, scale: torch.Tensor) -> None:
+    """Change the weights of a layer that reads (features - center) / scale so that it reads features."""
+    with torch.no_grad():
+        for name, weight in layer.named_parameters():
+            if name in HELD:
+                weight.div_(scale)
+        if layer.bias is not None:
+            layer.bias.sub_(layer.weight @ center)
+        if isinstance(layer, PairTieHead):
+            layer.tie.sub_(layer.tie_mean @ center)
+        # A constant in rewards cancels in their difference.
 
 
 def _total(examples: Examples, objective: Objective) -> float:
@@ -122,8 +143,8 @@ def _minimise(layer: Any, examples: Examples, objective: Objective, settings: Se
 
     def step() -> torch.Tensor:
         search.zero_grad()
-        held = penalty / 2 * layer.weight.square().sum()
-        loss = (_loss(layer, examples, objective, settings) + held) / total
+        held = sum(HELD[name] * weight.square().sum() for name, weight in layer.named_parameters() if name in HELD)
+        loss = (_loss(layer, examples, objective, settings) + penalty / 2 * held) / total
         loss.backward()
         return loss
 

@@ -21,10 +21,13 @@ from rewardmodel.runs import ENVIRONMENT, MODEL, RECIPE
 from rewardmodel.saved import ADAPTER, is_adapter, read_about
 
 SAME = {
-    "model": ("pooling", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"),
+    "model": (
+        "pooling", "pair_ties", "num_hidden_layers", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type",
+        "use_bnb_nested_quant",
+    ),
     "prompt": ("template", "max_length", "truncation"),
     "objective": ("name",),
-}
+}  # fmt: skip
 """Keys of the recipes that runs of one soup have in common, by section."""
 
 

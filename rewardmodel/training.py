@@ -18,9 +18,10 @@ from rewardmodel.arguments import training_arguments
 from rewardmodel.battles import AUGMENTATIONS
 from rewardmodel.compatibility import refuse
 from rewardmodel.config import ModelConfig, Recipe
+from rewardmodel.errors import InputError
 from rewardmodel.features import feature_folder, features
 from rewardmodel.model import build_model, load_tokenizer, save_model, trained_layer
-from rewardmodel.objective import find_objective, fit_tie, initial_tie
+from rewardmodel.objective import Objective, find_objective, fit_tie, initial_tie
 from rewardmodel.optimizer import Rates
 from rewardmodel.pairs import retention, saved, tokenize
 from rewardmodel.parts import Parts, fingerprints, load_battles, split, write_training_keys
@@ -63,6 +64,7 @@ def train(
     """
     recipe = recipe if battles is None else with_source(recipe, battles)
     objective = find_objective(recipe.objective)
+    _check_ties(recipe, objective)
     check_run(recipe, resume, overwrite)
     config = resolve(recipe.model.model_name_or_path, recipe.model.model_revision, weights=False)
     check_positions(config, recipe.prompt.max_length)
@@ -119,6 +121,11 @@ def _fit_adapters(
     trainer.save_to(recipe.run_folder / MODEL, recipe.model)
 
 
+def _check_ties(recipe: Recipe, objective: Objective) -> None:
+    if recipe.model.pair_ties and not (objective.head.tie and objective.learns_ties):
+        raise InputError(f"model.pair_ties: {recipe.objective.name} has no tie parameter to learn; leave it out")
+
+
 def _begin(recipe: Recipe, training: Dataset, facts: dict, resume: bool, overwrite: bool) -> None:
     """Open the run folder and write what the run is made of."""
     if is_main():
@@ -157,7 +164,7 @@ def fit_head(
     if not objective.learns_ties:
         judged = Examples.of(validation_rows, features(model, layer, validation_rows, *reading))
         with torch.no_grad():
-            rewards = layer(judged.features)[..., 0].numpy()
+            rewards = layer(judged.features.flatten(0, 1))[:, 0].view(-1, 2).numpy()
         torch.nn.init.constant_(layer.tie, fit_tie(rewards, judged.labels.numpy(), objective.link))
     if is_main():
         save_model(model, tokenizer, recipe.model, recipe.run_folder / MODEL)
