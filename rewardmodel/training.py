@@ -2,6 +2,7 @@
 
 import logging
 import platform
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,13 @@ logger = logging.getLogger(__name__)
 
 
 def train(
-    recipe: Recipe, battles: Any = None, *, parts: Parts | None = None, resume: bool = False, overwrite: bool = False
+    recipe: Recipe,
+    battles: Any = None,
+    *,
+    parts: Parts | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    opening: Callable[[], None] = lambda: None,
 ) -> tuple[Path, Parts]:
     """Train a model on labelled battles and save it as a run.
 
@@ -48,6 +55,7 @@ def train(
         parts: its battles, if they were read before.
         resume: continue the run that is there from its last complete checkpoint; one that is done stays as it is.
         overwrite: replace the run that is there.
+        opening: is called in the main process once all that was given is found good, before anything is written.
 
     Returns:
         The run folder and its battles, by part.
@@ -70,7 +78,7 @@ def train(
         if resume and (recipe.run_folder / MODEL).is_dir():
             check_same_inputs(recipe.run_folder, {"data": data})
             if is_main():
-                open_run(recipe, resume, overwrite)
+                open_run(recipe, resume, overwrite, opening)
             logger.info("%s: already trained", recipe.run_folder)
             return recipe.run_folder, parts
         rows, validation_rows = _rows(parts, load_tokenizer(config), recipe)
@@ -86,7 +94,7 @@ def train(
         trainer.add_callback(EarlyStoppingCallback(recipe.trainer[EARLY_STOPPING]))
     checkpoint = last_checkpoint(recipe.run_folder) if resume else None
     if is_main():
-        write_environment(open_run(recipe, resume, overwrite), facts)
+        write_environment(open_run(recipe, resume, overwrite, opening), facts)
         write_training_keys(recipe.run_folder, parts.training)
     wait_for_all()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
