@@ -32,9 +32,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def clear(folder: Path) -> None:
-    """Empty a folder at once: killed at any time, it holds all that it held, or nothing (or a hidden one beside it does).
+    """Empty a folder at once: killed at any time, it holds all that it held, or nothing.
 
-    A mount point and the working directory cannot be moved out of the way; they are emptied bit by bit.
+    What was not removed by then is in `.NAME.old` beside it, until the next time. A mount point and the working
+    directory cannot be moved out of the way, and are emptied bit by bit.
     """
     place = folder.resolve()
     old = place.with_name(f".{place.name}.old")

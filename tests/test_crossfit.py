@@ -279,7 +279,7 @@ def test_a_run_of_one_fold_and_one_of_all_do_not_share_a_folder(small):
     with pytest.raises(InputError, match="already holds a run"):
         train_folds(small)
     for call in (lambda: train_folds(small, resume=True), lambda: train_fold(small, 1)):
-        with pytest.raises(InputError, match="the run there is of one fold; name another folder .* --fold all --over"):
+        with pytest.raises(InputError, match=r"the run there is of one fold; name another folder .* --fold all"):
             call()
     with pytest.raises(InputError, match="replace it with --fold all --overwrite"):
         train_fold(small, 1, overwrite=True)
