@@ -18,6 +18,7 @@ from rewardmodel.model import load_tokenizer
 from rewardmodel.objective import find_objective
 from rewardmodel.parity import Facts, format_parity
 from rewardmodel.prompt import PromptEncoder
+from rewardmodel.quantization import quantisation_name
 from rewardmodel.runs import CALIBRATOR, ENVIRONMENT, METRICS, load_run_recipe
 from rewardmodel.saved import is_adapter, read_about
 from rewardmodel.weights import resolve
@@ -54,7 +55,7 @@ def card_facts(runs: Sequence[Path], model: Path, parity: Facts) -> dict[str, An
     recipe, about = load_run_recipe(runs[0]), read_about(model)
     objective = find_objective(recipe.objective)
     merged = about.get("merged", {})
-    bits = _bits(recipe.model)
+    bits = quantisation_name(recipe.model)
     return {
         "title": f"{Path(recipe.trainer['output_dir']).name}, {parity['kind']}",
         "version": metadata.version("rewardmodel"),
@@ -113,14 +114,6 @@ def _licence_of_card(config: ModelConfig) -> str | None:
         return stated.get("license") if stated else None
     except (HfHubHTTPError, OSError, ValueError):  # OSError: no network, or none wanted
         return None
-
-
-def _bits(config: ModelConfig) -> str | None:
-    if config.load_in_4bit:
-        return f"4-bit {config.bnb_4bit_quant_type}" + (
-            " with double quantisation" if config.use_bnb_nested_quant else ""
-        )
-    return "8-bit int8" if config.load_in_8bit else None
 
 
 def _form(merged: dict[str, Any], bits: str | None) -> str:

@@ -7,7 +7,6 @@ battle's by the fold that held it out, the calibrator that is fitted on them, an
 import gc
 import json
 import logging
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from datasets import Dataset
 
 from rewardmodel.config import Recipe
 from rewardmodel.errors import InputError
-from rewardmodel.files import write_text
+from rewardmodel.files import clear, write_text
 from rewardmodel.parts import fingerprints, load_battles, split
 from rewardmodel.pipeline import run
 from rewardmodel.predictions import mean_table, read_predictions, write_predictions
@@ -43,8 +42,8 @@ from rewardmodel.training import with_source
 
 logger = logging.getLogger(__name__)
 
-GATHERED = (VALIDATION, CALIBRATION, FLOORS, CALIBRATOR, METRICS, REPORT, ENVIRONMENT)
-"""Files of the folds together; they go when a fold is trained anew."""
+GATHERED = (METRICS, REPORT, VALIDATION, CALIBRATION, FLOORS, CALIBRATOR, ENVIRONMENT)
+"""Files of the folds together; they go when a fold is trained anew, first the one by which they count as gathered."""
 
 
 def train_folds(
@@ -69,7 +68,7 @@ def train_folds(
     dealt = load_battles(whole.data, battles)
     for fold in range(whole.data.folds):
         if fold == 0:
-            _train(whole, dealt, fold, resume=resume, overwrite=overwrite, alone=overwrite)
+            _train(whole, dealt, fold, resume=resume, overwrite=overwrite, alone=overwrite and not resume)
         else:
             _train(whole, dealt, fold, resume=True)
     folder = whole.run_folder
@@ -111,7 +110,7 @@ def _of_all_folds(recipe: Recipe, battles: Any) -> Recipe:
 def _train(
     whole: Recipe, dealt: Dataset, fold: int, *, resume: bool, overwrite: bool = False, alone: bool = False
 ) -> Path:
-    """Train and judge a fold unless it is done, and return its folder; `alone`: nothing else stays in the run."""
+    """Train and judge a fold unless it is done, and return its folder; `alone`: nothing stays of the run before."""
     folder, parts = fold_folder(whole.run_folder, fold), split(dealt, fold)
     data = replace(whole.data, fold=fold, test=None, sample_submission=None)
     recipe = replace(whole, data=data, trainer={**whole.trainer, "output_dir": str(folder)})
@@ -120,13 +119,16 @@ def _train(
         check_same_inputs(folder, {"data": fingerprints(parts)})
         logger.info("%s: done", folder)
         return folder
-    logger.info("fold %d of 0 to %d: %s", fold, whole.data.folds - 1, folder)
-    run(recipe, parts=parts, resume=resume, overwrite=overwrite)
-    if is_main():
-        for path in whole.run_folder.iterdir():
-            if path != folder and (alone or path.name in GATHERED):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    def opening() -> None:
+        if alone and whole.run_folder.is_dir():
+            clear(whole.run_folder)
+        for name in GATHERED:
+            (whole.run_folder / name).unlink(missing_ok=True)
         write_text(whole.run_folder / RECIPE, dump_recipe(whole))
+
+    logger.info("fold %d of 0 to %d: %s", fold, whole.data.folds - 1, folder)
+    run(recipe, parts=parts, resume=resume, overwrite=overwrite, opening=opening)
     gc.collect()  # the model, before the next fold's
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

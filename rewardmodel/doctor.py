@@ -7,23 +7,25 @@ import torch
 from transformers import AutoConfig
 
 from rewardmodel.backbone import check_length, family, stored_bits
-from rewardmodel.compatibility import Setup, incompatibilities
+from rewardmodel.compatibility import incompatibilities
 from rewardmodel.config import ModelConfig, Recipe
 from rewardmodel.devices import DEVICES, GIB, Device, find_device
 from rewardmodel.errors import InputError
 from rewardmodel.estimate import (
+    LAUNCH,
     UTILISATION,
     Case,
     hours,
     inference_needs,
     peaks,
-    read_lengths,
     training_needs,
     with_changes,
 )
 from rewardmodel.launches import Launch, launch
+from rewardmodel.lengths import read_lengths
 from rewardmodel.objective import find_objective
-from rewardmodel.placement import compute_dtype
+from rewardmodel.placement import compute_dtype, setup_on
+from rewardmodel.quantization import quantisation_name
 from rewardmodel.weights import resolve
 
 
@@ -43,8 +45,8 @@ def doctor(recipe: Recipe, device: str | None = None, launched: Launch | None = 
         mend (what makes training fit, where it does not) and others (the same of all other GPUs, in short).
 
     Raises:
-        InputError: no configuration of the backbone can be read, no such device, a template that is not to be used, or
-            more tokens than the backbone has positions for.
+        InputError: no configuration of the backbone can be read, no such device, a template that is not to be used,
+            more tokens than the backbone has positions for, or battles that cannot be dealt.
     """
     find_objective(recipe.objective)
     folder = resolve(recipe.model.model_name_or_path, recipe.model.model_revision, weights=False)
@@ -52,17 +54,20 @@ def doctor(recipe: Recipe, device: str | None = None, launched: Launch | None = 
     check_length(backbone, recipe.prompt.max_length)
     here, launched = find_device(device), launched or launch()
     dtype, problems = _precision(recipe.model, backbone, here)
-    problems += incompatibilities(_setup(recipe, backbone, here, dtype, launched, device in (None, "cpu")))
+    made_here, trainer = device in (None, "cpu"), recipe.trainer
+    setup = setup_on(recipe.model, backbone, here.kind, dtype, here.capability, trainer, launched, made_here)
+    problems += incompatibilities(setup)
+    bits = stored_bits(backbone)
+    held = f"stored in {bits} bits" if bits else quantisation_name(recipe.model) or "not quantised"
     facts: dict[str, Any] = {
         "device": here, "launch": launched,
-        "backbone": ", ".join([recipe.model.model_name_or_path, backbone.model_type, _bits(recipe.model, backbone)]),
+        "backbone": ", ".join([recipe.model.model_name_or_path, backbone.model_type, held]),
         "precision": f"{_name(dtype)}: {_why_precision(recipe.model, backbone, here, dtype)}",
         "attention": _why_attention(recipe.model, backbone),
         "notes": _notes(recipe, here), "problems": problems,
     }  # fmt: skip
     if problems:
         return facts
-    bits = stored_bits(backbone)
     if bits:
         recipe = replace(recipe, model=replace(recipe.model, load_in_4bit=bits == 4, load_in_8bit=bits == 8))
         del backbone.quantization_config
@@ -96,15 +101,6 @@ def format_doctor(facts: dict[str, Any]) -> str:
     if "training" not in facts:
         return "\n".join(lines)
     return "\n".join([*lines, "", *_memory_table(facts), "", *_time_lines(facts), "", *_others_table(facts)])
-
-
-def _setup(recipe: Recipe, backbone: Any, device: Device, dtype: torch.dtype, launched: Launch, here: bool) -> Setup:
-    """Return what the checks read."""
-    layers = backbone.get_text_config().num_hidden_layers
-    return Setup(
-        recipe.model, backbone.model_type, layers, device.kind, _name(dtype), device.capability, recipe.trainer,
-        launched, here, stored_bits(backbone),
-    )  # fmt: skip
 
 
 def _precision(config: ModelConfig, backbone: Any, device: Device) -> tuple[torch.dtype, list[str]]:
@@ -153,14 +149,6 @@ def _notes(recipe: Recipe, device: Device) -> list[str]:
     return said
 
 
-def _bits(config: ModelConfig, backbone: Any) -> str:
-    if stored_bits(backbone):
-        return f"stored in {stored_bits(backbone)} bits"
-    if config.load_in_4bit:
-        return f"4-bit {config.bnb_4bit_quant_type}{', double quantisation' if config.use_bnb_nested_quant else ''}"
-    return "8-bit" if config.load_in_8bit else "not quantised"
-
-
 def _no_room(facts: dict[str, Any], what: str) -> str:
     """Return the line that says that something does not fit, and what would make it."""
     needs, device = facts[what], facts["device"]
@@ -197,7 +185,9 @@ def _mend(case: Case) -> str:
 def _elsewhere(case: Case, device: Device) -> dict[str, Any]:
     """Return what the recipe would do on another GPU: precision, memory, tokens and hours, or what hinders it."""
     dtype, problems = _precision(case.recipe.model, case.backbone, device)
-    problems += incompatibilities(_setup(case.recipe, case.backbone, device, dtype, case.launch, False))
+    config, trainer = case.recipe.model, case.recipe.trainer
+    setup = setup_on(config, case.backbone, device.kind, dtype, device.capability, trainer, case.launch, here=False)
+    problems += incompatibilities(setup)
     if problems:
         return {"name": device.name, "problem": problems[0]}
     case = replace(case, device=device, dtype=dtype)
@@ -228,12 +218,12 @@ def _memory_table(facts: dict[str, Any]) -> list[str]:
 
 def _time_lines(facts: dict[str, Any]) -> list[str]:
     battles, times = facts["battles"], facts["hours"]
-    share = UTILISATION[facts["device"].kind]
+    share, gpu = UTILISATION[facts["device"].kind], facts["device"].kind == "cuda"
     return [
         f"battles    {battles.training:,} to train on, {battles.validation:,} for validation; {battles.source}",
         f"time       training {_duration(times['training'])}, its evaluations {_duration(times['evaluation'])}, "
         f"prediction of the validation battles {_duration(times['prediction'])}; if {share:.0%} of the device's speed "
-        "are reached",
+        f"are reached{f', and an operation takes {1e6 * LAUNCH:.0f} µs at least' if gpu else ''}",
     ]
 
 

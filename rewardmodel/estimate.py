@@ -1,8 +1,8 @@
 """A recipe, a device and how long battles are in; bytes by component, tokens that fit, and hours out."""
 
 import copy
+import math
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,23 +13,21 @@ from rewardmodel.batches import plan_packed
 from rewardmodel.budget import CPU_TOKENS, fitting
 from rewardmodel.config import Recipe
 from rewardmodel.devices import GIB, Device, battle_flops
-from rewardmodel.errors import InputError
-from rewardmodel.formats import read_battles
 from rewardmodel.launches import Launch
+from rewardmodel.lengths import Battles, Branches
 from rewardmodel.memory import Plan, Planned, Usage
-from rewardmodel.model import load_tokenizer
 from rewardmodel.objective import find_objective
-from rewardmodel.pairs import tokenize
 from rewardmodel.trainer_keys import BATTLES, TOKENS
 
-SAMPLE = 500
-"""Battles that are tokenised, and steps that are drawn, to learn how long and how large they are."""
+LAUNCH = 10e-6
+"""Seconds from the start of one operation on a GPU to the next one's at best, as Python and PyTorch hand them over: an
+assumption, said with every time. Small models wait for it: their operations are done sooner."""
 
-ARENA = 57_477
-"""Battles of the competition, assumed where a recipe's own are not at hand."""
+FORWARD, BACKWARD = 95, 155
+"""Operations of a layer for each micro-batch, counted on a Llama's with LoRA on all linear layers and dropout."""
 
-ARENA_TOKENS = ((0, 5, 25, 50, 75, 95, 99, 100), (30, 123, 314, 599, 940, 1943, 3748, 11218))
-"""Percentiles of a battle's tokens, both responses in one sequence, of 1,870 battles of the competition (SmolLM2)."""
+STEPS = 500
+"""Steps that are drawn to learn how large their micro-batches are."""
 
 CONTEXT = int(0.5 * GIB)
 """What CUDA takes for itself, and cuBLAS for its products: an estimate."""
@@ -48,28 +46,6 @@ KEPT = 0.95
 
 UTILISATION = {"cuda": 0.35, "cpu": 0.5}
 """Share of a device's rate of products that training reaches: an assumption, said with every time."""
-
-Branches = list[list[int]]
-"""Of some battles, as in `rewardmodel.pairs.ROWS`."""
-
-
-@dataclass(frozen=True)
-class Battles:
-    """What is to be learnt from.
-
-    Attributes:
-        training: battles.
-        validation: battles.
-        branches: of a sample of them, to train on.
-        predicted: the same, to predict.
-        source: where all this comes from, in words.
-    """
-
-    training: int
-    validation: int
-    branches: Branches
-    predicted: Branches
-    source: str
 
 
 @dataclass(frozen=True)
@@ -122,46 +98,6 @@ class Peaks:
     inference: tuple[int, ...]
     tokens: tuple[int, int]
     plain: int
-
-
-def read_lengths(recipe: Recipe, folder: Path) -> Battles:
-    """Return how many battles a recipe has and how long they are.
-
-    Args:
-        recipe: whose data, prompt and objective are read. Where its battles are not at hand, those of the competition
-            are taken in their place.
-        folder: of the backbone, for its tokenizer.
-
-    Raises:
-        InputError: the template is not to be used.
-    """
-    data, longest = recipe.data, recipe.prompt.max_length
-    try:
-        battles = read_battles(data.train, seed=data.seed)
-    except InputError as error:
-        lengths = np.interp(np.linspace(0, 100, SAMPLE), *ARENA_TOKENS).clip(max=longest).astype(int).tolist()
-        branches, predicted = ([[0, *[length] * times] for length in lengths] for times in _times(recipe))
-        source, count = f"as many and as long as those of the competition, for want of the recipe's ({error})", ARENA
-    else:
-        count = len(battles)
-        sample = battles.select(np.linspace(0, count - 1, min(count, SAMPLE)).astype(int))
-        encoding, tokenizer = find_objective(recipe.objective).encoding, load_tokenizer(folder)
-        branches, predicted = (
-            tokenize(sample, tokenizer, recipe.prompt, encoding=encoding, both_orders=times == 2)["branches"][:]
-            for times in _times(recipe)
-        )
-        source = f"{len(sample):,} of {count:,} tokenised"
-    count = min(count, data.limit or count)
-    dealt = count * (1 - data.calibration - data.holdout)
-    validation = round(dealt / data.folds)
-    return Battles(round(dealt) - validation, validation, branches, predicted, source)
-
-
-def _times(recipe: Recipe) -> tuple[int, int]:
-    """Return how many sequences a battle has in training and in prediction."""
-    if find_objective(recipe.objective).encoding == "separate":
-        return 2, 2
-    return 1 + (recipe.data.swap_augmentation == "both"), 1 + (recipe.inference.swap_tta == "both")
 
 
 def peaks(case: Case) -> Peaks:
@@ -231,7 +167,7 @@ def _micro_batch(case: Case, training: bool) -> Branches:
     steps = [range(len(rows))]
     if training:
         random, size = np.random.default_rng(0), min(trainer[BATTLES], len(rows))
-        count = min(SAMPLE, -(-case.battles.training // trainer[BATTLES]))
+        count = min(STEPS, -(-case.battles.training // trainer[BATTLES]))
         steps = [random.choice(len(rows), size, replace=False).tolist() for _ in range(count)]
     budget = (trainer[TOKENS] if training else case.recipe.inference.batch_tokens) or CPU_TOKENS
     drawn = [
@@ -315,18 +251,14 @@ def _step_tokens(case: Case) -> int:
 def hours(case: Case) -> dict[str, float]:
     """Return the hours that training, its evaluations and the prediction of the validation battles take.
 
-    Operations, by `rewardmodel.devices.battle_flops`, at a share of the device's rate, `UTILISATION`.
+    Operations, by `rewardmodel.devices.battle_flops`, at a share of the device's rate, `UTILISATION`; on a GPU at least
+    what starting them takes, `LAUNCH` for each.
     """
     recipe, battles, usage = case.recipe, case.battles, peaks(case).usage
     trainer, layers = recipe.trainer, case.backbone.get_text_config().num_hidden_layers
     back = 1 - recipe.model.lora_first_layer / layers if recipe.model.use_peft else 2.0
     again = min(back, 1) if case.checkpointing else 0.0
-    steps = trainer.get("max_steps", -1)
-    epochs = steps * trainer[BATTLES] / battles.training if steps > 0 else trainer["num_train_epochs"]
-    evaluations = {"no": 0, "epoch": epochs}.get(str(trainer["eval_strategy"]))
-    if evaluations is None:
-        every, all_steps = trainer.get("eval_steps") or 500, epochs * battles.training / trainer[BATTLES]
-        evaluations = 1 / every if every < 1 else all_steps // every
+    epochs, evaluations = _rounds(case)
 
     def flops(branches: Branches, backward: float) -> float:
         rows = _cut(case, branches)
@@ -334,13 +266,42 @@ def hours(case: Case) -> dict[str, float]:
         square = float(np.mean([sum((shared + one) ** 2 for one in others) for shared, *others in rows]))
         return battle_flops(case.backbone, usage.parameters - usage.embedding, length, square, backward)
 
-    rate = case.device.rate(case.dtype) * UTILISATION[case.device.kind] * case.launch.processes * 3600
-    forward = flops(battles.branches, 0.0)
-    return {
-        "training": epochs * battles.training * (flops(battles.branches, back) + again * forward) / rate,
-        "evaluation": evaluations * battles.validation * forward / rate,
-        "prediction": battles.validation * flops(battles.predicted, 0.0) / rate,
-    }
+    rate = case.device.rate(case.dtype) * UTILISATION[case.device.kind] * case.launch.processes
+    start = layers * LAUNCH if case.gpu else 0.0  # of an operation in each layer
+    a_step = _batches(case, battles.branches, trainer[BATTLES], training_needs(case)["tokens"])
+    judged, predicted = (
+        _batches(case, branches, battles.validation, inference_needs(case)["tokens"])
+        for branches in (battles.branches, battles.predicted)
+    )
+    forward, trained = flops(battles.branches, 0.0), epochs * battles.training
+    operations = FORWARD * (1 + again) + BACKWARD * min(back, 1)
+    seconds = {
+        "training": (
+            trained * (flops(battles.branches, back) + again * forward) / rate,
+            trained / trainer[BATTLES] * a_step * operations * start,
+        ),
+        "evaluation": (evaluations * battles.validation * forward / rate, evaluations * judged * FORWARD * start),
+        "prediction": (battles.validation * flops(battles.predicted, 0.0) / rate, predicted * FORWARD * start),
+    }  # fmt: skip
+    return {what: max(both) / 3600 for what, both in seconds.items()}
+
+
+def _rounds(case: Case) -> tuple[float, float]:
+    """Return how often the training battles are gone through, and how often the validation battles are judged."""
+    trainer, battles = case.recipe.trainer, case.battles.training
+    steps = trainer.get("max_steps", -1)
+    epochs = steps * trainer[BATTLES] / battles if steps > 0 else trainer["num_train_epochs"]
+    evaluations = {"no": 0, "epoch": epochs}.get(str(trainer["eval_strategy"]))
+    if evaluations is None:
+        every, all_steps = trainer.get("eval_steps") or 500, epochs * battles / trainer[BATTLES]
+        evaluations = 1 / every if every < 1 else all_steps // every
+    return epochs, evaluations
+
+
+def _batches(case: Case, branches: Branches, battles: int, tokens: int) -> int:
+    """Return the batches of at most so many tokens that each process computes of so many battles."""
+    mean = float(np.mean([sum(row) for row in _cut(case, branches)]))
+    return math.ceil(mean * battles / case.launch.processes / tokens)
 
 
 def with_changes(case: Case, model: dict[str, Any], trainer: dict[str, Any], prompt: dict[str, Any]) -> Case:

@@ -31,6 +31,26 @@ def atomic_path(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def clear(folder: Path) -> None:
+    """Empty a folder at once: killed at any time, it holds all that it held, or nothing.
+
+    What was not removed by then is in `.NAME.old` beside it, until the next time. A mount point and the working
+    directory cannot be moved out of the way, and are emptied bit by bit.
+    """
+    place = folder.resolve()
+    old = place.with_name(f".{place.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.ismount(place) or Path.cwd().is_relative_to(place):
+        old = place
+    else:
+        os.replace(place, old)
+        place.mkdir()
+    for path in old.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    if old != place:
+        old.rmdir()
+
+
 def cache_folder() -> Path:
     """Return the folder of what can be made again: $REWARDMODEL_CACHE, or rewardmodel in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "rewardmodel"

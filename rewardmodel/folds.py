@@ -63,7 +63,7 @@ def assign_folds(
         InputError: fewer than two folds, shares that leave nothing to train on or are less than a group, or fewer
             groups than parts.
     """
-    parts, shares = _parts(folds, calibration, holdout)
+    parts, shares = part_shares(folds, calibration, holdout)
     plain = battles.with_format(None)
     groups = np.asarray(plain["group"][:])
     before = np.asarray(plain["fold"][:])
@@ -101,8 +101,12 @@ def limit(battles: Dataset, count: int, seed: int = 0) -> Dataset:
     return battles.select(np.flatnonzero(np.isin(groups, drawn[:enough])))
 
 
-def _parts(folds: int, calibration: float, holdout: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the values of `fold` that are dealt, and the share of the battles that each should have."""
+def part_shares(folds: int, calibration: float, holdout: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values of `fold` that are dealt, the folds first, and the share of the battles that each should have.
+
+    Raises:
+        InputError: fewer than two folds, or shares that leave nothing to train on.
+    """
     if folds < 2:
         raise InputError(f"data.folds: {folds}; one fold is held out and the others train, so set at least 2")
     for name, share in (("calibration", calibration), ("holdout", holdout)):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,12 @@ BATTLES, AUDIT = "battles.parquet", "audit.json"
 
 
 def run(
-    recipe: Recipe, *, parts: Parts | None = None, resume: bool = False, overwrite: bool = False
+    recipe: Recipe,
+    *,
+    parts: Parts | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    opening: Callable[[], None] = lambda: None,
 ) -> tuple[Path, dict[str, Any]]:
     """Train, judge on the held-out fold beside the floors, report, and predict `data.test` if there is one.
 
@@ -51,6 +57,7 @@ def run(
         parts: its battles, if they were read before.
         resume: continue the run that is there.
         overwrite: replace the run that is there.
+        opening: as for `train`.
 
     Returns:
         The run folder and what `evaluate` found.
@@ -64,7 +71,7 @@ def run(
         if test is None:
             raise InputError("data.sample_submission: there is no data.test to submit; give it, or leave this out")
         check_sample(Path(data.sample_submission), test["id"])
-    folder, parts = train(recipe, parts=parts, resume=resume, overwrite=overwrite)
+    folder, parts = train(recipe, parts=parts, resume=resume, overwrite=overwrite, opening=opening)
 
     model, tokenizer = load_model(recipe.model, folder / MODEL)
     if is_main():

@@ -12,7 +12,7 @@ from rewardmodel.backbone import Family, check_length, family, lowest_layers, st
 from rewardmodel.compatibility import Setup
 from rewardmodel.config import ModelConfig
 from rewardmodel.errors import InputError
-from rewardmodel.launches import launch
+from rewardmodel.launches import Launch, launch
 
 
 def placement(config: ModelConfig, folder: Path) -> tuple[torch.device, torch.dtype]:
@@ -44,10 +44,27 @@ def setup(config: ModelConfig, folder: Path, trainer: dict[str, Any] | None = No
     device, dtype = placement(config, folder)
     backbone = lowest_layers(AutoConfig.from_pretrained(folder), config.num_hidden_layers)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    layers = backbone.get_text_config().num_hidden_layers
-    name = str(dtype).removeprefix("torch.")
-    kind = (backbone.model_type, layers, device.type, name, capability)
-    return Setup(config, *kind, trainer, launch(), stored_bits=stored_bits(backbone))
+    return setup_on(config, backbone, device.type, dtype, capability, trainer, launch())
+
+
+def setup_on(
+    config: ModelConfig,
+    backbone: Any,
+    device: str,
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+    trainer: dict[str, Any] | None,
+    launched: Launch,
+    here: bool = True,
+) -> Setup:
+    """Return what a backbone would be run with on any device, as `rewardmodel.compatibility.Setup` has it.
+
+    `backbone` is its transformers configuration.
+    """
+    return Setup(
+        config, backbone.model_type, backbone.get_text_config().num_hidden_layers, device,
+        str(dtype).removeprefix("torch."), capability, trainer, launched, here, stored_bits(backbone),
+    )  # fmt: skip
 
 
 def compute_device(config: ModelConfig) -> torch.device:

@@ -53,6 +53,14 @@ def quantization(config: ModelConfig, backbone: Any, dtype: torch.dtype) -> Bits
     return bits_and_bytes(config, dtype)
 
 
+def quantisation_name(config: ModelConfig) -> str | None:
+    """Return how a recipe quantises, in words; none: it does not."""
+    if config.load_in_4bit:
+        nested = " with double quantisation" if config.use_bnb_nested_quant else ""
+        return f"4-bit {config.bnb_4bit_quant_type}{nested}"
+    return "8-bit int8" if config.load_in_8bit else None
+
+
 def bits_and_bytes(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
     """Return bitsandbytes settings of what the recipe wishes, that leave every head alone."""
     return BitsAndBytesConfig(

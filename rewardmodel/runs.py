@@ -18,7 +18,7 @@ report.html          the same to look at
 import hashlib
 import json
 import platform
-import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +30,7 @@ from datasets import Dataset
 from rewardmodel.battles import FEATURES, TEACHER, taught
 from rewardmodel.config import Recipe
 from rewardmodel.errors import InputError
-from rewardmodel.files import write_text
+from rewardmodel.files import clear, write_text
 from rewardmodel.recipe import dump_recipe, load_recipe
 
 RECIPE = "recipe.yaml"
@@ -61,40 +61,46 @@ def check_run(recipe: Recipe, resume: bool, overwrite: bool, all_folds: bool = F
     above = next(path for path in folder.absolute().parents if path.exists())
     if not above.is_dir():
         raise InputError(f"trainer.output_dir: {folder}: {above} is no folder; name another")
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and all(path.suffix == ".partial" for path in folder.iterdir())):
         return
     if not (folder / RECIPE).is_file() and not (all_folds and is_k_fold(folder)):
         raise InputError(f"trainer.output_dir: {folder} is there and is no run folder; name another")
+    whole = "--fold all --overwrite" if all_folds else "--overwrite"
     if resume:
         if not all_folds and is_k_fold(folder):
             raise InputError(f"{folder}: the run there is of all folds; continue it with rewardmodel train --fold all")
         if all_folds and (folder / MODEL).exists():
-            raise InputError(f"{folder}: the run there is of one fold; name another folder for one of all folds")
+            raise InputError(
+                f"{folder}: the run there is of one fold; name another folder (trainer.output_dir) for one of all "
+                f"folds, or replace it with {whole}"
+            )
         if (folder / RECIPE).is_file():
-            _check_same_recipe(folder, recipe)
+            _check_same_recipe(folder, recipe, all_folds)
     elif not overwrite:
         raise InputError(
             f"trainer.output_dir: {folder} already holds a run; continue it with --resume, replace it with "
-            "--overwrite, or name another"
+            f"{whole}, or name another"
         )
 
 
-def open_run(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
+def open_run(recipe: Recipe, resume: bool, overwrite: bool, opening: Callable[[], None] = lambda: None) -> Path:
     """Return the run folder, holding the resolved recipe and nothing of another run.
+
+    `opening` is called before anything is written there.
 
     Raises:
         InputError: as `check_run`.
     """
     check_run(recipe, resume, overwrite)
     folder = recipe.run_folder
+    opening()
     if (folder / RECIPE).is_file() and not resume:
-        for path in folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        clear(folder)
     write_text(folder / RECIPE, dump_recipe(recipe))
     return folder
 
 
-def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
+def _check_same_recipe(folder: Path, recipe: Recipe, all_folds: bool) -> None:
     from trl import RewardConfig  # here, because evaluation reads this module and must not load torch
 
     before, now = asdict(load_run_recipe(folder)), asdict(recipe)
@@ -105,10 +111,10 @@ def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
             field = RewardConfig.__dataclass_fields__.get(key) if section == "trainer" else None
             there, here = (one[section].get(key, field.default if field else None) for one in (before, now))
             if there != here:
-                raise InputError(
-                    f"{folder}: the run there has {section}.{key}: {there!r}, not {here!r}; resume with the same "
-                    "recipe, or start anew with --overwrite"
-                )
+                mend = "resume with the same recipe, or start anew with --overwrite"
+                if all_folds:
+                    mend = "folds have one recipe: give that, or train all of them anew with --fold all --overwrite"
+                raise InputError(f"{folder}: the run there has {section}.{key}: {there!r}, not {here!r}; {mend}")
 
 
 def model_folder(run: Path) -> Path:

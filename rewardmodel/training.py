@@ -45,7 +45,13 @@ logger = logging.getLogger(__name__)
 
 
 def train(
-    recipe: Recipe, battles: Any = None, *, parts: Parts | None = None, resume: bool = False, overwrite: bool = False
+    recipe: Recipe,
+    battles: Any = None,
+    *,
+    parts: Parts | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    opening: Callable[[], None] = lambda: None,
 ) -> tuple[Path, Parts]:
     """Train a model on labelled battles and save it as a run.
 
@@ -55,6 +61,7 @@ def train(
         parts: its battles, if they were read before.
         resume: continue the run that is there from its last complete checkpoint; one that is done stays as it is.
         overwrite: replace the run that is there.
+        opening: is called in the main process once all that was given is found good, before anything is written.
 
     Returns:
         The run folder and its battles, by part.
@@ -78,7 +85,7 @@ def train(
         if resume and (recipe.run_folder / MODEL).is_dir():
             check_same_inputs(recipe.run_folder, {"data": data})
             if is_main():
-                open_run(recipe, resume, overwrite)
+                open_run(recipe, resume, overwrite, opening)
             logger.info("%s: already trained", recipe.run_folder)
             return recipe.run_folder, parts
         rows, validation_rows = _rows(parts, load_tokenizer(config), recipe)
@@ -87,7 +94,7 @@ def train(
     if resume:
         check_same_inputs(recipe.run_folder, facts)
     model, tokenizer = build_model(recipe.model, objective.head, args.seed)
-    begin = partial(_begin, recipe, parts.training, facts, resume, overwrite)
+    begin = partial(_begin, recipe, parts.training, facts, resume, overwrite, opening)
     if recipe.model.freeze_backbone:
         begin()
         fit_head(model, tokenizer, rows, validation_rows, np.asarray(parts.training["group"][:]), recipe, dtype)
@@ -126,10 +133,12 @@ def _check_ties(recipe: Recipe, objective: Objective) -> None:
         raise InputError(f"model.pair_ties: {recipe.objective.name} has no tie parameter to learn; leave it out")
 
 
-def _begin(recipe: Recipe, training: Dataset, facts: dict, resume: bool, overwrite: bool) -> None:
+def _begin(
+    recipe: Recipe, training: Dataset, facts: dict, resume: bool, overwrite: bool, opening: Callable[[], Any]
+) -> None:
     """Open the run folder and write what the run is made of."""
     if is_main():
-        write_environment(open_run(recipe, resume, overwrite), facts)
+        write_environment(open_run(recipe, resume, overwrite, opening), facts)
         write_training_keys(recipe.run_folder, training)
     wait_for_all()
 

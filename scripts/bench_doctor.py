@@ -126,8 +126,9 @@ def tell_beforehand(name: str, folder: str) -> dict:
     from transformers import AutoConfig
 
     from rewardmodel.devices import find_device
-    from rewardmodel.estimate import Case, inference_needs, read_lengths, training_needs
+    from rewardmodel.estimate import Case, inference_needs, training_needs
     from rewardmodel.launches import Launch
+    from rewardmodel.lengths import read_lengths
     from rewardmodel.placement import placement
 
     recipe = recipe_of(name, folder)

@@ -9,8 +9,9 @@ import torch
 from conftest import battle_frame, write_csv
 from safetensors.torch import load_file
 
-from rewardmodel import crossfit
+from rewardmodel import crossfit, files
 from rewardmodel.battles import OUTCOMES
+from rewardmodel.cli import main
 from rewardmodel.config import DataConfig, ModelConfig, ObjectiveConfig, PromptConfig, Recipe, Source
 from rewardmodel.crossfit import GATHERED, train_fold, train_folds
 from rewardmodel.errors import InputError
@@ -19,6 +20,7 @@ from rewardmodel.floors import baseline
 from rewardmodel.inference import predict
 from rewardmodel.parts import load_battles, split, trained_on
 from rewardmodel.predictions import predicted, read_predictions, write_predictions
+from rewardmodel.recipe import dump_recipe
 from rewardmodel.reports import report
 from rewardmodel.runs import (
     CALIBRATION,
@@ -30,9 +32,11 @@ from rewardmodel.runs import (
     REPORT,
     TRAINING_KEYS,
     VALIDATION,
+    check_run,
     fold_folder,
     load_run_recipe,
 )
+from rewardmodel.trainer import PreferenceTrainer
 from rewardmodel.training import train
 
 FOLDS = 3
@@ -276,8 +280,10 @@ def test_a_run_of_one_fold_and_one_of_all_do_not_share_a_folder(small):
     with pytest.raises(InputError, match="already holds a run"):
         train_folds(small)
     for call in (lambda: train_folds(small, resume=True), lambda: train_fold(small, 1)):
-        with pytest.raises(InputError, match="the run there is of one fold; name another folder"):
+        with pytest.raises(InputError, match=r"the run there is of one fold; name another folder .* --fold all"):
             call()
+    with pytest.raises(InputError, match="replace it with --fold all --overwrite"):
+        train_fold(small, 1, overwrite=True)
 
 
 def test_overwriting_replaces_all_folds_and_a_mistake_costs_none(finished, tmp_path):
@@ -291,6 +297,85 @@ def test_overwriting_replaces_all_folds_and_a_mistake_costs_none(finished, tmp_p
     assert {path.name for path in folder.glob("fold-*")} == {"fold-0", "fold-1"}
     assert metrics["battles"] == 40
     assert load_run_recipe(folder).data.folds == 2
+
+
+def die(*_, **__):
+    raise KeyboardInterrupt
+
+
+def die_at_folder(path, **_):
+    if path.exists():
+        die()
+
+
+KILLS = {
+    "while the old folds are removed": (files.shutil, "rmtree", die_at_folder),
+    "before the run has a recipe": (crossfit, "write_text", die),
+    "before the fold has a recipe": ("rewardmodel.runs.write_text", die),
+    "before the fold knows its data": ("rewardmodel.training.write_environment", die),
+    "in training": (PreferenceTrainer, "train", die),
+}
+
+
+@pytest.mark.parametrize("kill", KILLS.values(), ids=KILLS)
+def test_an_overwriting_that_is_killed_leaves_nothing_of_the_old_folds_and_is_resumed(
+    kill, finished, tmp_path, monkeypatch
+):
+    recipe = copied(finished, tmp_path)
+    for fold in range(FOLDS):
+        (fold_folder(recipe.run_folder, fold) / "old").write_text("")
+    new = with_data(recipe, seed=1, fold=0)
+    monkeypatch.setattr(*kill)
+    with pytest.raises(KeyboardInterrupt):
+        train_folds(new, overwrite=True)
+    assert not list(recipe.run_folder.rglob("old"))
+    assert not {path.name for path in recipe.run_folder.iterdir()} - {RECIPE, "fold-0"}
+    check_run(new, resume=True, overwrite=False, all_folds=True)
+    if fold_folder(recipe.run_folder, 0).exists():
+        check_run(with_folder(new, fold_folder(recipe.run_folder, 0)), resume=True, overwrite=False)
+        with pytest.raises(InputError, match=r"data\.seed: 1, not 0"):
+            check_run(with_data(recipe, fold=0), resume=True, overwrite=False, all_folds=True)
+
+
+def test_an_overwriting_that_is_killed_is_resumed_to_new_folds_alone(finished, tmp_path, monkeypatch):
+    recipe = copied(finished, tmp_path)
+    new = dataclasses.replace(with_data(recipe, folds=2), trainer={**recipe.trainer, "seed": 7})
+    with monkeypatch.context() as patch:
+        patch.setattr(PreferenceTrainer, "train", die)
+        with pytest.raises(KeyboardInterrupt):
+            train_folds(new, overwrite=True)
+    folder, metrics = train_folds(new, resume=True)
+    assert metrics["battles"] == 40
+    assert {path.name for path in folder.glob("fold-*")} == {"fold-0", "fold-1"}
+    for run in (folder, *(fold_folder(folder, fold) for fold in range(2))):
+        assert load_run_recipe(run).trainer["seed"] == 7
+    assert (read_predictions(folder / VALIDATION)["fold"] < 2).all()
+
+
+def test_one_fold_is_not_overwritten_by_another_recipe_than_the_others_have(finished, tmp_path, capsys):
+    recipe = copied(finished, tmp_path)
+    before = sorted(recipe.run_folder.rglob("*"))
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    command = ["train", str(tmp_path / "recipe.yaml"), "--data.seed", "1", "--fold", "2", "--overwrite"]
+    assert main(command) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: {recipe.run_folder}: the run there has data.seed: 0, not 1; folds have one recipe: give that, or "
+        "train all of them anew with --fold all --overwrite"
+    )
+    assert sorted(recipe.run_folder.rglob("*")) == before
+
+
+def test_a_fold_that_is_overwritten_and_killed_leaves_no_gathered_files_and_the_other_folds(
+    finished, tmp_path, monkeypatch
+):
+    recipe = copied(finished, tmp_path)
+    monkeypatch.setattr(PreferenceTrainer, "train", die)
+    with pytest.raises(KeyboardInterrupt):
+        train_fold(recipe, 2, overwrite=True)
+    assert {path.name for path in recipe.run_folder.iterdir()} == {RECIPE, "fold-0", "fold-1", "fold-2"}
+    assert not (recipe.run_folder / "fold-2" / MODEL).exists()
+    with pytest.raises(InputError, match="its folds are not gathered"):
+        predict(recipe.run_folder, recipe.data.train)
 
 
 def test_nothing_is_written_for_a_recipe_that_cannot_be_trained(small):

@@ -2,25 +2,29 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
-from rewardmodel.config import DataConfig, ModelConfig, Recipe
+from rewardmodel.config import ModelConfig
 from rewardmodel.devices import DEVICES, Device
 from rewardmodel.estimate import (
-    ARENA,
+    BACKWARD,
     CONTEXT,
+    FORWARD,
+    LAUNCH,
     PROCESS,
     UTILISATION,
-    Battles,
     Case,
     hours,
     inference_needs,
     peaks,
-    read_lengths,
     training_needs,
     with_changes,
 )
 from rewardmodel.launches import Launch
+from rewardmodel.lengths import Battles
+from rewardmodel.memory import Plan, Planned
+from rewardmodel.objective import JOINT
 
 CPU = Device("a CPU", "cpu", 8 * 2**30, 1e12, 5e11)
 ROWS = [[0, 40], [0, 80], [0, 120], [0, 160]]
@@ -139,21 +143,50 @@ def test_evaluations_are_counted(case, keys, times):
     assert hours(case(trainer=keys))["evaluation"] == pytest.approx(times * hours(case())["evaluation"])
 
 
-def test_battles_at_hand_are_tokenised(recipe, backbone):
-    battles = read_lengths(recipe, backbone("llama"))
-    assert (battles.training, battles.validation) == (36, 12)
-    assert len(battles.branches) == len(battles.predicted) == 48
-    assert {len(row) for row in battles.branches} == {2}
-    assert {len(row) for row in battles.predicted} == {3}
-    assert max(map(sum, battles.branches)) <= 160
-    assert battles.source == "48 of 48 tokenised"
+def test_on_a_gpu_a_small_model_waits_for_its_operations_to_start(case):
+    layers, steps, every = 2, 50, LAUNCH / 3600
+    slow = dataclasses.replace(DEVICES["T4"], single=1e6)
+    for keys, launched, operations, batches in (
+        ({}, None, FORWARD + BACKWARD, 1),
+        ({"gradient_checkpointing": True}, None, 2 * FORWARD + BACKWARD, 1),
+        ({"micro_batch_tokens": 200}, None, FORWARD + BACKWARD, 4),  # a step of 8 battles of 100 tokens
+        ({"micro_batch_tokens": 200}, Launch(2, "ddp"), FORWARD + BACKWARD, 2),
+    ):
+        told = hours(case(DEVICES["T4"], launched, keys))
+        assert told["training"] == pytest.approx(steps * batches * layers * operations * every)
+        assert told["evaluation"] == told["prediction"] == pytest.approx(layers * FORWARD * every)
+        by_rate, on_cpu = (hours(case(device, launched, keys)) for device in (slow, CPU))
+        for what, whole in on_cpu.items():
+            ratio = CPU.single * UTILISATION["cpu"] / slow.single / UTILISATION["cuda"]
+            assert by_rate[what] == pytest.approx(whole * ratio)
 
 
-def test_for_want_of_battles_those_of_the_competition_are_taken(backbone):
-    recipe = Recipe(data=DataConfig(train="nowhere.csv", folds=20), model=ModelConfig(str(backbone("llama"))))
-    battles = read_lengths(recipe, backbone("llama"))
-    assert battles.training + battles.validation == ARENA
-    assert "for want of the recipe's (nowhere.csv" in battles.source
-    lengths = [sum(row) for row in battles.branches]
-    assert max(lengths) == recipe.prompt.max_length
-    assert 560 < sum(lengths) / len(lengths) < 650  # 605 were measured at 1,024
+class Operations(TorchDispatchMode):
+    """Counts the operations that a GPU would be given: no views, and nothing that only makes room."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not (func.is_view or func.overloadpacket.__name__ in ("device", "detach", "_unsafe_view"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_the_operations_of_a_layer_are_as_many_as_are_reckoned_with(bits, backbone):
+    found = []
+    for layers in (2, 4):
+        config = AutoConfig.from_pretrained(backbone("llama"))
+        config.num_hidden_layers = layers
+        model = ModelConfig(str(backbone("llama")), lora_dropout=0.1, load_in_4bit=bits == 4)
+        planned = Planned(Plan(model, config, JOINT, torch.float16, "sdpa", gpu=True))
+        forward, both = Operations(), Operations()
+        with forward:
+            planned.forward_peak([[0, 60]])
+        with both:
+            planned.training_peak([[0, 60]])
+        found.append((forward.count, both.count))
+    forward, both = ((more - few) / 2 for few, more in zip(*found, strict=True))
+    assert forward == pytest.approx(FORWARD, rel=0.1)
+    assert both == pytest.approx(FORWARD + BACKWARD, rel=0.1)

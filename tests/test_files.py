@@ -1,6 +1,7 @@
 import pytest
 
-from rewardmodel.files import atomic_path, write_text
+from rewardmodel import files
+from rewardmodel.files import atomic_path, clear, write_text
 
 
 def names(folder):
@@ -90,3 +91,59 @@ def test_failed_replacement_keeps_the_old_folder(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_path(target):
         pass  # nothing was written
     assert (target / "weights").read_text() == "old"
+
+
+def test_a_folder_is_emptied_and_stays(tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "weights").write_text("old")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").write_text("")
+    (tmp_path / "run" / "link").symlink_to(tmp_path / "elsewhere")
+    clear(tmp_path / "run")
+    assert names(tmp_path / "run") == []
+    assert names(tmp_path / "elsewhere") == ["kept"]
+    assert names(tmp_path) == ["elsewhere", "run"]
+
+
+def test_a_link_to_a_folder_stays_one_and_the_folder_is_emptied(tmp_path):
+    (tmp_path / "large" / "run").mkdir(parents=True)
+    (tmp_path / "large" / "run" / "weights").write_text("old")
+    (tmp_path / "run").symlink_to(tmp_path / "large" / "run")
+    clear(tmp_path / "run")
+    assert (tmp_path / "run").is_symlink()
+    assert names(tmp_path / "run") == []
+    assert names(tmp_path / "large") == ["run"]
+
+
+def test_a_folder_whose_emptying_is_killed_is_empty_and_the_next_time_takes_what_was_left(tmp_path, monkeypatch):
+    def filled():
+        (tmp_path / "run" / "model").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / "recipe.yaml").write_text("old")
+
+    def killed(path, **_):
+        if path.exists():
+            raise KeyboardInterrupt
+
+    filled()
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            clear(tmp_path / "run")
+    assert names(tmp_path / "run") == []
+    assert names(tmp_path) == [".run.old", "run"]
+    filled()
+    clear(tmp_path / "run")
+    assert names(tmp_path / "run") == []
+    assert names(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize("inside", [".", "model"])
+def test_the_working_directory_is_emptied_where_it_is(inside, tmp_path, monkeypatch):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "recipe.yaml").write_text("old")
+    before = (tmp_path / "run").stat().st_ino
+    monkeypatch.chdir(tmp_path / "run" / inside)
+    clear(tmp_path / "run")
+    assert (tmp_path / "run").stat().st_ino == before
+    assert names(tmp_path / "run") == []
+    assert names(tmp_path) == ["run"]

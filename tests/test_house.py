@@ -17,7 +17,7 @@ LEVELS = [
     {"formats", "duplicates", "pairs", "lora", "slices", "floors", "page", "bundle"},
     {"model"},
     {"parts", "audit", "bias", "forward", "memory", "merge"},
-    {"shards"},
+    {"shards", "lengths"},
     {"trainer", "inference", "evaluation", "estimate", "rewards", "soup", "features"},
     {"training", "reports", "doctor", "parity"},
     {"pipeline", "card"},

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -498,3 +499,56 @@ def test_the_tokenizer_of_deberta_v3_is_read_from_its_sentencepiece_file(tmp_pat
     tokens = encoder.tokenizer.convert_ids_to_tokens(one.input_ids)
     assert [tokens[0], tokens[-1], tokens.count("[SEP]")] == ["[CLS]", "[SEP]", 3]
     assert "[UNK]" not in [token for token in tokens if token in ("word", "a1", "b2")]
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Return a function that sets the variables of a launch of two processes: launched("FSDP")."""
+
+    def started(strategy: str) -> None:
+        for name, value in {"WORLD_SIZE": "2", f"ACCELERATE_USE_{strategy}": "true", "FSDP_VERSION": "2"}.items():
+            monkeypatch.setenv(name, value)
+
+    return started
+
+
+@pytest.mark.parametrize(
+    ("strategy", "keys", "waits"),
+    [("FSDP", {}, True), ("FSDP", {"load_in_4bit": True}, False), ("DDP", {}, False)],
+)
+def test_what_fsdp_will_cut_up_waits_in_the_hosts_memory(strategy, keys, waits, backbone, launched, monkeypatch):
+    launched(strategy)
+    elsewhere = torch.device("meta")  # in the place of a GPU
+    monkeypatch.setattr("rewardmodel.model.placement", lambda *_: (elsewhere, torch.float32))
+    asked = []
+    loaded = load_classifier
+
+    def load(config, folder, head, spread):
+        asked.append(spread)
+        return loaded(dataclasses.replace(config, load_in_4bit=False), folder, head, spread)
+
+    monkeypatch.setattr("rewardmodel.model.load_classifier", load)
+    model, _ = build_model(config_of(backbone("llama"), **keys), JOINT, seed=0)
+    assert asked == [waits]
+    assert {weight.device.type for weight in model.parameters()} == {"cpu" if waits else "meta"}
+
+
+def test_every_process_reads_a_saved_model_whole_and_the_launchers_wish_is_restored(backbone, tmp_path, monkeypatch):
+    name, seen = "FSDP_CPU_RAM_EFFICIENT_LOADING", []
+    config = config_of(backbone("llama"))
+    save_model(*build_model(config, JOINT, seed=0), config, tmp_path / "model")
+    loaded = load_classifier
+
+    def load(*given, **keys):
+        seen.append(os.environ.get(name))
+        return loaded(*given, **keys)
+
+    monkeypatch.setattr("rewardmodel.model.load_classifier", load)
+    for wish, there in (("true", "false"), ("false", "false"), (None, None)):
+        monkeypatch.delenv(name, raising=False) if wish is None else monkeypatch.setenv(name, wish)
+        load_model(config, tmp_path / "model")
+        assert (seen.pop(), os.environ.get(name)) == (there, wish)
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(InputError, match="trained on other weights"):
+        load_model(config_of(backbone("qwen2")), tmp_path / "model")
+    assert os.environ[name] == "true"

@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from rewardmodel import processes
+from rewardmodel.config import ObjectiveConfig
 from rewardmodel.inference import predict
 from rewardmodel.predictions import predicted, read_predictions
 from rewardmodel.recipe import dump_recipe, load_recipe
@@ -21,11 +22,17 @@ from rewardmodel.training import train
 CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
 
 SHARDED = """
+import os
 import sys
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 import rewardmodel.training as training
 from rewardmodel.recipe import load_recipe
+from rewardmodel.inference import predict_with
+from rewardmodel.model import load_model
+from rewardmodel.predictions import write_predictions
+from rewardmodel.processes import is_main
+from rewardmodel.runs import MODEL, VALIDATION
 
 arguments = training.training_arguments
 
@@ -35,7 +42,14 @@ def sharded(*given):  # accelerate shards over GPUs only
     return args
 
 training.training_arguments = sharded
-training.train(load_recipe(sys.argv[1]))
+whole, *others = map(load_recipe, sys.argv[1:])
+for recipe in others:
+    training.train(recipe)
+os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"  # as recipes/accelerate/fsdp2.yaml has it
+folder, parts = training.train(whole)
+table = predict_with(*load_model(whole.model, folder / MODEL), whole, parts.validation)
+if is_main():
+    write_predictions(table, folder / VALIDATION)
 """
 
 
@@ -84,16 +98,29 @@ def test_two_processes_train_and_predict_as_one_does(exact, tmp_path):
     np.testing.assert_allclose(predicted(table), predicted(alone), atol=1e-6)
 
 
-def test_a_sharded_model_is_trained_saved_and_reloaded(exact, tmp_path):
-    one, _ = train(with_folder(exact, tmp_path / "one"))
-    sharded = with_folder(exact, tmp_path / "sharded")
+# One launch for all kinds: to start it is most of the time.
+def test_sharded_models_are_trained_saved_and_reloaded(exact, tmp_path):
+    kinds = {
+        "read by one process": exact,
+        "four bits": replace(exact, model=replace(exact.model, load_in_4bit=True)),
+        "a tie parameter that is fitted": replace(
+            exact, objective=ObjectiveConfig("bradley_terry"), prompt=replace(exact.prompt, template="response")
+        ),
+    }
+    sharded = {kind: with_folder(recipe, tmp_path / kind) for kind, recipe in kinds.items()}
+    files = [written(recipe, tmp_path / f"{kind}.yaml") for kind, recipe in sharded.items()]
     (tmp_path / "sharded.py").write_text(SHARDED)
-    process = launch("cpu_fsdp2", str(tmp_path / "sharded.py"), written(sharded, tmp_path / "sharded.yaml"))
+    process = launch("cpu_fsdp2", str(tmp_path / "sharded.py"), *files)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0, said
-    assert_same_weights(one, sharded.run_folder)
-    found, expected = (predicted(predict(run, "validation")) for run in (sharded.run_folder, one))
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    for kind, recipe in kinds.items():
+        one, _ = train(with_folder(recipe, tmp_path / f"{kind}, alone"))
+        assert_same_weights(one, sharded[kind].run_folder)
+        found, expected = (predicted(predict(run, "validation")) for run in (sharded[kind].run_folder, one))
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    by_both = read_predictions(sharded["read by one process"].run_folder / VALIDATION)
+    alone = predict(sharded["read by one process"].run_folder, "validation")
+    np.testing.assert_allclose(predicted(by_both), predicted(alone), atol=1e-6)
 
 
 def test_a_killed_process_ends_all_and_the_run_resumes(exact, tmp_path):

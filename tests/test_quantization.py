@@ -3,14 +3,17 @@ import json
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from conftest import make_backbone
 from safetensors import safe_open
 from test_model import batch_of, config_of, logits, reload_in_fresh_process, train_a_little
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
+from rewardmodel.config import ModelConfig
 from rewardmodel.errors import InputError
 from rewardmodel.model import build_model, load_model, save_model
 from rewardmodel.objective import JOINT, SEPARATE
+from rewardmodel.quantization import bits_and_bytes, quantisation_name
 
 SETTINGS = {
     "as is": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -102,3 +105,32 @@ def test_a_backbone_that_is_stored_quantised_by_others_is_refused(tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(InputError, match=r"^model\.model_name_or_path: the backbone is stored quantised by gptq; give"):
         build_model(config_of(folder), SEPARATE, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({}, None),
+        ({"load_in_8bit": True}, "8-bit int8"),
+        ({"load_in_4bit": True}, "4-bit nf4 with double quantisation"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "use_bnb_nested_quant": False}, "4-bit fp4"),
+    ],
+)
+def test_quantisation_is_told_in_words(keys, said):
+    assert quantisation_name(ModelConfig(**keys)) == said
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_fsdp_is_given_four_bits_in_a_type_that_it_spreads(dtype, backbone, monkeypatch):
+    config = config_of(backbone("llama"), load_in_4bit=True)
+    alone = bits_and_bytes(config, dtype).bnb_4bit_quant_storage
+    assert alone == torch.uint8
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert bits_and_bytes(config, dtype).bnb_4bit_quant_storage == torch.uint8
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert bits_and_bytes(config, dtype).bnb_4bit_quant_storage == dtype
+    model, _ = build_model(config, JOINT, seed=0)
+    held = [module.weight for module in model.modules() if isinstance(module, Linear4bit)]
+    assert held
+    assert {weight.dtype for weight in held} == {torch.float32}  # this backbone computes in it

@@ -312,3 +312,11 @@ def test_a_folder_of_folds_is_no_run_of_one(tmp_path):
             check_run(recipe, resume=resume, overwrite=False)
     with pytest.raises(InputError, match="its folds are not gathered"):
         trained_models(recipe.run_folder)
+
+
+def test_what_a_kill_left_half_written_makes_no_folder_one_of_something_else(tmp_path):
+    (tmp_path / ".recipe.yaml.17.partial").write_text("data:")
+    check_run(recipe_of(tmp_path), resume=True, overwrite=False)
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="is no run folder"):
+        check_run(recipe_of(tmp_path), resume=True, overwrite=False)
