@@ -134,7 +134,7 @@ def load(path: Path) -> Regression:
         InputError: there is none, or one of a version that counts other features.
     """
     try:
-        with np.load(path) as arrays:
+        with path.open("rb") as file, np.load(file) as arrays:
             if arrays["counted"].item() != _counted():
                 raise ValueError("counts other features than this version of rewardmodel")
             lead, tie = (Coefficients(arrays[f"{name}_text"], arrays[f"{name}_further"]) for name in ("lead", "tie"))
