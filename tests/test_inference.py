@@ -285,8 +285,8 @@ def test_each_run_is_calibrated_by_itself_before_the_mean(two_runs, tmp_path):
 @pytest.fixture
 def blending(two_runs, tmp_path):
     """Return copies of the two runs that blend with floors of their own, and the calibrators."""
-    runs, file, new = two_runs
-    copies, calibrators = [], [Calibrator("blend", (0.8, 0.5, -0.2)), Calibrator("blend", (0.3, 1.5, 0.1))]
+    runs, _, new = two_runs
+    copies, calibrators = [], [Calibrator("blend", (0.1, 1.5, -1.0)), Calibrator("blend", (0.3, 0.7, 0.1))]
     for number, (run, calibrator) in enumerate(zip(runs, calibrators, strict=True)):
         write_predictions(predict_with_tables(run, new), tmp_path / "fitted.parquet")
         copy = shutil.copytree(run, tmp_path / run.name)
