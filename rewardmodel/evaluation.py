@@ -114,7 +114,7 @@ def _calibrate(run: Path, table: pd.DataFrame) -> tuple[Choice, Facts]:
     asked = _inference(run)
     part = read_predictions(run / CALIBRATION) if own_part else table
     known, beside = (_known(run, one) for one in (part, table))
-    if asked["blend"] and 3 in (known.shape[1], beside.shape[1]):
+    if asked["calibrate"] and asked["blend"] and 3 in (known.shape[1], beside.shape[1]):
         raise InputError(
             f"{run}: inference.blend: the floor {BLENDED} did not predict its battles; train again with --resume, or "
             "set it to false"

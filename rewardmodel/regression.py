@@ -107,8 +107,10 @@ def fit_tfidf(reading: Reading, mass: np.ndarray) -> Regression:
 def _fitted(reading: Reading, mass: np.ndarray, scales: tuple[np.ndarray, ...]) -> Regression:
     features = _features(reading, scales)
     first, second, tie = mass.T
-    lead = _coefficients(features.difference, features.signed, first, second)
-    return Regression(scales, lead, _coefficients(abs(features.difference), features.even, tie, first + second))
+    text = features.difference
+    lead = _coefficients(text, features.signed, first, second)
+    np.abs(text.data, out=text.data)  # in place, because no array is larger
+    return Regression(scales, lead, _coefficients(text, features.even, tie, first + second))
 
 
 def predict_each(fitted: Sequence[Callable[[Reading], np.ndarray]], battles: Dataset) -> np.ndarray:
@@ -252,7 +254,9 @@ def _coefficients(text: csr_array, further: np.ndarray, yes: np.ndarray, no: np.
         no: (n,) float64 weight of the label 0.
     """
     known = yes + no > 0
-    own, dense, yes, no, count = text[known], further[known], yes[known], no[known], text.shape[1]
+    own, dense, yes, no, count = text, further[known], yes[known], no[known], text.shape[1]
+    if not known.all():
+        own = text[known]
     weight = (yes + no) / 4
     curvature = np.bincount(own.indices, own.data**2 * np.repeat(weight, np.diff(own.indptr)), minlength=text.shape[1])
     unit = 1 / np.sqrt(curvature + 1 / INVERSE_PENALTY)
