@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.bias import format_bias
+from rewardmodel.calibration import BLEND
 from rewardmodel.config import ModelConfig, Recipe, Source
 from rewardmodel.evaluation import format_metrics
 from rewardmodel.files import write_text
@@ -19,7 +20,7 @@ from rewardmodel.objective import find_objective
 from rewardmodel.parity import Facts, format_parity
 from rewardmodel.prompt import PromptEncoder
 from rewardmodel.quantization import quantisation_name
-from rewardmodel.runs import CALIBRATOR, ENVIRONMENT, METRICS, load_run_recipe
+from rewardmodel.runs import CALIBRATOR, ENVIRONMENT, FLOOR, METRICS, load_run_recipe
 from rewardmodel.saved import is_adapter, read_about
 from rewardmodel.weights import resolve
 
@@ -167,9 +168,10 @@ def _calibration(runs: Sequence[Path], model: Path) -> str:
     if not calibrator.get("method"):
         return "None is applied: it did not help beyond noise, or was switched off."
     parameters = ", ".join(f"{value:.4f}" for value in calibrator["parameters"])
+    beside = f", with the floor in {FLOOR}" if calibrator["method"] == BLEND else ""
     return (
-        f"`rewardmodel predict` applies {calibrator['method']} ({parameters}), of calibrator.json; plain transformers "
-        "gives the probabilities before it."
+        f"`rewardmodel predict` applies {calibrator['method']} ({parameters}), of calibrator.json{beside}; plain "
+        "transformers gives the probabilities before it."
     )
 
 

@@ -28,6 +28,7 @@ from rewardmodel.runs import (
     CALIBRATION,
     CALIBRATOR,
     ENVIRONMENT,
+    FLOOR,
     FLOORS,
     METRICS,
     RECIPE,
@@ -115,7 +116,8 @@ def _train(
     data = replace(whole.data, fold=fold, test=None, sample_submission=None)
     recipe = replace(whole, data=data, trainer={**whole.trainer, "output_dir": str(folder)})
     check_run(recipe, resume, overwrite)
-    if resume and all((folder / name).is_file() for name in (VALIDATION, FLOORS, REPORT)):
+    written = (VALIDATION, FLOORS, REPORT, *([FLOOR] if whole.inference.blend else []))
+    if resume and all((folder / name).is_file() for name in written):
         check_same_inputs(folder, {"data": fingerprints(parts)})
         logger.info("%s: done", folder)
         return folder

@@ -1,5 +1,6 @@
 """Predictions with known outcomes in, everything that is measured of them out; needs no torch."""
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,21 @@ import yaml
 
 from rewardmodel import metrics
 from rewardmodel.bias import audit_bias, format_bias
-from rewardmodel.calibration import NONE, Choice, choose, reliability, save
+from rewardmodel.calibration import BLEND, NONE, Choice, choose, reliability, save
+from rewardmodel.config import InferenceConfig
 from rewardmodel.errors import InputError
 from rewardmodel.metrics import class_prior, log_loss, paired_difference, summary
 from rewardmodel.predictions import (
     PROBABILITIES,
+    beside_floor,
     check_columns,
     known_outcomes,
     predicted,
     read_predictions,
     true_outcomes,
+    with_floor,
 )
-from rewardmodel.runs import CALIBRATION, CALIBRATOR, FLOORS, METRICS, RECIPE, VALIDATION, write_json
+from rewardmodel.runs import BLENDED, CALIBRATION, CALIBRATOR, FLOORS, METRICS, RECIPE, VALIDATION, write_json
 
 Facts = dict[str, Any]
 
@@ -107,13 +111,20 @@ def _calibrate(run: Path, table: pd.DataFrame) -> tuple[Choice, Facts]:
     """Return the run's calibration, with `cross_fitted` of the table's battles, and what is told about it."""
     raw, true = predicted(table), true_outcomes(table)
     own_part = (run / CALIBRATION).is_file()
-    wanted = _calibration_wanted(run)
+    asked = _inference(run)
     part = read_predictions(run / CALIBRATION) if own_part else table
-    choice = choose(predicted(part), true_outcomes(part), part["group"].to_numpy())
+    known, beside = (_known(run, one) for one in (part, table))
+    if asked["calibrate"] and asked["blend"] and 3 in (known.shape[1], beside.shape[1]):
+        raise InputError(
+            f"{run}: inference.blend: the floor {BLENDED} did not predict its battles; train again with --resume, or "
+            "set it to false"
+        )
+    choice = choose(known, true_outcomes(part), part["group"].to_numpy(), asked["blend"])
     if own_part:
-        choice = Choice(choice.calibrator, choice.tried, choice.verdict, choice.calibrator(raw))
-    if not wanted:
-        choice = Choice(NONE, choice.tried, f"switched off by inference.calibrate; else {choice.verdict}", raw)
+        choice = replace(choice, cross_fitted=choice.calibrator(beside))
+    if not asked["calibrate"]:
+        verdict = f"switched off by inference.calibrate; else {choice.verdict}"
+        choice = replace(choice, calibrator=NONE, verdict=verdict, cross_fitted=raw)
     applied = choice.calibrator != NONE
     groups = table["group"].to_numpy()
     return choice, {
@@ -123,18 +134,32 @@ def _calibrate(run: Path, table: pd.DataFrame) -> tuple[Choice, Facts]:
         "fitted_on": "calibration part" if own_part else "cross-fitted on validation",
         "tried": choice.tried,
         "verdict": choice.verdict,
+        "blended": choice.blended,
         "before": {name: value for name, metric in metrics.METRICS.items() if np.isfinite(value := metric(raw, true))},
         "gain": paired_difference(choice.cross_fitted, raw, true, groups) if applied else None,
     }
 
 
-def _calibration_wanted(run: Path) -> bool:
-    """Return the recipe's inference.calibrate, read as YAML, because the recipe's own reader needs torch."""
+def _inference(run: Path) -> dict[str, Any]:
+    """Return the recipe's inference, read as YAML, because the recipe's own reader needs torch."""
+    defaults = asdict(InferenceConfig())
     try:
         recipe = yaml.safe_load((run / RECIPE).read_text(encoding="utf-8"))
-        return bool(recipe["inference"]["calibrate"])
+        return defaults | recipe["inference"]
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
-        return True
+        return defaults
+
+
+def _known(run: Path, table: pd.DataFrame) -> np.ndarray:
+    """Return what a run predicts of a table's battles, with the floor's beside where it is known, (n, 3) or (n, 6)."""
+    if "floor_p_tie" in table:
+        return beside_floor(table)
+    if not (run / FLOORS).is_file():
+        return predicted(table)
+    floors = _read_floors(run / FLOORS)
+    if f"{BLENDED}_p_tie" not in floors or not table["id"].isin(floors.index).all():
+        return predicted(table)
+    return beside_floor(with_floor(table, predicted(floors.loc[table["id"]], BLENDED)))
 
 
 def _measure(table: pd.DataFrame, where: str, floors: Path | None = None) -> Facts:
@@ -155,17 +180,24 @@ def _measure(table: pd.DataFrame, where: str, floors: Path | None = None) -> Fac
 
 def _floors(table: pd.DataFrame, path: Path) -> Facts:
     """Return the floors' log loss on the table's battles, and the model's difference to each."""
-    try:
-        floors = pd.read_parquet(path).set_index("id").loc[table["id"]]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: not of the battles that were validated; delete it, or run again") from error
+    floors = _read_floors(path)
+    if not table["id"].isin(floors.index).all():
+        raise InputError(f"{path}: not of the battles that were validated; delete it, or run again")
+    floors = floors.loc[table["id"]]
     true, model, groups = true_outcomes(table), predicted(table), table["group"].to_numpy()
     result = {}
     for name in sorted({column.removesuffix("_p_tie") for column in floors.columns if column.endswith("_p_tie")}):
-        floor = floors[[f"{name}_{column}" for column in PROBABILITIES]].to_numpy(np.float64)
+        floor = predicted(floors, name)
         measured = summary(floor, true, groups)["log_loss"]
         result[name] = {"log_loss": measured, "difference": paired_difference(model, floor, true, groups)}
     return dict(sorted(result.items(), key=lambda item: -item[1]["log_loss"]["value"]))
+
+
+def _read_floors(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path).set_index("id")
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: no floors can be read there; delete it, or run again") from error
 
 
 def format_metrics(facts: Facts) -> str:
@@ -183,6 +215,9 @@ def format_metrics(facts: Facts) -> str:
         )
     if facts["calibration"]:
         lines.append(f"  calibration: {facts['calibration']['verdict']}")
+        if change := facts["calibration"]["blended"]:
+            used = "applied" if facts["calibration"]["method"] == BLEND else "not applied"
+            lines.append(f"  blended with the {BLENDED} floor: {_change(change)} against calibration alone; {used}")
     if facts["position"]:
         lines.append(f"  {'verdict flips with order':<28}{100 * facts['position']['flip_rate']['value']:.1f} %")
     return "\n".join(lines)
@@ -212,6 +247,11 @@ def format_difference(difference: dict[str, float]) -> str:
     noise = "beyond noise" if high < 0 or low > 0 else "within noise"
     measured = f"{value:+.4f}, 95 % [{low:+.4f}, {high:+.4f}], p = {difference['p']:.3f}"
     return f"log loss {measured}: the first is {word}, {noise}"
+
+
+def _change(difference: dict[str, float]) -> str:
+    value, low, high = (difference[name] for name in ("value", "low", "high"))
+    return f"changes the log loss by {value:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def _verdict(difference: dict[str, float]) -> str:

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from transformers import AutoConfig
 
-from rewardmodel import calibration
+from rewardmodel import calibration, regression
 from rewardmodel.backbone import stored_bits
 from rewardmodel.battles import TEXTS
 from rewardmodel.bundle import BUNDLED_MODEL, Bundle, write_bundle
@@ -42,7 +42,7 @@ from rewardmodel.placement import compute_device, setup
 from rewardmodel.predictions import PROBABILITIES, predicted, read_predictions, write_predictions
 from rewardmodel.quantization import bits_and_bytes
 from rewardmodel.recipe import dump_recipe
-from rewardmodel.runs import CALIBRATION, CALIBRATOR, RECIPE, VALIDATION, trained_models, write_json
+from rewardmodel.runs import CALIBRATION, CALIBRATOR, FLOOR, RECIPE, VALIDATION, trained_models, write_json
 from rewardmodel.saved import backbone_folder, is_adapter
 from rewardmodel.soup import soup
 from rewardmodel.wheels import check_installed
@@ -188,10 +188,14 @@ def _check_asked(
 
 
 def _copy_calibrator(run: Path, model: Path) -> None:
-    """Copy a run's calibrator, if it has one, with the predictions that it was fitted on, without any text."""
-    if calibration.load(run / CALIBRATOR) == calibration.NONE:
+    """Copy a run's calibrator, if it has one, and what that stands on: predictions, without any text, and a floor."""
+    calibrator = calibration.load(run / CALIBRATOR)
+    if calibrator == calibration.NONE:
         return
     shutil.copy(run / CALIBRATOR, model / CALIBRATOR)
+    if calibrator.method == calibration.BLEND:
+        regression.load(run / FLOOR)  # refuses what is no floor
+        shutil.copy(run / FLOOR, model / FLOOR)
     part = CALIBRATION if (run / CALIBRATION).is_file() else VALIDATION
     write_predictions(read_predictions(run / part).drop(columns=list(TEXTS), errors="ignore"), model / part)
 

@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from rewardmodel.backbone import family
-from rewardmodel.calibration import NONE, load
+from rewardmodel.calibration import BLEND, NONE, load
 from rewardmodel.config import Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.folds import assign_groups
@@ -28,6 +28,7 @@ from rewardmodel.predictions import (
     BATTLE,
     PROBABILITIES,
     SEEN,
+    beside_floor,
     in_both_orders,
     mean_table,
     overrule,
@@ -35,10 +36,14 @@ from rewardmodel.predictions import (
     predictions_table,
     read_predictions,
     ruled,
+    with_floor,
 )
+from rewardmodel.regression import load as load_floor
+from rewardmodel.regression import predict_each
 from rewardmodel.runs import (
     CALIBRATION,
     CALIBRATOR,
+    FLOOR,
     VALIDATION,
     check_same_inputs,
     is_k_fold,
@@ -66,7 +71,8 @@ def predict(
     """Return the predictions table of battles by one or several trained runs, one row a battle, in their order.
 
     Template and truncation are those that each run was trained with. What several runs predict, each calibrated by
-    itself, is averaged. A k-fold run is the mean of its folds, calibrated. One model is in memory at a time.
+    itself, is averaged. A k-fold run is the mean of its folds, calibrated. One model is in memory at a time. Beside a
+    model whose run blends (`inference.blend`), its floor predicts the same battles; `floor_*` is averaged likewise.
 
     A battle is predicted by those of the runs and folds alone that had no battle of its group in training, or by all
     if there are none: `seen` says so (absent if a run has no training_keys.npy).
@@ -105,7 +111,9 @@ def predict(
         for (number, folder), rows in zip(jobs, use, strict=True)
         if rows.any()
     ]
+    floors = _floors(asked, [blends(run, own) for run, own in zip(folders, recipes, strict=True)], battles)
     found = _predict_each(asked, battles, work, deadline)
+    found = [with_floor(table, floors[at]) if at in floors else table for at, table in enumerate(found)]
     tables = []
     for number in dict.fromkeys(one.run for one in asked):
         mine = [table for one, table in zip(asked, found, strict=True) if one.run == number]
@@ -137,6 +145,20 @@ class _Asked(NamedTuple):
     folder: Path
     recipe: Recipe
     rows: np.ndarray
+
+
+def _floors(asked: list[_Asked], blended: list[bool], battles: Dataset) -> dict[int, np.ndarray]:
+    """Return what the floors beside the models predict of the same battles, (n, 3), by the place of those asked.
+
+    Args:
+        asked: of the models.
+        blended: for each run whether it has floors to blend with.
+        battles: all of them.
+    """
+    places = [place for place, one in enumerate(asked) if blended[one.run]]
+    floors = [load_floor(asked[place].folder / FLOOR) for place in places]
+    found = predict_each(floors, battles) if floors else ()
+    return {place: one[asked[place].rows] for place, one in zip(places, found, strict=True)}
 
 
 def _predict_each(
@@ -199,14 +221,25 @@ def by_rule(table: pd.DataFrame, recipe: Recipe, battles: Dataset) -> pd.DataFra
     return overrule(table, rules[table.index])
 
 
+def blends(run: Path, recipe: Recipe) -> bool:
+    """Return whether `calibrate` blends a run's predictions with its floors', and so needs these beside."""
+    asked = recipe.inference.calibrate and recipe.inference.blend
+    return asked and load(run / CALIBRATOR).method == BLEND
+
+
 def calibrate(table: pd.DataFrame, run: Path, recipe: Recipe) -> pd.DataFrame:
     """Return predictions of a run with its calibrator applied to the probabilities that are stated in the end.
 
     Battles that the calibrator was fitted on stay as the model states them; and so do those that were predicted in
-    another number of orders than it was fitted on, and all, if the recipe switches calibration off.
+    another number of orders than it was fitted on, and all, if the recipe switches calibration off, or the blend that
+    it is. For a blend, the table has the floor's predictions as `with_floor` puts them there.
     """
     calibrator = load(run / CALIBRATOR)
     if calibrator == NONE or not recipe.inference.calibrate:
+        return table
+    blended = calibrator.method == BLEND
+    if blended and not recipe.inference.blend:
+        logger.info("not calibrated: the run's calibrator is a blend, which inference.blend switches off")
         return table
     fitted = read_predictions(run / (CALIBRATION if (run / CALIBRATION).is_file() else VALIDATION))
     alike = in_both_orders(table) == ("ba_p_tie" in fitted)
@@ -220,7 +253,7 @@ def calibrate(table: pd.DataFrame, run: Path, recipe: Recipe) -> pd.DataFrame:
     if not fresh.all():
         logger.info("%d battles are left uncalibrated: the calibrator was fitted on them", (~fresh).sum())
     fresh &= alike
-    table.loc[fresh, list(PROBABILITIES)] = calibrator(predicted(table))[fresh]
+    table.loc[fresh, list(PROBABILITIES)] = calibrator(beside_floor(table) if blended else predicted(table))[fresh]
     return table
 
 

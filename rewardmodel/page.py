@@ -299,6 +299,7 @@ def _parameters(calibration: Facts | None) -> list[tuple[str, float]]:
     method = (calibration or {}).get("method")
     temperature, mass = "temperature", "added to the logarithm of P(tie)"
     names = {"temperature": [temperature], "tie_mass": [mass], "vector": [temperature, "temperature of the tie", mass]}
+    names["blend"] = ["weight of the model", "weight of the floor", mass]
     known = names.get(str(method), [f"parameter {number + 1}" for number in range(len(parameters))])
     return [(name, math.exp(-x) if temperature in name else x) for name, x in zip(known, parameters, strict=True)]
 

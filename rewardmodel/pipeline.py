@@ -4,25 +4,28 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rewardmodel.audit import audit
 from rewardmodel.battles import write_parquet
 from rewardmodel.config import Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.files import atomic_path
-from rewardmodel.floors import fit_predict
+from rewardmodel.floors import fit, predictions
 from rewardmodel.formats import read_battles
-from rewardmodel.inference import by_rule, calibrate, predict_with
+from rewardmodel.inference import blends, by_rule, calibrate, predict_with
 from rewardmodel.model import load_model, load_tokenizer
 from rewardmodel.objective import find_objective
 from rewardmodel.parts import Parts, load_battles
-from rewardmodel.predictions import check_sample, write_predictions, write_submission
+from rewardmodel.predictions import check_sample, with_floor, write_predictions, write_submission
 from rewardmodel.processes import is_main, wait_for_all
 from rewardmodel.prompt import PromptEncoder
+from rewardmodel.regression import Regression, predict_each, save
 from rewardmodel.reports import report
 from rewardmodel.runs import (
+    BLENDED,
     CALIBRATION,
+    FLOOR,
     FLOORS,
     METRICS,
     MODEL,
@@ -77,19 +80,25 @@ def run(
     if is_main():
         for name in (PREDICTIONS, SUBMISSION):  # of another data.test, perhaps
             (folder / name).unlink(missing_ok=True)
-    for part, name in ((parts.validation, VALIDATION), (parts.calibration, CALIBRATION)):
-        if len(part):
-            table = predict_with(model, tokenizer, recipe, part)
-            if is_main():
-                write_predictions(table, folder / name)
-    submitted = None if test is None else predict_with(model, tokenizer, recipe, test)
+    judged = {VALIDATION: parts.validation, CALIBRATION: parts.calibration, PREDICTIONS: test}
+    tables = {name: predict_with(model, tokenizer, recipe, part) for name, part in judged.items() if part}
     if is_main():
-        write_predictions(fit_predict(parts.training, parts.validation), folder / FLOORS)
+        write_predictions(tables[VALIDATION], folder / VALIDATION)
+        floors = fit(parts.training)
+        floor = cast(Regression, floors[BLENDED])
+        save(floor, folder / FLOOR)
+        write_predictions(predictions(floors, parts.validation), folder / FLOORS)
+        if CALIBRATION in tables:
+            beside = with_floor(tables[CALIBRATION], predict_each([floor], parts.calibration)[0])
+            write_predictions(beside, folder / CALIBRATION)
         report(folder)
-        if submitted is not None:
-            predictions = by_rule(calibrate(submitted, folder, recipe), recipe, test)
-            write_predictions(predictions, folder / PREDICTIONS)
-            write_submission(predictions, folder / SUBMISSION)
+        if test is not None:
+            submitted = tables[PREDICTIONS]
+            if blends(folder, recipe):
+                submitted = with_floor(submitted, predict_each([floor], test)[0])
+            submitted = by_rule(calibrate(submitted, folder, recipe), recipe, test)
+            write_predictions(submitted, folder / PREDICTIONS)
+            write_submission(submitted, folder / SUBMISSION)
     wait_for_all()
     return folder, json.loads((folder / METRICS).read_text(encoding="utf-8"))
 

@@ -3,8 +3,9 @@
 Columns, one battle a row, in the order of the battles: `id`, `group`, `source`, `model_a`, `model_b`, the true outcomes
 (null where unknown), `p_model_a, p_model_b, p_tie` (what is predicted), the same of each order that was computed:
 `ab_*` as given, `ba_*` with the responses exchanged (all of them speak of the battle's own A and B; NaN where the time
-was up), and what audits ask of the texts: `turns`, `script`, and `prompt_chars`, `response_a_chars`,
-`response_b_chars`. Labelled battles also have the beginnings of their texts, for people to read.
+was up), `floor_*` by the floor that a run blends with (where it was asked), and what audits ask of the texts: `turns`,
+`script`, and `prompt_chars`, `response_a_chars`, `response_b_chars`. Labelled battles also have the beginnings of their
+texts, for people to read.
 """
 
 import logging
@@ -105,6 +106,16 @@ def average(probabilities: list[np.ndarray]) -> np.ndarray:
     return mean / mean.sum(axis=1, keepdims=True)
 
 
+def with_floor(table: pd.DataFrame, probabilities: np.ndarray) -> pd.DataFrame:
+    """Return predictions with a floor's of the same battles, (n_battles, 3), beside, as `floor_*`."""
+    return table.assign(**{f"floor_{name}": p for name, p in zip(PROBABILITIES, probabilities.T, strict=True)})
+
+
+def beside_floor(table: pd.DataFrame) -> np.ndarray:
+    """Return what is predicted, and beside it what the floor predicts, (n_battles, 6) float64."""
+    return np.hstack([predicted(table), predicted(table, "floor")])
+
+
 def in_both_orders(table: pd.DataFrame) -> np.ndarray:
     """Return which battles were predicted in both orders, (n_battles,) bool."""
     return table["ba_p_tie"].notna().to_numpy() if "ba_p_tie" in table else np.zeros(len(table), bool)
@@ -146,7 +157,7 @@ def overrule(table: pd.DataFrame, probabilities: np.ndarray) -> pd.DataFrame:
 
 
 def predicted(table: pd.DataFrame, order: str = "") -> np.ndarray:
-    """Return the predicted probabilities, (n_battles, 3) float64; `order` `ab` or `ba` gives that order's alone."""
+    """Return the predicted probabilities, (n_battles, 3) float64; `order` `ab`, `ba` or `floor` gives those alone."""
     prefix = f"{order}_" if order else ""
     return table[[prefix + name for name in PROBABILITIES]].to_numpy(np.float64)
 

@@ -10,6 +10,7 @@ validation.parquet   predictions of the held-out fold
 calibration.parquet  predictions of the battles kept to fit calibration on (data.calibration)
 predictions.parquet, submission.csv     predictions of data.test
 floors.parquet       predictions of the same battles by scikit-learn floors
+floor.npz            one of these floors, to blend predictions with (inference.blend)
 calibrator.json      what calibrates predictions, if anything
 metrics.json         what `evaluate` found
 report.html          the same to look at
@@ -43,6 +44,8 @@ CALIBRATION = "calibration.parquet"
 PREDICTIONS = "predictions.parquet"
 SUBMISSION = "submission.csv"
 FLOORS = "floors.parquet"
+FLOOR = "floor.npz"
+BLENDED = "tfidf"  # which of the floors that is
 CALIBRATOR = "calibrator.json"
 METRICS = "metrics.json"
 REPORT = "report.html"

@@ -11,20 +11,26 @@ from safetensors.torch import load_file
 
 from rewardmodel import crossfit, files
 from rewardmodel.battles import OUTCOMES
+from rewardmodel.calibration import load
 from rewardmodel.cli import main
-from rewardmodel.config import DataConfig, ModelConfig, ObjectiveConfig, PromptConfig, Recipe, Source
+from rewardmodel.config import DataConfig, InferenceConfig, ModelConfig, ObjectiveConfig, PromptConfig, Recipe, Source
 from rewardmodel.crossfit import GATHERED, train_fold, train_folds
 from rewardmodel.errors import InputError
 from rewardmodel.evaluation import compare, evaluate
 from rewardmodel.floors import baseline
+from rewardmodel.formats import read_battles
 from rewardmodel.inference import predict
 from rewardmodel.parts import load_battles, split, trained_on
 from rewardmodel.predictions import predicted, read_predictions, write_predictions
 from rewardmodel.recipe import dump_recipe
+from rewardmodel.regression import load as load_floor
+from rewardmodel.regression import predict_each
 from rewardmodel.reports import report
 from rewardmodel.runs import (
     CALIBRATION,
+    CALIBRATOR,
     ENVIRONMENT,
+    FLOOR,
     FLOORS,
     METRICS,
     MODEL,
@@ -184,6 +190,49 @@ def test_new_battles_are_predicted_by_the_mean_of_the_folds(finished):
         np.testing.assert_allclose(predicted(table, order), mean, atol=1e-6)
     assert table["id"].tolist() == new["id"].tolist()
     assert not table["seen"].any()
+
+
+@pytest.fixture(scope="module")
+def blending(backbone, tmp_path_factory):
+    """Return the folder of a k-fold run that blends, and what train_folds found."""
+    folder = tmp_path_factory.mktemp("blending")
+    write_csv(battle_frame(14), folder / "train.csv")
+    recipe = dataclasses.replace(recipe_in(folder, backbone), inference=InferenceConfig(blend=True))
+    return train_folds(recipe)
+
+
+def test_a_k_fold_run_blends_with_the_floors_of_its_folds(blending):
+    folder, metrics = blending
+    assert metrics["calibration"]["method"] == "blend"
+    floors = [load_floor(fold_folder(folder, fold) / FLOOR) for fold in range(FOLDS)]
+    assert not (folder / FLOOR).exists()
+    new = riddles(3, seed=9)
+    table, each = predict(folder, new), predict_each(floors, read_battles(new))
+    assert np.abs(each[0] - each[1]).max() > 1e-3
+    np.testing.assert_allclose(predicted(table, "floor"), each.mean(axis=0), atol=1e-12)
+    model = (predicted(table, "ab") + predicted(table, "ba")) / 2
+    calibrator = load(folder / CALIBRATOR)
+    np.testing.assert_allclose(predicted(table), calibrator(np.hstack([model, each.mean(axis=0)])), atol=1e-6)
+
+
+def test_a_floor_predicts_the_battles_alone_that_its_model_does(blending):
+    folder, _ = blending
+    table, floors = predict(folder, "validation"), pd.read_parquet(folder / FLOORS)
+    assert table["id"].tolist() == floors["id"].tolist()
+    np.testing.assert_allclose(predicted(table, "floor"), predicted(floors, "tfidf"), atol=1e-12)
+    np.testing.assert_allclose(predicted(table), predicted(read_predictions(folder / VALIDATION)), atol=1e-6)
+
+
+def test_folds_that_were_trained_without_a_floor_get_one_when_they_are_to_blend(blending, tmp_path):
+    folder = shutil.copytree(blending[0], tmp_path / "copy")
+    kept = (folder / "fold-0" / FLOOR).read_bytes()
+    (folder / "fold-1" / FLOOR).unlink()
+    with pytest.raises(InputError, match=r"fold-1/floor\.npz: no floor can be read there"):
+        predict(folder, riddles(3, seed=9))
+    recipe = with_folder(load_run_recipe(folder), folder)
+    assert train_folds(recipe, resume=True)[1] == blending[1]
+    assert (folder / "fold-1" / FLOOR).is_file()
+    assert (folder / "fold-0" / FLOOR).read_bytes() == kept
 
 
 def test_a_run_killed_between_folds_goes_on_to_the_same_result(small, finished, monkeypatch, tmp_path):

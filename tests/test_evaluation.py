@@ -8,7 +8,7 @@ import pytest
 from conftest import from_columns
 
 from rewardmodel.battles import OUTCOMES
-from rewardmodel.calibration import NONE, Calibrator, load
+from rewardmodel.calibration import NONE, Calibrator, cross_fit, fit, load
 from rewardmodel.errors import InputError
 from rewardmodel.evaluation import compare, evaluate, format_difference, format_evaluation, format_metrics
 from rewardmodel.metrics import class_prior, log_loss, summary
@@ -18,6 +18,7 @@ from rewardmodel.predictions import (
     predictions_table,
     read_predictions,
     true_outcomes,
+    with_floor,
     write_predictions,
 )
 
@@ -188,6 +189,72 @@ def test_a_calibration_that_the_recipe_switches_off_is_not_measured(run):
     assert facts["metrics"]["log_loss"]["value"] == pytest.approx(log_loss(predicted(raw), true_outcomes(raw)))
     assert facts["calibration"]["verdict"].startswith("switched off by inference.calibrate; else applied: ")
     assert load(run / "calibrator.json") == NONE
+
+
+@pytest.fixture
+def blended(run):
+    """Return the run with a recipe that asks for the blend, and a floor that knows the half that the model does not."""
+    random = np.random.default_rng(1)
+    raw = read_predictions(run / "validation.parquet")
+    noisy = np.log(predicted(raw)) + random.normal(size=(400, 3))
+    raw[list(PROBABILITIES)] = np.exp(noisy) / np.exp(noisy).sum(axis=1, keepdims=True)
+    write_predictions(raw, run / "validation.parquet")
+    floor = 0.5 * true_outcomes(raw) + 0.5 * random.dirichlet([1, 1, 1], 400)
+    floors = pd.DataFrame(floor, columns=[f"tfidf_{name}" for name in PROBABILITIES]).assign(id=raw["id"])
+    floors[::-1].to_parquet(run / "floors.parquet")
+    (run / "recipe.yaml").write_text("inference: {blend: true}\n")
+    return run
+
+
+def test_what_blending_changes_is_told_whether_it_is_asked_for_or_not(blended):
+    on = evaluate(blended)
+    (blended / "recipe.yaml").write_text("inference: {blend: false}\n")
+    off = evaluate(blended)
+    change = on["calibration"]["blended"]
+    assert off["calibration"]["blended"] == change
+    assert change["high"] < 0
+    losses = [facts["metrics"]["log_loss"]["value"] for facts in (on, off)]
+    assert losses[0] - losses[1] == pytest.approx(change["value"])
+    line = f"changes the log loss by {change['value']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]"
+    for facts, used in ((on, "applied"), (off, "not applied")):
+        lines = format_metrics(facts).splitlines()
+        assert f"  blended with the tfidf floor: {line} against calibration alone; {used}" in lines
+    (blended / "floors.parquet").unlink()
+    without = evaluate(blended)
+    assert without["calibration"]["blended"] is None
+    assert "blended" not in format_metrics(without)
+
+
+def test_a_blend_is_measured_cross_fitted_and_written_down(blended):
+    facts = evaluate(blended)
+    raw, floors = read_predictions(blended / "validation.parquet"), pd.read_parquet(blended / "floors.parquet")
+    both = np.hstack([predicted(raw), predicted(floors.set_index("id").loc[raw["id"]], "tfidf")])
+    expected = cross_fit("blend", both, true_outcomes(raw), raw["group"].to_numpy())
+    assert facts["metrics"]["log_loss"]["value"] == log_loss(expected, true_outcomes(raw))
+    assert load(blended / "calibrator.json") == fit("blend", both, true_outcomes(raw))
+    assert facts["calibration"]["method"] == "blend"
+    assert compare(blended, raw)["value"] == pytest.approx(facts["calibration"]["gain"]["value"])
+    (blended / "recipe.yaml").write_text("inference: {blend: true, calibrate: false}\n")
+    assert evaluate(blended)["calibration"]["verdict"].startswith(
+        "switched off by inference.calibrate; else applied: b"
+    )
+    assert load(blended / "calibrator.json") == NONE
+
+
+def test_a_calibration_part_has_its_floor_beside_it(blended):
+    raw, floors = read_predictions(blended / "validation.parquet"), pd.read_parquet(blended / "floors.parquet")
+    floor = predicted(floors.set_index("id").loc[raw["id"]], "tfidf")
+    write_predictions(raw[:200], blended / "calibration.parquet")
+    write_predictions(raw[200:], blended / "validation.parquet")
+    floors[floors["id"].isin(raw["id"][200:])].to_parquet(blended / "floors.parquet")
+    with pytest.raises(InputError, match=r"inference\.blend: the floor tfidf did not predict its battles"):
+        evaluate(blended)
+    write_predictions(with_floor(raw[:200], floor[:200]), blended / "calibration.parquet")
+    facts = evaluate(blended)
+    both = np.hstack([predicted(raw), floor])
+    calibrator = fit("blend", both[:200], true_outcomes(raw)[:200])
+    assert load(blended / "calibrator.json") == calibrator
+    assert facts["metrics"]["log_loss"]["value"] == log_loss(calibrator(both[200:]), true_outcomes(raw)[200:])
 
 
 def test_floors_of_other_battles_are_refused(run):

@@ -15,7 +15,7 @@ from rewardmodel import export, exports, parity
 from rewardmodel.battles import TEXTS
 from rewardmodel.bundle import Bundle
 from rewardmodel.calibration import Calibrator, save
-from rewardmodel.config import DataConfig, ModelConfig, ObjectiveConfig, PromptConfig, Recipe
+from rewardmodel.config import DataConfig, InferenceConfig, ModelConfig, ObjectiveConfig, PromptConfig, Recipe
 from rewardmodel.crossfit import train_folds
 from rewardmodel.errors import InputError
 from rewardmodel.evaluation import evaluate
@@ -194,6 +194,24 @@ def test_the_calibrator_goes_along_without_any_text(run_folder, tmp_path, in_thi
         assert np.abs(predicted(predict(tmp_path / "export", battles)) - expected).max() > 1e-3
     finally:
         evaluate(run_folder)
+
+
+def test_a_run_that_blends_predicts_the_same_once_exported(recipe_of, tmp_path, in_this_process):
+    recipe = replace(recipe_of("blends"), inference=InferenceConfig(blend=True))
+    folder, metrics = run_recipe(recipe)
+    assert metrics["calibration"]["method"] == "blend"
+    facts = export(folder, tmp_path / "export", dtype="float32")
+    assert facts["max_abs_dp"] <= 1e-4
+    battles = battle_frame(3, seed=5)
+    found, expected = (predict(one, battles) for one in (tmp_path / "export", folder))
+    np.testing.assert_allclose(predicted(found), predicted(expected), atol=1e-4)
+    np.testing.assert_array_equal(predicted(found, "floor"), predicted(expected, "floor"))
+    assert np.abs(predicted(expected) - predicted(expected, "ab")).max() > 1e-2
+    assert "applies blend" in (tmp_path / "export" / "README.md").read_text()
+    (folder / "floor.npz").unlink()
+    with pytest.raises(InputError, match=r"floor\.npz: no floor can be read there"):
+        export(folder, tmp_path / "again", "adapter")
+    assert not (tmp_path / "again").exists()
 
 
 def test_without_the_runs_data_the_sample_is_compared(recipe_of, tmp_path, in_this_process, caplog):

@@ -3,69 +3,32 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import from_columns
 from datasets import concatenate_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.sparse import csr_array
-from sklearn.feature_extraction.text import TfidfTransformer
-from sklearn.linear_model import LogisticRegression
+from test_regression import GRAMS, battles_of, changed, drawn
 
-from rewardmodel import floors
-from rewardmodel.battles import FEATURES, OUTCOMES, swap, with_column
+from rewardmodel import regression
+from rewardmodel.battles import OUTCOMES, swap, with_column
 from rewardmodel.config import DataConfig
 from rewardmodel.errors import InputError
-from rewardmodel.floors import FLOORS, INVERSE_PENALTY, baseline, fit_predict, format_baseline, measure
+from rewardmodel.floors import FLOORS, baseline, fit, fit_predict, format_baseline, measure, predictions
 from rewardmodel.folds import CALIBRATION, HOLDOUT, TRAIN_ONLY
 from rewardmodel.metrics import class_prior, log_loss
 from rewardmodel.parts import load_battles
 from rewardmodel.predictions import PROBABILITIES
 
 ALL = [f"{floor}_{name}" for floor in FLOORS for name in PROBABILITIES]
-WORDS = ["the", "a", "of", "we", "it", "is", "water", "sky", "stone", "moves", "over", "green", "cold", "early", "late"]
-GRAMS = floors.GRAMS
-
-
-def battles_of(pairs, outcomes, **columns):
-    """Return battles of one turn; a prompt is its row's number."""
-    given = {
-        "id": [f"id{row}" for row in range(len(pairs))],
-        "prompt": [[f"prompt {row}"] for row in range(len(pairs))],
-        "response_a": [[first] for first, _ in pairs],
-        "response_b": [[second] for _, second in pairs],
-    }
-    given |= dict(zip(OUTCOMES, np.asarray(outcomes, dtype=float).T.tolist(), strict=True))
-    return from_columns(given | {"group": list(range(len(pairs)))} | columns, "made")
-
-
-def drawn(count, seed=0, soft=False):
-    """Return battles of random words and lengths, the longer and the kinder response wins more often."""
-    random = np.random.default_rng(seed)
-    pairs, lead = [], np.empty(count)
-    for row in range(count):
-        texts = [" ".join(random.choice(WORDS, size=int(random.integers(3, 60)))) for _ in range(2)]
-        kind = random.integers(0, 2, 2)
-        pairs.append(tuple(text + " thanks" * int(one) for text, one in zip(texts, kind, strict=True)))
-        lead[row] = np.log(len(texts[0]) / len(texts[1])) + 2.0 * (int(kind[0]) - int(kind[1]))
-    shares = 0.7 / (1 + np.exp(-2 * lead))
-    chances = np.stack([shares, 0.7 - shares, np.full(count, 0.3)], axis=1)
-    outcomes = chances if soft else np.eye(3)[[random.choice(3, p=row) for row in chances]]
-    return battles_of(pairs, outcomes, fold=(np.arange(count) % 4).tolist())
 
 
 def array(table, floor):
     return table[[f"{floor}_{name}" for name in PROBABILITIES]].to_numpy()
 
 
-def changed(battles, **columns):
-    data = battles.to_dict() | columns
-    return type(battles).from_dict(data, features=FEATURES)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _few_columns():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(floors, "GRAMS", tuple({**settings, "n_features": 2**12} for settings in GRAMS))
+        patch.setattr(regression, "GRAMS", tuple({**settings, "n_features": 2**12} for settings in GRAMS))
         yield
 
 
@@ -80,21 +43,6 @@ def test_the_prior_is_the_weighted_shares_of_both_orders():
     assert found == pytest.approx(np.tile([0.25, 0.25, 0.5], (4, 1)), abs=1e-7)
 
 
-def test_a_planted_rule_of_lengths_is_found_to_near_its_entropy():
-    random = np.random.default_rng(1)
-    lengths = random.integers(5, 500, (4000, 2))
-    lead = 2 * np.tanh(np.log1p(lengths[:, 0]) - np.log1p(lengths[:, 1]))
-    decided = 1 / (1 + np.exp(1 - 2 * abs(lead / 2)))
-    chances = np.stack([decided / (1 + np.exp(-lead)), decided / (1 + np.exp(lead)), 1 - decided], axis=1)
-    outcomes = np.eye(3)[(random.random((4000, 1)) > chances.cumsum(axis=1)).sum(axis=1).clip(max=2)]
-    battles = battles_of([("a" * first, "b" * second) for first, second in lengths], outcomes)
-    reading = floors.Reading(floors._read(battles).sizes, [])
-    task = floors.Task(np.arange(3000), outcomes[:3000], np.arange(3000, 4000))
-    found = FLOORS["length"](reading, task)
-    assert log_loss(found, chances[3000:]) == pytest.approx(log_loss(chances[3000:], chances[3000:]), abs=0.005)
-    assert abs(found - chances[3000:]).mean() < 0.02
-
-
 def test_words_that_win_are_found_by_tfidf_alone(trained):
     judged = drawn(200, seed=1)
     table = fit_predict(trained, judged)
@@ -104,42 +52,6 @@ def test_words_that_win_are_found_by_tfidf_alone(trained):
     assert loss["length"] < loss["prior"] - 0.02
 
 
-def test_the_regression_is_that_of_scikit_learn_on_both_orders():
-    random = np.random.default_rng(0)
-    text, further = random.normal(size=(300, 6)).astype(np.float32), random.normal(size=(300, 3))
-    mass = random.dirichlet(np.ones(3), 300)
-    task = floors.Task(np.arange(200), mass[:200], np.arange(200, 300))
-    found = floors._regressed(csr_array(text), further, further, task)
-
-    def known(features, yes, no, mirror):
-        rows = features[:200]
-        both = np.concatenate([rows, mirror * rows, rows, mirror * rows])
-        labels = np.repeat([1, 1 if mirror == 1 else 0, 0, 0 if mirror == 1 else 1], 200)
-        weight = np.concatenate([yes, yes, no, no]) / 2
-        model = LogisticRegression(C=INVERSE_PENALTY, fit_intercept=False, tol=1e-8, max_iter=1000)
-        return model.fit(both, labels, weight).predict_proba(features[200:])[:, 1]
-
-    first, second, tie = mass[:200].T
-    wins = known(np.hstack([text, further]), first, second, -1)
-    ties = known(np.hstack([abs(text), further]), tie, first + second, 1)
-    assert found == pytest.approx(np.stack([(1 - ties) * wins, (1 - ties) * (1 - wins), ties], axis=1), abs=2e-3)
-
-
-def test_the_document_frequency_is_that_of_scikit_learn(trained):
-    first, second = floors._read(trained).grams[0]
-    task = floors.Task(np.arange(100), np.full((100, 3), 1 / 3), np.arange(100, 200))
-    rows = np.concatenate([first[:100].toarray(), second[:100].toarray()])
-    known = TfidfTransformer().fit(rows).idf_
-    assert floors._inverse_document_frequency(first, second, task) == pytest.approx(known, abs=1e-5)
-
-
-def test_a_reading_counts_characters_and_turns():
-    battles = from_columns(
-        {"id": ["x"], "prompt": [["ab", "c"]], "response_a": [["", ""]], "response_b": [["défg", "h"]]}, "made"
-    )
-    assert np.exp(floors._read(battles).sizes) == pytest.approx(np.array([[5, 2, 7, 2]]))
-
-
 texts = st.text(alphabet=st.sampled_from("ab é雪\u0000\n\U0001f600"), max_size=40)
 
 
@@ -147,10 +59,9 @@ texts = st.text(alphabet=st.sampled_from("ab é雪\u0000\n\U0001f600"), max_size
 @given(st.lists(st.tuples(texts, texts), min_size=1, max_size=6))
 def test_a_swap_is_exact(trained, pairs):
     judged = battles_of(pairs, np.full((len(pairs), 3), np.nan))
-    reading = floors._read(concatenate_datasets([trained, judged, swap(judged)]))
-    task = floors.Task(np.arange(200), floors._mass(trained), np.arange(200, 200 + 2 * len(pairs)))
-    for predict in FLOORS.values():
-        given, swapped = np.split(predict(reading, task), 2)
+    reading, exchanged = regression.read(judged), regression.read(swap(judged))
+    for floor in fit(trained).values():
+        given, swapped = floor(reading), floor(exchanged)
         assert swapped[:, [1, 0, 2]] == pytest.approx(given, abs=1e-9)
         assert given.sum(axis=1) == pytest.approx(1, abs=1e-12)
         assert (given > 0).all()
@@ -254,12 +165,6 @@ def test_odd_texts_and_outcomes_are_predicted():
     assert array(table, "prior")[0] == pytest.approx([0.5, 0.5, 0])
 
 
-def test_the_end_of_a_very_long_response_is_not_counted():
-    first, second = (battles_of([("all of it " * 400 + end, "z")], [[1, 0, 0]]) for end in ("end", "not"))
-    grams = [floors._read(battles).grams[0][0] for battles in (first, second)]
-    assert (grams[0] != grams[1]).nnz == 0
-
-
 def test_measure_gives_intervals_by_group_and_a_table(trained):
     table = baseline(trained)
     facts = measure(table)
@@ -281,6 +186,14 @@ def test_measure_gives_intervals_by_group_and_a_table(trained):
     assert f"{facts['tfidf']['log_loss']['value']:.4f}" in lines[3]
 
 
+def test_floors_are_fitted_once_and_predict_any_battles(trained):
+    floors = fit(trained)
+    for seed in (1, 2):
+        judged = drawn(20, seed=seed)
+        assert predictions(floors, judged).equals(fit_predict(trained, judged))
+    assert predictions(floors, judged.select([])).columns.tolist() == ["id", *ALL]
+
+
 def test_the_floors_need_no_torch():
     code = "import sys, rewardmodel.floors; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -288,7 +201,7 @@ def test_the_floors_need_no_torch():
 
 # Five folds of 1,870 long battles: 5 to 15 s.
 def test_the_floors_of_real_battles(real_data, monkeypatch):
-    monkeypatch.setattr(floors, "GRAMS", GRAMS)
+    monkeypatch.setattr(regression, "GRAMS", GRAMS)
     facts = measure(baseline(load_battles(DataConfig(train=str(real_data / "kaggle" / "train.csv"), folds=5))))
     loss = {floor: found["log_loss"]["value"] for floor, found in facts.items()}
     assert loss["prior"] == pytest.approx(1.097, abs=0.003)

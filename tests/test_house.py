@@ -12,7 +12,7 @@ LEVELS = [
     | {"attention", "batches", "launches"},
     {"compatibility", "recipe"},
     {"sources", "folds", "predictions", "prompt", "weights", "runs", "head", "calibration", "resampling"}
-    | {"placement", "arguments", "budget", "devices", "quantization", "stand_ins"},
+    | {"placement", "arguments", "budget", "devices", "quantization", "stand_ins", "regression"},
     {"teachers", "saved", "wheels", "checkpoint", "probe"},
     {"formats", "duplicates", "pairs", "lora", "slices", "floors", "page", "bundle"},
     {"model"},

@@ -11,12 +11,18 @@ from rewardmodel.battles import OUTCOMES, swap
 from rewardmodel.calibration import Calibrator, save
 from rewardmodel.config import DataConfig, InferenceConfig, ModelConfig, PromptConfig, Recipe
 from rewardmodel.errors import InputError
+from rewardmodel.floors import fit
 from rewardmodel.formats import read_battles
 from rewardmodel.inference import calibrate, predict, predict_with
 from rewardmodel.model import build_model, load_model
 from rewardmodel.objective import JOINT
 from rewardmodel.pairs import retention, tokenize
+from rewardmodel.parts import load_battles, split
 from rewardmodel.predictions import average, predicted, write_predictions
+from rewardmodel.recipe import dump_recipe
+from rewardmodel.regression import load as load_floor
+from rewardmodel.regression import predict_each
+from rewardmodel.regression import save as save_floor
 from rewardmodel.runs import MODEL, RECIPE, load_run_recipe
 from rewardmodel.training import train
 
@@ -274,6 +280,72 @@ def test_each_run_is_calibrated_by_itself_before_the_mean(two_runs, tmp_path):
     write_predictions(table, copies[0] / "validation.parquet")
     table = predict(copies, new)
     np.testing.assert_allclose(predicted(table), (calibrator(raw[0]) + raw[1]) / 2, atol=1e-6)
+
+
+@pytest.fixture
+def blending(two_runs, tmp_path):
+    """Return copies of the two runs that blend with floors of their own, and the calibrators."""
+    runs, _, new = two_runs
+    copies, calibrators = [], [Calibrator("blend", (0.1, 1.5, -1.0)), Calibrator("blend", (0.3, 0.7, 0.1))]
+    for number, (run, calibrator) in enumerate(zip(runs, calibrators, strict=True)):
+        write_predictions(predict_with_tables(run, new), tmp_path / "fitted.parquet")
+        copy = shutil.copytree(run, tmp_path / run.name)
+        shutil.move(tmp_path / "fitted.parquet", copy / "validation.parquet")
+        save(calibrator, copy / "calibrator.json")
+        recipe = load_run_recipe(copy)
+        save_floor(fit(split(load_battles(recipe.data), number).training)["tfidf"], copy / "floor.npz")
+        recipe = dataclasses.replace(recipe, inference=InferenceConfig(blend=True))
+        (copy / RECIPE).write_text(dump_recipe(recipe))
+        copies.append(copy)
+    return copies, calibrators
+
+
+def by_hand(model, floor, calibrator):
+    a, b, c = calibrator.parameters
+    mixed = model**a * floor**b * np.exp([0, 0, c])
+    return mixed / mixed.sum(axis=1, keepdims=True)
+
+
+def test_a_run_that_blends_mixes_in_its_floor(two_runs, blending):
+    (run, other), calibrators = blending
+    new = two_runs[2]
+    model = predicted(predict(run, new, load_run_recipe(two_runs[0][0])))
+    floor = predict_each([load_floor(run / "floor.npz")], read_battles(new))[0]
+    table = predict(run, new)
+    np.testing.assert_allclose(predicted(table), by_hand(model, floor, calibrators[0]), atol=1e-9)
+    np.testing.assert_array_equal(predicted(table, "floor"), floor)
+    np.testing.assert_allclose((predicted(table, "ab") + predicted(table, "ba")) / 2, model, atol=1e-6)
+    swapped = predicted(predict(run, swap(read_battles(new))))[:, SWAPPED]
+    np.testing.assert_allclose(swapped, predicted(table), rtol=0, atol=1e-6)
+    assert np.abs(predicted(table) - model).max() > 0.05
+    both = predict([run, other], new, weights=[3, 1])
+    mean = (3 * predicted(table) + predicted(predict(other, new))) / 4
+    np.testing.assert_allclose(predicted(both), mean, atol=1e-9)
+
+
+@pytest.mark.parametrize("inference", [{"blend": False}, {"blend": True, "calibrate": False}])
+def test_a_blend_that_is_switched_off_leaves_the_model_alone_and_asks_for_no_floor(two_runs, blending, inference):
+    run, new = blending[0][0], two_runs[2]
+    (run / "floor.npz").unlink()
+    table = predict(run, new, dataclasses.replace(load_run_recipe(run), inference=InferenceConfig(**inference)))
+    pd.testing.assert_frame_equal(table, predict(two_runs[0][0], new))
+
+
+def test_a_blend_without_its_floor_is_refused_before_a_model_is_loaded(two_runs, blending, monkeypatch):
+    run, new = blending[0][0], two_runs[2]
+    monkeypatch.setattr("rewardmodel.inference.load_model", lambda *_: pytest.fail("loaded"))
+    (run / "floor.npz").unlink()
+    message = r"floor\.npz: no floor can be read there \(no such file\); train again with --resume, .*blend false"
+    with pytest.raises(InputError, match=message):
+        predict(run, new)
+
+
+def test_a_blend_that_was_fitted_on_both_orders_waits_for_both(two_runs, blending):
+    run, new = blending[0][0], two_runs[2]
+    late = predict(run, new, time_limit=0)
+    assert late["ba_p_tie"].isna().all()
+    np.testing.assert_allclose(predicted(late), predicted(late, "ab"), atol=1e-9)
+    pd.testing.assert_frame_equal(predict(run, new, time_limit=1e6), predict(run, new), atol=1e-6)
 
 
 def predict_with_tables(run, new):

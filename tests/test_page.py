@@ -87,6 +87,7 @@ def facts_of(table):
         "applied": True,
         "fitted_on": "cross-fitted on validation",
         "tried": {"temperature": change | {"value": -0.0067}, "vector": change},
+        "blended": change | {"value": -0.0189},
         "verdict": "applied: vector changes the log loss by -0.0123",
         "before": {"log_loss": 1.2345, "expected_calibration_error": 0.0987},
         "gain": change,
@@ -222,6 +223,7 @@ def test_calibration_is_told_with_its_parameters_before_and_after(page, facts):
         assert said in text
     assert f"{np.exp(0.2):.4f}" in text  # a temperature, from the logarithm of its inverse
     assert "0.3450" in text
+    assert "changes the log loss by −0.0189 [−0.0200, −0.0040] against calibration alone; not applied" in text
     assert "Before calibration." in text
     assert "After calibration" in text
 
@@ -229,7 +231,7 @@ def test_calibration_is_told_with_its_parameters_before_and_after(page, facts):
 @pytest.mark.parametrize("method", METHODS)
 def test_parameters_of_every_method_have_a_name(light, facts, table, method):
     given = copy.deepcopy(facts)
-    given["calibration"] |= {"method": method, "parameters": [0.0] * METHODS[method].size}
+    given["calibration"] |= {"method": method, "parameters": [0.0] * len(METHODS[method].start)}
     text = Reader(render(given, table, None)).text["calibration"]
     assert method.replace("_", " ") in text
     assert "parameter 1" not in text
@@ -314,6 +316,7 @@ def test_half_filled_figures_make_a_page(light, facts, table, tmp_path):
     half["slices"]["source"] = None
     half["metrics"].pop("log_loss_tie")
     half["calibration"] |= {"applied": False, "method": None, "parameters": [], "tried": {}, "gain": None}
+    half["calibration"]["blended"] = None
     half["reliability"]["after"] = None
     (tmp_path / "trainer_state.json").write_text(
         '{"log_history": [{"step": 1, "loss": NaN}, {"step": 2, "loss": 3.0}]}'
@@ -322,6 +325,7 @@ def test_half_filled_figures_make_a_page(light, facts, table, tmp_path):
     assert "No family of models" in text["models"]
     assert "Not in the predictions: source." in text["slices"]
     assert "As predicted." in text["calibration"]
+    assert "blended" not in text["calibration"]
     assert "no number at 1 logged steps" in text["summary"]
     assert "The run has no recipe.yaml." in text["run"]
 

@@ -10,15 +10,20 @@ from conftest import battle_frame, write_csv
 
 from rewardmodel import folds, pipeline
 from rewardmodel.battles import OUTCOMES
-from rewardmodel.config import DataConfig, ModelConfig, PromptConfig, Recipe
+from rewardmodel.calibration import load
+from rewardmodel.config import DataConfig, InferenceConfig, ModelConfig, PromptConfig, Recipe
 from rewardmodel.errors import InputError
+from rewardmodel.formats import read_battles
 from rewardmodel.inference import predict
 from rewardmodel.parts import fingerprints, load_battles, split
-from rewardmodel.predictions import predicted, read_predictions
+from rewardmodel.predictions import average, predicted, read_predictions
+from rewardmodel.regression import load as load_floor
+from rewardmodel.regression import predict_each
 from rewardmodel.runs import (
     CALIBRATION,
     CALIBRATOR,
     ENVIRONMENT,
+    FLOOR,
     FLOORS,
     METRICS,
     MODEL,
@@ -74,7 +79,7 @@ def test_a_run_folder_holds_all_that_is_promised(finished):
     recipe, folder, _ = finished
     assert folder == recipe.run_folder
     names = {path.name for path in folder.iterdir() if not path.name.startswith("checkpoint-")}
-    evidence = {VALIDATION, FLOORS, CALIBRATOR, METRICS, REPORT}
+    evidence = {VALIDATION, FLOORS, FLOOR, CALIBRATOR, METRICS, REPORT}
     assert names == {RECIPE, ENVIRONMENT, TRAINING_KEYS, MODEL, PREDICTIONS, SUBMISSION} | evidence
     assert {"adapter_model.safetensors", "tokenizer.json"} <= {path.name for path in (folder / MODEL).iterdir()}
     assert load_run_recipe(folder) == recipe
@@ -256,6 +261,37 @@ def test_battles_kept_for_calibration_are_predicted_and_the_holdout_only_when_as
     again = predict(folder, "validation")
     assert not again["seen"].any()
     assert again.drop(columns="seen").equals(read_predictions(folder / VALIDATION))
+
+
+@pytest.mark.parametrize("calibration", [0.0, 0.4])
+def test_a_run_that_blends_does_so_with_its_test_battles(recipe, tmp_path, calibration):
+    frame = battle_frame(60)
+    recipe = with_data(
+        quick(recipe),
+        train=str(write_csv(frame, tmp_path / "many.csv")),
+        test=str(write_csv(unlabelled_frame(), tmp_path / "test.csv")),
+        calibration=calibration,
+    )
+    folder, metrics = pipeline.run(dataclasses.replace(recipe, inference=InferenceConfig(blend=True)))
+    assert metrics["calibration"]["method"] == "blend"  # one step of a random model against words that tell it all
+    assert metrics["calibration"]["gain"]["high"] < 0
+    table = read_predictions(folder / PREDICTIONS)
+    battles = read_battles(recipe.data.test)
+    np.testing.assert_array_equal(predicted(table, "floor"), predict_each([load_floor(folder / FLOOR)], battles)[0])
+    calibrator = load(folder / CALIBRATOR)
+    model = average([predicted(table, "ab"), predicted(table, "ba")])
+    both = np.hstack([model, predicted(table, "floor")])
+    np.testing.assert_allclose(predicted(table), calibrator(both), atol=1e-6)
+    again = predict(folder, battles)
+    np.testing.assert_allclose(predicted(again), predicted(table), atol=1e-6)
+    floors = pd.read_parquet(folder / FLOORS)
+    own = predict(folder, "validation")
+    np.testing.assert_allclose(predicted(own, "floor"), predicted(floors, "tfidf"), atol=1e-12)
+    assert (CALIBRATION in {path.name for path in folder.iterdir()}) == bool(calibration)
+    fitted = own if not calibration else predict(folder, "calibration")
+    np.testing.assert_allclose(
+        predicted(fitted), average([predicted(fitted, "ab"), predicted(fitted, "ba")]), atol=1e-6
+    )
 
 
 def test_a_part_that_was_not_kept_cannot_be_predicted(finished):
