@@ -113,8 +113,12 @@ def sharded_logits(
     """
     tokens = budget or _budget(folder, model, partial(forward_budget, model, rows, pad_token_id, dtype))
     least = tokens * BATCHES * joined().num_processes if folder or deadline else None
-    compute = partial(row_logits, model, pad_token_id=pad_token_id, dtype=dtype, budget=tokens)
     how, packed = batching(model, pad_token_id), is_packed(model)
+
+    def compute(rows: Dataset, advance: Callable[[int], Any]) -> np.ndarray:
+        logits = row_logits(model, rows=rows, pad_token_id=pad_token_id, dtype=dtype, budget=tokens, advance=advance)
+        _check_numbers(logits, rows, dtype)
+        return logits
 
     def found(rows: Dataset, name: str) -> np.ndarray:
         costs, until = np.array(how.costs(rows)), deadline if name == SECOND else None
@@ -197,7 +201,6 @@ def _computed(
             some = rows if len(todo) == len(rows) else rows.select(todo)
             work = partial(compute, rows=some, advance=bar.update)
             logits = work() if measured is None else measured.measure(tokens, work)
-            _check_numbers(logits, some)
             if folder is not None and is_main():
                 _write(folder, name, (todo, logits))
             pieces.append((todo, logits))
@@ -216,11 +219,11 @@ def _together(pieces: list[Piece], rows: int) -> np.ndarray:
     return result
 
 
-def _check_numbers(logits: np.ndarray, rows: Dataset) -> None:
+def _check_numbers(logits: np.ndarray, rows: Dataset, dtype: torch.dtype) -> None:
     bad = ~np.isfinite(logits).all(axis=(1, 2))
     if bad.any():
         ids = ", ".join(rows.select(np.flatnonzero(bad)[:5])["id"][:])
-        raise FloatingPointError(f"{bad.sum()} predictions are no numbers; the first ids: {ids}")
+        raise FloatingPointError(f"{bad.sum()} predictions are no numbers ({dtype}); the first ids: {ids}")
 
 
 def _read(folder: Path | None, name: str) -> list[Piece]:
