@@ -17,9 +17,10 @@ from rewardmodel.backbone import family
 from rewardmodel.calibration import BLEND, NONE, load
 from rewardmodel.config import Recipe
 from rewardmodel.errors import InputError
+from rewardmodel.features import feature_folder, features
 from rewardmodel.folds import assign_groups
 from rewardmodel.formats import read_battles
-from rewardmodel.model import load_model
+from rewardmodel.model import load_model, trained_layer
 from rewardmodel.objective import find_objective
 from rewardmodel.pairs import tokenize
 from rewardmodel.parts import fingerprints, load_battles, split, trained_on
@@ -38,6 +39,7 @@ from rewardmodel.predictions import (
     ruled,
     with_floor,
 )
+from rewardmodel.probe import layer_logits
 from rewardmodel.regression import load as load_floor
 from rewardmodel.regression import predict_each
 from rewardmodel.runs import (
@@ -285,6 +287,7 @@ def predict_with(
     battles: Dataset,
     kept: tuple[Path, Path] | None = None,
     deadline: Deadline | None = None,
+    cached: bool = False,
 ) -> pd.DataFrame:
     """Return the predictions table of battles by a model in memory.
 
@@ -295,6 +298,7 @@ def predict_with(
         battles: what to predict.
         kept: a folder to keep shards in, and the folder of the saved model; none: nothing is kept.
         deadline: for the second order, as `time_limit` of `predict`.
+        cached: read a frozen backbone's features from the cache, and keep them there, as training does.
 
     Raises:
         FloatingPointError: a prediction that is no number; the battles are named.
@@ -313,8 +317,14 @@ def predict_with(
         encoding=objective.encoding,
         both_orders=both_orders,
     )
-    settings = {**asdict(recipe.model), "dtype": str(dtype), "batch_tokens": inference.batch_tokens}
-    folder = shard_folder(*kept, rows, settings) if kept else None
-    until = deadline if both_orders else None
-    found = sharded_logits(model, rows, tokenizer.pad_token_id, dtype, inference.batch_tokens, folder, until)
+    given = (rows, tokenizer.pad_token_id, dtype)
+    if cached and recipe.model.freeze_backbone:
+        layer = trained_layer(model)
+        folder = feature_folder(recipe.model, dtype)
+        found = layer_logits(layer, features(model, layer, *given, folder, inference.batch_tokens))
+    else:
+        settings = {**asdict(recipe.model), "dtype": str(dtype), "batch_tokens": inference.batch_tokens}
+        shards = shard_folder(*kept, rows, settings) if kept else None
+        until = deadline if both_orders else None
+        found = sharded_logits(model, *given, inference.batch_tokens, shards, until)
     return predictions_table(battles, *(order.numpy() for order in objective.orders(torch.from_numpy(found))))

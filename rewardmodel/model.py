@@ -252,13 +252,12 @@ def save_model(
 
 
 def trained_layer(model: Any) -> Any:
-    """Return the last layer of the head that is trained, out of PEFT's wrapper if it has one."""
-    last = classifier(model).last_layer.rpartition(".")[2]
-    return next(
-        part
-        for name, part in model.named_modules()
-        if isinstance(part, FloatLinear) and part.weight.requires_grad and last in name.split(".")[-3:]
-    )
+    """Return the last layer of the head, of PEFT's two the one that it trains and uses."""
+    plain = classifier(model)
+    last = plain.last_layer.rpartition(".")[2]
+    layers = {name: part for name, part in plain.named_modules() if isinstance(part, FloatLinear)}
+    named = [name for name in layers if last in name.split(".")[-3:]]
+    return layers[next((name for name in named if ".modules_to_save." in name), named[-1])]
 
 
 def classifier(model: Any) -> Any:

@@ -81,7 +81,7 @@ def run(
         for name in (PREDICTIONS, SUBMISSION):  # of another data.test, perhaps
             (folder / name).unlink(missing_ok=True)
     judged = {VALIDATION: parts.validation, CALIBRATION: parts.calibration, PREDICTIONS: test}
-    tables = {name: predict_with(model, tokenizer, recipe, part) for name, part in judged.items() if part}
+    tables = {name: predict_with(model, tokenizer, recipe, part, cached=True) for name, part in judged.items() if part}
     if is_main():
         write_predictions(tables[VALIDATION], folder / VALIDATION)
         floors = fit(parts.training)

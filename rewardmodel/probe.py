@@ -19,10 +19,10 @@ from rewardmodel.objective import Objective, Settings
 
 logger = logging.getLogger(__name__)
 
-FOLDS = 4
+FOLDS = 3
 """Parts of the training groups; each is predicted with what was fitted on the others, for every penalty."""
 
-PENALTIES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
+PENALTIES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3)
 """Half of it times the squared weights is added to the summed loss of the battles; of weights on features of variance
 1 over their number, so that it means the same for few and for many."""
 
@@ -54,14 +54,14 @@ class Examples:
     weight: torch.Tensor
 
     @classmethod
-    def of(cls, rows: Dataset, features: np.ndarray) -> "Examples":
+    def of(cls, rows: Dataset, features: np.ndarray, device: torch.device) -> "Examples":
         """Return the examples of rows of `rewardmodel.pairs.ROWS`, with their features."""
         columns = (np.asarray(rows[name][:], dtype=np.float32) for name in ("labels", "teacher", "weight"))
-        return cls(*map(torch.from_numpy, (features, *columns)))
+        return cls(*(torch.from_numpy(values).to(device) for values in (features, *columns)))
 
     def select(self, rows: np.ndarray) -> "Examples":
         """Return some of them, by (n,) bool."""
-        chosen = torch.from_numpy(np.flatnonzero(rows))
+        chosen = torch.from_numpy(np.flatnonzero(rows)).to(self.labels.device)
         return Examples(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
 
 
@@ -101,6 +101,13 @@ def fit_last_layer(
     _read_unscaled(layer, center, scale)
     logger.info("penalty %g: loss %.4f on left-out groups of the training battles", best, losses[best])
     return losses
+
+
+@torch.no_grad()
+def layer_logits(layer: Any, features: np.ndarray) -> np.ndarray:
+    """Return what a layer gives for features, both (n_battles, n_sequences, width) float32."""
+    read = torch.from_numpy(features).to(layer.weight.device)
+    return layer(read.flatten(0, 1)).view(*read.shape[:2], -1).cpu().numpy()
 
 
 def _standard(features: torch.Tensor, centred: bool) -> tuple[torch.Tensor, torch.Tensor]:

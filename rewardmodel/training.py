@@ -26,7 +26,7 @@ from rewardmodel.optimizer import Rates
 from rewardmodel.pairs import retention, saved, tokenize
 from rewardmodel.parts import Parts, fingerprints, load_battles, split, write_training_keys
 from rewardmodel.placement import check_positions, placement, setup
-from rewardmodel.probe import Examples, fit_last_layer
+from rewardmodel.probe import Examples, fit_last_layer, layer_logits
 from rewardmodel.processes import is_main, wait_for_all
 from rewardmodel.runs import (
     MODEL,
@@ -165,16 +165,15 @@ def fit_head(
     """
     objective, layer = find_objective(recipe.objective), trained_layer(model)
     reading = (tokenizer.pad_token_id, dtype, feature_folder(recipe.model, dtype), recipe.inference.batch_tokens)
-    examples = Examples.of(rows, features(model, layer, rows, *reading))
+    examples = Examples.of(rows, features(model, layer, rows, *reading), layer.weight.device)
     if objective.head.tie:
         torch.nn.init.constant_(layer.tie, initial_tie(float(examples.labels[:, 2].nanmean())))
         layer.tie.requires_grad_(objective.learns_ties)
     fit_last_layer(layer, examples, groups, objective, recipe.objective)
     if not objective.learns_ties:
-        judged = Examples.of(validation_rows, features(model, layer, validation_rows, *reading))
-        with torch.no_grad():
-            rewards = layer(judged.features.flatten(0, 1))[:, 0].view(-1, 2).numpy()
-        torch.nn.init.constant_(layer.tie, fit_tie(rewards, judged.labels.numpy(), objective.link))
+        rewards = layer_logits(layer, features(model, layer, validation_rows, *reading))[..., 0]
+        labels = np.asarray(validation_rows["labels"][:])
+        torch.nn.init.constant_(layer.tie, fit_tie(rewards, labels, objective.link))
     if is_main():
         save_model(model, tokenizer, recipe.model, recipe.run_folder / MODEL)
     wait_for_all()

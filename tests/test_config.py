@@ -54,6 +54,8 @@ def test_there_are_recipes():
         "llama3_8b_qlora",
         "qwen3_4b_qlora",
         "llama3_8b_from_reward_model",
+        "arena_small_cpu",
+        "arena_small_gpu",
         "deberta_v3_base",
         "deberta_v3_base_lora",
         "deberta_v3_base_qlora",
@@ -82,7 +84,12 @@ def test_every_recipe_is_read_and_builds_a_tiny_model_of_its_family(path, tmp_pa
     folder = make_backbone(MODEL_TYPES[recipe.model.model_name_or_path], tmp_path / "backbone", labels)
     first_layer = min(recipe.model.lora_first_layer, 1)
     model = dataclasses.replace(
-        recipe.model, model_name_or_path=str(folder), lora_first_layer=first_layer, device="cpu", dtype="float32"
+        recipe.model,
+        model_name_or_path=str(folder),
+        lora_first_layer=first_layer,
+        num_hidden_layers=recipe.model.num_hidden_layers and 1,
+        device="cpu",
+        dtype="float32",
     )
     built, tokenizer = build_model(model, objective.head, seed=0)
     tokenizer.chat_template = "{% for message in messages %}<{{ message.role }}> {{ message.content }}{% endfor %}"

@@ -5,7 +5,7 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config, ViTConfi
 from rewardmodel.batches import pack
 from rewardmodel.config import ModelConfig
 from rewardmodel.errors import InputError
-from rewardmodel.head import POOLINGS, FloatHead, FloatLinear, PooledHead, TieHead, classifier_class
+from rewardmodel.head import POOLINGS, FloatHead, FloatLinear, PairTieHead, PooledHead, TieHead, classifier_class
 from rewardmodel.model import load_classifier
 from rewardmodel.objective import JOINT, SEPARATE
 
@@ -145,3 +145,32 @@ def test_a_backbone_without_a_classifier_of_one_sequence_is_refused(config):
         InputError, match=rf"^model\.model_name_or_path: a backbone of type '{config.model_type}' has no"
     ):
         classifier_class(config, "last", JOINT)
+
+
+def test_last_token_and_means_are_read_side_by_side():
+    assert pooled("last_and_responses").tolist() == [[2, 20, 1, 10, 2, 20], [16, 160, 10, 100, 8, 80]]
+
+
+def test_ties_of_pairs_are_known_by_their_distance_and_their_mean_in_either_order():
+    head = PairTieHead(2)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[3.0, -1]]))
+        head.tie.fill_(0.5)
+        head.tie_apart.copy_(torch.tensor([2.0, 10]))
+        head.tie_mean.copy_(torch.tensor([-1.0, 4]))
+    states = torch.tensor([[1.0, 2], [4, 1], [0, 0], [0, 0], [7, 7]])
+    tie = 0.5 + 2 * 3 + 10 * 1 - (1 + 4) / 2 + 4 * (2 + 1) / 2
+    rewards = [1.0, 11.0, 0.0, 0.0, 14.0]
+    expected = torch.tensor([rewards, [tie, tie, 0.5, 0.5, 0.5]]).T
+    assert torch.allclose(head(states), expected)
+    assert torch.allclose(head(states[[1, 0]]), expected[[1, 0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(head(states), expected)
+    assert head(states[:1]).tolist() == [[1.0, 0.5]]
+
+
+def test_a_new_pair_head_states_what_a_tie_head_states(load):
+    model = load(SEPARATE._replace(pairs=True), "last_and_responses")
+    assert type(model.score) is PairTieHead
+    assert model.score.in_features == 2 * model.config.hidden_size
+    assert not any(weight.any() for weight in (model.score.tie, model.score.tie_apart, model.score.tie_mean))

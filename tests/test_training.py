@@ -15,6 +15,7 @@ from rewardmodel.exports import export
 from rewardmodel.inference import predict
 from rewardmodel.metrics import log_loss
 from rewardmodel.predictions import predicted, read_predictions, true_outcomes
+from rewardmodel.rewards import reward_function
 from rewardmodel.runs import MODEL
 from rewardmodel.training import train
 
@@ -75,6 +76,41 @@ def test_what_a_frozen_run_exports_predicts_alike(frozen, tmp_path):
     run, _ = train(dataclasses.replace(recipe, model=last))
     facts = export(run, tmp_path / "merged", "merged", dtype="float32")
     assert facts["max_abs_dp"] <= 1e-4
+
+
+@pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "lora"])
+def test_ties_of_pairs_are_learnt_saved_and_exported(frozen, freeze, tmp_path):
+    recipe = frozen("davidson")
+    model = dataclasses.replace(
+        recipe.model,
+        pooling="last_and_responses",
+        pair_ties=True,
+        freeze_backbone=freeze,
+        num_hidden_layers=2,
+        lora_first_layer=0,
+    )
+    run, _ = train(dataclasses.replace(recipe, model=model))
+    with safe_open(run / MODEL / "adapter_model.safetensors", "pt") as weights:
+        apart = [weights.get_tensor(name) for name in list(weights.keys()) if name.endswith("tie_apart")]
+    assert len(apart) == 1
+    assert apart[0].abs().max() > 0
+    with pytest.raises(
+        InputError, match="model.pooling or model.pair_ties make a head that plain transformers does not"
+    ):
+        export(run, tmp_path / "merged", "merged", dtype="float32")
+    facts = export(run, tmp_path / "merged", "merged", dtype="float32", rewardmodel_only=True)
+    assert facts["max_abs_dp"] <= 1e-4
+    odd = [[f"question number {number}"] for number in range(3)]
+    alone = [reward_function(run)([prompt], [prompt])[0] for [prompt] in odd]
+    assert reward_function(run)([prompt for [prompt] in odd], [prompt for [prompt] in odd]) == pytest.approx(alone)
+
+
+def test_ties_of_pairs_need_a_tie_parameter_that_learns(frozen):
+    for objective in ("cross_entropy", "bradley_terry"):
+        recipe = frozen(objective)
+        model = dataclasses.replace(recipe.model, pair_ties=True)
+        with pytest.raises(InputError, match=f"model.pair_ties: {objective} has no tie parameter to learn"):
+            train(dataclasses.replace(recipe, model=model))
 
 
 def test_a_frozen_run_that_is_done_is_left_alone_and_one_that_was_killed_goes_on(frozen, monkeypatch):
