@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from rewardmodel.backbone import check_length, family, stored_bits
+from rewardmodel.backbone import check_length, family, lowest_layers, stored_bits
 from rewardmodel.compatibility import incompatibilities
 from rewardmodel.config import ModelConfig, Recipe
 from rewardmodel.devices import DEVICES, GIB, Device, find_device
@@ -50,7 +50,7 @@ def doctor(recipe: Recipe, device: str | None = None, launched: Launch | None = 
     """
     find_objective(recipe.objective)
     folder = resolve(recipe.model.model_name_or_path, recipe.model.model_revision, weights=False)
-    backbone = AutoConfig.from_pretrained(folder)
+    backbone = lowest_layers(AutoConfig.from_pretrained(folder), recipe.model.num_hidden_layers)
     check_length(backbone, recipe.prompt.max_length)
     here, launched = find_device(device), launched or launch()
     dtype, problems = _precision(recipe.model, backbone, here)

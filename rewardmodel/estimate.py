@@ -13,11 +13,16 @@ from rewardmodel.batches import plan_packed
 from rewardmodel.budget import CPU_TOKENS, fitting
 from rewardmodel.config import Recipe
 from rewardmodel.devices import GIB, Device, battle_flops
+from rewardmodel.head import WIDTHS
 from rewardmodel.launches import Launch
 from rewardmodel.lengths import Battles, Branches
 from rewardmodel.memory import Plan, Planned, Usage
 from rewardmodel.objective import find_objective
 from rewardmodel.trainer_keys import BATTLES, TOKENS
+
+FEATURES = 5
+"""Copies of the features of a frozen backbone that are in memory at once: as read, scaled, parts of folds, and what is
+made while they are fitted to."""
 
 LAUNCH = 10e-6
 """Seconds from the start of one operation on a GPU to the next one's at best, as Python and PyTorch hand them over: an
@@ -190,6 +195,11 @@ def training_needs(case: Case) -> dict[str, Any]:
         "weights": usage.weights, "adapters": usage.adapters, "gradients": usage.gradients,
         "optimiser": usage.optimiser,
     }  # fmt: skip
+    if case.recipe.model.freeze_backbone:
+        head = find_objective(case.recipe.objective).head
+        width = WIDTHS[case.recipe.model.pooling](head.responses) * case.backbone.get_text_config().hidden_size
+        sequences = len(case.battles.branches[0]) - 1
+        parts["features"] = FEATURES * case.battles.training * sequences * width * 4
     if case.launch.strategy == "fsdp":
         parts = {name: size // shards for name, size in parts.items()}
         parts["gathered layers"] = 2 * usage.largest_layer  # one computes, the next is on its way
@@ -257,6 +267,7 @@ def hours(case: Case) -> dict[str, float]:
     recipe, battles, usage = case.recipe, case.battles, peaks(case).usage
     trainer, layers = recipe.trainer, case.backbone.get_text_config().num_hidden_layers
     back = 1 - recipe.model.lora_first_layer / layers if recipe.model.use_peft else 2.0
+    back = 0.0 if recipe.model.freeze_backbone else back
     again = min(back, 1) if case.checkpointing else 0.0
     epochs, evaluations = _rounds(case)
 
@@ -289,6 +300,8 @@ def hours(case: Case) -> dict[str, float]:
 def _rounds(case: Case) -> tuple[float, float]:
     """Return how often the training battles are gone through, and how often the validation battles are judged."""
     trainer, battles = case.recipe.trainer, case.battles.training
+    if case.recipe.model.freeze_backbone:
+        return 1.0, 0.0
     steps = trainer.get("max_steps", -1)
     epochs = steps * trainer[BATTLES] / battles if steps > 0 else trainer["num_train_epochs"]
     evaluations = {"no": 0, "epoch": epochs}.get(str(trainer["eval_strategy"]))
