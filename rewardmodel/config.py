@@ -61,7 +61,8 @@ class DataConfig:
     holdout: float = 0.0
     """Share of the battles that is in no fold: never trained on or validated on, and predicted only by name."""
     swap_augmentation: Literal["none", "random", "both"] = "random"
-    """Training order of A and B: as given, thrown by a coin once for each battle, or every battle in both orders."""
+    """Training order of A and B: as given, thrown by a coin once for each battle, or every battle in both orders.
+    Separate objectives know no order."""
     seed: int = 0
     """Seed of folds, limits, swaps, and of who stands first in chosen/rejected data; trainer.seed is training's."""
 

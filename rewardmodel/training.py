@@ -183,9 +183,10 @@ def _rows(parts: Parts, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> t
     """Return the tokenised training and validation battles, and log what truncation leaves of the former."""
     num_proc, objective = recipe.trainer.get("dataset_num_proc"), find_objective(recipe.objective)
     training = parts.training if objective.teacher else with_soft_outcomes(parts.training)
-    training = AUGMENTATIONS[recipe.data.swap_augmentation](training, recipe.data.seed)
     encoding = objective.encoding
-    both = encoding == "joint" and recipe.data.swap_augmentation == "both"
+    swaps = recipe.data.swap_augmentation if encoding == "joint" else "none"  # else there is no order
+    training = AUGMENTATIONS[swaps](training, recipe.data.seed)
+    both = swaps == "both"
     rows = tokenize(training, tokenizer, recipe.prompt, num_proc, encoding=encoding, both_orders=both)
     validation = tokenize(parts.validation, tokenizer, recipe.prompt, num_proc, encoding=encoding)
     kept = retention(rows)

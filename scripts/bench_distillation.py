@@ -1,15 +1,15 @@
 """Whether soft pseudo-labels teach more than hard ones, on real battles: paired on prompts that no model has seen.
 
-    python scripts/bench_distillation.py train.csv --json scripts/results/distillation.json
-    python scripts/bench_distillation.py train.csv --limit 120 --max-length 128 --steps 2     # does it run?
+    python scripts/bench_distillation.py train.csv more_arena.parquet --json scripts/results/distillation.json
+    python scripts/bench_distillation.py train.csv --recipe recipes/arena_smollm2_135m.yaml --limit 1000   # adapters
 
-Prompt groups are dealt: half are labelled, three tenths lose their outcomes, two tenths are held out. A teacher learns
-from the labelled half by recipes/arena_smollm2_135m.yaml and predicts the battles without outcomes. Students begin as
-the teacher did and learn, for as many epochs, from the labelled half and from these battles:
+Prompt groups are dealt anew for each seed: half are labelled, three tenths lose their outcomes, two tenths are held
+out. A teacher learns from the labelled half and predicts the battles without outcomes. Students begin as the teacher
+did and learn in the same way from the labelled half and from these battles:
 
 hard    the likeliest outcome by the teacher counts as a vote
 soft    the teacher's probabilities count as the outcome
-both    that vote and the teacher's probabilities, by the distillation objective
+both    that vote and the teacher's probabilities, by the distillation objective, if the recipe's objective is joint
 
 Differences are of log loss on the held-out prompts, with 95 % intervals by group; negative: the first is better.
 """
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from bench_battles import tell
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "arena_smollm2_135m.yaml"
+RECIPE = Path(__file__).parents[1] / "recipes" / "arena_small_cpu.yaml"
 SHARES = {"labelled": 5, "new": 3, "held_out": 2}
 """Tenths of the battles, by prompt group."""
 
@@ -34,14 +34,14 @@ PAIRS = [("soft", "hard"), ("both", "hard"), ("both", "soft"), ("hard", "teacher
 """What is compared with what."""
 
 
-def dealt(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def dealt(options: argparse.Namespace, folder: Path, seed: int) -> dict[str, Any]:
     """Write the parts, those called new without outcomes, and return them with theirs, by name."""
     from rewardmodel.battles import OUTCOMES, with_column, write_parquet
     from rewardmodel.config import DataConfig
     from rewardmodel.parts import load_battles
 
     tenths = sum(SHARES.values())
-    battles = load_battles(DataConfig(train=options.train, folds=tenths, limit=options.limit, seed=options.seed))
+    battles = load_battles(DataConfig(train=options.train, folds=tenths, limit=options.limit, seed=seed))
     of = np.repeat(list(SHARES), list(SHARES.values()))[np.array(battles["fold"][:])]
     parts = {name: battles.select(np.flatnonzero(of == name)) for name in SHARES}
     new = parts["new"]
@@ -52,13 +52,20 @@ def dealt(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return parts
 
 
-def write_pseudo_labels(teacher: Path, battles: Any, folder: Path) -> None:
+def predictions(run: Path, recipe: Any, battles: Any) -> Any:
+    """Return what a run predicts, uncalibrated; a frozen backbone reads each battle once for all models."""
+    from rewardmodel.inference import predict_with
+    from rewardmodel.model import load_model
+    from rewardmodel.runs import MODEL
+
+    return predict_with(*load_model(recipe.model, run / MODEL), recipe, battles, cached=True)
+
+
+def write_pseudo_labels(table: Any, battles: Any, folder: Path) -> None:
     """Write the teacher's predictions of the new battles, and these battles with the likeliest outcome as a vote."""
-    from rewardmodel import predict
     from rewardmodel.battles import OUTCOMES, with_column, write_parquet
     from rewardmodel.predictions import predicted, write_predictions
 
-    table = predict(teacher, str(folder / "new.parquet"))
     write_predictions(table, folder / "soft.parquet")
     votes = np.eye(3)[predicted(table).argmax(axis=1)]
     for name, values in zip(OUTCOMES, votes.T, strict=True):
@@ -66,10 +73,11 @@ def write_pseudo_labels(teacher: Path, battles: Any, folder: Path) -> None:
     write_parquet(battles, folder / "hard.parquet")
 
 
-def recipes(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def recipes(options: argparse.Namespace, folder: Path, seed: int) -> dict[str, Any]:
     """Return the recipe of the teacher and of each student by name, the teacher's first."""
     from rewardmodel import load_recipe
-    from rewardmodel.config import ObjectiveConfig, Source
+    from rewardmodel.config import Source
+    from rewardmodel.objective import find_objective
 
     labelled, soft = str(folder / "labelled.parquet"), str(folder / "soft.parquet")
     hard = Source(str(folder / "hard.parquet"), validation=False)
@@ -79,35 +87,38 @@ def recipes(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "soft": [labelled, Source(str(folder / "new.parquet"), teacher=soft)],
         "both": [labelled, replace(hard, teacher=soft)],
     }
-    base = load_recipe(RECIPE)
-    keys = {"eval_strategy": "no", "save_strategy": "no", "disable_tqdm": True, "num_train_epochs": options.epochs}
-    keys |= {"max_steps": options.steps or -1, "seed": options.seed}
+    base = load_recipe(options.recipe, options.keys)
+    if find_objective(base.objective).encoding != "joint":
+        del sources["both"]
+    keys = {"eval_strategy": "no", "save_strategy": "no", "disable_tqdm": True, "seed": seed}
     return {
         name: replace(
             base,
-            data=replace(base.data, train=train, test=None, folds=20, seed=options.seed),
-            prompt=replace(base.prompt, max_length=options.max_length),
-            objective=ObjectiveConfig("distillation" if name == "both" else "cross_entropy"),
+            data=replace(base.data, train=train, test=None, folds=20, seed=seed),
+            objective=replace(base.objective, name="distillation") if name == "both" else base.objective,
             trainer={**base.trainer, **keys, "output_dir": str(folder / name)},
         )
         for name, train in sources.items()
     }
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(options: argparse.Namespace, folder: Path, seed: int) -> dict[str, Any]:
     """Train the teacher and its students, and return what each reaches on the held-out battles."""
-    from rewardmodel import predict, train
+    from rewardmodel import read_battles, train
     from rewardmodel.metrics import paired_difference, summary
+    from rewardmodel.parts import trained_on
     from rewardmodel.predictions import predicted, true_outcomes
 
-    parts = dealt(options, folder)
+    parts = dealt(options, folder, seed)
     tables, figures = {}, {"battles": {name: len(part) for name, part in parts.items()}, "models": {}}
-    for name, recipe in recipes(options, folder).items():
+    for name, recipe in recipes(options, folder, seed).items():
         start = time.perf_counter()
         run, trained = train(recipe)
         if name == "teacher":
-            write_pseudo_labels(run, parts["new"], folder)
-        tables[name] = predict(run, str(folder / "held_out.parquet"))
+            new = read_battles(str(folder / "new.parquet"), role="test")
+            seen = trained_on([run], new)[0]
+            write_pseudo_labels(predictions(run, recipe, new).assign(seen=seen), parts["new"], folder)
+        tables[name] = predictions(run, recipe, parts["held_out"])
         seconds = round(time.perf_counter() - start)
         found = summary(predicted(tables[name]), true_outcomes(tables[name]), tables[name]["group"].to_numpy())
         figures["models"][name] = {
@@ -115,7 +126,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "log_loss": {key: round(value, 4) for key, value in found["log_loss"].items()},
             "seconds": seconds,
         }
-        print(name, figures["models"][name], flush=True)
+        print(seed, name, figures["models"][name], flush=True)
     true, groups = (of(tables["teacher"]) for of in (true_outcomes, lambda table: table["group"].to_numpy()))
     figures["log_loss_differences"] = {
         f"{first} - {second}": {
@@ -125,27 +136,47 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             ).items()
         }
         for first, second in PAIRS
+        if {first, second} <= tables.keys()
     }
     return figures
+
+
+def over_seeds(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return the mean of each difference over the seeds, and its standard error: held-out parts overlap a little."""
+    pairs = runs[0]["log_loss_differences"]
+    values = {pair: [run["log_loss_differences"][pair]["value"] for run in runs] for pair in pairs}
+    return {
+        pair: {
+            "mean": round(float(np.mean(found)), 4),
+            "standard_error": round(float(np.std(found, ddof=1) / len(found) ** 0.5), 4) if len(found) > 1 else None,
+        }
+        for pair, found in values.items()
+    }
 
 
 def main() -> None:
     """Parse, train, measure, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("train", help="labelled battles")
-    parser.add_argument("--limit", type=int, default=1000, help="battles in all, whole prompt groups")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens of a sequence")
-    parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--steps", type=int, help="of training at most, to see that it runs")
-    parser.add_argument("--seed", type=int, default=0, help="of parts and training")
+    parser.add_argument("train", nargs="+", help="labelled battles")
+    parser.add_argument("--recipe", type=Path, default=RECIPE)
+    parser.add_argument("--limit", type=int, help="battles in all, whole prompt groups")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of parts and training")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
-    options = parser.parse_args()
-    figures = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "settings": {name: getattr(options, name) for name in ("limit", "max_length", "epochs", "steps", "seed")},
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        tell(figures | measure(options, Path(folder)), options.json)
+    options, options.keys = parser.parse_known_args()
+    runs = {}
+    for seed in options.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            runs[seed] = measure(options, Path(folder), seed)
+    tell(
+        {
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "recipe": options.recipe.name,
+            "keys": options.keys,
+            "mean_differences": over_seeds(list(runs.values())),
+            "seeds": runs,
+        },
+        options.json,
+    )
 
 
 if __name__ == "__main__":

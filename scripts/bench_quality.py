@@ -205,12 +205,15 @@ def sliced(battles: Any, dealing: Fold, predicted: np.ndarray) -> dict[str, Any]
 
 def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Return the figures of every lever for one dealing of folds."""
+    from rewardmodel.runs import data_fingerprint
+
     battles = dealt(options, seed)
     sources = np.asarray(battles["source"][:])
     held_out = np.asarray(battles["fold"][:]) >= 0
     arena = np.isin(sources, np.unique(sources[held_out]))
+    work = options.work / f"{seed}-{data_fingerprint(battles)}"
     dealing = Fold(np.asarray(battles["group"][:]), np.asarray(battles["fold"][:]), arena)
-    floors = kept(options.work / f"{seed}-floors.npz", lambda: floors_of(battles, dealing))
+    floors = kept(work / "floors.npz", lambda: floors_of(battles, dealing))
     found: dict[str, Any] = {}
     before = None
     for name, changes in {**LEVERS, **(MORE if options.more else {})}.items():
@@ -225,7 +228,7 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
             weight = given.weight * np.where(some.arena, 1, np.float32(changes.get("others", 1)))
             return out_of_fold(recipe, given._replace(weight=weight.astype(np.float32)), some)
 
-        predicted = kept(options.work / f"{seed}-{name.replace(' ', '_')}.npz", predict)
+        predicted = kept(work / f"{name.replace(' ', '_')}.npz", predict)
         before = predicted if before is None else before
         true = np.stack([battles[column][:] for column in OUTCOMES], axis=1)[arena].astype(np.float64)
         found[name] = judged(predicted, true, dealing.group[arena], floors["tfidf"], before)
