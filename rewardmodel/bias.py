@@ -238,7 +238,7 @@ def format_bias(facts: Facts) -> str:
 
 def _order_lines(facts: Facts | None) -> list[str]:
     if facts is None:
-        return ["order of the responses: one order was predicted, so it cannot be told"]
+        return ["order of the responses: one order was predicted (there is no other where each is scored alone)"]
     losses = " / ".join(f"{facts['log_loss'][name]['value']:.4f}" for name in ("ab", "ba", "average"))
     return [
         "order of the responses",

@@ -295,9 +295,7 @@ def _numbers(name: str, words: list[str] | None) -> list[float] | None:
     try:
         return None if words is None else [float(word) for word in words]
     except ValueError as error:
-        raise InputError(
-            f"{name}: {' '.join(words or ())}: not all are numbers; give a number, and as a weight one for each run"
-        ) from error
+        raise InputError(f"{name}: {' '.join(words or ())}: not all are numbers; give numbers") from error
 
 
 def _make_parent(path: Path | None) -> None:
