@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from rewardmodel.backbone import FAMILIES, family
-from rewardmodel.config import ModelConfig
+from rewardmodel.config import ModelConfig, ObjectiveConfig
 from rewardmodel.errors import InputError
 from rewardmodel.launches import Launch
+from rewardmodel.objective import find_objective
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,11 @@ class Setup:
         return self.capability is not None and self.capability < (8, 0)
 
     @property
+    def pissa(self) -> bool:
+        """Whether adapters start from the backbone's weights."""
+        return self.model.lora_init == "pissa" and not self.model.freeze_backbone
+
+    @property
     def last_layer(self) -> int:
         """Number of the last layer, from 0."""
         return self.layers - 1
@@ -120,6 +126,13 @@ def refuse(setup: Setup) -> None:
         raise InputError(found[0] + more)
 
 
+def check_ties(model: ModelConfig, config: ObjectiveConfig) -> None:
+    """Raise InputError if the tie parameter is to depend on both responses, and the objective learns none."""
+    objective = find_objective(config)
+    if model.pair_ties and not (objective.head.tie and objective.learns_ties):
+        raise InputError(f"model.pair_ties: {config.name} has no tie parameter to learn; leave it out")
+
+
 CHECKS = (
     Check(
         lambda s: s.model.load_in_4bit and s.model.load_in_8bit,
@@ -134,6 +147,10 @@ CHECKS = (
         lambda s: s.model.freeze_backbone and not s.model.use_peft,
         "model.freeze_backbone: the backbone cannot stay as it is while use_peft is false, which trains all weights; "
         "set one of them",
+    ),
+    Check(
+        lambda s: s.model.freeze_backbone and s.model.keep_head,
+        "model.keep_head: freeze_backbone fits the last layer of the head anew, whatever it was; leave it out",
     ),
     Check(
         lambda s: s.model.freeze_backbone and s.fsdp,
@@ -181,7 +198,7 @@ CHECKS = (
         "model.attn_implementation: flex_attention has no backward pass on a CPU; use one of: {s.known_attention}",
     ),
     Check(
-        lambda s: s.model.use_peft and s.model.lora_r < 1,
+        lambda s: s.model.use_peft and not s.model.freeze_backbone and s.model.lora_r < 1,
         "model.lora_r: {s.model.lora_r}; the rank is at least 1",
     ),
     Check(
@@ -189,16 +206,16 @@ CHECKS = (
         "model.lora_first_layer: {s.model.lora_first_layer}, but the backbone has layers 0 to {s.last_layer}",
     ),
     Check(
-        lambda s: s.model.lora_init == "pissa" and s.quantised,
+        lambda s: s.pissa and s.quantised,
         "model.lora_init: pissa splits the backbone's own weights; set load_in_4bit and load_in_8bit false, and give "
         "a backbone that is not stored quantised",
     ),
     Check(
-        lambda s: s.model.lora_init == "pissa" and s.model.use_dora,
+        lambda s: s.pissa and s.model.use_dora,
         "model.lora_init: pissa and use_dora both rewrite the backbone's weights; choose one of them",
     ),
     Check(
-        lambda s: s.model.lora_init == "pissa" and not s.quantised and s.dtype != "float32",
+        lambda s: s.pissa and not s.quantised and s.dtype != "float32",
         "model.lora_init: pissa is exact on a float32 backbone only; set model.dtype float32",
     ),
     Check(

@@ -188,7 +188,8 @@ class InferenceConfig:
     batch_tokens: int | None = None
     """Tokens of a batch; none: as many as fit into free memory."""
     tie_if_same: float | None = None
-    """P(tie) where both responses are the same text, in the place of the model's; A and B share the rest; none: off."""
+    """P(tie) where both responses are the same text, in the place of the model's; A and B share the rest; none: off.
+    A run's own metrics are without rules; `rewardmodel evaluate RUN --data FILE` has them."""
     win_if_other_empty: float | None = None
     """P(win) of a response beside one of white space alone; the other and the tie share the rest; none: off."""
 

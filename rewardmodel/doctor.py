@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from rewardmodel.backbone import check_length, family, lowest_layers, stored_bits
-from rewardmodel.compatibility import incompatibilities
+from rewardmodel.compatibility import check_ties, incompatibilities
 from rewardmodel.config import ModelConfig, Recipe
 from rewardmodel.devices import DEVICES, GIB, Device, find_device
 from rewardmodel.errors import InputError
@@ -23,7 +23,6 @@ from rewardmodel.estimate import (
 )
 from rewardmodel.launches import Launch, launch
 from rewardmodel.lengths import read_lengths
-from rewardmodel.objective import find_objective
 from rewardmodel.placement import compute_dtype, setup_on
 from rewardmodel.quantization import quantisation_name
 from rewardmodel.weights import resolve
@@ -48,7 +47,7 @@ def doctor(recipe: Recipe, device: str | None = None, launched: Launch | None = 
         InputError: no configuration of the backbone can be read, no such device, a template that is not to be used,
             more tokens than the backbone has positions for, or battles that cannot be dealt.
     """
-    find_objective(recipe.objective)
+    check_ties(recipe.model, recipe.objective)
     folder = resolve(recipe.model.model_name_or_path, recipe.model.model_revision, weights=False)
     backbone = lowest_layers(AutoConfig.from_pretrained(folder), recipe.model.num_hidden_layers)
     check_length(backbone, recipe.prompt.max_length)
@@ -163,12 +162,12 @@ def _mend(case: Case) -> str:
     """Return what makes training fit, the cheapest changes first, one upon the other."""
     config, layers = case.recipe.model, case.backbone.get_text_config().num_hidden_layers
     steps: list[tuple[str, dict, dict, dict]] = []
-    if not case.checkpointing:
+    if not case.checkpointing and not config.freeze_backbone:
         steps.append(("trainer.gradient_checkpointing true", {}, {"gradient_checkpointing": True}, {}))
     if not config.load_in_4bit and config.use_peft:
         changes = {"load_in_4bit": True, "load_in_8bit": False, "lora_init": "default"}
         steps.append(("model.load_in_4bit true", changes, {}, {}))
-    if config.use_peft and config.lora_first_layer < layers // 2:
+    if config.use_peft and not config.freeze_backbone and config.lora_first_layer < layers // 2:
         steps.append((f"model.lora_first_layer {layers // 2}", {"lora_first_layer": layers // 2}, {}, {}))
     half = case.recipe.prompt.max_length // 2
     steps.append((f"prompt.max_length {half}", {}, {}, {"max_length": half}))

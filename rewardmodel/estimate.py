@@ -170,11 +170,12 @@ def _micro_batch(case: Case, training: bool) -> Branches:
     rows = _cut(case, case.battles.branches if training else case.battles.predicted)
     costs = [sum(row) for row in rows]
     steps = [range(len(rows))]
-    if training:
+    if training and not case.recipe.model.freeze_backbone:
         random, size = np.random.default_rng(0), min(trainer[BATTLES], len(rows))
         count = min(STEPS, -(-case.battles.training // trainer[BATTLES]))
         steps = [random.choice(len(rows), size, replace=False).tolist() for _ in range(count)]
-    budget = (trainer[TOKENS] if training else case.recipe.inference.batch_tokens) or CPU_TOKENS
+    learns = training and not case.recipe.model.freeze_backbone
+    budget = (trainer[TOKENS] if learns else case.recipe.inference.batch_tokens) or CPU_TOKENS
     drawn = [
         [step[row] for row in micro]
         for step in steps
@@ -215,6 +216,8 @@ def training_needs(case: Case) -> dict[str, Any]:
         free = case.device.memory - CONTEXT - parts["weights"] - parts["adapters"]
         fits = fitting(free, parts["gradients"] + one, parts["gradients"] + two, longest)
         tokens = max(longest, min(case.recipe.trainer[TOKENS] or fits, _step_tokens(case)))
+        if case.recipe.model.freeze_backbone:
+            tokens = max(longest, case.recipe.inference.batch_tokens or fits)
         one += int((two - one) * (tokens / longest - 1))
     else:
         fits = tokens
@@ -286,10 +289,13 @@ def hours(case: Case) -> dict[str, float]:
     )
     forward, trained = flops(battles.branches, 0.0), epochs * battles.training
     operations = FORWARD * (1 + again) + BACKWARD * min(back, 1)
+    steps = trained / trainer[BATTLES] * a_step
+    if recipe.model.freeze_backbone:
+        steps = _batches(case, battles.branches, battles.training, training_needs(case)["tokens"])
     seconds = {
         "training": (
             trained * (flops(battles.branches, back) + again * forward) / rate,
-            trained / trainer[BATTLES] * a_step * operations * start,
+            steps * operations * start,
         ),
         "evaluation": (evaluations * battles.validation * forward / rate, evaluations * judged * FORWARD * start),
         "prediction": (battles.validation * flops(battles.predicted, 0.0) / rate, predicted * FORWARD * start),

@@ -21,14 +21,14 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from rewardmodel.config import ModelConfig
 from rewardmodel.files import atomic_path, cache_folder
 from rewardmodel.forward import batching, forward_budget, row_logits
-from rewardmodel.processes import from_main, is_main
+from rewardmodel.processes import from_main, is_main, joined
 from rewardmodel.shards import cut
 from rewardmodel.weights import fingerprint, resolve
 
 logger = logging.getLogger(__name__)
 
 TOKENS = 2**17
-"""About so many tokens are computed, by each process, between two files."""
+"""About so many tokens of each process are computed between two files."""
 
 SETTINGS = (
     "num_hidden_layers", "pooling", "attn_implementation", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type",
@@ -89,7 +89,7 @@ def features(
     Raises:
         FloatingPointError: features that are no numbers; nothing is kept of that part.
     """
-    keys = row_keys(rows)
+    keys, folder = row_keys(rows), _with_rest_of_head(folder, model, layer)
     found: dict[str, np.ndarray] = from_main(lambda: _read(folder, set(keys)))
     todo = np.array([number for number, key in enumerate(keys) if key not in found], dtype=np.int64)
     if len(todo) < len(keys):
@@ -101,7 +101,7 @@ def features(
         costs = np.array(batching(reader, pad_token_id).costs(missing))
         order = np.random.default_rng(0).permutation(len(todo))  # rows of any length fill a batch best
         with tqdm(total=len(todo), desc="reading features", unit="battle", disable=not is_main()) as bar:
-            for shard in cut(costs, order, TOKENS):
+            for shard in cut(costs, order, TOKENS * joined().num_processes):
                 values = row_logits(reader, missing.select(shard), pad_token_id, dtype, budget)
                 names = [keys[number] for number in todo[shard]]
                 _check_numbers(values, missing.select(shard)["id"][:])
@@ -110,6 +110,22 @@ def features(
                 found |= dict(zip(names, values, strict=True))
                 bar.update(len(shard))
     return np.stack([found[key] for key in keys])
+
+
+def _with_rest_of_head(folder: Path, model: Any, layer: torch.nn.Module) -> Path:
+    """Return the folder for a head of more layers than the last: what lies under that may be drawn at random."""
+    own = {id(weight) for weight in layer.parameters()}
+    under = {
+        name: weight
+        for name, weight in model.named_parameters()
+        if ".modules_to_save." in name and id(weight) not in own
+    }
+    if not under:
+        return folder
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(under):
+        digest.update(name.encode() + under[name].detach().float().cpu().numpy().tobytes())
+    return folder / digest.hexdigest()
 
 
 def row_keys(rows: Dataset) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import reduce
+from accelerate.utils import gather_object, reduce
 from datasets import Dataset
 
 from rewardmodel.batches import Batch, pack, pad, padded_tokens, plan_packed, plan_padded, to_device
@@ -72,6 +72,8 @@ def row_logits(
     process, processes = (0, 1) if alone else (state.process_index, state.num_processes)
     rows = rows.select_columns(list(MODEL_COLUMNS))
     costs = how.costs(rows)
+    if processes > 1:
+        budget = min(gather_object([budget]))  # with one of its own each would plan other shares
     mine = how.plan(costs, budget, processes)[process]
     device = next(model.parameters()).device
     found = []

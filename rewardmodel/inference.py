@@ -131,7 +131,7 @@ def _tell(table: pd.DataFrame, deadline: Deadline) -> None:
     """Log what the time was enough for."""
     if "ba_p_tie" not in table:
         late = "" if deadline.left() > 0 else ", and took longer than the time limit"
-        logger.info("all %d battles were predicted, and no second order was asked for%s", len(table), late)
+        logger.info("all %d battles were predicted; no second order was asked of all runs%s", len(table), late)
         return
     both = int(in_both_orders(table).sum())
     if both == len(table):

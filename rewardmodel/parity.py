@@ -125,11 +125,11 @@ def _unrounded(layer: Linear8bitLt) -> torch.nn.Linear:
 
 
 def computed_in(precision: str, recipe: Recipe) -> Recipe:
-    """Return a recipe that predicts in a precision, with an attention that knows it, and uncalibrated."""
+    """Return a recipe that predicts in a precision, with an attention that knows it, uncalibrated and by no rule."""
     return replace(
         recipe,
         model=replace(recipe.model, dtype=cast(Any, precision), attn_implementation=None),
-        inference=replace(recipe.inference, calibrate=False),
+        inference=replace(recipe.inference, calibrate=False, tie_if_same=None, win_if_other_empty=None),
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from rewardmodel.errors import InputError
 from rewardmodel.head import PairTieHead, TieHead
 from rewardmodel.objective import Objective, Settings
 
@@ -79,11 +80,16 @@ def fit_last_layer(
 
     Returns:
         The mean loss on left-out groups by penalty.
+
+    Raises:
+        InputError: all battles are of one group.
     """
     centred = layer.bias is not None or (isinstance(layer, TieHead) and not settings.center_rewards)
     center, scale = _standard(examples.features, centred)
     scaled = Examples((examples.features - center) / scale, examples.labels, examples.teacher, examples.weight)
     _, members = np.unique(groups, return_inverse=True)
+    if not members.any():
+        raise InputError("model.freeze_backbone: the penalty is chosen across prompts; give battles of two at least")
     part = (np.random.default_rng(0).permutation(members.max() + 1) % FOLDS)[members]
     losses = dict.fromkeys(PENALTIES, 0.0)
     for number in np.unique(part):

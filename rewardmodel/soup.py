@@ -54,7 +54,9 @@ def soup(runs: Sequence[Trained], folder: Path) -> Trained:
     mean = {name: _mean(name, [adapter[name] for adapter in adapters], scales) for name in adapters[0]}
     save_file(mean, folder / MODEL / ADAPTER, metadata={"format": "pt"})
     lora = LoraConfig.from_pretrained(first.model)
-    lora.r = lora.lora_alpha = max(len(value) for name, value in mean.items() if ".lora_A." in name)
+    ranks = [len(value) for name, value in mean.items() if ".lora_A." in name]
+    if ranks:  # else heads alone were trained
+        lora.r = lora.lora_alpha = max(ranks)
     lora.use_rslora = False
     lora.save_pretrained(folder / MODEL)
     write_text(folder / RECIPE, dump_recipe(first.recipe))

@@ -16,12 +16,11 @@ from trl import RewardConfig
 
 from rewardmodel.arguments import training_arguments
 from rewardmodel.battles import AUGMENTATIONS
-from rewardmodel.compatibility import refuse
+from rewardmodel.compatibility import check_ties, refuse
 from rewardmodel.config import ModelConfig, Recipe
-from rewardmodel.errors import InputError
 from rewardmodel.features import feature_folder, features
 from rewardmodel.model import build_model, load_tokenizer, save_model, trained_layer
-from rewardmodel.objective import Objective, find_objective, fit_tie, initial_tie
+from rewardmodel.objective import find_objective, fit_tie, initial_tie
 from rewardmodel.optimizer import Rates
 from rewardmodel.pairs import retention, saved, tokenize
 from rewardmodel.parts import Parts, fingerprints, load_battles, split, write_training_keys
@@ -71,7 +70,7 @@ def train(
     """
     recipe = recipe if battles is None else with_source(recipe, battles)
     objective = find_objective(recipe.objective)
-    _check_ties(recipe, objective)
+    check_ties(recipe.model, recipe.objective)
     check_run(recipe, resume, overwrite)
     config = resolve(recipe.model.model_name_or_path, recipe.model.model_revision, weights=False)
     check_positions(config, recipe.prompt.max_length)
@@ -126,11 +125,6 @@ def _fit_adapters(
     if not trainer.objective.learns_ties:
         trainer.fit_tie()
     trainer.save_to(recipe.run_folder / MODEL, recipe.model)
-
-
-def _check_ties(recipe: Recipe, objective: Objective) -> None:
-    if recipe.model.pair_ties and not (objective.head.tie and objective.learns_ties):
-        raise InputError(f"model.pair_ties: {recipe.objective.name} has no tie parameter to learn; leave it out")
 
 
 def _begin(

@@ -14,10 +14,11 @@ groups; `calibrated`: vector scaling fitted on other groups.
 """
 
 import argparse
+import hashlib
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,6 +164,11 @@ def kept(path: Path, make: Any) -> Any:
         return dict(file) if "predicted" not in file else file["predicted"]
 
 
+def digest(*parts: Any) -> str:
+    """Return by what a file of predictions is known again."""
+    return hashlib.blake2b(repr(parts).encode(), digest_size=6).hexdigest()
+
+
 def judged(
     predicted: np.ndarray, true: np.ndarray, groups: np.ndarray, floor: np.ndarray, before: np.ndarray
 ) -> dict[str, Any]:
@@ -213,7 +219,9 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     arena = np.isin(sources, np.unique(sources[held_out]))
     work = options.work / f"{seed}-{data_fingerprint(battles)}"
     dealing = Fold(np.asarray(battles["group"][:]), np.asarray(battles["fold"][:]), arena)
-    floors = kept(work / "floors.npz", lambda: floors_of(battles, dealing))
+    floors = kept(
+        work / f"floors-{digest(dealing.fold.tobytes(), arena.tobytes())}.npz", lambda: floors_of(battles, dealing)
+    )
     found: dict[str, Any] = {}
     before = None
     for name, changes in {**LEVERS, **(MORE if options.more else {})}.items():
@@ -228,7 +236,8 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
             weight = given.weight * np.where(some.arena, 1, np.float32(changes.get("others", 1)))
             return out_of_fold(recipe, given._replace(weight=weight.astype(np.float32)), some)
 
-        predicted = kept(work / f"{name.replace(' ', '_')}.npz", predict)
+        key = digest(asdict(recipe), changes, dealing.fold.tobytes(), arena.tobytes())
+        predicted = kept(work / f"{name.replace(' ', '_')}-{key}.npz", predict)
         before = predicted if before is None else before
         true = np.stack([battles[column][:] for column in OUTCOMES], axis=1)[arena].astype(np.float64)
         found[name] = judged(predicted, true, dealing.group[arena], floors["tfidf"], before)

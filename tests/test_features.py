@@ -133,3 +133,14 @@ def test_a_row_is_known_by_its_tokens_segments_and_branches(probed):
     keys = row_keys(rows.from_list([row, *others], features=rows.features))
     assert keys[0] == keys[1]
     assert len({*keys}) == 4
+
+
+def test_heads_of_encoders_that_begin_otherwise_do_not_share_features(backbone, tmp_path):
+    config = ModelConfig(str(backbone("roberta")), device="cpu", dtype="float32", freeze_backbone=True)
+    found = []
+    for seed in (0, 1, 0):
+        model, own = build_model(config, JOINT, seed=seed)
+        rows = tokenize(read_battles(battle_frame(1)), own, PromptConfig(max_length=160))
+        found.append(features(model.eval(), trained_layer(model), rows, own.pad_token_id, FLOAT, tmp_path, 500))
+    assert np.abs(found[0] - found[1]).max() > 0.01
+    np.testing.assert_array_equal(found[0], found[2])

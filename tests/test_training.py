@@ -103,6 +103,15 @@ def test_ties_of_pairs_are_learnt_saved_and_exported(frozen, freeze, tmp_path):
     assert reward_function(run)([prompt for [prompt] in odd], [prompt for [prompt] in odd]) == pytest.approx(alone)
 
 
+def test_frozen_folds_are_exported_as_their_mean(frozen, tmp_path):
+    recipe = frozen("davidson")
+    inference = dataclasses.replace(recipe.inference, tie_if_same=0.9, win_if_other_empty=0.8)
+    run, _ = train_folds(dataclasses.replace(recipe, inference=inference))
+    facts = export(run, tmp_path / "mean", "soup", dtype="float32", rewardmodel_only=True)
+    assert facts["max_abs_dp"] <= 1e-4
+    assert facts["probability_average"]["max_abs_dp"] < 0.2
+
+
 def test_ties_of_pairs_need_a_tie_parameter_that_learns(frozen):
     for objective in ("cross_entropy", "bradley_terry"):
         recipe = frozen(objective)
@@ -126,6 +135,7 @@ def test_a_frozen_run_that_is_done_is_left_alone_and_one_that_was_killed_goes_on
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
+        ({"keep_head": True}, "model.keep_head: freeze_backbone fits the last layer of the head anew"),
         ({"use_peft": False}, "model.freeze_backbone: .*use_peft is false"),
         ({"num_hidden_layers": 3}, "model.num_hidden_layers: 3, but the backbone has 2"),
         ({"num_hidden_layers": 0}, "model.num_hidden_layers: 0, but the backbone has 2"),
