@@ -20,6 +20,9 @@ def setup(model=None, **changes) -> Setup:
 
 CASES = [
     (setup({"load_in_4bit": True, "load_in_8bit": True}), "exclude each other"),
+    (setup({"freeze_backbone": True, "use_peft": False}), "use_peft is false, which trains all weights; set one"),
+    (setup({"freeze_backbone": True, "keep_head": True}), "model.keep_head: freeze_backbone fits the last layer"),
+    (setup({"freeze_backbone": True}, launch=FSDP), "these do not; launch with recipes/accelerate/ddp.yaml"),
     (setup({"load_in_4bit": True, "use_peft": False}), "cannot train itself; leave it true"),
     (setup(capability=(7, 5)), r"bfloat16 is emulated below .*T4.*; set auto, float16 or float32"),
     (setup(dtype="float16", model_type="gemma2"), "leave float16's range .*; set auto"),
@@ -78,6 +81,7 @@ def test_every_check_has_a_case():
         setup(dtype="float16", capability=(7, 5)),
         setup(dtype="float32", capability=(7, 5), model_type="gemma2"),
         setup({"load_in_4bit": True}),
+        setup({"freeze_backbone": True, "load_in_4bit": True, "lora_r": 0, "lora_init": "pissa"}),
         setup({"load_in_4bit": True}, launch=FSDP),
         setup({"load_in_4bit": True}, launch=Launch(2, "ddp")),
         setup({"load_in_8bit": True}, launch=Launch(2, "ddp")),

@@ -161,8 +161,10 @@ def test_processes_share_the_rows_and_compute_as_many_batches(processes, way, mo
     handle = model.register_forward_pre_hook(lambda *_: batches.append(len(parts)))
     for number in range(processes):
         state = SimpleNamespace(num_processes=processes, process_index=number)
-        monkeypatch.setattr(forward, "PartialState", lambda state=state: state)
-        parts.append(row_logits(model, rows, PAD, FLOAT, 500))
+        monkeypatch.setattr(forward, "joined", lambda state=state: state)
+        # Another process has less room, so that all plan with its budget.
+        monkeypatch.setattr(forward, "gather_object", lambda found: [*found, 500])
+        parts.append(row_logits(model, rows, PAD, FLOAT, 500 + number))
     handle.remove()
     assert_close(np.sum(parts, axis=0), expected)
     filled = np.array([part.any(axis=(1, 2)) for part in parts])

@@ -11,6 +11,7 @@ from rewardmodel.config import ObjectiveConfig
 from rewardmodel.errors import InputError
 from rewardmodel.objective import (
     OBJECTIVES,
+    Head,
     davidson_link,
     find_objective,
     fit_tie,
@@ -147,7 +148,10 @@ def test_gradients_are_those_of_the_loss(name):
 @each_objective
 def test_entries_say_what_the_head_must_be(name):
     objective = OBJECTIVES[name]
-    assert (objective.encoding, objective.head) in {("joint", (3, 2, False)), ("separate", (1, 1, True))}
+    assert (objective.encoding, objective.head) in {
+        ("joint", Head(3, 2, tie=False)),
+        ("separate", Head(1, 1, tie=True)),
+    }
     assert objective.teacher == ("weight_teacher" in objective.settings)
 
 
