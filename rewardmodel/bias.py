@@ -309,12 +309,18 @@ def _slice_lines(facts: Facts) -> list[str]:
 
 def _wrong(facts: Facts) -> Iterator[str]:
     """Yield a sentence for each thing that is off beyond chance."""
-    order, length, names, by_slice = (facts[name] for name in ("position", "verbosity", "models", "slices"))
+    order, length = facts["position"], facts["verbosity"]
     if order and _apart(order["preference"]) and abs(order["preference"]["value"]) >= PREFERENCE:
         first, points = order["preference"]["value"] > 0, 100 * abs(order["preference"]["value"])
         yield f"The model favours what stands {'first' if first else 'second'}, by {points:.1f} points of probability."
     if length and length["difference"] and _apart(length["difference"]):
         yield f"{length['verdict'].capitalize()}."
+    yield from strange_kinds(facts)
+
+
+def strange_kinds(facts: Facts) -> Iterator[str]:
+    """Yield a sentence for each kind of models or of battles that is predicted wrong beyond chance."""
+    names, by_slice = facts["models"], facts["slices"]
     for kind in ("families", "names"):
         rows = names[kind] if names else []
         apart = [row for row in rows if _apart(row["difference"])]

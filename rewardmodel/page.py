@@ -63,7 +63,7 @@ SHOWN = 10
 """Battles of each list."""
 
 
-def render(facts: Facts, table: pd.DataFrame, run: Path | None) -> str:
+def render(facts: Facts, table: pd.DataFrame, run: Path | None, strange: Sequence[str] = ()) -> str:
     """Return the page of one run, or of predictions that are no run's, the same bytes for the same input.
 
     Args:
@@ -71,6 +71,7 @@ def render(facts: Facts, table: pd.DataFrame, run: Path | None) -> str:
         table: the predictions that were measured, with known outcomes; texts, lengths, names of models and both orders
             are shown where it has them.
         run: the run folder, for its learning curve, recipe and environment.
+        strange: further findings, a sentence each.
     """
     training, validation = _learning(run)
     state, sentence = verdict(facts)
@@ -79,7 +80,7 @@ def render(facts: Facts, table: pd.DataFrame, run: Path | None) -> str:
         facts=facts,
         state=state,
         sentence=sentence,
-        findings=findings(facts, table, training),
+        findings=[*findings(facts, table, training), *strange],
         floors=FLOORS,
         dimensions=DIMENSIONS,
         parameters=_parameters(facts.get("calibration")),

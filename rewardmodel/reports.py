@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from rewardmodel.bias import strange_kinds
 from rewardmodel.evaluation import compare, measure_run
 from rewardmodel.files import write_text
 from rewardmodel.page import render, render_comparison
@@ -25,13 +26,14 @@ def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = 
     folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(one) for one in runs]
     if len(folders) == 1:
         path = Path(output or folders[0] / REPORT)
-        write_text(path, render(*measure_run(folders[0]), folders[0]))
+        facts, table = measure_run(folders[0])
+        write_text(path, render(facts, table, folders[0], list(strange_kinds(facts))))
         return path
-    facts = [measure_run(folder)[0] for folder in folders]
+    measured = [measure_run(folder)[0] for folder in folders]
     differences = [None, *(compare(folder, folders[0]) for folder in folders[1:])]
     rows = [
         {"name": folder.name, "facts": found, "difference_to_first": difference}
-        for folder, found, difference in zip(folders, facts, differences, strict=True)
+        for folder, found, difference in zip(folders, measured, differences, strict=True)
     ]
     path = Path(output or folders[0] / "comparison.html")
     write_text(path, render_comparison(rows))

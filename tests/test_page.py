@@ -382,6 +382,8 @@ def test_a_broken_run_is_told_from_a_good_one(facts, table):
     assert any("flips with the order" in one for one in findings(facts_of(table_of(400, bias=6)), broken, []))
     assert verdict(facts)[0] == "good"
     assert not findings(facts, table, [])
+    assert "Nothing else stands out" in render(facts, table, None)
+    assert "<li>Odd families.</li>" in render(facts, table, None, ["Odd families."])
 
 
 def test_constant_predictions_are_seen(facts, table):
