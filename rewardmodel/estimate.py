@@ -40,9 +40,6 @@ CONTEXT = int(0.5 * GIB)
 PROCESS = int(1.07 * GIB)
 """What Python, the libraries (0.57) and their kernels take in the host's memory: by scripts/bench_doctor.py."""
 
-FOUR_BITS = int(0.8 * GIB)
-"""What bitsandbytes and its kernels take besides where a CPU computes in 4 bits: by scripts/bench_doctor.py."""
-
 GAPS = 0.28
 """What glibc's allocator leaves unused on a CPU, as a share of activations without checkpointing, which saves none of
 it: by scripts/bench_doctor.py. With MALLOC_MMAP_THRESHOLD_ at 1 MiB there is none, but training is slower."""
@@ -212,7 +209,7 @@ def training_needs(case: Case) -> dict[str, Any]:
     elif case.launch.strategy == "deepspeed":
         spread = ("optimiser", "gradients")[: case.launch.version]  # of ZeRO 1, and of ZeRO 2 besides
         parts |= {name: parts[name] // shards for name in spread}
-    own = _own(case)
+    own = CONTEXT if case.gpu else PROCESS
     least = sum(parts.values()) + own + _activations(case, one, found.plain)
     tokens = longest
     if case.gpu:
@@ -234,7 +231,7 @@ def inference_needs(case: Case) -> dict[str, Any]:
     found = peaks(case)
     usage, (one, two), longest = found.usage, found.inference * (1 if case.gpu else 2), found.tokens[1]
     parts = {"weights": usage.weights, "adapters": usage.adapters}
-    own = _own(case)
+    own = CONTEXT if case.gpu else PROCESS
     least = sum(parts.values()) + own + _activations(case, one)
     tokens = fits = longest
     if case.gpu:
@@ -244,11 +241,6 @@ def inference_needs(case: Case) -> dict[str, Any]:
     parts["CUDA" if case.gpu else "process"] = own
     parts["activations"] = _activations(case, one)
     return _told(case, parts, least, tokens, fits)
-
-
-def _own(case: Case) -> int:
-    """Return what a process takes besides its model and its work."""
-    return CONTEXT if case.gpu else PROCESS + case.recipe.model.load_in_4bit * FOUR_BITS
 
 
 def _activations(case: Case, alive: int, plain: int = 0) -> int:
