@@ -10,7 +10,6 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -19,10 +18,10 @@ from tqdm.auto import tqdm
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rewardmodel.config import ModelConfig
-from rewardmodel.files import atomic_path, cache_folder
+from rewardmodel.files import cache_folder
 from rewardmodel.forward import batching, forward_budget, row_logits
 from rewardmodel.processes import from_main, is_main, joined
-from rewardmodel.shards import cut
+from rewardmodel.shards import check_numbers, cut, read_arrays, write_arrays
 from rewardmodel.weights import fingerprint, resolve
 
 logger = logging.getLogger(__name__)
@@ -102,9 +101,9 @@ def features(
         order = np.random.default_rng(0).permutation(len(todo))  # rows of any length fill a batch best
         with tqdm(total=len(todo), desc="reading features", unit="battle", disable=not is_main()) as bar:
             for shard in cut(costs, order, TOKENS * joined().num_processes):
-                values = row_logits(reader, missing.select(shard), pad_token_id, dtype, budget)
-                names = [keys[number] for number in todo[shard]]
-                _check_numbers(values, missing.select(shard)["id"][:])
+                some, names = missing.select(shard), [keys[number] for number in todo[shard]]
+                values = row_logits(reader, some, pad_token_id, dtype, budget)
+                check_numbers(values, some, "features of {} battles are no numbers")
                 if is_main():
                     _write(folder, names, values)
                 found |= dict(zip(names, values, strict=True))
@@ -142,24 +141,10 @@ def row_keys(rows: Dataset) -> list[str]:
 
 def _read(folder: Path, wanted: set[str]) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
-    for path in sorted(folder.glob("*.npz")):
-        try:
-            with path.open("rb") as opened, np.load(opened) as file:
-                keys = [str(key) for key in file["keys"]]
-                if not wanted.isdisjoint(keys):
-                    found |= {key: row for key, row in zip(keys, file["features"], strict=True) if key in wanted}
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-            logger.warning("%s cannot be read; its battles are computed again", path)
+    for keys, values in read_arrays(folder, "*.npz", ("keys", "features")):
+        found |= {key: row for key, row in zip(keys.tolist(), values, strict=True) if key in wanted}
     return found
 
 
 def _write(folder: Path, keys: list[str], values: np.ndarray) -> None:
-    with atomic_path(folder / f"{keys[0]}.npz") as partial_file, partial_file.open("wb") as file:
-        np.savez(file, keys=np.array(keys), features=values)
-
-
-def _check_numbers(values: np.ndarray, ids: list[str]) -> None:
-    bad = ~np.isfinite(values).all(axis=(1, 2))
-    if bad.any():
-        some = ", ".join(np.array(ids)[bad][:5])
-        raise FloatingPointError(f"features of {bad.sum()} battles are no numbers; the first ids: {some}")
+    write_arrays(folder / f"{keys[0]}.npz", keys=np.array(keys), features=values)

@@ -51,8 +51,11 @@ A pooling takes the hidden states of all places of a batch, (places, width), and
 reads as many columns as it has weights for: there is no second response in the sequences of separate objectives.
 """
 
-WIDTHS = {"last": lambda responses: 1, "responses": lambda responses: responses}
-WIDTHS |= {"last_and_responses": lambda responses: 1 + responses}
+WIDTHS = {
+    "last": lambda responses: 1,
+    "responses": lambda responses: responses,
+    "last_and_responses": lambda responses: 1 + responses,
+}
 """How many times the width of the hidden states that is, by the responses of a sequence."""
 
 

@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from rewardmodel.errors import InputError
 from rewardmodel.head import PairTieHead, TieHead
-from rewardmodel.objective import Objective, Settings
+from rewardmodel.objective import Objective, Settings, initial_tie
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,9 @@ def fit_last_layer(
     _, members = np.unique(groups, return_inverse=True)
     if not members.any():
         raise InputError("model.freeze_backbone: the penalty is chosen across prompts; give battles of two at least")
+    if objective.head.tie:
+        torch.nn.init.constant_(layer.tie, initial_tie(float(examples.labels[:, 2].nanmean())))
+        layer.tie.requires_grad_(objective.learns_ties)
     part = (np.random.default_rng(0).permutation(members.max() + 1) % FOLDS)[members]
     losses = dict.fromkeys(PENALTIES, 0.0)
     for number in np.unique(part):

@@ -12,7 +12,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def sharded_logits(
 
     def compute(rows: Dataset, advance: Callable[[int], Any]) -> np.ndarray:
         logits = row_logits(model, rows=rows, pad_token_id=pad_token_id, dtype=dtype, budget=tokens, advance=advance)
-        _check_numbers(logits, rows, dtype)
+        check_numbers(logits, rows, f"{{}} predictions are no numbers ({dtype})")
         return logits
 
     def found(rows: Dataset, name: str) -> np.ndarray:
@@ -219,28 +219,44 @@ def _together(pieces: list[Piece], rows: int) -> np.ndarray:
     return result
 
 
-def _check_numbers(logits: np.ndarray, rows: Dataset, dtype: torch.dtype) -> None:
-    bad = ~np.isfinite(logits).all(axis=(1, 2))
+def check_numbers(values: np.ndarray, rows: Dataset, said: str) -> None:
+    """Raise FloatingPointError, which names battles, if what was computed of rows, (n, k, l), is not all finite.
+
+    `said` tells what, with {} where their number goes.
+    """
+    bad = ~np.isfinite(values).all(axis=(1, 2))
     if bad.any():
         ids = ", ".join(rows.select(np.flatnonzero(bad)[:5])["id"][:])
-        raise FloatingPointError(f"{bad.sum()} predictions are no numbers ({dtype}); the first ids: {ids}")
+        raise FloatingPointError(f"{said.format(bad.sum())}; the first ids: {ids}")
+
+
+def read_arrays(folder: Path, pattern: str, names: Sequence[str]) -> Iterator[list[np.ndarray]]:
+    """Yield the arrays of these names out of each file of a folder; of one that cannot be read, a warning."""
+    for path in sorted(folder.glob(pattern)):
+        try:
+            with path.open("rb") as opened, np.load(opened) as file:
+                arrays = [file[name] for name in names]
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            logger.warning("%s cannot be read; its battles are computed again", path)
+            continue
+        yield arrays
+
+
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """Write arrays to a file, whole or not at all."""
+    with atomic_path(path) as partial_file, partial_file.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def _read(folder: Path | None, name: str) -> list[Piece]:
-    pieces = []
-    for path in sorted(folder.glob(f"{name}-*.npz")) if folder else ():
-        try:
-            with path.open("rb") as opened, np.load(opened) as file:
-                pieces.append((file["rows"], file["logits"]))
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-            logger.warning("%s cannot be read; its battles are predicted again", path)
-    return pieces
+    if folder is None:
+        return []
+    return [(rows, logits) for rows, logits in read_arrays(folder, f"{name}-*.npz", ("rows", "logits"))]
 
 
 def _write(folder: Path, name: str, piece: Piece) -> None:
     # Its first row is in no other shard, so it names this one, whatever the number of processes was.
-    with atomic_path(folder / f"{name}-{piece[0][0]:08d}.npz") as partial_file, partial_file.open("wb") as file:
-        np.savez(file, rows=piece[0], logits=piece[1])
+    write_arrays(folder / f"{name}-{piece[0][0]:08d}.npz", rows=piece[0], logits=piece[1])
 
 
 def _budget(folder: Path | None, model: Any, find: Callable[[], int]) -> int:

@@ -20,7 +20,7 @@ from rewardmodel.compatibility import check_ties, refuse
 from rewardmodel.config import ModelConfig, Recipe
 from rewardmodel.features import feature_folder, features
 from rewardmodel.model import build_model, load_tokenizer, save_model, trained_layer
-from rewardmodel.objective import find_objective, fit_tie, initial_tie
+from rewardmodel.objective import find_objective, fit_tie
 from rewardmodel.optimizer import Rates
 from rewardmodel.pairs import retention, saved, tokenize
 from rewardmodel.parts import Parts, fingerprints, load_battles, split, write_training_keys
@@ -160,9 +160,6 @@ def fit_head(
     objective, layer = find_objective(recipe.objective), trained_layer(model)
     reading = (tokenizer.pad_token_id, dtype, feature_folder(recipe.model, dtype), recipe.inference.batch_tokens)
     examples = Examples.of(rows, features(model, layer, rows, *reading), layer.weight.device)
-    if objective.head.tie:
-        torch.nn.init.constant_(layer.tie, initial_tie(float(examples.labels[:, 2].nanmean())))
-        layer.tie.requires_grad_(objective.learns_ties)
     fit_last_layer(layer, examples, groups, objective, recipe.objective)
     if not objective.learns_ties:
         rewards = layer_logits(layer, features(model, layer, validation_rows, *reading))[..., 0]

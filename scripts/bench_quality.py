@@ -114,7 +114,7 @@ def out_of_fold(recipe: Any, given: Read, dealing: Fold) -> np.ndarray:
     """Return predictions of the arena battles, (n_arena, 3), each by a head fitted to the other folds."""
     from rewardmodel.folds import trains
     from rewardmodel.head import PairTieHead, TieHead
-    from rewardmodel.objective import find_objective, fit_tie, initial_tie
+    from rewardmodel.objective import find_objective, fit_tie
     from rewardmodel.probe import Examples, fit_last_layer, layer_logits
 
     objective = find_objective(recipe.objective)
@@ -129,10 +129,6 @@ def out_of_fold(recipe: Any, given: Read, dealing: Fold) -> np.ndarray:
         )
         layer = (PairTieHead if recipe.model.pair_ties else TieHead)(given.features.shape[2])
         torch.nn.init.zeros_(layer.weight)
-        torch.nn.init.constant_(
-            layer.tie, initial_tie(float(np.average(examples.labels[:, 2], weights=examples.weight)))
-        )
-        layer.tie.requires_grad_(objective.learns_ties)
         fit_last_layer(layer, examples, dealing.group[training], objective, recipe.objective)
         if not objective.learns_ties:  # on the training battles: the fold's own are for judging
             rewards = layer_logits(layer, given.features[training])[..., 0]
@@ -211,6 +207,7 @@ def sliced(battles: Any, dealing: Fold, predicted: np.ndarray) -> dict[str, Any]
 
 def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Return the figures of every lever for one dealing of folds."""
+    from rewardmodel.battles import outcomes
     from rewardmodel.runs import data_fingerprint
 
     battles = dealt(options, seed)
@@ -223,7 +220,7 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         work / f"floors-{digest(dealing.fold.tobytes(), arena.tobytes())}.npz", lambda: floors_of(battles, dealing)
     )
     found: dict[str, Any] = {}
-    before = None
+    true, before = outcomes(battles)[arena], None
     for name, changes in {**LEVERS, **(MORE if options.more else {})}.items():
         if "others" in changes and not options.others:
             continue
@@ -239,7 +236,6 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         key = digest(asdict(recipe), changes, dealing.fold.tobytes(), arena.tobytes())
         predicted = kept(work / f"{name.replace(' ', '_')}-{key}.npz", predict)
         before = predicted if before is None else before
-        true = np.stack([battles[column][:] for column in OUTCOMES], axis=1)[arena].astype(np.float64)
         found[name] = judged(predicted, true, dealing.group[arena], floors["tfidf"], before)
         found[name]["seconds"] = round(time.monotonic() - begun)
         print(f"seed {seed}, {name}: {found[name]}", flush=True)
@@ -255,9 +251,6 @@ def judged_floor(predicted: np.ndarray, true: np.ndarray, groups: np.ndarray) ->
     from rewardmodel.metrics import summary
 
     return rounded(summary(predicted, true, groups)["log_loss"])
-
-
-OUTCOMES = ("winner_model_a", "winner_model_b", "winner_tie")
 
 
 def over_seeds(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -6,7 +6,13 @@ import pytest
 from datasets import concatenate_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_regression import GRAMS, battles_of, changed, drawn
+from test_regression import (
+    GRAMS,
+    _few_columns,  # noqa: F401  # used by itself
+    battles_of,
+    changed,
+    drawn,
+)
 
 from rewardmodel import regression
 from rewardmodel.battles import OUTCOMES, swap, with_column
@@ -23,13 +29,6 @@ ALL = [f"{floor}_{name}" for floor in FLOORS for name in PROBABILITIES]
 
 def array(table, floor):
     return table[[f"{floor}_{name}" for name in PROBABILITIES]].to_numpy()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _few_columns():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(regression, "GRAMS", tuple({**settings, "n_features": 2**12} for settings in GRAMS))
-        yield
 
 
 @pytest.fixture(scope="module")
