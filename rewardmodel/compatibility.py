@@ -158,6 +158,16 @@ CHECKS = (
         "recipes/accelerate/ddp.yaml",
     ),
     Check(
+        lambda s: s.model.head_init == "fitted" and (s.model.keep_head or s.model.freeze_backbone),
+        "model.head_init: keep_head starts from the head that is there, and freeze_backbone always fits one; leave it "
+        "out",
+    ),
+    Check(
+        lambda s: s.model.head_init == "fitted" and s.fsdp,
+        "model.head_init: FSDP has no process that holds the backbone whole before training; launch with "
+        "recipes/accelerate/ddp.yaml, or leave it out",
+    ),
+    Check(
         lambda s: s.dtype == "bfloat16" and s.old,
         "model.dtype: bfloat16 is emulated below compute capability 8.0 (Turing, like the T4), many times slower; set "
         "auto, float16 or float32",

@@ -115,6 +115,9 @@ class ModelConfig:
     keep_head: bool = False
     """Start from the classification head that the backbone comes with, as a published reward model does, and refuse one
     that has none of the objective's width; false: the head's last layer is new, and starts even-handed."""
+    head_init: Literal["zero", "fitted"] = "zero"
+    """Start of a new head's last layer: zero, which is even-handed, or fitted to what the untouched backbone reads, as
+    with freeze_backbone, before anything else trains (linear probing first: Kumar et al. 2022)."""
     load_in_4bit: bool = False
     """Quantise the backbone to 4 bits with bitsandbytes; the head is left out."""
     load_in_8bit: bool = False

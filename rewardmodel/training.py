@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -93,38 +93,82 @@ def train(
     if resume:
         check_same_inputs(recipe.run_folder, facts)
     model, tokenizer = build_model(recipe.model, objective.head, args.seed)
+    groups = np.asarray(parts.training["group"][:])
+    work = Work(model, tokenizer, rows, validation_rows, groups, recipe, dtype)
     begin = partial(_begin, recipe, parts.training, facts, resume, overwrite, opening)
-    if recipe.model.freeze_backbone:
-        begin()
-        fit_head(model, tokenizer, rows, validation_rows, np.asarray(parts.training["group"][:]), recipe, dtype)
-    else:
-        _fit_adapters(model, tokenizer, rows, validation_rows, recipe, args, dtype, resume, begin)
+    (_train_head if recipe.model.freeze_backbone else _train_adapters)(work, args, resume, begin)
     return recipe.run_folder, parts
 
 
-def _fit_adapters(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
-    validation_rows: Dataset,
-    recipe: Recipe,
-    args: RewardConfig,
-    dtype: torch.dtype,
-    resume: bool,
-    begin: Callable[[], None],
-) -> None:
-    """Train what of a model trains, call `begin` when everything is checked, and save the model as a run's."""
+class Work(NamedTuple):
+    """What a training works with.
+
+    Attributes:
+        model: of `build_model`.
+        tokenizer: of the model.
+        rows: the training battles, of `rewardmodel.pairs.ROWS`.
+        validation_rows: what checkpoints are judged on, and the tie parameter is fitted on if the loss leaves it alone.
+        groups: (n_battles,) the prompt group of each training battle.
+        recipe: what to do.
+        dtype: precision of the backbone.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    rows: Dataset
+    validation_rows: Dataset
+    groups: np.ndarray
+    recipe: Recipe
+    dtype: torch.dtype
+
+
+def _train_adapters(work: Work, args: RewardConfig, resume: bool, begin: Callable[[], None]) -> None:
+    """Train what of a model trains, after calling `begin` when everything is checked, and save the model as a run's."""
+    recipe = work.recipe
     tokens = (recipe.trainer[TOKENS], recipe.inference.batch_tokens)
     rates = Rates(recipe.trainer[HEAD_RATE], recipe.trainer[LORAPLUS])
-    trainer = PreferenceTrainer(model, args, rows, validation_rows, tokenizer, recipe.objective, dtype, tokens, rates)
+    trainer = PreferenceTrainer(
+        work.model, args, work.rows, work.validation_rows, work.tokenizer, recipe.objective, work.dtype, tokens, rates
+    )
     if recipe.trainer[EARLY_STOPPING] is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.trainer[EARLY_STOPPING]))
     checkpoint = last_checkpoint(recipe.run_folder) if resume else None
     begin()
+    if recipe.model.head_init == "fitted" and not checkpoint:
+        fit_head(work)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if not trainer.objective.learns_ties:
         trainer.fit_tie()
     trainer.save_to(recipe.run_folder / MODEL, recipe.model)
+
+
+def _train_head(work: Work, args: RewardConfig, resume: bool, begin: Callable[[], None]) -> None:
+    """Call `begin`, fit the head's last layer on a frozen backbone, and save the model as a run's."""
+    begin()
+    objective, layer = find_objective(work.recipe.objective), trained_layer(work.model)
+    fit_head(work)
+    if not objective.learns_ties:
+        rewards = layer_logits(layer, _features(work, work.validation_rows))[..., 0]
+        labels = np.asarray(work.validation_rows["labels"][:])
+        torch.nn.init.constant_(layer.tie, fit_tie(rewards, labels, objective.link))
+    if is_main():
+        save_model(work.model, work.tokenizer, work.recipe.model, work.recipe.run_folder / MODEL)
+    wait_for_all()
+
+
+def fit_head(work: Work) -> None:
+    """Fit the head's last layer, in place, to what it reads of the training battles."""
+    layer, settings = trained_layer(work.model), work.recipe.objective
+    examples = Examples.of(work.rows, _features(work, work.rows), layer.weight.device)
+    fit_last_layer(layer, examples, work.groups, find_objective(settings), settings)
+
+
+def _features(work: Work, rows: Dataset) -> np.ndarray:
+    """Return what the head's last layer reads of rows, (n_battles, n_sequences, width) float32."""
+    return features(
+        work.model, trained_layer(work.model), rows, work.tokenizer.pad_token_id, work.dtype,
+        feature_folder(work.recipe.model, work.dtype), work.recipe.inference.batch_tokens,
+    )  # fmt: skip
 
 
 def _begin(
@@ -134,39 +178,6 @@ def _begin(
     if is_main():
         write_environment(open_run(recipe, resume, overwrite, opening), facts)
         write_training_keys(recipe.run_folder, training)
-    wait_for_all()
-
-
-def fit_head(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
-    validation_rows: Dataset,
-    groups: np.ndarray,
-    recipe: Recipe,
-    dtype: torch.dtype,
-) -> None:
-    """Fit the head's last layer on a frozen backbone, and save the model as a run's.
-
-    Args:
-        model: of `build_model`.
-        tokenizer: of the model.
-        rows: the training battles.
-        validation_rows: what the tie parameter is fitted on, if the loss leaves it alone.
-        groups: the prompt group of each training battle.
-        recipe: what to do.
-        dtype: precision of the backbone.
-    """
-    objective, layer = find_objective(recipe.objective), trained_layer(model)
-    reading = (tokenizer.pad_token_id, dtype, feature_folder(recipe.model, dtype), recipe.inference.batch_tokens)
-    examples = Examples.of(rows, features(model, layer, rows, *reading), layer.weight.device)
-    fit_last_layer(layer, examples, groups, objective, recipe.objective)
-    if not objective.learns_ties:
-        rewards = layer_logits(layer, features(model, layer, validation_rows, *reading))[..., 0]
-        labels = np.asarray(validation_rows["labels"][:])
-        torch.nn.init.constant_(layer.tie, fit_tie(rewards, labels, objective.link))
-    if is_main():
-        save_model(model, tokenizer, recipe.model, recipe.run_folder / MODEL)
     wait_for_all()
 
 

@@ -23,6 +23,8 @@ CASES = [
     (setup({"freeze_backbone": True, "use_peft": False}), "use_peft is false, which trains all weights; set one"),
     (setup({"freeze_backbone": True, "keep_head": True}), "model.keep_head: freeze_backbone fits the last layer"),
     (setup({"freeze_backbone": True}, launch=FSDP), "these do not; launch with recipes/accelerate/ddp.yaml"),
+    (setup({"head_init": "fitted", "keep_head": True}), "model.head_init: keep_head starts from the head that is"),
+    (setup({"head_init": "fitted"}, launch=FSDP), "holds the backbone whole before training; launch with"),
     (setup({"load_in_4bit": True, "use_peft": False}), "cannot train itself; leave it true"),
     (setup(capability=(7, 5)), r"bfloat16 is emulated below .*T4.*; set auto, float16 or float32"),
     (setup(dtype="float16", model_type="gemma2"), "leave float16's range .*; set auto"),

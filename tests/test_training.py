@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 import subprocess
 import sys
 
@@ -132,10 +133,29 @@ def test_a_frozen_run_that_is_done_is_left_alone_and_one_that_was_killed_goes_on
     assert (run / MODEL / "adapter_model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_training_starts_from_a_head_that_is_fitted_to_what_the_untouched_backbone_reads(
+    frozen, objective, tmp_path, monkeypatch
+):
+    recipe = frozen(objective)
+    run, parts = train(recipe)
+    alone = predicted(predict(run, parts.validation))
+    model = dataclasses.replace(recipe.model, freeze_backbone=False, lora_first_layer=0, head_init="fitted")
+    still = recipe.trainer | {"output_dir": str(tmp_path / "still"), "learning_rate": 1e-12, "max_steps": 1}
+    run, _ = train(dataclasses.replace(recipe, model=model, trainer=still), parts=parts)
+    np.testing.assert_allclose(predicted(predict(run, parts.validation)), alone, atol=1e-4)
+    with monkeypatch.context() as patch:  # a checkpoint has its head already
+        patch.setattr("rewardmodel.training.fit_last_layer", lambda *_: pytest.fail("fitted again"))
+        shutil.rmtree(run / MODEL)
+        train(dataclasses.replace(recipe, model=model, trainer=still), parts=parts, resume=True)
+    np.testing.assert_allclose(predicted(predict(run, parts.validation)), alone, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
         ({"keep_head": True}, "model.keep_head: freeze_backbone fits the last layer of the head anew"),
+        ({"head_init": "fitted"}, "model.head_init: .*freeze_backbone always fits one"),
         ({"use_peft": False}, "model.freeze_backbone: .*use_peft is false"),
         ({"num_hidden_layers": 3}, "model.num_hidden_layers: 3, but the backbone has 2"),
         ({"num_hidden_layers": 0}, "model.num_hidden_layers: 0, but the backbone has 2"),
