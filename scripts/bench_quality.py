@@ -1,16 +1,19 @@
-r"""What helps a small frozen backbone on real battles, and by how much: paired, on prompts that were not trained on.
+r"""What helps a small backbone on real battles, and by how much: paired, on prompts that were not trained on.
 
     python scripts/bench_quality.py train.csv more_arena.parquet --others judged.parquet other.parquet \
         --json scripts/results/quality.json
+    python scripts/bench_quality.py train.csv more_arena.parquet --read --lora prompt.max_length=1024 --json ...
 
 The first files, arena battles, are dealt into five folds by prompt group, once for each seed; the others only train,
 and what of them shares a prompt with a held-out battle is left out. The floors learn from the arena battles of the
-other folds. Every lever is one change of recipes/arena_small_cpu.yaml. What a backbone reads of a battle is computed
-once and kept in the cache, predictions are kept in --work: killed, the same command goes on.
+other folds. Every lever of levers.py is one change of recipes/arena_small_cpu.yaml, those of LoRA of
+recipes/arena_small_gpu.yaml. What a backbone reads of a battle is computed once and kept in the cache, predictions and
+what LoRA trains in --work: killed, the same command goes on.
 
 Figures are log losses of predictions of left-out folds, with 95 % intervals by prompt group, and paired differences, to
 the TF-IDF floor and to the recipe as it is; negative: better. `blended`: with the floor, by weights fitted on other
-groups; `calibrated`: vector scaling fitted on other groups.
+groups; `calibrated`: vector scaling fitted on other groups; `flips`: the share of battles whose likelier winner changes
+with the order, before both are averaged.
 """
 
 import argparse
@@ -18,61 +21,29 @@ import hashlib
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from bench_battles import tell
+from levers import LEVERS, LORA, READ
+from out_of_fold import Fold, fitted_out_of_fold, read, trained_out_of_fold
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "arena_small_cpu.yaml"
+RECIPES = Path(__file__).parents[1] / "recipes"
 
-LEVERS: dict[str, dict[str, Any]] = {
-    "recipe": {},
-    "one tie parameter": {"model.pair_ties": False},
-    "last token alone": {"model.pooling": "last"},
-    "means alone": {"model.pooling": "responses"},
-    "Rao-Kupper": {"objective.name": "rao_kupper"},
-    "Bradley-Terry, ties fitted after": {"objective.name": "bradley_terry", "model.pair_ties": False},
-    "label smoothing 0.05": {"objective.label_smoothing": 0.05},
-    "other sources": {"others": 1.0},
-    "other sources, weight 0.3": {"others": 0.3},
-    "other sources, weight 0.1": {"others": 0.1},
-}
-"""Keys of the recipe that are changed; `others` is the weight of the battles that only train, else left out."""
-
-MORE: dict[str, dict[str, Any]] = {
-    "12 layers": {"model.num_hidden_layers": 12},
-    "16 layers": {"model.num_hidden_layers": 16},
-    "24 layers": {"model.num_hidden_layers": 24},
-    "256 tokens": {"prompt.max_length": 256},
-}
-"""Levers for which the backbone reads the battles again; asked for by --more."""
+OWN = ("others", "consistency", "bags")
+"""Changes that are no keys of a recipe."""
 
 
-class Read(NamedTuple):
-    """Battles as a backbone reads them: features (n, 2, width), labels (n, 3), weights (n,)."""
-
-    features: np.ndarray
-    labels: np.ndarray
-    weight: np.ndarray
-
-
-class Fold(NamedTuple):
-    """Who learns and who is judged: groups, folds and whether a battle is of the arena, each (n,)."""
-
-    group: np.ndarray
-    fold: np.ndarray
-    arena: np.ndarray
-
-
-def recipe_of(changes: dict[str, Any]) -> Any:
-    """Return the recipe with a lever's changes."""
+def recipe_of(changes: dict[str, Any], name: str = "arena_small_cpu") -> Any:
+    """Return a recipe with a lever's changes."""
     from rewardmodel import load_recipe
 
-    words = [f"--{key}={str(value).lower()}" for key, value in changes.items() if "." in key]
-    return load_recipe(RECIPE, words)
+    words = [f"--{key}={str(value).lower()}" for key, value in changes.items() if key not in OWN]
+    return load_recipe(RECIPES / f"{name}.yaml", words)
 
 
 def dealt(options: argparse.Namespace, seed: int) -> Any:
@@ -83,59 +54,6 @@ def dealt(options: argparse.Namespace, seed: int) -> Any:
     sources = [Source(path) for path in options.arena]
     sources += [Source(path, validation=False, limit=options.limit) for path in options.others]
     return load_battles(DataConfig(train=sources, folds=5, seed=seed))
-
-
-def read(recipe: Any, battles: Any) -> Read:
-    """Return what the backbone of a recipe reads of battles, out of the cache where it is there."""
-    from rewardmodel.features import feature_folder, features
-    from rewardmodel.model import build_model, trained_layer
-    from rewardmodel.objective import find_objective
-    from rewardmodel.pairs import tokenize
-    from rewardmodel.placement import placement
-    from rewardmodel.weights import resolve
-
-    # Both poolings are columns of this one.
-    config = replace(recipe.model, pooling="last_and_responses")
-    objective = find_objective(recipe.objective)
-    model, tokenizer = build_model(config, objective.head, 0)
-    dtype = placement(config, resolve(config.model_name_or_path))[1]
-    rows = tokenize(battles, tokenizer, recipe.prompt, encoding=objective.encoding)
-    folder = feature_folder(config, dtype)
-    found = features(
-        model, trained_layer(model), rows, tokenizer.pad_token_id, dtype, folder, recipe.inference.batch_tokens
-    )
-    half = found.shape[2] // 2
-    columns = {"last": slice(0, half), "responses": slice(half, None), "last_and_responses": slice(None)}
-    labels, weight = (np.asarray(rows[name][:], np.float32) for name in ("labels", "weight"))
-    return Read(np.ascontiguousarray(found[..., columns[recipe.model.pooling]]), labels, weight)
-
-
-def out_of_fold(recipe: Any, given: Read, dealing: Fold) -> np.ndarray:
-    """Return predictions of the arena battles, (n_arena, 3), each by a head fitted to the other folds."""
-    from rewardmodel.folds import trains
-    from rewardmodel.head import PairTieHead, TieHead
-    from rewardmodel.objective import find_objective, fit_tie
-    from rewardmodel.probe import Examples, fit_last_layer, layer_logits
-
-    objective = find_objective(recipe.objective)
-    result = np.full((len(given.labels), 3), np.nan)
-    for number in range(5):
-        training = trains(dealing.fold, number) & (given.weight > 0)
-        own = dealing.arena & (dealing.fold == number)
-        examples = Examples(
-            *map(torch.from_numpy, (given.features[training], given.labels[training])),
-            torch.full((int(training.sum()), 3), torch.nan),
-            torch.from_numpy(given.weight[training]),
-        )
-        layer = (PairTieHead if recipe.model.pair_ties else TieHead)(given.features.shape[2])
-        torch.nn.init.zeros_(layer.weight)
-        fit_last_layer(layer, examples, dealing.group[training], objective, recipe.objective)
-        if not objective.learns_ties:  # on the training battles: the fold's own are for judging
-            rewards = layer_logits(layer, given.features[training])[..., 0]
-            torch.nn.init.constant_(layer.tie, fit_tie(rewards, given.labels[training], objective.link))
-        logits = torch.from_numpy(layer_logits(layer, given.features[own]))
-        result[own] = objective.probabilities(logits).numpy()
-    return result[dealing.arena]
 
 
 def floors_of(battles: Any, dealing: Fold) -> dict[str, np.ndarray]:
@@ -166,12 +84,13 @@ def digest(*parts: Any) -> str:
 
 
 def judged(
-    predicted: np.ndarray, true: np.ndarray, groups: np.ndarray, floor: np.ndarray, before: np.ndarray
+    orders: np.ndarray, true: np.ndarray, groups: np.ndarray, floor: np.ndarray, before: np.ndarray
 ) -> dict[str, Any]:
-    """Return the figures of predictions beside the floor's and the recipe's as it is."""
+    """Return the figures of the mean of predictions by order, (orders, n, 3), beside the floor's and the recipe's."""
     from rewardmodel.calibration import BLEND, cross_fit
     from rewardmodel.metrics import log_loss, paired_difference, summary
 
+    predicted = orders.mean(axis=0)
     blended = cross_fit(BLEND, np.concatenate([predicted, floor], axis=1), true, groups)
     calibrated = cross_fit("vector", predicted, true, groups)
     found = summary(predicted, true, groups)
@@ -183,6 +102,7 @@ def judged(
         "blended": round(log_loss(blended, true), 4),
         "blended_to_floor": rounded(paired_difference(blended, floor, true, groups)),
         "blended_to_recipe": rounded(paired_difference(blended, before, true, groups)),
+        "flips": round(float((orders[0].argmax(axis=1) != orders[-1].argmax(axis=1)).mean()), 4),
     }
 
 
@@ -205,6 +125,19 @@ def sliced(battles: Any, dealing: Fold, predicted: np.ndarray) -> dict[str, Any]
     }
 
 
+def levers(options: argparse.Namespace) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Return recipe and changes of every lever that was asked for, by name."""
+    given = dict(word.split("=", 1) for word in options.lora or [])
+    asked = {name: (recipe_of(changes), changes) for name, changes in LEVERS.items()}
+    if options.read:
+        asked |= {name: (recipe_of(changes), changes) for name, changes in READ.items()}
+    if options.lora is not None:
+        asked |= {name: (recipe_of(given | changes, "arena_small_gpu"), changes) for name, changes in LORA.items()}
+    left_out = set() if options.others else {name for name, (_, changes) in asked.items() if "others" in changes}
+    wanted = set(options.only or asked) | {"recipe"}
+    return {name: lever for name, lever in asked.items() if name in wanted - left_out}
+
+
 def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Return the figures of every lever for one dealing of folds."""
     from rewardmodel.battles import outcomes
@@ -221,22 +154,13 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     )
     found: dict[str, Any] = {}
     true, before = outcomes(battles)[arena], None
-    for name, changes in {**LEVERS, **(MORE if options.more else {})}.items():
-        if "others" in changes and not options.others:
-            continue
-        recipe, begun = recipe_of(changes), time.monotonic()
-
-        def predict(recipe: Any = recipe, changes: dict[str, Any] = changes) -> np.ndarray:
-            wanted = battles if "others" in changes else battles.select(np.flatnonzero(arena))
-            some = dealing if "others" in changes else Fold(*(part[arena] for part in dealing))
-            given = read(recipe, wanted)
-            weight = given.weight * np.where(some.arena, 1, np.float32(changes.get("others", 1)))
-            return out_of_fold(recipe, given._replace(weight=weight.astype(np.float32)), some)
-
+    for name, (recipe, changes) in levers(options).items():
+        begun = time.monotonic()
         key = digest(asdict(recipe), changes, dealing.fold.tobytes(), arena.tobytes())
-        predicted = kept(work / f"{name.replace(' ', '_')}-{key}.npz", predict)
-        before = predicted if before is None else before
-        found[name] = judged(predicted, true, dealing.group[arena], floors["tfidf"], before)
+        file = work / f"{name.replace(' ', '_')}-{key}.npz"
+        orders = kept(file, partial(predictions, recipe, changes, battles, dealing, file.with_suffix("")))
+        before = orders.mean(axis=0) if before is None else before
+        found[name] = judged(orders, true, dealing.group[arena], floors["tfidf"], before)
         found[name]["seconds"] = round(time.monotonic() - begun)
         print(f"seed {seed}, {name}: {found[name]}", flush=True)
     return {
@@ -244,6 +168,21 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         "floors": {name: judged_floor(floors[name], true, dealing.group[arena]) for name in floors},
         "levers": found, "where": sliced(battles, dealing, before),
     }  # fmt: skip
+
+
+def predictions(recipe: Any, changes: dict[str, Any], battles: Any, dealing: Fold, folder: Path) -> np.ndarray:
+    """Return a lever's predictions of the arena battles by order, (orders, n_arena, 3)."""
+    from rewardmodel.battles import with_column
+
+    if "others" not in changes:
+        battles = battles.select(np.flatnonzero(dealing.arena))
+        dealing = Fold(*(part[dealing.arena] for part in dealing))
+    share = np.where(dealing.arena, 1, np.float32(changes.get("others", 1)))
+    weight = (np.asarray(battles["weight"][:], np.float32) * share).astype(np.float32)
+    if recipe.model.freeze_backbone:
+        return fitted_out_of_fold(recipe, read(recipe, battles)._replace(weight=weight), dealing, changes)
+    weighted = with_column(battles, "weight", weight)
+    return trained_out_of_fold(recipe, weighted, dealing, folder)
 
 
 def judged_floor(predicted: np.ndarray, true: np.ndarray, groups: np.ndarray) -> dict[str, float]:
@@ -284,7 +223,11 @@ def main() -> None:
     parser.add_argument("--others", nargs="*", default=[], help="labelled battles that only train")
     parser.add_argument("--limit", type=int, help="at most about so many battles of each of the others")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the dealing into folds")
-    parser.add_argument("--more", action="store_true", help="levers that make the backbone read everything again, too")
+    parser.add_argument("--read", action="store_true", help="levers too for which the backbone reads everything again")
+    parser.add_argument(
+        "--lora", nargs="*", metavar="KEY=VALUE", help="LoRA too, with these keys of its recipe changed"
+    )
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="of all these levers those alone")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where predictions are kept")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()
@@ -294,6 +237,7 @@ def main() -> None:
         {
             "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
             "minutes": round((time.monotonic() - begun) / 60, 1),
+            "lora": options.lora,
             "mean": over_seeds(list(runs.values())),
             "seeds": runs,
         },

@@ -1,0 +1,61 @@
+"""What bench_quality.py changes of a recipe, one lever at a time, by name: keys, and `others`, `consistency`, `bags`.
+
+`others` is the weight of the battles that only train, which are left out else; `consistency` the weight of the squared
+difference between what a joint model states of a battle in both orders, in the loss; `bags` the number of heads, each
+fitted to prompt groups that are drawn with replacement, whose predictions are averaged.
+"""
+
+from typing import Any
+
+JOINT = {
+    "objective.name": "cross_entropy", "model.pair_ties": False, "prompt.max_length": 1024,
+    "data.swap_augmentation": "both",
+}  # fmt: skip
+"""Both responses in one sequence of twice the length."""
+
+GEMMA = {"model.model_name_or_path": "gemma3-270m", "prompt.template": "response"}
+
+LEVERS: dict[str, dict[str, Any]] = {
+    "recipe": {},
+    "one tie parameter": {"model.pair_ties": False},
+    "last token alone": {"model.pooling": "last"},
+    "means alone": {"model.pooling": "responses"},
+    "Rao-Kupper": {"objective.name": "rao_kupper"},
+    "Bradley-Terry, ties fitted after": {"objective.name": "bradley_terry", "model.pair_ties": False},
+    "label smoothing 0.05": {"objective.label_smoothing": 0.05},
+    "10 heads averaged": {"bags": 10},
+    "other sources": {"others": 1.0},
+    "other sources, weight 0.3": {"others": 0.3},
+    "other sources, weight 0.1": {"others": 0.1},
+}
+"""Changes of recipes/arena_small_cpu.yaml that leave what the backbone reads as it is, and that it is read."""
+
+READ: dict[str, dict[str, Any]] = {
+    "256 tokens": {"prompt.max_length": 256},
+    "1024 tokens": {"prompt.max_length": 1024},
+    "2048 tokens": {"prompt.max_length": 2048},
+    "truncation: head": {"prompt.truncation": "head"},
+    "truncation: tail": {"prompt.truncation": "tail"},
+    "template: response": {"prompt.template": "response"},
+    "12 layers": {"model.num_hidden_layers": 12},
+    "16 layers": {"model.num_hidden_layers": 16},
+    "24 layers": {"model.num_hidden_layers": 24},
+    "30 layers": {"model.num_hidden_layers": 30},
+    "Gemma-3-270M, 12 layers": {**GEMMA, "model.num_hidden_layers": 12},
+    "Gemma-3-270M, 18 layers": {**GEMMA, "model.num_hidden_layers": 18},
+    "joint, both orders": JOINT,
+    "joint, an order by a coin": {**JOINT, "data.swap_augmentation": "random"},
+    "joint, as given": {**JOINT, "data.swap_augmentation": "none"},
+    "joint, both orders, consistency 1": {**JOINT, "consistency": 1.0},
+}
+"""Changes for which the backbone reads all battles again; asked for by --read."""
+
+LORA: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "LoRA, head from zero": {"model.head_init": "zero"},
+    "LoRA, one epoch": {"trainer.num_train_epochs": 1},
+    "LoRA, a quarter of the rate": {"trainer.learning_rate": 5.0e-5},
+    "LoRA, rank 64": {"model.lora_r": 64, "model.lora_alpha": 128},
+    "LoRA, other sources, weight 0.1": {"others": 0.1},
+}
+"""Changes of recipes/arena_small_gpu.yaml; asked for by --lora, and trained anew for each fold."""
