@@ -20,7 +20,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from rewardmodel.config import ModelConfig
 from rewardmodel.files import cache_folder
 from rewardmodel.forward import batching, forward_budget, row_logits
-from rewardmodel.processes import from_main, is_main, joined
+from rewardmodel.processes import from_main, in_every_process, is_main, joined
 from rewardmodel.shards import check_numbers, cut, read_arrays, write_arrays
 from rewardmodel.weights import fingerprint, resolve
 
@@ -89,7 +89,7 @@ def features(
         FloatingPointError: features that are no numbers; nothing is kept of that part.
     """
     keys, folder = row_keys(rows), _with_rest_of_head(folder, model, layer)
-    found: dict[str, np.ndarray] = from_main(lambda: _read(folder, set(keys)))
+    found = _read_by_all(folder, set(keys))
     todo = np.array([number for number, key in enumerate(keys) if key not in found], dtype=np.int64)
     if len(todo) < len(keys):
         logger.info("features of %d of %d battles are in %s", len(keys) - len(todo), len(keys), folder)
@@ -137,6 +137,14 @@ def row_keys(rows: Dataset) -> list[str]:
                 digest.update(np.asarray([len(part), *part], dtype=np.int32).tobytes())
             keys.append(digest.hexdigest())
     return keys
+
+
+def _read_by_all(folder: Path, wanted: set[str]) -> dict[str, np.ndarray]:
+    """Return in every process the features that the main one finds in its cache, which others may not see."""
+    found = _read(folder, wanted)
+    shared = in_every_process(set(found))
+    sent = from_main(lambda: {key: row for key, row in found.items() if key not in shared})
+    return {key: found[key] for key in shared} | sent
 
 
 def _read(folder: Path, wanted: set[str]) -> dict[str, np.ndarray]:

@@ -38,3 +38,12 @@ def from_main(find: Callable[[], Found]) -> Found:
     found: list = [find() if is_main() else None]
     broadcast_object_list(found)
     return found[0]
+
+
+def in_every_process(names: set[str]) -> set[str]:
+    """Return those of some names that every process gives."""
+    if joined().num_processes == 1:
+        return names
+    from accelerate.utils import gather_object
+
+    return set.intersection(*gather_object([names]))

@@ -154,7 +154,8 @@ def trained_out_of_fold(recipe: Any, battles: Any, dealing: Fold, folder: Path) 
     result: dict[str, np.ndarray] = {}
     for number in range(5):
         parts, run = split(battles, number), folder / f"fold-{number}"
-        own = replace(recipe, trainer=recipe.trainer | {"output_dir": str(run)})
+        keys = {"output_dir": str(run), "eval_strategy": "no"}  # the fold's battles judge, and so choose no checkpoint
+        own = replace(recipe, trainer=recipe.trainer | keys)
         train(own, parts=parts, resume=run.is_dir())
         table = predict(run, parts.validation)
         for order in ("ab", "ba") if "ba_p_tie" in table else ("",):

@@ -52,6 +52,21 @@ if is_main():
     write_predictions(table, folder / VALIDATION)
 """
 
+APART = """
+import os
+import sys
+from pathlib import Path
+
+if os.environ["RANK"] == "1":
+    os.environ["REWARDMODEL_CACHE"] += "/of another machine"
+    Path(os.environ["REWARDMODEL_CACHE"]).mkdir(exist_ok=True)
+
+from rewardmodel.cli import main
+
+for file in sys.argv[1:]:
+    main(["train", file])
+"""
+
 
 @pytest.fixture
 def exact(recipe):
@@ -121,6 +136,22 @@ def test_sharded_models_are_trained_saved_and_reloaded(exact, tmp_path):
     by_both = read_predictions(sharded["read by one process"].run_folder / VALIDATION)
     alone = predict(sharded["read by one process"].run_folder, "validation")
     np.testing.assert_allclose(predicted(by_both), predicted(alone), atol=1e-6)
+
+
+def test_processes_without_a_cache_in_common_train_from_the_same_features(exact, tmp_path):
+    frozen = replace(exact, model=replace(exact.model, freeze_backbone=True))
+    fitted = replace(exact, model=replace(exact.model, head_init="fitted"))
+    runs = [with_folder(recipe, tmp_path / f"two {number}") for number, recipe in enumerate((frozen, fitted))]
+    files = [written(recipe, tmp_path / f"{number}.yaml") for number, recipe in enumerate(runs)]
+    (tmp_path / "apart.py").write_text(APART)
+    process = launch("cpu_ddp", str(tmp_path / "apart.py"), *files)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    assert "features of 36 of 36 battles" in said  # the second run has what the first has read
+    for recipe, two in zip((frozen, fitted), runs, strict=True):
+        one, parts = train(with_folder(recipe, tmp_path / "one" / two.run_folder.name))
+        found, expected = (predicted(predict(run, parts.validation)) for run in (two.run_folder, one))
+        np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_a_killed_process_ends_all_and_the_run_resumes(exact, tmp_path):
