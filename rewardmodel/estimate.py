@@ -197,10 +197,7 @@ def training_needs(case: Case) -> dict[str, Any]:
         "optimiser": usage.optimiser,
     }  # fmt: skip
     if case.recipe.model.freeze_backbone:
-        head = find_objective(case.recipe.objective).head
-        width = WIDTHS[case.recipe.model.pooling](head.responses) * case.backbone.get_text_config().hidden_size
-        sequences = len(case.battles.branches[0]) - 1
-        parts["features"] = FEATURES * case.battles.training * sequences * width * 4
+        parts["features"] = _features(case)
     if case.launch.strategy == "fsdp":
         parts = {name: size // shards for name, size in parts.items()}
         parts["gathered layers"] = 2 * usage.largest_layer  # one computes, the next is on its way
@@ -223,7 +220,21 @@ def training_needs(case: Case) -> dict[str, Any]:
         fits = tokens
     parts["CUDA" if case.gpu else "process"] = own
     parts["activations"] = _activations(case, one, found.plain)
+    if case.recipe.model.head_init == "fitted":  # before training, which then needs that memory for other things
+        later = parts["gradients"] + parts["optimiser"] + parts["activations"]
+        parts["features"] = max(0, _features(case) - later)
+        least += parts["features"]
     return _told(case, parts, least, tokens, fits)
+
+
+def _features(case: Case) -> int:
+    """Return what a head is fitted to takes while that is done, in bytes."""
+    head = find_objective(case.recipe.objective).head
+    model = case.recipe.model
+    width = WIDTHS[model.pooling](head.responses) * len(model.read_layers or [1])
+    width *= case.backbone.get_text_config().hidden_size
+    sequences = len(case.battles.branches[0]) - 1
+    return FEATURES * case.battles.training * sequences * width * 4
 
 
 def inference_needs(case: Case) -> dict[str, Any]:
@@ -290,16 +301,20 @@ def hours(case: Case) -> dict[str, float]:
     forward, trained = flops(battles.branches, 0.0), epochs * battles.training
     operations = FORWARD * (1 + again) + BACKWARD * min(back, 1)
     steps = trained / trainer[BATTLES] * a_step
+    reads = _batches(case, battles.branches, battles.training, training_needs(case)["tokens"])
     if recipe.model.freeze_backbone:
-        steps = _batches(case, battles.branches, battles.training, training_needs(case)["tokens"])
+        steps = reads
     seconds = {
         "training": (
             trained * (flops(battles.branches, back) + again * forward) / rate,
             steps * operations * start,
         ),
         "evaluation": (evaluations * battles.validation * forward / rate, evaluations * judged * FORWARD * start),
+        "fitting the head": (battles.training * forward / rate, reads * FORWARD * start),
         "prediction": (battles.validation * flops(battles.predicted, 0.0) / rate, predicted * FORWARD * start),
     }  # fmt: skip
+    if recipe.model.head_init != "fitted":
+        del seconds["fitting the head"]
     return {what: max(both) / 3600 for what, both in seconds.items()}
 
 

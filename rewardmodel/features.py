@@ -30,8 +30,8 @@ TOKENS = 2**17
 """About so many tokens of each process are computed between two files."""
 
 SETTINGS = (
-    "num_hidden_layers", "pooling", "attn_implementation", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type",
-    "use_bnb_nested_quant",
+    "num_hidden_layers", "pooling", "read_layers", "attn_implementation", "load_in_4bit", "load_in_8bit",
+    "bnb_4bit_quant_type", "use_bnb_nested_quant",
 )  # fmt: skip
 """Fields of the recipe's `model` section that features depend on, beside the backbone."""
 

@@ -10,6 +10,7 @@ from rewardmodel.devices import DEVICES, Device
 from rewardmodel.estimate import (
     BACKWARD,
     CONTEXT,
+    FEATURES,
     FORWARD,
     LAUNCH,
     PROCESS,
@@ -128,6 +129,16 @@ def test_hours_are_operations_by_the_rate(case):
     assert hours(case(launch=Launch(2, "ddp")))["training"] == pytest.approx(alone["training"] / 2)
     upper = hours(case(lora_first_layer=1))["training"]
     assert upper == pytest.approx(400 * (1.5 * dense + 2 * attention) / rate)
+
+
+def test_a_head_that_is_fitted_first_costs_a_forward_pass_and_room_for_what_it_reads(case):
+    fitted, plain = case(head_init="fitted"), case()
+    assert hours(fitted) == hours(plain) | {"fitting the head": pytest.approx(4 * hours(plain)["evaluation"])}
+    assert training_needs(fitted)["parts"].keys() - training_needs(plain)["parts"].keys() == {"features"}
+    many = dataclasses.replace(fitted, battles=dataclasses.replace(fitted.battles, training=10**7), found={})
+    later = ("gradients", "optimiser", "activations")
+    parts, width = training_needs(many)["parts"], fitted.backbone.hidden_size
+    assert parts["features"] + sum(parts[name] for name in later) == FEATURES * 10**7 * 1 * width * 4
 
 
 @pytest.mark.parametrize(
