@@ -30,7 +30,7 @@ NO_SPREAD = 0.01
 """Standard deviation over battles below which a probability counts as constant."""
 
 ALIKE = 10
-"""Least groups that tell something where all are alike, so that an interval is a point: 72 % or more are so (Wilson)."""
+"""Least groups that tell something where all are alike and an interval is a point: by Wilson's, 72 % or more are."""
 
 MOST = 4
 """Names that a sentence or a line shows."""
