@@ -1,7 +1,7 @@
 """What was measured of predictions in, a sentence for each thing that stands out: the same on a page and a terminal.
 
 A thing stands out where it is beyond chance (its 95 % interval leaves out what it is held against) and of a size that
-matters. What was not measured is passed over.
+matters; so does skill that is not beyond chance. What was not measured is passed over.
 """
 
 import math
@@ -65,7 +65,7 @@ def _skill(facts: Facts) -> Iterator[str]:
     metrics, spread = facts.get("metrics") or {}, facts.get("spread")
     loss, winners = metrics.get("log_loss"), metrics.get("accuracy_decided")
     if loss and loss["value"] > UNIFORM and _beyond(facts, loss, UNIFORM):
-        yield f"The log loss is {loss['value']:.4f}: saying one third each, {UNIFORM:.4f}, would be better."
+        yield f"The log loss, {loss['value']:.4f}, is above {UNIFORM:.4f}: saying one third each would be better."
     if spread is not None and spread < NO_SPREAD and facts["battles"] > 1:
         yield "All battles get nearly the same prediction: the model reads nothing from them."
     if winners and not (winners["value"] > 0.5 and _beyond(facts, winners, 0.5)):
@@ -108,9 +108,9 @@ def _order(facts: Facts) -> Iterator[str]:
 
 
 def _length(facts: Facts) -> Iterator[str]:
-    difference = (facts.get("verbosity") or {}).get("difference")
+    difference = (facts.get("verbosity") or {}).get("difference") or {"value": 0, "low": 0, "high": 0}
     # what twice the length adds where two responses are even but for it: expit(s) - expit(-s), s = slope ln 2
-    gap = math.tanh(difference["value"] * math.log(2) / 2) if difference else 0
+    gap = math.tanh(difference["value"] * math.log(2) / 2)
     if abs(gap) >= LARGE and _beyond(facts, difference):
         more, points = "more" if gap > 0 else "less", 100 * abs(gap)
         yield f"The model favours longer responses {more} than people do: one twice as long by {points:.0f} points."
@@ -125,7 +125,7 @@ def _models(facts: Facts) -> Iterator[str]:
         named = [f"{row['name']} {_points(gap)}" for row in off if abs(gap := row["difference"]["value"]) >= LARGE]
         # 5 % of the intervals miss 0 by chance; two standard deviations more do not
         if named and len(off) > 0.05 * len(rows) + 2 * (0.05 * 0.95 * len(rows)) ** 0.5:
-            said = f"{len(named)} of {len(rows)} {what} are predicted to win more or less often than people let them"
+            said = f"Predicted to win more or less often than people let them, {len(named)} of {len(rows)} {what}"
             yield f"{said}: {some_of(named)}."
             return
 

@@ -63,12 +63,12 @@ RULES = {
     "log loss": (
         measured(log_loss=figure(1.2, UNIFORM + 0.001, 1.3)),
         measured(log_loss=figure(1.2, UNIFORM - 0.001, 1.3)),
-        "The log loss is 1.2000: saying one third each, 1.0986, would be better.",
+        "The log loss, 1.2000, is above 1.0986: saying one third each would be better.",
     ),
     "log loss, the same in every group": (
         measured(ALIKE, log_loss=figure(1.2)),
         measured(ALIKE - 1, log_loss=figure(1.2)),
-        "The log loss is 1.2000: saying one third each, 1.0986, would be better.",
+        "The log loss, 1.2000, is above 1.0986: saying one third each would be better.",
     ),
     "spread": (
         {"battles": 2, "spread": NO_SPREAD * 0.99},
@@ -158,18 +158,18 @@ RULES = {
     "families, more than chance has it": (  # .05 * 20 + 2 sqrt(.05 * .95 * 20) = 2.95
         favoured([0.1, -0.2, 0.06, *[0] * 17]),
         favoured([0.1, -0.2, *[0] * 18]),
-        "3 of 20 families are predicted to win more or less often than people let them: "
+        "Predicted to win more or less often than people let them, 3 of 20 families: "
         "m0 10 points more, m1 20 points less, m2 6 points more.",
     ),
     "a family, of a size that matters": (
         favoured([LARGE]),
         favoured([LARGE - 0.001]),
-        "1 of 1 families are predicted to win more or less often than people let them: m0 5 points more.",
+        "Predicted to win more or less often than people let them, 1 of 1 families: m0 5 points more.",
     ),
     "models of families that are not off": (
         favoured([0.1, -0.1], kind="names"),
         favoured([0.005, -0.005], kind="names"),
-        "2 of 2 models are predicted to win more or less often than people let them: "
+        "Predicted to win more or less often than people let them, 2 of 2 models: "
         "m0 10 points more, m1 10 points less.",
     ),
     "a slice": (
@@ -195,7 +195,7 @@ def test_a_rule_speaks_just_beyond_its_threshold_and_not_just_short_of_it(beyond
 def test_models_are_not_named_beside_their_families():
     both = favoured([0.1, 0.2], names=favoured([0.3], kind="names")["models"]["names"])
     (sentence,) = findings(both)
-    assert sentence.startswith("2 of 2 families")
+    assert "2 of 2 families: m0" in sentence
 
 
 def test_a_slice_by_what_happened_says_nothing():
