@@ -5,17 +5,17 @@ Intervals are 95 %, from whole groups drawn again; all figures of a function sta
 
 import re
 import textwrap
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from rewardmodel.findings import findings, some_of
 from rewardmodel.metrics import log_loss_terms
 from rewardmodel.predictions import average, in_both_orders, known_outcomes, predicted, true_outcomes
-from rewardmodel.resampling import STEEPEST, Draws, draw_groups, figure, ratio, slopes
+from rewardmodel.resampling import STEEPEST, Draws, apart, draw_groups, figure, ratio, slopes
 from rewardmodel.slices import CLOSE, LENGTHS, lengths, slice_figures, slice_terms, slices
 
 Facts = dict[str, Any]
@@ -52,13 +52,14 @@ def audit_bias(table: pd.DataFrame) -> Facts:
         table: predictions with known outcomes.
 
     Returns:
-        `battles`, and what `position`, `verbosity`, `models` and `slices` return, by their names.
+        `battles`, `groups`, and what `position`, `verbosity`, `models` and `slices` return, by their names.
 
     Raises:
         InputError: no battles, or outcomes that are not known; so do the four.
     """
     audits = {"position": position, "verbosity": verbosity, "models": models, "slices": slices}
-    return {"battles": len(table), **{name: audit(table) for name, audit in audits.items()}}
+    counts = {"battles": len(table), "groups": int(table["group"].nunique())}
+    return {**counts, **{name: audit(table) for name, audit in audits.items()}}
 
 
 def position(table: pd.DataFrame) -> Facts | None:
@@ -146,7 +147,7 @@ def _scatter(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
 def _verdict(difference: Facts | None) -> str:
     if difference is None:
         return "whether the model favours length as people do cannot be told"
-    if not _apart(difference):
+    if not apart(difference):
         return "no difference from people can be told"
     return f"the model favours longer responses {'more' if difference['value'] > 0 else 'less'} than people do"
 
@@ -195,9 +196,9 @@ def family(name: str) -> str:
 
 def _favours(draws: Draws, codes: np.ndarray, names: list[Facts], rates: list[np.ndarray], least: int) -> list[Facts]:
     """Return the rows of `models` for the names that each side of each battle, (n_battles, 2) int, has (-1: none)."""
-    apart = (codes >= 0) & (codes != codes[:, ::-1])
-    counts = np.bincount(codes[apart], minlength=len(names))
-    battles, sides = np.nonzero(apart & (counts[codes] >= least))
+    told = (codes >= 0) & (codes != codes[:, ::-1])
+    counts = np.bincount(codes[told], minlength=len(names))
+    battles, sides = np.nonzero(told & (counts[codes] >= least))
     if not len(battles):
         return []
     listed, columns = np.unique(codes[battles, sides], return_inverse=True)
@@ -224,16 +225,12 @@ def _means(draws: Draws, columns: dict[str, np.ndarray], weight: np.ndarray) -> 
     return {name: figure(ratio(sums[:, place], sums[:, -1])) for place, name in enumerate(columns)}
 
 
-MOST, PREFERENCE = 4, 0.01
-"""Models and slices that a line shows; the least preference for a position, in probability, that is told as off."""
-
-
 def format_bias(facts: Facts) -> str:
-    """Return what `audit_bias` found as lines for a terminal, with a sentence for each thing that is off."""
-    lines, wrong = [*_order_lines(facts["position"]), *_length_lines(facts["verbosity"])], list(_wrong(facts))
+    """Return what `audit_bias`, or `evaluate`, found as lines for a terminal, and what stands out in it."""
+    lines, found = [*_order_lines(facts["position"]), *_length_lines(facts["verbosity"])], findings(facts)
     lines += [*_model_lines(facts["models"]), *_slice_lines(facts["slices"])]
     wrap = textwrap.TextWrapper(118, "  - ", "    ", break_long_words=False, break_on_hyphens=False)
-    return "\n".join([*lines, "what is off" if wrong else "nothing looks off", *map(wrap.fill, wrong)])
+    return "\n".join([*lines, "what stands out" if found else "nothing stands out", *map(wrap.fill, found)])
 
 
 def _order_lines(facts: Facts | None) -> list[str]:
@@ -278,64 +275,21 @@ def _model_lines(facts: Facts | None) -> list[str]:
     if facts is None or not any(facts.values()):
         return ["models: no names with enough battles"]
     lines = ["models: predicted - human win rate, in points (*: 0 is outside its 95 % interval)"]
-    return lines + [_listed(kind, map(_points, rows), len(rows)) for kind, rows in facts.items() if rows]
+    return lines + [_listed(kind, map(_points, rows)) for kind, rows in facts.items() if rows]
 
 
 def _points(row: Facts) -> str:
     name = f"{row['name']} against {row['against']}" if "against" in row else row["name"]
-    return f"{name} {100 * row['difference']['value']:+.1f}{'*' * _apart(row['difference'])}"
+    return f"{name} {100 * row['difference']['value']:+.1f}{'*' * apart(row['difference'])}"
 
 
-def _apart(found: Facts, other: float = 0) -> bool:
-    """Return whether a value is outside an interval; one that is a point, as that of a single group, tells nothing."""
-    return found["low"] < found["high"] and not found["low"] <= other <= found["high"]
-
-
-def _first(shown: Iterable[str], count: int) -> str:
-    return ", ".join(islice(shown, MOST)) + (f" and {count - MOST:,} more" if count > MOST else "")
-
-
-def _listed(name: str, shown: Iterable[str], count: int) -> str:
-    return textwrap.fill(f"  {name:<15}{_first(shown, count)}", 118, subsequent_indent=" " * 17)
+def _listed(name: str, shown: Iterable[str]) -> str:
+    return textwrap.fill(f"  {name:<15}{some_of(list(shown))}", 118, subsequent_indent=" " * 17)
 
 
 def _slice_lines(facts: Facts) -> list[str]:
     lines = ["slices: log_loss (battles)"]
     for dimension, rows in facts.items():
         shown = (f"{row['name']}: {row['log_loss']['value']:.4f} ({row['battles']:,})" for row in rows or [])
-        lines += [_listed(dimension.replace("_", " "), shown, len(rows))] if rows else []
+        lines += [_listed(dimension.replace("_", " "), shown)] if rows else []
     return lines
-
-
-def _wrong(facts: Facts) -> Iterator[str]:
-    """Yield a sentence for each thing that is off beyond chance."""
-    order, length = facts["position"], facts["verbosity"]
-    if order and _apart(order["preference"]) and abs(order["preference"]["value"]) >= PREFERENCE:
-        first, points = order["preference"]["value"] > 0, 100 * abs(order["preference"]["value"])
-        yield f"The model favours what stands {'first' if first else 'second'}, by {points:.1f} points of probability."
-    if length and length["difference"] and _apart(length["difference"]):
-        yield f"{length['verdict'].capitalize()}."
-    yield from strange_kinds(facts)
-
-
-def strange_kinds(facts: Facts) -> Iterator[str]:
-    """Yield a sentence for each kind of models or of battles that is predicted wrong beyond chance."""
-    names, by_slice = facts["models"], facts["slices"]
-    for kind in ("families", "names"):
-        rows = names[kind] if names else []
-        apart = [row for row in rows if _apart(row["difference"])]
-        # 5 % of the intervals miss 0 by chance; two standard deviations more do not
-        if len(apart) > 0.05 * len(rows) + 2 * (0.05 * 0.95 * len(rows)) ** 0.5:
-            said = f"{len(apart)} of {len(rows)} {'families' if kind == 'families' else 'models'}"
-            shown = _first(map(_points, apart), len(apart))
-            yield f"Predicted to win more or less than people let them: {said}: {shown}."
-    for dimension, rows in by_slice.items():
-        worse = [
-            row
-            for row in rows or []
-            if row["log_loss"]["value"] > row["prior_all"] and _apart(row["log_loss"], row["prior_all"])
-        ]
-        if dimension != "outcome" and worse:
-            named = (f"{row['name']} ({row['log_loss']['value']:.4f} against {row['prior_all']:.4f})" for row in worse)
-            what = dimension.replace("_", " ")
-            yield f"Worse than the outcome shares of all battles, by {what}: {_first(named, len(worse))}."

@@ -42,8 +42,9 @@ def evaluate(predictions: str | Path | pd.DataFrame) -> Facts:
     Returns:
         `battles`, `groups`; `metrics`: name -> value, low, high (95 %, clustered by prompt group); `prior`: the log
         loss of these battles' own outcome shares; `floors`: name -> log_loss and difference (model minus floor) on the
-        same battles; `calibration`, `reliability`, `confusion` (true by predicted outcome, battles); and the audits
-        of `rewardmodel.bias`: `position`, `verbosity`, `models`, `slices`. None where it cannot be told.
+        same battles; `calibration`, `reliability`, `confusion` (true by predicted outcome, battles), `spread` (the
+        largest standard deviation over battles of a probability); and the audits of `rewardmodel.bias`: `position`,
+        `verbosity`, `models`, `slices`. None where it cannot be told.
 
     Raises:
         InputError: no such predictions, or outcomes that are not known.
@@ -173,6 +174,7 @@ def _measure(table: pd.DataFrame, where: str, floors: Path | None = None) -> Fac
         "floors": _floors(table, floors) if floors is not None and floors.is_file() else None,
         "calibration": None,
         "reliability": {"before": reliability(probabilities, true), "after": None},
+        "spread": float(probabilities.std(axis=0).max()),
         "confusion": np.bincount(likeliest, minlength=9).reshape(3, 3).tolist(),
         **audit_bias(table),
     }

@@ -19,6 +19,7 @@ from markupsafe import Markup
 from rewardmodel import charts
 from rewardmodel.battles import OUTCOMES, TEXTS
 from rewardmodel.charts import Row, legible
+from rewardmodel.findings import UNIFORM, findings
 from rewardmodel.metrics import log_loss_terms
 from rewardmodel.predictions import PROBABILITIES, predicted, true_outcomes
 from rewardmodel.runs import ENVIRONMENT, RECIPE, last_checkpoint
@@ -50,12 +51,6 @@ DIMENSIONS = {
 }
 """Names of the dimensions of slices for people."""
 
-UNIFORM = math.log(3)
-"""Log loss of one third each."""
-
-MANY_FLIPS, LARGE_PREFERENCE, LARGE_GAP, NO_SPREAD = 0.3, 0.05, 0.05, 0.01
-"""What stands out: flips of the verdict, preference for a place, gap between confidence and hits, least spread."""
-
 EXCERPT = 700
 """Characters of a text that the page shows."""
 
@@ -63,7 +58,7 @@ SHOWN = 10
 """Battles of each list."""
 
 
-def render(facts: Facts, table: pd.DataFrame, run: Path | None, strange: Sequence[str] = ()) -> str:
+def render(facts: Facts, table: pd.DataFrame, run: Path | None) -> str:
     """Return the page of one run, or of predictions that are no run's, the same bytes for the same input.
 
     Args:
@@ -71,7 +66,6 @@ def render(facts: Facts, table: pd.DataFrame, run: Path | None, strange: Sequenc
         table: the predictions that were measured, with known outcomes; texts, lengths, names of models and both orders
             are shown where it has them.
         run: the run folder, for its learning curve, recipe and environment.
-        strange: further findings, a sentence each.
     """
     training, validation = _learning(run)
     state, sentence = verdict(facts)
@@ -80,7 +74,7 @@ def render(facts: Facts, table: pd.DataFrame, run: Path | None, strange: Sequenc
         facts=facts,
         state=state,
         sentence=sentence,
-        findings=[*findings(facts, table, training), *strange],
+        findings=findings(facts, training),
         floors=FLOORS,
         dimensions=DIMENSIONS,
         parameters=_parameters(facts.get("calibration")),
@@ -152,40 +146,6 @@ def _against(name: str, difference: Facts) -> str:
 
 def _joined(parts: Sequence[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
-
-
-def findings(facts: Facts, table: pd.DataFrame, training: Sequence[tuple[float, float]]) -> list[str]:
-    """Return what a person should look at first, a sentence each; empty where nothing stands out."""
-    metrics, probabilities = facts.get("metrics") or {}, predicted(table)
-    found = []
-    loss, decided = (_value(metrics.get(name)) for name in ("log_loss", "accuracy_decided"))
-    if loss > UNIFORM:
-        found.append(f"The log loss is above {UNIFORM:.4f}: saying one third each would be better.")
-    if len(table) > 1 and probabilities.std(axis=0).max() < NO_SPREAD:
-        found.append("All battles get nearly the same prediction: the model reads nothing from them.")
-    hits, says = _value(metrics.get("accuracy")), probabilities.max(axis=1).mean() if len(table) else math.nan
-    if abs(says - hits) > LARGE_GAP:
-        sure = (
-            f"too {'sure' if says > hits else 'unsure'}: it gives the likeliest outcome {100 * says:.0f} % on average"
-        )
-        found.append(f"It is {sure}, which happens in {100 * hits:.0f} %.")
-    if math.isfinite(decided) and metrics["accuracy_decided"]["low"] <= 0.5:
-        found.append(f"It does not tell winner from loser: it finds {100 * decided:.0f} % of the winners, a coin 50 %.")
-    position, verbosity = facts.get("position") or {}, facts.get("verbosity") or {}
-    if _value(position.get("flip_rate")) > MANY_FLIPS:
-        found.append(f"The verdict flips with the order in {100 * _value(position['flip_rate']):.0f} % of battles.")
-    if abs(_value(position.get("preference"))) > LARGE_PREFERENCE:
-        place = "first" if _value(position["preference"]) > 0 else "second"
-        found.append(f"It prefers what stands {place}, by {100 * abs(_value(position['preference'])):.0f} points.")
-    difference = verbosity.get("difference")
-    if difference and difference["low"] * difference["high"] > 0:
-        more = "more" if difference["value"] > 0 else "less"
-        found.append(f"It favours longer responses {more} than people do.")
-    confusion = np.array(facts.get("confusion") or np.ones((3, 3)))
-    columns = zip(("A", "B", "a tie"), confusion.sum(axis=0), strict=True)
-    found += [f"It never finds {what} likeliest." for what, battles in columns if not battles]
-    strange = sum(not math.isfinite(one) for _, one in training)
-    return [*found, f"The training loss was no number at {strange} logged steps."] if strange else found
 
 
 def _charts(facts: Facts, table: pd.DataFrame, training: Sequence[Any], validation: Sequence[Any]) -> dict[str, Markup]:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rewardmodel.bias import strange_kinds
 from rewardmodel.evaluation import compare, measure_run
 from rewardmodel.files import write_text
 from rewardmodel.page import render, render_comparison
@@ -27,7 +26,7 @@ def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = 
     if len(folders) == 1:
         path = Path(output or folders[0] / REPORT)
         facts, table = measure_run(folders[0])
-        write_text(path, render(facts, table, folders[0], list(strange_kinds(facts))))
+        write_text(path, render(facts, table, folders[0]))
         return path
     measured = [measure_run(folder)[0] for folder in folders]
     differences = [None, *(compare(folder, folders[0]) for folder in folders[1:])]

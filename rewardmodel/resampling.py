@@ -69,6 +69,11 @@ def figure(values: np.ndarray) -> dict[str, float] | None:
     return {"value": float(values[0]), "low": low, "high": high}
 
 
+def apart(found: dict[str, float], other: float = 0) -> bool:
+    """Return whether a value is outside an interval; one that is a point, as that of a single group, tells nothing."""
+    return found["low"] < found["high"] and not found["low"] <= other <= found["high"]
+
+
 def slopes(x: np.ndarray, share: np.ndarray, weight: np.ndarray, times: np.ndarray) -> np.ndarray:
     """Return slopes of logistic regressions of shares on x without intercept, one a draw, (1 + samples,).
 

@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.bias import audit_bias, family, format_bias, models, position, slices, verbosity
 from rewardmodel.errors import InputError
+from rewardmodel.findings import findings
 from rewardmodel.metrics import (
     accuracy,
     accuracy_decided,
@@ -20,7 +21,7 @@ from rewardmodel.metrics import (
     log_loss,
 )
 from rewardmodel.predictions import PROBABILITIES, average, predicted, true_outcomes
-from rewardmodel.resampling import STEEPEST, draw_groups, figure, slopes
+from rewardmodel.resampling import STEEPEST, apart, draw_groups, figure, slopes
 
 A, B, TIE = np.eye(3)
 EVEN = [0.4, 0.4, 0.2]
@@ -96,6 +97,15 @@ def test_draws_are_those_of_the_metrics_after_the_table_itself():
 def test_a_figure_without_a_value_is_none_and_one_without_draws_is_a_point():
     assert figure(np.array([np.nan, 1, 2])) is None
     assert figure(np.array([3, np.nan, np.nan])) == {"value": 3, "low": 3, "high": 3}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "outside"),
+    [(0.1, 0.2, True), (-0.2, -0.1, True), (0, 0.1, False), (-0.1, 0.1, False), (1, 1, False)],
+)
+def test_a_value_is_apart_from_an_interval_that_is_no_point(low, high, outside):
+    assert apart({"value": (low + high) / 2, "low": low, "high": high}) == outside
+    assert apart({"value": (low + high) / 2, "low": low, "high": high}, high) is False
 
 
 def regression(x, won, weight):
@@ -582,7 +592,7 @@ def test_any_small_table_can_be_told(seed, count, soft):
 
 
 def test_one_group_tells_nothing_beyond_chance():
-    assert "nothing looks off" in format_bias(audit_bias(lengths_table(1.5, -1, count=200).assign(group=0)))
+    assert "nothing stands out" in format_bias(audit_bias(lengths_table(1.5, -1, count=200).assign(group=0)))
 
 
 def test_an_audit_is_the_same_twice():
@@ -620,26 +630,14 @@ def test_lines_are_short_and_few_where_nothing_is_off():
     for order in ("ab_", "ba_"):
         table[[order + name for name in PROBABILITIES]] = share
     lines = format_bias(audit_bias(table)).splitlines()
-    assert lines[-1] == "nothing looks off"
+    assert lines[-1] == "nothing stands out"
     assert len(lines) <= 28
     assert max(map(len, lines)) <= 118
 
 
-def test_what_is_off_is_told():
-    table = lengths_table(true_slope=0.2, model_slope=-1.5, count=800)
-    favoured = favouring_table().sample(800, replace=True, random_state=0)
-    table = table.assign(model_a=favoured["model_a"].to_numpy(), model_b=favoured["model_b"].to_numpy())
-    first = table["model_a"] == "gpt-4"
-    table.loc[first, list(PROBABILITIES)] *= [2, 0.5, 1]
-    table.loc[~first, list(PROBABILITIES)] *= [0.5, 2, 1]
-    table[list(PROBABILITIES)] /= table[list(PROBABILITIES)].to_numpy().sum(axis=1, keepdims=True)
-    shift = np.array([0.05, -0.05, 0])
-    for order, sign in (("ab_", 1), ("ba_", -1)):
-        table[[order + name for name in PROBABILITIES]] = np.array([0.4, 0.4, 0.2]) + sign * shift
-    words = format_bias(audit_bias(table)).split("what is off\n")[1]
-    assert "  - The model favours what stands first, by 10.0 points of probability." in words
-    assert "  - The model favours longer responses less than people do." in words
-    assert "  - Predicted to win more or less than people let them: 2 of 2 families: " in words
-    assert "gpt +" in words
-    assert "claude -" in words
-    assert "  - Worse than the outcome shares of all battles, by length gap: within 10 % (" in words
+def test_what_stands_out_is_listed_as_the_findings_say_it():
+    facts = audit_bias(lengths_table(true_slope=0.2, model_slope=-1.5, count=800))
+    facts["position"] = position(table_of([A, B] * 10, [[0.45, 0.35, 0.2]] * 20, [[0.35, 0.45, 0.2]] * 20))
+    assert len(findings(facts)) > 2
+    lines = format_bias(facts).split("what stands out\n")[1].replace("\n    ", " ").splitlines()
+    assert lines == [f"  - {sentence}" for sentence in findings(facts)]

@@ -13,7 +13,7 @@ LEVELS = [
     {"compatibility", "recipe"},
     {"sources", "folds", "predictions", "prompt", "weights", "runs", "head", "calibration", "resampling"}
     | {"placement", "arguments", "budget", "devices", "quantization", "stand_ins", "regression"},
-    {"teachers", "saved", "wheels", "checkpoint", "probe"},
+    {"teachers", "saved", "wheels", "checkpoint", "probe", "findings"},
     {"formats", "duplicates", "pairs", "lora", "slices", "floors", "page", "bundle"},
     {"model"},
     {"parts", "audit", "bias", "forward", "memory", "merge"},

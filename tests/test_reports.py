@@ -1,4 +1,6 @@
+import html
 import json
+import re
 import subprocess
 import sys
 
@@ -8,6 +10,7 @@ from conftest import from_columns
 
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.errors import InputError
+from rewardmodel.evaluation import evaluate, format_evaluation
 from rewardmodel.predictions import predictions_table, write_predictions
 from rewardmodel.reports import report
 
@@ -41,6 +44,15 @@ def test_a_runs_page_stands_in_its_folder_beside_the_figures(make_run):
     assert f"{loss:.3f}" in page
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
+
+
+def test_page_and_terminal_say_the_same_of_what_stands_out(make_run):
+    run = make_run("one")
+    listed = re.search('<ul class="findings">(.*?)</ul>', report(run).read_text(encoding="utf-8"))[1]
+    on_page = [html.unescape(one) for one in re.findall("<li>(.*?)</li>", listed)]
+    on_terminal = format_evaluation(evaluate(run)).split("what stands out\n")[1].replace("\n    ", " ")
+    assert [f"  - {one}" for one in on_page] == on_terminal.splitlines()
+    assert on_page
 
 
 def test_a_page_goes_where_it_is_asked_to(make_run, tmp_path):
