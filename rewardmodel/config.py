@@ -110,9 +110,9 @@ class ModelConfig:
     sequence, side by side, which small backbones learn from much sooner; or both (only rewardmodel loads such heads).
     An encoder keeps the head of its class in transformers, which reads the first token or what else it was made for."""
     read_layers: list[int] | None = None
-    """The head reads what is there after these layers, counted from 1, side by side, each token's state divided by its
-    root mean square; the last of them is num_hidden_layers. None: after the last alone, as the backbone gives it (only
-    rewardmodel loads other heads)."""
+    """The head reads what is there after these layers, counted from 1, side by side: after the topmost, which is
+    num_hidden_layers, as the backbone gives it; after others each token's state divided by its root mean square. None:
+    after the topmost alone (only rewardmodel loads other heads)."""
     pair_ties: bool = False
     """Let P(tie) depend on what the head reads of both responses, on how far they are apart and on their mean, and not
     on their rewards and one number alone (separate objectives; only rewardmodel loads such a head)."""

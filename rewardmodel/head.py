@@ -189,10 +189,10 @@ class PooledHead(FloatHead):
         kwargs: dict[str, Any] = {"attention_mask": attention_mask}
         if layout is not None:
             kwargs = {"attention_mask": None, "position_ids": position_ids, "packing": Packing(layout)}
-        layers = self.read_layers or []
+        below = (self.read_layers or [])[:-1]
         decoder = getattr(self, self.base_model_prefix)  # type: ignore[attr-defined]
-        outputs = decoder(input_ids, use_cache=False, output_hidden_states=bool(layers), **kwargs)
-        states = [_even(outputs.hidden_states[layer]) for layer in layers] or [outputs.last_hidden_state]
+        outputs = decoder(input_ids, use_cache=False, output_hidden_states=bool(below), **kwargs)
+        states = [*(_even(outputs.hidden_states[layer]) for layer in below), outputs.last_hidden_state]
         score: Any = self.score  # type: ignore[attr-defined]
         with torch.autocast(input_ids.device.type, enabled=False):
             read = [POOLINGS[self.pooling](one.flatten(0, 1), last, responses, response_of) for one in states]

@@ -111,12 +111,12 @@ def rounded(figures: dict[str, float]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in figures.items()}
 
 
-def sliced(battles: Any, dealing: Fold, predicted: np.ndarray) -> dict[str, Any]:
+def sliced(battles: Any, predicted: np.ndarray) -> dict[str, Any]:
     """Return the log loss by kind of battle: where it is lost."""
     from rewardmodel import evaluate
     from rewardmodel.predictions import predictions_table
 
-    table = predictions_table(battles.select(np.flatnonzero(dealing.arena)), predicted)
+    table = predictions_table(battles, predicted)
     found = evaluate(table)["slices"]
     return {
         kind: {one["name"]: {"battles": one["battles"], **rounded(one["log_loss"])} for one in slices}
@@ -152,25 +152,31 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     floors = kept(
         work / f"floors-{digest(dealing.fold.tobytes(), arena.tobytes())}.npz", lambda: floors_of(battles, dealing)
     )
+    asked = np.isin(dealing.fold[arena], options.folds)
+    floors = {name: predicted[asked] for name, predicted in floors.items()}
+    true, groups = outcomes(battles)[arena][asked], dealing.group[arena][asked]
     found: dict[str, Any] = {}
-    true, before = outcomes(battles)[arena], None
+    before = None
     for name, (recipe, changes) in levers(options).items():
         begun = time.monotonic()
         key = digest(asdict(recipe), changes, dealing.fold.tobytes(), arena.tobytes())
-        file = work / f"{name.replace(' ', '_')}-{key}.npz"
-        orders = kept(file, partial(predictions, recipe, changes, battles, dealing, file.with_suffix("")))
+        folder = work / f"{name.replace(' ', '_')}-{key}"
+        file = folder.with_name(f"{folder.name}-{''.join(map(str, options.folds))}.npz")
+        orders = kept(file, partial(predictions, recipe, changes, battles, dealing, options.folds, folder))[:, asked]
         before = orders.mean(axis=0) if before is None else before
-        found[name] = judged(orders, true, dealing.group[arena], floors["tfidf"], before)
+        found[name] = judged(orders, true, groups, floors["tfidf"], before)
         found[name]["seconds"] = round(time.monotonic() - begun)
         print(f"seed {seed}, {name}: {found[name]}", flush=True)
     return {
-        "battles": int(arena.sum()), "others": int((~arena).sum()), "groups": len(np.unique(dealing.group[arena])),
-        "floors": {name: judged_floor(floors[name], true, dealing.group[arena]) for name in floors},
-        "levers": found, "where": sliced(battles, dealing, before),
+        "battles": len(true), "others": int((~arena).sum()), "groups": len(np.unique(groups)),
+        "floors": {name: judged_floor(floors[name], true, groups) for name in floors},
+        "levers": found, "where": sliced(battles.select(np.flatnonzero(arena)[asked]), before),
     }  # fmt: skip
 
 
-def predictions(recipe: Any, changes: dict[str, Any], battles: Any, dealing: Fold, folder: Path) -> np.ndarray:
+def predictions(
+    recipe: Any, changes: dict[str, Any], battles: Any, dealing: Fold, folds: list[int], folder: Path
+) -> np.ndarray:
     """Return a lever's predictions of the arena battles by order, (orders, n_arena, 3)."""
     from rewardmodel.battles import with_column
 
@@ -180,9 +186,9 @@ def predictions(recipe: Any, changes: dict[str, Any], battles: Any, dealing: Fol
     share = np.where(dealing.arena, 1, np.float32(changes.get("others", 1)))
     weight = (np.asarray(battles["weight"][:], np.float32) * share).astype(np.float32)
     if recipe.model.freeze_backbone:
-        return fitted_out_of_fold(recipe, read(recipe, battles)._replace(weight=weight), dealing, changes)
+        return fitted_out_of_fold(recipe, read(recipe, battles)._replace(weight=weight), dealing, folds, changes)
     weighted = with_column(battles, "weight", weight)
-    return trained_out_of_fold(recipe, weighted, dealing, folder)
+    return trained_out_of_fold(recipe, weighted, dealing, folds, folder)
 
 
 def judged_floor(predicted: np.ndarray, true: np.ndarray, groups: np.ndarray) -> dict[str, float]:
@@ -223,6 +229,7 @@ def main() -> None:
     parser.add_argument("--others", nargs="*", default=[], help="labelled battles that only train")
     parser.add_argument("--limit", type=int, help="at most about so many battles of each of the others")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the dealing into folds")
+    parser.add_argument("--folds", type=int, nargs="+", default=[*range(5)], help="that are judged; all of them learn")
     parser.add_argument("--read", action="store_true", help="levers too for which the backbone reads everything again")
     parser.add_argument(
         "--lora", nargs="*", metavar="KEY=VALUE", help="LoRA too, with these keys of its recipe changed"

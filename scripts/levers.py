@@ -8,12 +8,12 @@ fitted to prompt groups that are drawn with replacement, whose predictions are a
 from typing import Any
 
 JOINT = {
-    "objective.name": "cross_entropy", "model.pair_ties": False, "prompt.max_length": 1024,
+    "objective.name": "cross_entropy", "model.pair_ties": False, "prompt.max_length": 512,
     "data.swap_augmentation": "both",
 }  # fmt: skip
-"""Both responses in one sequence of twice the length."""
+"""Both responses in one sequence: of 512 tokens, so each has what "256 tokens" leaves it."""
 
-GEMMA = {"model.model_name_or_path": "gemma3-270m", "prompt.template": "response"}
+GEMMA = {"model.model_name_or_path": "gemma3-270m", "prompt.template": "response", "prompt.max_length": 256}
 
 LEVERS: dict[str, dict[str, Any]] = {
     "recipe": {},
@@ -23,7 +23,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "Rao-Kupper": {"objective.name": "rao_kupper"},
     "Bradley-Terry, ties fitted after": {"objective.name": "bradley_terry", "model.pair_ties": False},
     "label smoothing 0.05": {"objective.label_smoothing": 0.05},
-    "10 heads averaged": {"bags": 10},
+    "5 heads averaged": {"bags": 5},
     "other sources": {"others": 1.0},
     "other sources, weight 0.3": {"others": 0.3},
     "other sources, weight 0.1": {"others": 0.1},
@@ -34,15 +34,19 @@ READ: dict[str, dict[str, Any]] = {
     "256 tokens": {"prompt.max_length": 256},
     "1024 tokens": {"prompt.max_length": 1024},
     "2048 tokens": {"prompt.max_length": 2048},
-    "truncation: head": {"prompt.truncation": "head"},
-    "truncation: tail": {"prompt.truncation": "tail"},
-    "template: response": {"prompt.template": "response"},
-    "12 layers": {"model.num_hidden_layers": 12},
-    "16 layers": {"model.num_hidden_layers": 16},
-    "24 layers": {"model.num_hidden_layers": 24},
-    "30 layers": {"model.num_hidden_layers": 30},
-    "Gemma-3-270M, 12 layers": {**GEMMA, "model.num_hidden_layers": 12},
-    "Gemma-3-270M, 18 layers": {**GEMMA, "model.num_hidden_layers": 18},
+    "layer 12": {"model.num_hidden_layers": 12},
+    "layer 16": {"model.num_hidden_layers": 16},
+    "layer 24": {"model.num_hidden_layers": 24},
+    "layer 30": {"model.num_hidden_layers": 30},
+    "layers 12 and 20": {"model.read_layers": [12, 20]},
+    "layers 20 and 30": {"model.num_hidden_layers": 30, "model.read_layers": [20, 30]},
+    "Gemma-3-270M, 256 tokens, layer 9": {**GEMMA, "model.num_hidden_layers": 9},
+    "Gemma-3-270M, 256 tokens, layer 18": {**GEMMA, "model.num_hidden_layers": 18},
+    "Gemma-3-270M, 256 tokens, layers 9 and 18": {
+        **GEMMA,
+        "model.num_hidden_layers": 18,
+        "model.read_layers": [9, 18],
+    },
     "joint, both orders": JOINT,
     "joint, an order by a coin": {**JOINT, "data.swap_augmentation": "random"},
     "joint, as given": {**JOINT, "data.swap_augmentation": "none"},

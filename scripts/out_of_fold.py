@@ -115,17 +115,23 @@ def fitted(recipe: Any, objective: Objective, given: Read, groups: np.ndarray) -
     return layer
 
 
-def fitted_out_of_fold(recipe: Any, given: Read, dealing: Fold, changes: dict[str, Any]) -> np.ndarray:
-    """Return predictions of the arena battles by order, (orders, n_arena, 3), each by heads fitted to other folds."""
+def fitted_out_of_fold(
+    recipe: Any, given: Read, dealing: Fold, folds: list[int], changes: dict[str, Any]
+) -> np.ndarray:
+    """Return predictions of the arena battles by order, (orders, n_arena, 3), each by heads fitted to other folds.
+
+    Those of folds that are not asked for are NaN.
+    """
     from rewardmodel.folds import trains
     from rewardmodel.probe import layer_logits
 
     objective = objective_of(recipe, changes)
     learnt, bags = shown(recipe, objective, given), changes.get("bags", 1)
-    result = np.zeros((1 if objective.encoding == "separate" else 2, len(given.labels), 3))
-    for number in range(5):
+    result = np.full((1 if objective.encoding == "separate" else 2, len(given.labels), 3), np.nan)
+    for number in folds:
         training = np.flatnonzero(trains(dealing.fold, number) & (given.weight > 0))
         own = dealing.arena & (dealing.fold == number)
+        result[:, own] = 0
         for bag in range(bags):
             drawn = training if bags == 1 else by_group(dealing.group, training, bag)
             some = Read(*(part[drawn] for part in learnt))
@@ -142,17 +148,17 @@ def by_group(groups: np.ndarray, training: np.ndarray, seed: int) -> np.ndarray:
     return np.repeat(training, often[members])
 
 
-def trained_out_of_fold(recipe: Any, battles: Any, dealing: Fold, folder: Path) -> np.ndarray:
+def trained_out_of_fold(recipe: Any, battles: Any, dealing: Fold, folds: list[int], folder: Path) -> np.ndarray:
     """Return predictions of the arena battles by order, (orders, n_arena, 3), each by a model trained on other folds.
 
-    A run for each fold is kept in the folder; those that are there go on.
+    Those of folds that are not asked for are NaN. The folder keeps a run for each fold; those that are there go on.
     """
     from rewardmodel import predict, train
     from rewardmodel.parts import split
     from rewardmodel.predictions import predicted
 
     result: dict[str, np.ndarray] = {}
-    for number in range(5):
+    for number in folds:
         parts, run = split(battles, number), folder / f"fold-{number}"
         keys = {"output_dir": str(run), "eval_strategy": "no"}  # the fold's battles judge, and so choose no checkpoint
         own = replace(recipe, trainer=recipe.trainer | keys)
