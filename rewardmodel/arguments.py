@@ -24,6 +24,8 @@ def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device)
     """
     keys = {key: value for key, value in recipe.trainer.items() if key not in OWN_KEYS}
     keys.setdefault("ddp_find_unused_parameters", False)
+    if recipe.model.head_init == "fitted":  # what training starts from is worth knowing
+        keys.setdefault("eval_on_start", keys["eval_strategy"] != "no")
     for old, new in RENAMED.items():
         if old in keys and new in RewardConfig.__dataclass_fields__:
             keys.setdefault(new, keys.pop(old))

@@ -127,8 +127,7 @@ def _why_not_plain(config: ModelConfig) -> str:
     if not config.plain_head:
         return (
             f"**Only rewardmodel loads this model.** Its head is another than plain transformers' (`model.pooling: "
-            f"{config.pooling}`, `model.read_layers: {config.read_layers}`, `model.pair_ties: "
-            f"{str(config.pair_ties).lower()}`)."
+            f"{config.pooling}`, `model.pair_ties: {str(config.pair_ties).lower()}`)."
         )
     return "**Only rewardmodel loads this model** as it was trained; plain transformers was not checked on it."
 

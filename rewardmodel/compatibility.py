@@ -85,12 +85,6 @@ class Setup:
         """Number of the last layer, from 0."""
         return self.layers - 1
 
-    @property
-    def reads_rising(self) -> bool:
-        """Whether the layers that are read are there, in order, and the topmost is among them."""
-        read = self.model.read_layers or []
-        return read == sorted({*read}) and read[:1] > [0] and read[-1:] == [self.layers]
-
     def said(self, key: str, default: Any = None) -> Any:
         """Return what the recipe's `trainer` says."""
         return (self.trainer or {}).get(key, default)
@@ -172,12 +166,6 @@ CHECKS = (
         lambda s: s.model.head_init == "fitted" and s.fsdp,
         "model.head_init: FSDP has no process that holds the backbone whole before training; launch with "
         "recipes/accelerate/ddp.yaml, or leave it out",
-    ),
-    Check(
-        lambda s: s.model.read_layers is not None and not s.reads_rising,
-        "model.read_layers: {s.model.read_layers}; give layers from 1 on, each once and in order, the last {s.layers}, "
-        "the topmost that is used; model.num_hidden_layers leaves out those above",
-        training=False,
     ),
     Check(
         lambda s: s.dtype == "bfloat16" and s.old,

@@ -109,10 +109,6 @@ class ModelConfig:
     """What a decoder's head reads: the last token, as plain transformers does; the mean over each response of the
     sequence, side by side, which small backbones learn from much sooner; or both (only rewardmodel loads such heads).
     An encoder keeps the head of its class in transformers, which reads the first token or what else it was made for."""
-    read_layers: list[int] | None = None
-    """The head reads what is there after these layers, counted from 1, side by side: after the topmost, which is
-    num_hidden_layers, as the backbone gives it; after others each token's state divided by its root mean square. None:
-    after the topmost alone (only rewardmodel loads other heads)."""
     pair_ties: bool = False
     """Let P(tie) depend on what the head reads of both responses, on how far they are apart and on their mean, and not
     on their rewards and one number alone (separate objectives; only rewardmodel loads such a head)."""
@@ -155,7 +151,7 @@ class ModelConfig:
     @property
     def plain_head(self) -> bool:
         """Whether plain transformers computes what the head was trained to."""
-        return self.pooling == "last" and not self.read_layers and not self.pair_ties
+        return self.pooling == "last" and not self.pair_ties
 
 
 @dataclass

@@ -21,8 +21,8 @@ from rewardmodel.objective import find_objective
 from rewardmodel.trainer_keys import BATTLES, TOKENS
 
 FEATURES = 5
-"""Copies of the features of a frozen backbone that are in memory at once: as read, scaled, parts of folds, and what is
-made while they are fitted to."""
+"""Copies of the features that a head is fitted to which are in memory at once: as read, scaled, parts of folds, and
+what is made while that is done."""
 
 LAUNCH = 10e-6
 """Seconds from the start of one operation on a GPU to the next one's at best, as Python and PyTorch hand them over: an
@@ -230,9 +230,7 @@ def training_needs(case: Case) -> dict[str, Any]:
 def _features(case: Case) -> int:
     """Return what a head is fitted to takes while that is done, in bytes."""
     head = find_objective(case.recipe.objective).head
-    model = case.recipe.model
-    width = WIDTHS[model.pooling](head.responses) * len(model.read_layers or [1])
-    width *= case.backbone.get_text_config().hidden_size
+    width = WIDTHS[case.recipe.model.pooling](head.responses) * case.backbone.get_text_config().hidden_size
     sequences = len(case.battles.branches[0]) - 1
     return FEATURES * case.battles.training * sequences * width * 4
 
@@ -301,9 +299,9 @@ def hours(case: Case) -> dict[str, float]:
     forward, trained = flops(battles.branches, 0.0), epochs * battles.training
     operations = FORWARD * (1 + again) + BACKWARD * min(back, 1)
     steps = trained / trainer[BATTLES] * a_step
-    reads = _batches(case, battles.branches, battles.training, training_needs(case)["tokens"])
     if recipe.model.freeze_backbone:
-        steps = reads
+        steps = _batches(case, battles.branches, battles.training, training_needs(case)["tokens"])
+    reads = _batches(case, battles.branches, battles.training, inference_needs(case)["tokens"])
     seconds = {
         "training": (
             trained * (flops(battles.branches, back) + again * forward) / rate,

@@ -96,8 +96,8 @@ def export(
         raise InputError(f"--kind: the backbone is stored in {stored} bits, which merging does not read; use adapter")
     if not found[0].recipe.model.plain_head and contents != "adapter" and not (rewardmodel_only or bundle):
         raise InputError(
-            f"{found[0].folder}: model.pooling, read_layers or pair_ties make a head that plain transformers does not "
-            "know; --kind adapter, or accept with --rewardmodel-only that only rewardmodel loads it"
+            f"{found[0].folder}: model.pooling or model.pair_ties make a head that plain transformers does not know; "
+            "--kind adapter, or accept with --rewardmodel-only that only rewardmodel loads it"
         )
     compared = battles_to_compare(found[0], battles)
     with tempfile.TemporaryDirectory() as work, atomic_path(output) as folder:

@@ -20,6 +20,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from rewardmodel.config import ModelConfig
 from rewardmodel.files import cache_folder
 from rewardmodel.forward import batching, forward_budget, row_logits
+from rewardmodel.head import head_names
+from rewardmodel.model import classifier
 from rewardmodel.processes import from_main, in_every_process, is_main, joined
 from rewardmodel.shards import check_numbers, cut, read_arrays, write_arrays
 from rewardmodel.weights import fingerprint, resolve
@@ -29,9 +31,12 @@ logger = logging.getLogger(__name__)
 TOKENS = 2**17
 """About so many tokens of each process are computed between two files."""
 
+FORMAT = 1
+"""Raise it where other features are computed of the same settings: those that are kept are then not taken for them."""
+
 SETTINGS = (
-    "num_hidden_layers", "pooling", "read_layers", "attn_implementation", "load_in_4bit", "load_in_8bit",
-    "bnb_4bit_quant_type", "use_bnb_nested_quant",
+    "num_hidden_layers", "pooling", "attn_implementation", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type",
+    "use_bnb_nested_quant", "use_peft",
 )  # fmt: skip
 """Fields of the recipe's `model` section that features depend on, beside the backbone."""
 
@@ -58,6 +63,7 @@ def feature_folder(config: ModelConfig, dtype: torch.dtype) -> Path:
     """Return the folder of the cache for features of a backbone with these settings."""
     settings = {name: value for name, value in asdict(config).items() if name in SETTINGS}
     settings |= {
+        "format": FORMAT,
         "dtype": str(dtype),
         "backbone": fingerprint(resolve(config.model_name_or_path, config.model_revision)),
     }
@@ -113,11 +119,13 @@ def features(
 
 def _with_rest_of_head(folder: Path, model: Any, layer: torch.nn.Module) -> Path:
     """Return the folder for a head of more layers than the last: what lies under that may be drawn at random."""
+    plain = classifier(model)
     own = {id(weight) for weight in layer.parameters()}
     under = {
-        name: weight
-        for name, weight in model.named_parameters()
-        if ".modules_to_save." in name and id(weight) not in own
+        f"{head}.{name}": weight
+        for head in head_names(plain)
+        for name, weight in plain.get_submodule(head).named_parameters()
+        if id(weight) not in own and not name.startswith("original_module.")  # what PEFT keeps of before training
     }
     if not under:
         return folder
@@ -140,7 +148,10 @@ def row_keys(rows: Dataset) -> list[str]:
 
 
 def _read_by_all(folder: Path, wanted: set[str]) -> dict[str, np.ndarray]:
-    """Return in every process the features that the main one finds in its cache, which others may not see."""
+    """Return in every process the features that the main one finds in its cache; it sends them where others lack any.
+
+    What a process has of its own it keeps: of caches of several machines, values may differ in the last digits.
+    """
     found = _read(folder, wanted)
     shared = in_every_process(set(found))
     sent = from_main(lambda: {key: row for key, row in found.items() if key not in shared})

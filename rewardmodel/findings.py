@@ -30,7 +30,7 @@ NO_SPREAD = 0.01
 """Standard deviation over battles below which a probability counts as constant."""
 
 ALIKE = 10
-"""Least groups that tell something where all are alike and an interval is a point: by Wilson's, 72 % or more are."""
+"""Least groups that tell something where all are alike and an interval is a point."""
 
 MOST = 4
 """Names that a sentence or a line shows."""
@@ -57,7 +57,9 @@ def some_of(names: Sequence[str]) -> str:
 def _beyond(facts: Facts, found: Facts, other: float = 0) -> bool:
     """Return whether a figure of all battles is beyond chance off another."""
     if found["high"] - found["low"] < 1e-9:  # what is the same in every group, up to rounding
-        return facts.get("groups", 0) >= ALIKE and abs(found["value"] - other) >= 1e-9
+        groups, value = facts.get("groups", 0), found["value"]
+        low, high = wilson(value, groups) if value in (0, 1) and groups else (value - 1e-9, value + 1e-9)
+        return groups >= ALIKE and not low <= other <= high
     return apart(found, other)
 
 

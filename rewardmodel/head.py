@@ -114,14 +114,12 @@ class FloatHead:
 
     Attributes:
         pooling: a name out of `POOLINGS`.
-        read_layers: the layers after which it is read, from 1; none: after the last, as the backbone gives it.
         shape: what the head reads and states.
         last_layer: name of the layer that gives the logits.
         new_parts: modules inside the backbone that belong to the head and that its weight files lack.
     """
 
     pooling: str
-    read_layers: list[int] | None
     shape: Head
     last_layer: str | None = None
     new_parts: tuple[str, ...] = ()
@@ -138,7 +136,7 @@ class FloatHead:
             if name.partition(".")[0] in heads and isinstance(layer, torch.nn.Linear)
         }
         last_layer = [name for name, layer in layers.items() if layer.out_features == self.shape.num_labels][-1]
-        wider = WIDTHS[self.pooling](self.shape.responses) * len(self.read_layers or [1])
+        wider = WIDTHS[self.pooling](self.shape.responses)
         for name, layer in layers.items():
             ties = self.shape.tie and name == last_layer
             kind = (PairTieHead if self.shape.pairs else TieHead) if ties else FloatLinear
@@ -189,20 +187,12 @@ class PooledHead(FloatHead):
         kwargs: dict[str, Any] = {"attention_mask": attention_mask}
         if layout is not None:
             kwargs = {"attention_mask": None, "position_ids": position_ids, "packing": Packing(layout)}
-        below = (self.read_layers or [])[:-1]
         decoder = getattr(self, self.base_model_prefix)  # type: ignore[attr-defined]
-        outputs = decoder(input_ids, use_cache=False, output_hidden_states=bool(below), **kwargs)
-        states = [*(_even(outputs.hidden_states[layer]) for layer in below), outputs.last_hidden_state]
-        score: Any = self.score  # type: ignore[attr-defined]
-        with torch.autocast(input_ids.device.type, enabled=False):
-            read = [POOLINGS[self.pooling](one.flatten(0, 1), last, responses, response_of) for one in states]
-            logits = score(torch.cat([one[:, : score.in_features // len(read)] for one in read], dim=1))
+        hidden = decoder(input_ids, use_cache=False, **kwargs).last_hidden_state.flatten(0, 1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            pooled = POOLINGS[self.pooling](hidden, last, responses, response_of)
+            logits = self.score(pooled[:, : self.score.in_features])  # type: ignore[attr-defined]
         return SequenceClassifierOutputWithPast(logits=logits)
-
-
-def _even(states: torch.Tensor) -> torch.Tensor:
-    """Return states divided by their root mean square, which grows from layer to layer, float32."""
-    return torch.nn.functional.rms_norm(states.float(), states.shape[-1:])
 
 
 def head_names(model: Any) -> list[str]:
@@ -236,7 +226,7 @@ def check_loaded(model: Any, found: dict[str, Any], folder: Path) -> None:
     model.new_parts = tuple(sorted({".".join(parts[:end]) for parts, end in zip(absent, ends, strict=True)}))
 
 
-def classifier_class(config: Any, pooling: str, shape: Head, read_layers: list[int] | None = None) -> Any:
+def classifier_class(config: Any, pooling: str, shape: Head) -> Any:
     """Return the class that loads a classifier of this configuration, transformers' own with a float32 head mixed in.
 
     Decoders, whose head is the one layer `score`, get `PooledHead`; the others read what their class reads.
@@ -252,11 +242,10 @@ def classifier_class(config: Any, pooling: str, shape: Head, read_layers: list[i
         )
     with torch.device("meta"):
         decoder = hasattr(upstream(copy.deepcopy(config)), "score")
-    for key, value in (("pooling", pooling), ("read_layers", read_layers)):
-        if value not in ("last", None) and not decoder:
-            raise InputError(
-                f"model.{key}: {value!r} is for decoders; a backbone of type '{config.model_type}' reads what its own "
-                "class in transformers reads; leave it out"
-            )
-    settings = {"__module__": upstream.__module__, "pooling": pooling, "read_layers": read_layers, "shape": shape}
+    if pooling != "last" and not decoder:
+        raise InputError(
+            f"model.pooling: '{pooling}' is for decoders; a backbone of type '{config.model_type}' reads what its own "
+            "class in transformers reads; leave it out"
+        )
+    settings = {"__module__": upstream.__module__, "pooling": pooling, "shape": shape}
     return type(upstream.__name__, (PooledHead if decoder else FloatHead, upstream), settings)

@@ -215,7 +215,7 @@ def _model(plan: Plan) -> Any:
     config.num_labels = plan.head.num_labels
     kind = "eager" if plan.attention == "eager" else "sdpa"  # all fused kernels keep the same
     dtype = _stored(plan.dtype) if model.use_peft else torch.float32
-    made: Any = classifier_class(config, model.pooling, plan.head, model.read_layers)._from_config(
+    made: Any = classifier_class(config, model.pooling, plan.head)._from_config(
         config, dtype=dtype, attn_implementation="eager"
     )
     made.config.get_text_config()._attn_implementation = packed(kind) if may_pack(made) else kind

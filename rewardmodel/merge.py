@@ -140,7 +140,7 @@ class Merging:
 
         def bare(settings_of_quantiser: BitsAndBytesConfig | None) -> tuple[Any, Any]:
             with torch.device("meta"):
-                model = classifier_class(settings, config.pooling, head, config.read_layers)(settings)
+                model = classifier_class(settings, config.pooling, head)(settings)
             if settings_of_quantiser is None:
                 return model, None
             quantizer = AutoHfQuantizer.from_config(settings_of_quantiser, pre_quantized=False)

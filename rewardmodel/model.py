@@ -80,7 +80,7 @@ def load_classifier(
     attention = config.attn_implementation or rules.attention[0]
     for key, names in label_names(head).items():
         setattr(model_config, key, names)
-    kind = classifier_class(model_config, config.pooling, head, config.read_layers)
+    kind = classifier_class(model_config, config.pooling, head)
     left_out = range(model_config.get_text_config().num_hidden_layers, layers)
     kind._keys_to_ignore_on_load_unexpected += tuple(rf"\.{number}\." for number in left_out)
     if config.keep_head:

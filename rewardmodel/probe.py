@@ -1,4 +1,4 @@
-"""Features and outcomes in, the last layer of a head fitted to them out: what trains where the backbone is frozen.
+"""Features and outcomes in, the last layer of a head fitted to them out: all that trains on a frozen backbone.
 
 The loss is the objective's, of a linear layer: L-BFGS finds its least. How much the weights are held back, an L2
 penalty, is what predicts other prompt groups of the training battles best.
@@ -33,6 +33,9 @@ grouped folds, by SmolLM2-135M's layer 20 and penalty 1: 1.0148 if they are held
 
 HELD = {"weight": 1.0, "tie_apart": TIES_HELD, "tie_mean": TIES_HELD}
 """By how much weights of `rewardmodel.head` are held back; others are free."""
+
+LEAST_SPREAD = 1e-4
+"""Features whose standard deviation is a smaller part of their size are rounding noise, and stay small."""
 
 STEPS = 200
 """Most iterations of L-BFGS."""
@@ -87,9 +90,8 @@ def fit_last_layer(
     centred = layer.bias is not None or (isinstance(layer, TieHead) and not settings.center_rewards)
     center, scale = _standard(examples.features, centred)
     scaled = Examples((examples.features - center) / scale, examples.labels, examples.teacher, examples.weight)
+    check_groups(groups)
     _, members = np.unique(groups, return_inverse=True)
-    if not members.any():
-        raise InputError("model.freeze_backbone: the penalty is chosen across prompts; give battles of two at least")
     if objective.head.tie:
         torch.nn.init.constant_(layer.tie, initial_tie(float(examples.labels[:, 2].nanmean())))
         layer.tie.requires_grad_(objective.learns_ties)
@@ -112,6 +114,15 @@ def fit_last_layer(
     return losses
 
 
+def check_groups(groups: np.ndarray) -> None:
+    """Raise InputError if all battles are of one prompt group, (n_battles,): no penalty could be chosen."""
+    if len(np.unique(groups)) < 2:
+        raise InputError(
+            "data.train: the penalty of a fitted head (model.freeze_backbone, model.head_init) is chosen across "
+            "prompts, and all battles share one; give battles of two at least"
+        )
+
+
 @torch.no_grad()
 def layer_logits(layer: Any, features: np.ndarray) -> np.ndarray:
     """Return what a layer gives for features, both (n_battles, n_sequences, width) float32."""
@@ -123,7 +134,8 @@ def _standard(features: torch.Tensor, centred: bool) -> tuple[torch.Tensor, torc
     """Return what to take off features, 0 where nothing could make up for it, and what to divide them by, (width,)."""
     flat = features.flatten(0, 1)
     mean = flat.mean(dim=0)
-    spread = (flat - mean).square().mean(dim=0).sqrt() * math.sqrt(flat.shape[1])
+    spread, size = (flat - mean).square().mean(dim=0).sqrt(), flat.square().mean(dim=0).sqrt()
+    spread = torch.where(spread > LEAST_SPREAD * size, spread, size) * math.sqrt(flat.shape[1])
     return mean if centred else torch.zeros_like(mean), torch.where(spread > 0, spread, 1.0)
 
 

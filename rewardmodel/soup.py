@@ -22,8 +22,8 @@ from rewardmodel.saved import ADAPTER, is_adapter, read_about
 
 SAME = {
     "model": (
-        "pooling", "read_layers", "pair_ties", "num_hidden_layers", "load_in_4bit", "load_in_8bit",
-        "bnb_4bit_quant_type", "use_bnb_nested_quant",
+        "pooling", "pair_ties", "num_hidden_layers", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type",
+        "use_bnb_nested_quant",
     ),
     "prompt": ("template", "max_length", "truncation"),
     "objective": ("name",),

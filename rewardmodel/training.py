@@ -25,8 +25,8 @@ from rewardmodel.optimizer import Rates
 from rewardmodel.pairs import retention, saved, tokenize
 from rewardmodel.parts import Parts, fingerprints, load_battles, split, write_training_keys
 from rewardmodel.placement import check_positions, placement, setup
-from rewardmodel.probe import Examples, fit_last_layer, layer_logits
-from rewardmodel.processes import is_main, wait_for_all
+from rewardmodel.probe import Examples, check_groups, fit_last_layer, layer_logits
+from rewardmodel.processes import from_main, is_main, wait_for_all
 from rewardmodel.runs import (
     MODEL,
     check_run,
@@ -92,8 +92,10 @@ def train(
     facts = {"data": data, **_facts(recipe.model, backbone, device, dtype, args.world_size)}
     if resume:
         check_same_inputs(recipe.run_folder, facts)
-    model, tokenizer = build_model(recipe.model, objective.head, args.seed)
     groups = np.asarray(parts.training["group"][:])
+    if recipe.model.freeze_backbone or recipe.model.head_init == "fitted":
+        check_groups(groups)
+    model, tokenizer = build_model(recipe.model, objective.head, args.seed)
     work = Work(model, tokenizer, rows, validation_rows, groups, recipe, dtype)
     begin = partial(_begin, recipe, parts.training, facts, resume, overwrite, opening)
     (_train_head if recipe.model.freeze_backbone else _train_adapters)(work, args, resume, begin)
@@ -132,7 +134,7 @@ def _train_adapters(work: Work, args: RewardConfig, resume: bool, begin: Callabl
     )
     if recipe.trainer[EARLY_STOPPING] is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.trainer[EARLY_STOPPING]))
-    checkpoint = last_checkpoint(recipe.run_folder) if resume else None
+    checkpoint = from_main(lambda: last_checkpoint(recipe.run_folder)) if resume else None
     begin()
     if recipe.model.head_init == "fitted" and not checkpoint:
         fit_head(work)

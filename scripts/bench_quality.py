@@ -12,8 +12,8 @@ what LoRA trains in --work: killed, the same command goes on.
 
 Figures are log losses of predictions of left-out folds, with 95 % intervals by prompt group, and paired differences, to
 the TF-IDF floor and to the recipe as it is; negative: better. `blended`: with the floor, by weights fitted on other
-groups; `calibrated`: vector scaling fitted on other groups; `flips`: the share of battles whose likelier winner changes
-with the order, before both are averaged.
+groups; `calibrated`: vector scaling fitted on other groups; `flips`: the share of battles whose likeliest outcome
+changes with the order, before both are averaged, where there is one.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import hashlib
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from out_of_fold import Fold, fitted_out_of_fold, read, trained_out_of_fold
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
-OWN = ("others", "consistency", "bags")
+OWN = ("others", "consistency", "bags", "beside")
 """Changes that are no keys of a recipe."""
 
 
@@ -102,7 +102,9 @@ def judged(
         "blended": round(log_loss(blended, true), 4),
         "blended_to_floor": rounded(paired_difference(blended, floor, true, groups)),
         "blended_to_recipe": rounded(paired_difference(blended, before, true, groups)),
-        "flips": round(float((orders[0].argmax(axis=1) != orders[-1].argmax(axis=1)).mean()), 4),
+        "flips": round(float((orders[0].argmax(axis=1) != orders[1].argmax(axis=1)).mean()), 4)
+        if len(orders) > 1
+        else None,
     }
 
 
@@ -134,6 +136,8 @@ def levers(options: argparse.Namespace) -> dict[str, tuple[Any, dict[str, Any]]]
     if options.lora is not None:
         asked |= {name: (recipe_of(given | changes, "arena_small_gpu"), changes) for name, changes in LORA.items()}
     left_out = set() if options.others else {name for name, (_, changes) in asked.items() if "others" in changes}
+    if unknown := set(options.only or ()) - set(asked):
+        raise SystemExit(f"--only: {sorted(unknown)} not among {sorted(asked)}")
     wanted = set(options.only or asked) | {"recipe"}
     return {name: lever for name, lever in asked.items() if name in wanted - left_out}
 
@@ -159,7 +163,7 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     before = None
     for name, (recipe, changes) in levers(options).items():
         begun = time.monotonic()
-        key = digest(asdict(recipe), changes, dealing.fold.tobytes(), arena.tobytes())
+        key = digest(asdict(recipe), changes, dealing.fold.tobytes(), arena.tobytes(), backbone(recipe))
         folder = work / f"{name.replace(' ', '_')}-{key}"
         file = folder.with_name(f"{folder.name}-{''.join(map(str, options.folds))}.npz")
         orders = kept(file, partial(predictions, recipe, changes, battles, dealing, options.folds, folder))[:, asked]
@@ -174,6 +178,16 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def backbone(recipe: Any) -> str:
+    """Return by what the features of a recipe's backbone are known here: its weights, its precision, its settings."""
+    from rewardmodel.features import feature_folder
+    from rewardmodel.placement import placement
+    from rewardmodel.weights import resolve
+
+    dtype = placement(recipe.model, resolve(recipe.model.model_name_or_path, recipe.model.model_revision))[1]
+    return feature_folder(recipe.model, dtype).name
+
+
 def predictions(
     recipe: Any, changes: dict[str, Any], battles: Any, dealing: Fold, folds: list[int], folder: Path
 ) -> np.ndarray:
@@ -186,7 +200,12 @@ def predictions(
     share = np.where(dealing.arena, 1, np.float32(changes.get("others", 1)))
     weight = (np.asarray(battles["weight"][:], np.float32) * share).astype(np.float32)
     if recipe.model.freeze_backbone:
-        return fitted_out_of_fold(recipe, read(recipe, battles)._replace(weight=weight), dealing, folds, changes)
+        given = read(recipe, battles)
+        if "beside" in changes:
+            model = replace(recipe.model, num_hidden_layers=changes["beside"])
+            more = read(replace(recipe, model=model), battles).features
+            given = given._replace(features=np.concatenate([given.features, more], axis=2))
+        return fitted_out_of_fold(recipe, given._replace(weight=weight), dealing, folds, changes)
     weighted = with_column(battles, "weight", weight)
     return trained_out_of_fold(recipe, weighted, dealing, folds, folder)
 
@@ -238,13 +257,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where predictions are kept")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()
+    options.folds.sort()
     begun = time.monotonic()
     runs = {seed: measure(options, seed) for seed in options.seeds}
     tell(
         {
             "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
             "minutes": round((time.monotonic() - begun) / 60, 1),
-            "lora": options.lora,
+            "asked": {
+                **{name: [Path(path).name for path in getattr(options, name)] for name in ("arena", "others")},
+                **{name: getattr(options, name) for name in ("limit", "folds", "read", "lora", "only")},
+            },
             "mean": over_seeds(list(runs.values())),
             "seeds": runs,
         },

@@ -1,8 +1,11 @@
-"""What bench_quality.py changes of a recipe, one lever at a time, by name: keys, and `others`, `consistency`, `bags`.
+"""What bench_quality.py changes of a recipe, one lever at a time, by name.
+
+Keys of the recipe, or one of `others`, `consistency`, `bags`, `beside`.
 
 `others` is the weight of the battles that only train, which are left out else; `consistency` the weight of the squared
 difference between what a joint model states of a battle in both orders, in the loss; `bags` the number of heads, each
-fitted to prompt groups that are drawn with replacement, whose predictions are averaged.
+fitted to prompt groups that are drawn with replacement, whose predictions are averaged; `beside` another number of
+layers, whose features the head reads beside those of the recipe.
 """
 
 from typing import Any
@@ -11,7 +14,7 @@ JOINT = {
     "objective.name": "cross_entropy", "model.pair_ties": False, "prompt.max_length": 512,
     "data.swap_augmentation": "both",
 }  # fmt: skip
-"""Both responses in one sequence: of 512 tokens, so each has what "256 tokens" leaves it."""
+"""Both responses in one sequence: of 512 tokens, about what "256 tokens" leaves of a battle."""
 
 GEMMA = {"model.model_name_or_path": "gemma3-270m", "prompt.template": "response", "prompt.max_length": 256}
 
@@ -38,15 +41,11 @@ READ: dict[str, dict[str, Any]] = {
     "layer 16": {"model.num_hidden_layers": 16},
     "layer 24": {"model.num_hidden_layers": 24},
     "layer 30": {"model.num_hidden_layers": 30},
-    "layers 12 and 20": {"model.read_layers": [12, 20]},
-    "layers 20 and 30": {"model.num_hidden_layers": 30, "model.read_layers": [20, 30]},
+    "layers 12 and 20": {"beside": 12},
+    "layers 20 and 30": {"beside": 30},
     "Gemma-3-270M, 256 tokens, layer 9": {**GEMMA, "model.num_hidden_layers": 9},
     "Gemma-3-270M, 256 tokens, layer 18": {**GEMMA, "model.num_hidden_layers": 18},
-    "Gemma-3-270M, 256 tokens, layers 9 and 18": {
-        **GEMMA,
-        "model.num_hidden_layers": 18,
-        "model.read_layers": [9, 18],
-    },
+    "Gemma-3-270M, 256 tokens, layers 9 and 18": {**GEMMA, "model.num_hidden_layers": 9, "beside": 18},
     "joint, both orders": JOINT,
     "joint, an order by a coin": {**JOINT, "data.swap_augmentation": "random"},
     "joint, as given": {**JOINT, "data.swap_augmentation": "none"},
@@ -56,9 +55,12 @@ READ: dict[str, dict[str, Any]] = {
 
 LORA: dict[str, dict[str, Any]] = {
     "LoRA": {},
-    "LoRA, head from zero": {"model.head_init": "zero"},
+    "LoRA, head from zero at 20 times LoRA's rate": {
+        "model.head_init": "zero",
+        "trainer.head_learning_rate": 1.0e-3,
+    },
     "LoRA, one epoch": {"trainer.num_train_epochs": 1},
-    "LoRA, a quarter of the rate": {"trainer.learning_rate": 5.0e-5},
+    "LoRA, four times the rate": {"trainer.learning_rate": 2.0e-4},
     "LoRA, rank 64": {"model.lora_r": 64, "model.lora_alpha": 128},
     "LoRA, other sources, weight 0.1": {"others": 0.1},
 }

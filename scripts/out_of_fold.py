@@ -67,7 +67,7 @@ def read(recipe: Any, battles: Any) -> Read:
     config = replace(recipe.model, pooling="last_and_responses")
     objective = find_objective(recipe.objective)
     model, tokenizer = build_model(config, objective.head, 0)
-    dtype = placement(config, resolve(config.model_name_or_path))[1]
+    dtype = placement(config, resolve(config.model_name_or_path, config.model_revision))[1]
     joint = objective.encoding == "joint"
     rows = tokenize(battles, tokenizer, recipe.prompt, encoding=objective.encoding, both_orders=joint)
     folder = feature_folder(config, dtype)
@@ -154,9 +154,12 @@ def trained_out_of_fold(recipe: Any, battles: Any, dealing: Fold, folds: list[in
     Those of folds that are not asked for are NaN. The folder keeps a run for each fold; those that are there go on.
     """
     from rewardmodel import predict, train
+    from rewardmodel.objective import find_objective
     from rewardmodel.parts import split
     from rewardmodel.predictions import predicted
 
+    if not find_objective(recipe.objective).learns_ties:
+        raise SystemExit(f"{recipe.objective.name} fits its tie parameter to the battles that judge it here")
     result: dict[str, np.ndarray] = {}
     for number in folds:
         parts, run = split(battles, number), folder / f"fold-{number}"

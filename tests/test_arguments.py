@@ -4,7 +4,7 @@ from transformers import TrainingArguments
 from trl import RewardConfig
 
 from rewardmodel.arguments import RENAMED, training_arguments
-from rewardmodel.config import Recipe
+from rewardmodel.config import ModelConfig, Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.trainer_keys import OWN_KEYS
 
@@ -106,6 +106,15 @@ def test_what_cannot_work_is_refused_in_one_line(keys, message, arguments):
 
 def test_the_least_step_and_micro_batch_are_taken(arguments):
     assert arguments(battles_per_step=1, micro_batch_tokens=1).per_device_train_batch_size == 1
+
+
+@pytest.mark.parametrize(
+    ("fitted", "strategy", "judged"), [(True, "epoch", True), (True, "no", False), (False, "epoch", False)]
+)
+def test_what_a_fitted_head_starts_from_is_judged(fitted, strategy, judged, tmp_path):
+    model = ModelConfig(head_init="fitted" if fitted else "zero")
+    recipe = Recipe(model=model, trainer={"output_dir": str(tmp_path), "eval_strategy": strategy})
+    assert training_arguments(recipe, torch.float32, CPU).eval_on_start is judged
 
 
 def test_several_devices_in_one_process_are_refused(arguments, monkeypatch):

@@ -135,8 +135,9 @@ def test_a_row_is_known_by_its_tokens_segments_and_branches(probed):
     assert len({*keys}) == 4
 
 
-def test_heads_of_encoders_that_begin_otherwise_do_not_share_features(backbone, tmp_path):
-    config = ModelConfig(str(backbone("roberta")), device="cpu", dtype="float32", freeze_backbone=True)
+@pytest.mark.parametrize("peft", [True, False])
+def test_heads_of_encoders_that_begin_otherwise_do_not_share_features(peft, backbone, tmp_path):
+    config = ModelConfig(str(backbone("roberta")), device="cpu", dtype="float32", use_peft=peft)
     found = []
     for seed in (0, 1, 0):
         model, own = build_model(config, JOINT, seed=seed)

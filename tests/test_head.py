@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config, ViTConfig
@@ -120,36 +118,6 @@ def test_a_joint_head_is_a_class_of_transformers_own_name(pooling):
     assert found.__name__ == "LlamaForSequenceClassification"
     assert found.__module__ == "transformers.models.llama.modeling_llama"
     assert (found.pooling, found.shape) == (pooling, JOINT)
-
-
-def test_layers_are_read_side_by_side_those_below_the_topmost_with_an_even_size(backbone):
-    def of(layers, read):
-        config = ModelConfig(
-            str(backbone("llama")), device="cpu", dtype="float32", num_hidden_layers=layers, pooling="responses",
-            read_layers=read,
-        )  # fmt: skip
-        return load_classifier(config, Path(config.model_name_or_path), JOINT)
-
-    reading = of(2, [1, 2])
-    width = reading.config.hidden_size
-    assert reading.score.in_features == 2 * 2 * width  # two layers, two responses
-    seen = []
-    reading.score.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    with torch.no_grad():
-        reading(**pack([ROW]))
-        for number, (layers, norm) in enumerate(((1, torch.nn.Identity()), (2, None))):
-            alone = of(layers, None)
-            alone.model.norm, alone.config._attn_implementation = norm or alone.model.norm, "eager"
-            states = alone.model(torch.tensor([ROW["input_ids"]])).last_hidden_state[0]
-            states = states / (states.square().mean(dim=-1, keepdim=True).sqrt() if norm else 1)
-            expected = torch.cat([states[places].mean(dim=0) for places in ([1, 2], [3])])
-            found = seen[0][0, number * 2 * width : (number + 1) * 2 * width]
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_layers_to_read_are_for_decoders():
-    with pytest.raises(InputError, match=r"^model\.read_layers: \[1\] is for decoders; .* type 'bert'"):
-        classifier_class(BertConfig(), "last", JOINT, [1])
 
 
 def test_a_layer_of_the_head_computes_in_float32_under_autocast():

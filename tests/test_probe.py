@@ -138,7 +138,21 @@ def test_ties_of_pairs_are_learnt_from_how_far_responses_are_apart_and_scales_do
 
 def test_battles_of_one_prompt_are_refused():
     features, labels = draw(count=10)
-    with pytest.raises(InputError, match="the penalty is chosen across prompts; give battles of two at least"):
+    with pytest.raises(InputError, match="across prompts, and all battles share one; give battles of two"):
         fit_last_layer(
             TieHead(6), examples_of(features, labels), np.zeros(10), OBJECTIVES["davidson"], ObjectiveConfig()
         )
+
+
+def test_what_is_constant_but_for_rounding_does_not_hide_what_is_not():
+    pairs, labels = draw(count=300)
+    told = pairs[:, :1] - pairs[:, 1:]
+    losses = []
+    for noise in (0, 1e-7):
+        constant = 10 * (1 + noise * np.random.default_rng(0).normal(size=(300, 1, 4)))
+        features = np.concatenate([constant, told], axis=2)
+        layer = FloatLinear(features.shape[2], 3, bias=False)
+        torch.nn.init.zeros_(layer.weight)
+        given = examples_of(features, labels)
+        losses.append(fit_last_layer(layer, given, np.arange(300), OBJECTIVES["cross_entropy"], ObjectiveConfig()))
+    assert min(losses[1].values()) == pytest.approx(min(losses[0].values()), abs=0.02)

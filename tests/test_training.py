@@ -80,13 +80,12 @@ def test_what_a_frozen_run_exports_predicts_alike(frozen, tmp_path):
 
 
 @pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "lora"])
-def test_ties_of_pairs_out_of_two_layers_are_learnt_saved_and_exported(frozen, freeze, tmp_path):
+def test_ties_of_pairs_are_learnt_saved_and_exported(frozen, freeze, tmp_path):
     recipe = frozen("davidson")
     model = dataclasses.replace(
         recipe.model,
         pooling="last_and_responses",
         pair_ties=True,
-        read_layers=[1, 2],
         freeze_backbone=freeze,
         num_hidden_layers=2,
         lora_first_layer=0,
