@@ -43,8 +43,8 @@ def evaluate(predictions: str | Path | pd.DataFrame) -> Facts:
         `battles`, `groups`; `metrics`: name -> value, low, high (95 %, clustered by prompt group); `prior`: the log
         loss of these battles' own outcome shares; `floors`: name -> log_loss and difference (model minus floor) on the
         same battles; `calibration`, `reliability`, `confusion` (true by predicted outcome, battles), `spread` (the
-        largest standard deviation over battles of a probability); and the audits of `rewardmodel.bias`: `position`,
-        `verbosity`, `models`, `slices`. None where it cannot be told.
+        largest standard deviation over battles of a probability), `stated` (the mean probabilities); and the audits of
+        `rewardmodel.bias`: `position`, `verbosity`, `models`, `slices`. None where it cannot be told.
 
     Raises:
         InputError: no such predictions, or outcomes that are not known.
@@ -175,6 +175,7 @@ def _measure(table: pd.DataFrame, where: str, floors: Path | None = None) -> Fac
         "calibration": None,
         "reliability": {"before": reliability(probabilities, true), "after": None},
         "spread": float(probabilities.std(axis=0).max()),
+        "stated": probabilities.mean(axis=0).tolist(),
         "confusion": np.bincount(likeliest, minlength=9).reshape(3, 3).tolist(),
         **audit_bias(table),
     }

@@ -17,7 +17,7 @@ UNIFORM = math.log(3)
 """Log loss of one third each."""
 
 LARGE = 0.05
-"""Least gap in probability that matters, and least share of an outcome that should be found likeliest at times.
+"""Least gap in probability that matters.
 
 So large is a preference for a place, in P(first wins) - P(second wins), that costs 0.002 nats of log loss where A and B
 have 35 % each: -0.35 ln(1 - (0.025 / 0.35)^2). One of 0.01 costs 0.0001, which averaging both orders takes out, too.
@@ -43,7 +43,7 @@ def findings(facts: Facts, training: Sequence[tuple[float, float]] = ()) -> list
         facts: what `evaluate` or `audit_bias` returns; any part may be missing or None.
         training: steps and their training loss.
     """
-    rules = (_skill, _confidence, _never, _order, _length, _models, _slices)
+    rules = (_skill, _confidence, _shares, _order, _length, _models, _slices)
     found = [sentence for rule in rules for sentence in rule(facts)]
     strange = sum(not math.isfinite(loss) for _, loss in training)
     return [*found, f"The training loss was no number at {strange} logged steps."] if strange else found
@@ -88,15 +88,17 @@ def _confidence(facts: Facts) -> Iterator[str]:
         yield f"The model is too {sure}: {mean}, which happens in {100 * hits['value']:.0f} %."
 
 
-def _never(facts: Facts) -> Iterator[str]:
-    """Yield what is never found likeliest though it happens, more often than Wilson's interval of none allows."""
-    confusion = facts.get("confusion") or []
-    battles = sum(map(sum, confusion))
-    for outcome, name in enumerate(("a win of A", "a win of B", "a tie") if battles else ()):
-        share = sum(confusion[outcome]) / battles
-        chance = wilson(0, facts.get("groups", battles))[1]
-        if share > chance and share >= LARGE and not any(row[outcome] for row in confusion):
-            yield f"The model never finds {name} likeliest, which happens in {100 * share:.0f} %."
+def _shares(facts: Facts) -> Iterator[str]:
+    """Yield outcomes that get another share of probability than they have of the battles, by Wilson's interval."""
+    confusion, stated = facts.get("confusion") or [], facts.get("stated") or []
+    names = ("a win of A", "a win of B", "a tie")
+    for outcome, (name, row, says) in enumerate(zip(names, confusion, stated, strict=False)):
+        happens = sum(row) / facts["battles"]
+        low, high = wilson(happens, facts["groups"])
+        if abs(says - happens) >= LARGE and not low <= says <= high:
+            never = "" if any(one[outcome] for one in confusion) else ", and never finds it likeliest"
+            given = f"{100 * says:.0f} % on average, which happens in {100 * happens:.0f} %"
+            yield f"The model gives {name} {given}{never}."
 
 
 def _order(facts: Facts) -> Iterator[str]:
