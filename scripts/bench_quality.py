@@ -19,7 +19,6 @@ changes with the order, before both are averaged, where there is one.
 import argparse
 import hashlib
 import platform
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -162,14 +161,12 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     before = None
     for name, (recipe, changes) in levers(options).items():
-        begun = time.monotonic()
         key = digest(asdict(recipe), changes, dealing.fold.tobytes(), arena.tobytes(), backbone(recipe))
         folder = work / f"{name.replace(' ', '_')}-{key}"
         file = folder.with_name(f"{folder.name}-{''.join(map(str, options.folds))}.npz")
         orders = kept(file, partial(predictions, recipe, changes, battles, dealing, options.folds, folder))[:, asked]
         before = orders.mean(axis=0) if before is None else before
         found[name] = judged(orders, true, groups, floors["tfidf"], before)
-        found[name]["seconds"] = round(time.monotonic() - begun)
         print(f"seed {seed}, {name}: {found[name]}", flush=True)
     return {
         "battles": len(true), "others": int((~arena).sum()), "groups": len(np.unique(groups)),
@@ -258,12 +255,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()
     options.folds.sort()
-    begun = time.monotonic()
     runs = {seed: measure(options, seed) for seed in options.seeds}
     tell(
         {
             "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-            "minutes": round((time.monotonic() - begun) / 60, 1),
             "asked": {
                 **{name: [Path(path).name for path in getattr(options, name)] for name in ("arena", "others")},
                 **{name: getattr(options, name) for name in ("limit", "folds", "read", "lora", "only")},
