@@ -12,6 +12,7 @@ from rewardmodel.config import ModelConfig, Recipe
 from rewardmodel.devices import DEVICES, GIB, Device, find_device
 from rewardmodel.errors import InputError
 from rewardmodel.estimate import (
+    FITTING,
     LAUNCH,
     UTILISATION,
     Case,
@@ -218,9 +219,10 @@ def _memory_table(facts: dict[str, Any]) -> list[str]:
 def _time_lines(facts: dict[str, Any]) -> list[str]:
     battles, times = facts["battles"], facts["hours"]
     share, gpu = UTILISATION[facts["device"].kind], facts["device"].kind == "cuda"
+    first = f"fitting the head {_duration(times[FITTING])}, " if FITTING in times else ""
     return [
         f"battles    {battles.training:,} to train on, {battles.validation:,} for validation; {battles.source}",
-        f"time       training {_duration(times['training'])}, its evaluations {_duration(times['evaluation'])}, "
+        f"time       {first}training {_duration(times['training'])}, its evaluations {_duration(times['evaluation'])}, "
         f"prediction of the validation battles {_duration(times['prediction'])}; if {share:.0%} of the device's speed "
         f"are reached{f', and an operation takes {1e6 * LAUNCH:.0f} µs at least' if gpu else ''}",
     ]

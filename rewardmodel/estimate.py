@@ -24,6 +24,9 @@ FEATURES = 5
 """Copies of the features that a head is fitted to which are in memory at once: as read, scaled, parts of folds, and
 what is made while that is done."""
 
+FITTING = "fitting the head"
+"""What `hours` calls it."""
+
 LAUNCH = 10e-6
 """Seconds from the start of one operation on a GPU to the next one's at best, as Python and PyTorch hand them over: an
 assumption, said with every time. Small models wait for it: their operations are done sooner."""
@@ -222,8 +225,9 @@ def training_needs(case: Case) -> dict[str, Any]:
     parts["activations"] = _activations(case, one, found.plain)
     if case.recipe.model.head_init == "fitted":  # before training, which then needs that memory for other things
         later = parts["gradients"] + parts["optimiser"] + parts["activations"]
-        parts["features"] = max(0, _features(case) - later)
-        least += parts["features"]
+        beyond = max(0, _features(case) - later)
+        parts |= {"features": beyond} if beyond else {}
+        least += beyond
     return _told(case, parts, least, tokens, fits)
 
 
@@ -308,11 +312,11 @@ def hours(case: Case) -> dict[str, float]:
             steps * operations * start,
         ),
         "evaluation": (evaluations * battles.validation * forward / rate, evaluations * judged * FORWARD * start),
-        "fitting the head": (battles.training * forward / rate, reads * FORWARD * start),
+        FITTING: (battles.training * forward / rate, reads * FORWARD * start),
         "prediction": (battles.validation * flops(battles.predicted, 0.0) / rate, predicted * FORWARD * start),
     }  # fmt: skip
     if recipe.model.head_init != "fitted":
-        del seconds["fitting the head"]
+        del seconds[FITTING]
     return {what: max(both) / 3600 for what, both in seconds.items()}
 
 

@@ -54,6 +54,12 @@ def test_a_recipe_that_fits_is_told_in_a_table(changed):
     assert all(len(line) < 400 for line in said.splitlines())
 
 
+def test_what_fitting_the_head_takes_is_told_where_it_is_done(changed):
+    fitted, zero = (format_doctor(doctor(changed(head_init=start), "T4")) for start in ("fitted", "zero"))
+    assert "time       fitting the head " in fitted
+    assert "time       training " in zero
+
+
 def test_the_machine_at_hand_is_taken_where_none_is_named(changed):
     facts = doctor(changed(device="cpu"), "cpu")
     assert facts["device"].kind == "cpu"
