@@ -106,6 +106,11 @@ class PairTieHead(TieHead):
         return outputs + torch.stack([torch.zeros_like(added), added], dim=1)
 
 
+def last_layer_kind(shape: Head) -> type[FloatLinear]:
+    """Return the class of the last layer of a head of a shape."""
+    return (PairTieHead if shape.pairs else TieHead) if shape.tie else FloatLinear
+
+
 class FloatHead:
     """A classifier of transformers whose own head is float32 and may carry the tie parameter.
 
@@ -138,8 +143,7 @@ class FloatHead:
         last_layer = [name for name, layer in layers.items() if layer.out_features == self.shape.num_labels][-1]
         wider = WIDTHS[self.pooling](self.shape.responses)
         for name, layer in layers.items():
-            ties = self.shape.tie and name == last_layer
-            kind = (PairTieHead if self.shape.pairs else TieHead) if ties else FloatLinear
+            kind = last_layer_kind(self.shape) if name == last_layer else FloatLinear
             fresh = kind(wider * layer.in_features, layer.out_features, bias=layer.bias is not None)
             self.set_submodule(name, fresh)  # type: ignore[attr-defined]
         self.last_layer = last_layer

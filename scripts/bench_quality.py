@@ -18,6 +18,7 @@ changes with the order, before both are averaged, where there is one.
 
 import argparse
 import hashlib
+import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 from bench_battles import tell
 from levers import LEVERS, LORA, READ
-from out_of_fold import Fold, fitted_out_of_fold, read, trained_out_of_fold
+from out_of_fold import Fold, fitted_out_of_fold, kept_in, read, trained_out_of_fold
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -41,7 +42,8 @@ def recipe_of(changes: dict[str, Any], name: str = "arena_small_cpu") -> Any:
     """Return a recipe with a lever's changes."""
     from rewardmodel import load_recipe
 
-    words = [f"--{key}={str(value).lower()}" for key, value in changes.items() if key not in OWN]
+    values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in changes.items()}
+    words = [f"--{key}={value}" for key, value in values.items() if key not in OWN]
     return load_recipe(RECIPES / f"{name}.yaml", words)
 
 
@@ -161,7 +163,7 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     before = None
     for name, (recipe, changes) in levers(options).items():
-        key = digest(asdict(recipe), changes, dealing.fold.tobytes(), arena.tobytes(), backbone(recipe))
+        key = digest(asdict(recipe), changes, dealing.fold.tobytes(), arena.tobytes(), kept_in(recipe.model)[1].name)
         folder = work / f"{name.replace(' ', '_')}-{key}"
         file = folder.with_name(f"{folder.name}-{''.join(map(str, options.folds))}.npz")
         orders = kept(file, partial(predictions, recipe, changes, battles, dealing, options.folds, folder))[:, asked]
@@ -173,16 +175,6 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         "floors": {name: judged_floor(floors[name], true, groups) for name in floors},
         "levers": found, "where": sliced(battles.select(np.flatnonzero(arena)[asked]), before),
     }  # fmt: skip
-
-
-def backbone(recipe: Any) -> str:
-    """Return by what the features of a recipe's backbone are known here: its weights, its precision, its settings."""
-    from rewardmodel.features import feature_folder
-    from rewardmodel.placement import placement
-    from rewardmodel.weights import resolve
-
-    dtype = placement(recipe.model, resolve(recipe.model.model_name_or_path, recipe.model.model_revision))[1]
-    return feature_folder(recipe.model, dtype).name
 
 
 def predictions(

@@ -53,24 +53,31 @@ def objective_of(recipe: Any, changes: dict[str, Any]) -> Objective:
     return objective
 
 
+def kept_in(config: Any) -> tuple[torch.dtype, Path]:
+    """Return the precision that a recipe's `model` section computes in here, and where what it reads is kept."""
+    from rewardmodel.features import feature_folder
+    from rewardmodel.placement import placement
+    from rewardmodel.weights import resolve
+
+    dtype = placement(config, resolve(config.model_name_or_path, config.model_revision))[1]
+    return dtype, feature_folder(config, dtype)
+
+
 def read(recipe: Any, battles: Any) -> Read:
     """Return what the backbone of a recipe reads of battles, in both orders, out of the cache where it is there."""
-    from rewardmodel.features import feature_folder, features
+    from rewardmodel.features import features
     from rewardmodel.head import WIDTHS
     from rewardmodel.model import build_model, trained_layer
     from rewardmodel.objective import find_objective
     from rewardmodel.pairs import tokenize
-    from rewardmodel.placement import placement
-    from rewardmodel.weights import resolve
 
     # The other poolings are columns of this one.
     config = replace(recipe.model, pooling="last_and_responses")
     objective = find_objective(recipe.objective)
     model, tokenizer = build_model(config, objective.head, 0)
-    dtype = placement(config, resolve(config.model_name_or_path, config.model_revision))[1]
+    dtype, folder = kept_in(config)
     joint = objective.encoding == "joint"
     rows = tokenize(battles, tokenizer, recipe.prompt, encoding=objective.encoding, both_orders=joint)
-    folder = feature_folder(config, dtype)
     found = features(
         model, trained_layer(model), rows, tokenizer.pad_token_id, dtype, folder, recipe.inference.batch_tokens
     )
@@ -95,13 +102,12 @@ def shown(recipe: Any, objective: Objective, given: Read) -> Read:
 
 def fitted(recipe: Any, objective: Objective, given: Read, groups: np.ndarray) -> Any:
     """Return a head's last layer, fitted to battles."""
-    from rewardmodel.head import FloatLinear, PairTieHead, TieHead
+    from rewardmodel.head import last_layer_kind
     from rewardmodel.objective import fit_tie
     from rewardmodel.probe import Examples, fit_last_layer, layer_logits
 
-    width = given.features.shape[2]
-    separate = PairTieHead if recipe.model.pair_ties else TieHead
-    layer = separate(width) if objective.head.tie else FloatLinear(width, objective.head.num_labels, bias=False)
+    shape = objective.head._replace(pairs=recipe.model.pair_ties)
+    layer: Any = last_layer_kind(shape)(given.features.shape[2], shape.num_labels, bias=False)
     torch.nn.init.zeros_(layer.weight)
     examples = Examples(
         *map(torch.from_numpy, (given.features, given.labels)),
