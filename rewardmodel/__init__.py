@@ -8,20 +8,20 @@ from typing import Any
 
 _HOMES = {
     "InputError": "errors",
-    "Recipe": "config",
-    "load_recipe": "recipe",
-    "read_battles": "formats",
-    "train": "training",
-    "predict": "inference",
-    "evaluate": "evaluation",
-    "compare": "evaluation",
-    "baseline": "floors",
-    "report": "reports",
-    "export": "exports",
+    "Recipe": "config.schema",
+    "load_recipe": "config.loader",
+    "read_battles": "data.formats",
+    "train": "training.train",
+    "predict": "inference.predict",
+    "evaluate": "evaluation.evaluate",
+    "compare": "evaluation.evaluate",
+    "baseline": "evaluation.baselines",
+    "report": "evaluation.report",
+    "export": "exports.export",
     "run": "pipeline",
     "prepare": "pipeline",
-    "train_fold": "crossfit",
-    "train_folds": "crossfit",
+    "train_fold": "kfold",
+    "train_folds": "kfold",
 }
 
 __all__ = list(_HOMES)

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rewardmodel.distributed import is_main
 from rewardmodel.errors import InputError
-from rewardmodel.processes import is_main
 
 if TYPE_CHECKING:
-    from rewardmodel.config import Recipe
+    from rewardmodel.config.schema import Recipe
 
 
 def _run(arguments: list[str]) -> None:
@@ -24,15 +24,15 @@ def _run(arguments: list[str]) -> None:
     _add_recipe(parser)
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
     options, overrides = _parse_with_recipe(parser, arguments)
-    from rewardmodel.recipe import dump_recipe, load_recipe
+    from rewardmodel.config.loader import dump_recipe, load_recipe
 
     recipe = load_recipe(options.recipe, overrides)
     if options.print_config:
         print(dump_recipe(recipe), end="")
         return
-    from rewardmodel.evaluation import format_metrics
+    from rewardmodel.evaluation.evaluate import format_metrics
     from rewardmodel.pipeline import run
-    from rewardmodel.runs import REPORT, SUBMISSION
+    from rewardmodel.run_folder import REPORT, SUBMISSION
 
     folder, metrics = run(recipe, resume=options.resume, overwrite=options.overwrite)
     print(f"\nheld-out prompts: {format_metrics(metrics)}\n\n{folder / REPORT}")
@@ -47,10 +47,10 @@ def _prepare(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.epilog = OVERRIDES
     options, overrides = _parse_with_recipe(parser, arguments)
-    from rewardmodel.recipe import load_recipe
+    from rewardmodel.config.loader import load_recipe
 
     recipe = load_recipe(options.recipe, overrides)
-    from rewardmodel.audit import format_audit
+    from rewardmodel.data.audit import format_audit
     from rewardmodel.pipeline import prepare
 
     print(f"{format_audit(prepare(recipe, options.output))}\n\n{options.output}")
@@ -67,9 +67,9 @@ def _doctor(arguments: list[str]) -> int:
     options, overrides = _parse_with_recipe(parser, arguments)
     if options.gpus is not None and options.gpus < 1:
         raise InputError(f"--gpus: {options.gpus}; give at least 1")
-    from rewardmodel.doctor import doctor, format_doctor
+    from rewardmodel.config.loader import load_recipe
     from rewardmodel.launches import Launch, launch_of
-    from rewardmodel.recipe import load_recipe
+    from rewardmodel.planning.doctor import doctor, format_doctor
 
     recipe = load_recipe(options.recipe, overrides)
     launched = None
@@ -93,13 +93,13 @@ def _train(arguments: list[str]) -> None:
         help="a fold to train into its own folder of the run, or `all`: then every battle is predicted out of fold",
     )
     options, overrides = _parse_with_recipe(parser, arguments)
-    from rewardmodel.recipe import load_recipe
+    from rewardmodel.config.loader import load_recipe
 
     recipe, how = load_recipe(options.recipe, overrides), {"resume": options.resume, "overwrite": options.overwrite}
     if options.fold is not None:
         _train_folds(recipe, options.fold, how)
         return
-    from rewardmodel.training import train
+    from rewardmodel.training.train import train
 
     folder, _ = train(recipe, **how)
     print(folder)
@@ -108,13 +108,13 @@ def _train(arguments: list[str]) -> None:
 def _train_folds(recipe: "Recipe", fold: str, how: dict[str, bool]) -> None:
     if fold != "all" and not fold.isdecimal():
         raise InputError(f"--fold: {fold} is no fold; give `all`, or a number from 0 to {recipe.data.folds - 1}")
-    from rewardmodel.crossfit import train_fold, train_folds
+    from rewardmodel.kfold import train_fold, train_folds
 
     if fold != "all":
         print(train_fold(recipe, int(fold), **how))
         return
-    from rewardmodel.evaluation import format_metrics
-    from rewardmodel.runs import REPORT
+    from rewardmodel.evaluation.evaluate import format_metrics
+    from rewardmodel.run_folder import REPORT
 
     folder, metrics = train_folds(recipe, **how)
     print(f"\nout of fold: {format_metrics(metrics)}\n\n{folder / REPORT}")
@@ -142,11 +142,11 @@ def _predict(arguments: list[str]) -> None:
         raise InputError(f"--sample-submission: {options.output} is no submission; let --output end in .csv")
     weights, limit = _numbers("--weights", options.weights), _numbers("--time-limit", options.time_limit)
     _make_parent(options.output)
-    from rewardmodel.inference import battles_to_predict, predict
+    from rewardmodel.config.loader import load_recipe
+    from rewardmodel.inference.predict import battles_to_predict, predict
+    from rewardmodel.inference.shards import remove_shards
     from rewardmodel.predictions import check_sample, write_predictions, write_submission
-    from rewardmodel.recipe import load_recipe
-    from rewardmodel.runs import RECIPE, trained_models
-    from rewardmodel.shards import remove_shards
+    from rewardmodel.run_folder import RECIPE, trained_models
 
     for run in options.runs:
         trained_models(run)
@@ -170,11 +170,11 @@ def _evaluate(arguments: list[str]) -> None:
     parser.add_argument("--data", help="labelled battles to predict with the run and to measure, like RewardBench's")
     parser.add_argument("--against", type=Path, help="another run or predictions.parquet of the same battles")
     options = parser.parse_args(arguments)
-    from rewardmodel.evaluation import compare, evaluate, format_difference, format_evaluation
+    from rewardmodel.evaluation.evaluate import compare, evaluate, format_difference, format_evaluation
 
     given = [options.predictions, *([options.against] if options.against else [])]
     if options.data:
-        from rewardmodel.inference import predict
+        from rewardmodel.inference.predict import predict
 
         given = [predict(run, options.data) for run in given]
     print(format_difference(compare(*given)) if options.against else format_evaluation(evaluate(given[0])))
@@ -186,7 +186,7 @@ def _report(arguments: list[str]) -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="run folders; several are compared with the first")
     parser.add_argument("--output", type=Path, help="the HTML file to write; none: in the (first) run")
     options = parser.parse_args(arguments)
-    from rewardmodel.reports import report
+    from rewardmodel.evaluation.report import report
 
     print(report(options.runs, options.output))
 
@@ -213,9 +213,9 @@ def _export(arguments: list[str]) -> None:
     asked = {name: value for name, value in asked.items() if value is not None}
     if asked and not {"dataset", "installed"} <= asked.keys():
         raise InputError(f"--{next(iter(asked))}: only for --kind kaggle, which needs --dataset and --installed")
-    from rewardmodel.bundle import Bundle
-    from rewardmodel.exports import export
-    from rewardmodel.parity import format_parity
+    from rewardmodel.exports.export import export
+    from rewardmodel.exports.kaggle import Bundle
+    from rewardmodel.exports.parity import format_parity
 
     facts = export(**options, bundle=Bundle(**asked) if asked else None)
     print(f"{format_parity(facts)}\n\n{options['output']}")
@@ -232,9 +232,9 @@ def _baseline(arguments: list[str]) -> None:
     if options.output and options.output.suffix != ".parquet":
         raise InputError(f"--output: {options.output} does not end in .parquet; let it")
     _make_parent(options.output)
-    from rewardmodel.config import DataConfig
-    from rewardmodel.floors import baseline, format_baseline, measure
-    from rewardmodel.parts import load_battles
+    from rewardmodel.config.schema import DataConfig
+    from rewardmodel.data.splits import load_battles
+    from rewardmodel.evaluation.baselines import baseline, format_baseline, measure
     from rewardmodel.predictions import write_predictions
 
     table = baseline(load_battles(DataConfig(train=options.battles, folds=options.folds, seed=options.seed)))
@@ -314,7 +314,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 def _parse_with_recipe(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return the command's own options, and the overrides of recipe keys; `--help` prints both kinds."""
     if "-h" in arguments or "--help" in arguments:
-        from rewardmodel.recipe import recipe_parser
+        from rewardmodel.config.loader import recipe_parser
 
         parser.print_help()
         keys = recipe_parser(parser.prog)

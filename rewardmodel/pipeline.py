@@ -6,23 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from rewardmodel.audit import audit
 from rewardmodel.battles import write_parquet
-from rewardmodel.config import Recipe
+from rewardmodel.config.schema import Recipe
+from rewardmodel.data.audit import audit
+from rewardmodel.data.formats import read_battles
+from rewardmodel.data.splits import Parts, load_battles
+from rewardmodel.distributed import is_main, wait_for_all
 from rewardmodel.errors import InputError
+from rewardmodel.evaluation.baselines import fit, predictions
+from rewardmodel.evaluation.report import report
+from rewardmodel.evaluation.text_regression import Regression, predict_each, save
 from rewardmodel.files import atomic_path
-from rewardmodel.floors import fit, predictions
-from rewardmodel.formats import read_battles
-from rewardmodel.inference import blends, by_rule, calibrate, predict_with
-from rewardmodel.model import load_model, load_tokenizer
-from rewardmodel.objective import find_objective
-from rewardmodel.parts import Parts, load_battles
+from rewardmodel.inference.predict import blends, by_rule, calibrate, predict_with
+from rewardmodel.model.loading import load_model, load_tokenizer
+from rewardmodel.model.weights import resolve
+from rewardmodel.objectives import find_objective
 from rewardmodel.predictions import check_sample, with_floor, write_predictions, write_submission
-from rewardmodel.processes import is_main, wait_for_all
-from rewardmodel.prompt import PromptEncoder
-from rewardmodel.regression import Regression, predict_each, save
-from rewardmodel.reports import report
-from rewardmodel.runs import (
+from rewardmodel.prompt.encoder import PromptEncoder
+from rewardmodel.run_folder import (
     BLENDED,
     CALIBRATION,
     FLOOR,
@@ -34,8 +35,7 @@ from rewardmodel.runs import (
     VALIDATION,
     write_json,
 )
-from rewardmodel.training import train
-from rewardmodel.weights import resolve
+from rewardmodel.training.train import train
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
         folder: where both files go.
 
     Returns:
-        What `rewardmodel.audit.audit` found.
+        What `data.audit.audit` found.
 
     Raises:
         InputError: what was given cannot be used; nothing was written then.

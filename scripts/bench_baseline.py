@@ -23,9 +23,9 @@ FOLDS = 5
 
 def log_losses(path: str) -> dict:
     """Judge the floors on the battles of a file."""
-    from rewardmodel.config import DataConfig
-    from rewardmodel.floors import baseline, measure
-    from rewardmodel.parts import load_battles
+    from rewardmodel.config.schema import DataConfig
+    from rewardmodel.data.splits import load_battles
+    from rewardmodel.evaluation.baselines import baseline, measure
 
     table = baseline(load_battles(DataConfig(train=path, folds=FOLDS)))
     rounded = {
@@ -37,9 +37,9 @@ def log_losses(path: str) -> dict:
 
 def cost(path: str, verb: str) -> dict:
     """Run `fit_predict` once, or `baseline`, on the battles of a file."""
-    from rewardmodel.config import DataConfig
-    from rewardmodel.floors import baseline, fit_predict, measure
-    from rewardmodel.parts import load_battles, split
+    from rewardmodel.config.schema import DataConfig
+    from rewardmodel.data.splits import load_battles, split
+    from rewardmodel.evaluation.baselines import baseline, fit_predict, measure
 
     start = time.perf_counter()
     battles = load_battles(DataConfig(train=path, folds=FOLDS))

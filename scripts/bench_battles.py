@@ -59,8 +59,8 @@ class Memory(threading.Thread):
 
 def read_and_fold(path: str) -> dict:
     """Read, validate, group and deal a file."""
-    from rewardmodel.folds import assign_folds, assign_groups
-    from rewardmodel.formats import read_battles
+    from rewardmodel.data.folds import assign_folds, assign_groups
+    from rewardmodel.data.formats import read_battles
 
     times = [time.perf_counter()]
     battles = read_battles(path)
@@ -75,10 +75,10 @@ def read_and_fold(path: str) -> dict:
 
 def tokenise(path: str, how: str, backbone: str) -> dict:
     """Tokenise a file's battles: `ours`, or `plain`, a `map` of the tokenizer over the same texts joined."""
-    from rewardmodel.config import PromptConfig
-    from rewardmodel.formats import read_battles
-    from rewardmodel.model import load_tokenizer
-    from rewardmodel.pairs import retention, tokenize
+    from rewardmodel.config.schema import PromptConfig
+    from rewardmodel.data.formats import read_battles
+    from rewardmodel.model.loading import load_tokenizer
+    from rewardmodel.prompt.tokenization import retention, tokenize
 
     tokenizer = load_tokenizer(Path(backbone))
     battles = read_battles(path)
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="smollm2-135m-instruct", help="whose tokenizer")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
-    from rewardmodel.weights import resolve
+    from rewardmodel.model.weights import resolve
 
     backbone = str(resolve(options.backbone, weights=False))
     figures: dict = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "tokenise": [], "read_and_fold": []}

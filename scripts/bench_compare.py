@@ -54,8 +54,8 @@ class Plan:
 
     Attributes:
         folder: of the backbone.
-        battles: a folder with rows of rewardmodel.pairs.ROWS, the first `WARM` to warm up: `given` and `swapped` have a
-            sequence each, `both` has both sequences, what they share once.
+        battles: a folder with rows of prompt.tokenization.ROWS, the first `WARM` to warm up: `given` and `swapped`
+            have a sequence each, `both` has both sequences, what they share once.
         random: whether the backbone's weights are drawn.
         attention: of ours; none: rewardmodel's choice.
         stock_attention: of the others; none: transformers' choice.
@@ -146,10 +146,10 @@ def planned(options: argparse.Namespace, folder: Path) -> Path:
 def read(options: argparse.Namespace, count: int, max_length: int) -> tuple[Any, Any]:
     """Return rows of battles drawn from the labelled file, as given and swapped."""
     from rewardmodel.battles import swap
-    from rewardmodel.config import PromptConfig
+    from rewardmodel.config.schema import PromptConfig
+    from rewardmodel.data.formats import read_battles
     from rewardmodel.errors import InputError
-    from rewardmodel.formats import read_battles
-    from rewardmodel.pairs import tokenize
+    from rewardmodel.prompt.tokenization import tokenize
 
     tokenizer = text_tokenizer()
     if options.train is None or tokenizer is None:
@@ -181,7 +181,7 @@ def _rows(texts: list, lengths: np.ndarray, kept: np.ndarray, outcomes: np.ndarr
     """Return rewardmodel's rows of battles made of ids: prompt, A, B, in the order given."""
     from datasets import Dataset
 
-    from rewardmodel.pairs import ROWS
+    from rewardmodel.prompt.tokenization import ROWS
 
     _, first, second = order
     parts = [[text[number] for number in (3, 0, 4, first, 5, second, 6)] for text in texts]
@@ -202,12 +202,12 @@ def _rows(texts: list, lengths: np.ndarray, kept: np.ndarray, outcomes: np.ndarr
 
 
 def merged(given: Any, swapped: Any) -> Any:
-    """Return rows with both sequences of each battle, as `rewardmodel.pairs.tokenize` does of both orders."""
+    """Return rows with both sequences of each battle, as `prompt.tokenization.tokenize` does of both orders."""
     from types import SimpleNamespace
 
     from datasets import Dataset
 
-    from rewardmodel.pairs import ROWS, merge
+    from rewardmodel.prompt.tokenization import ROWS, merge
 
     def battle(*rows: dict) -> dict:
         of = ("input_ids", "segment_ids")

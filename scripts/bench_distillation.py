@@ -37,8 +37,8 @@ PAIRS = [("soft", "hard"), ("both", "hard"), ("both", "soft"), ("hard", "teacher
 def dealt(options: argparse.Namespace, folder: Path, seed: int) -> dict[str, Any]:
     """Write the parts, those called new without outcomes, and return them with theirs, by name."""
     from rewardmodel.battles import OUTCOMES, with_column, write_parquet
-    from rewardmodel.config import DataConfig
-    from rewardmodel.parts import load_battles
+    from rewardmodel.config.schema import DataConfig
+    from rewardmodel.data.splits import load_battles
 
     tenths = sum(SHARES.values())
     battles = load_battles(DataConfig(train=options.train, folds=tenths, limit=options.limit, seed=seed))
@@ -54,9 +54,9 @@ def dealt(options: argparse.Namespace, folder: Path, seed: int) -> dict[str, Any
 
 def predictions(run: Path, recipe: Any, battles: Any) -> Any:
     """Return what a run predicts, uncalibrated; a frozen backbone reads each battle once for all models."""
-    from rewardmodel.inference import predict_with
-    from rewardmodel.model import load_model
-    from rewardmodel.runs import MODEL
+    from rewardmodel.inference.predict import predict_with
+    from rewardmodel.model.loading import load_model
+    from rewardmodel.run_folder import MODEL
 
     return predict_with(*load_model(recipe.model, run / MODEL), recipe, battles, cached=True)
 
@@ -76,8 +76,8 @@ def write_pseudo_labels(table: Any, battles: Any, folder: Path) -> None:
 def recipes(options: argparse.Namespace, folder: Path, seed: int) -> dict[str, Any]:
     """Return the recipe of the teacher and of each student by name, the teacher's first."""
     from rewardmodel import load_recipe
-    from rewardmodel.config import Source
-    from rewardmodel.objective import find_objective
+    from rewardmodel.config.schema import Source
+    from rewardmodel.objectives import find_objective
 
     labelled, soft = str(folder / "labelled.parquet"), str(folder / "soft.parquet")
     hard = Source(str(folder / "hard.parquet"), validation=False)
@@ -105,8 +105,8 @@ def recipes(options: argparse.Namespace, folder: Path, seed: int) -> dict[str, A
 def measure(options: argparse.Namespace, folder: Path, seed: int) -> dict[str, Any]:
     """Train the teacher and its students, and return what each reaches on the held-out battles."""
     from rewardmodel import read_battles, train
+    from rewardmodel.data.splits import trained_on
     from rewardmodel.metrics import paired_difference, summary
-    from rewardmodel.parts import trained_on
     from rewardmodel.predictions import predicted, true_outcomes
 
     parts = dealt(options, folder, seed)

@@ -4,7 +4,7 @@
 
 Every case trains a few optimiser steps, or predicts, in a process of its own, on battles of the packaged sample made as
 long as the recipe lets them be. Measured is the most resident memory of the process; what the doctor told of the same
-recipe beforehand is beside it, with the process itself (`rewardmodel.estimate.PROCESS`) and without.
+recipe beforehand is beside it, with the process itself (`planning.estimate.PROCESS`) and without.
 """
 
 import argparse
@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def recipe_of(name: str, folder: str) -> Any:
     """Return a case's recipe."""
-    from rewardmodel.recipe import load_recipe
+    from rewardmodel.config.loader import load_recipe
 
     path = Path(folder) / "recipe.yaml"
     path.write_text("")
@@ -69,7 +69,7 @@ def make_backbone(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from rewardmodel.model import load_tokenizer
+    from rewardmodel.model.loading import load_tokenizer
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -82,8 +82,8 @@ def make_backbone(folder: Path) -> None:
 
 def make_battles(path: Path) -> None:
     """Write battles whose every sequence reaches max_length."""
-    from rewardmodel.config import DataConfig
-    from rewardmodel.parts import load_battles
+    from rewardmodel.config.schema import DataConfig
+    from rewardmodel.data.splits import load_battles
 
     battles = load_battles(DataConfig()).to_pandas().iloc[::16].copy()
     for name in ("prompt", "response_a", "response_b"):
@@ -100,14 +100,14 @@ def resident() -> float:
 def take(name: str, folder: str) -> dict:
     """Train or predict, and return what memory it took, and what it had before."""
     import rewardmodel.pipeline  # noqa: F401
-    from rewardmodel.forward import row_logits
-    from rewardmodel.model import build_model
-    from rewardmodel.objective import find_objective
-    from rewardmodel.pairs import tokenize
-    from rewardmodel.parts import load_battles
-    from rewardmodel.placement import placement
-    from rewardmodel.training import train
-    from rewardmodel.weights import resolve
+    from rewardmodel.data.splits import load_battles
+    from rewardmodel.model.forward import row_logits
+    from rewardmodel.model.loading import build_model
+    from rewardmodel.model.precision import placement
+    from rewardmodel.model.weights import resolve
+    from rewardmodel.objectives import find_objective
+    from rewardmodel.prompt.tokenization import tokenize
+    from rewardmodel.training.train import train
 
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")  # as the command line does
     recipe, before = recipe_of(name, folder), resident()
@@ -125,11 +125,11 @@ def tell_beforehand(name: str, folder: str) -> dict:
     """Return what the doctor says of a case."""
     from transformers import AutoConfig
 
-    from rewardmodel.devices import find_device
-    from rewardmodel.estimate import Case, inference_needs, training_needs
     from rewardmodel.launches import Launch
-    from rewardmodel.lengths import read_lengths
-    from rewardmodel.placement import placement
+    from rewardmodel.model.precision import placement
+    from rewardmodel.planning.devices import find_device
+    from rewardmodel.planning.estimate import Case, inference_needs, training_needs
+    from rewardmodel.planning.workload import read_lengths
 
     recipe = recipe_of(name, folder)
     backbone = Path(recipe.model.model_name_or_path)
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", help=f"of: {'; '.join(CASES)}; none: all")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
-    from rewardmodel.weights import resolve
+    from rewardmodel.model.weights import resolve
 
     smollm2 = resolve("smollm2-135m-instruct")
     figures: dict[str, Any] = {"machine": processor(), "cases": {}}

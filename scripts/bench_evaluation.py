@@ -66,7 +66,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.measure:
         start = time.perf_counter()
-        from rewardmodel.evaluation import evaluate
+        from rewardmodel.evaluation.evaluate import evaluate
 
         facts = evaluate(options.measure)
         seconds = round(time.perf_counter() - start, 1)

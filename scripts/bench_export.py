@@ -38,7 +38,7 @@ def make_backbone(folder: Path) -> None:
     from bench_models import unlettered_tokenizer
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from rewardmodel.checkpoint import write_shards
+    from rewardmodel.exports.weight_files import write_shards
 
     config = AutoConfig.for_model(**SHAPE)
     with torch.device("meta"):
@@ -63,9 +63,9 @@ def make_run(folder: Path, backbone: Path, how: str) -> None:
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from rewardmodel.config import ModelConfig, Recipe
-    from rewardmodel.recipe import dump_recipe
-    from rewardmodel.weights import fingerprint
+    from rewardmodel.config.loader import dump_recipe
+    from rewardmodel.config.schema import ModelConfig, Recipe
+    from rewardmodel.model.weights import fingerprint
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPE))
@@ -92,7 +92,7 @@ def merge_one(run: str, how: str, target: str) -> dict:
     """Merge a run and tell seconds and memory."""
     import torch
 
-    from rewardmodel.merge import merge, trained
+    from rewardmodel.exports.merge import merge, trained
 
     loaded = trained(Path(run))
     begin, memory, start = anonymous_gib(), Memory(), time.perf_counter()

@@ -42,7 +42,7 @@ def tiny(folder: Path, **smaller: int) -> str:
 
 def recipe_of(backbone: str, output: str, trainer: dict[str, Any], **data: Any) -> Any:
     """Return a recipe for the tiny Llama."""
-    from rewardmodel.config import DataConfig, ModelConfig, PromptConfig, Recipe
+    from rewardmodel.config.schema import DataConfig, ModelConfig, PromptConfig, Recipe
 
     told = {"output_dir": output, "save_strategy": "no", "eval_strategy": "no", "logging_steps": 10**9}
     told |= {"disable_tqdm": True, "micro_batch_tokens": TOKENS, **trainer}
@@ -56,10 +56,10 @@ def recipe_of(backbone: str, output: str, trainer: dict[str, Any], **data: Any) 
 
 def battles(path: str, count: str, backbone: str) -> dict:
     """Train on a file and predict its validation fold; return the seconds of each."""
-    from rewardmodel.inference import predict_with
-    from rewardmodel.model import load_model
-    from rewardmodel.runs import MODEL
-    from rewardmodel.training import train
+    from rewardmodel.inference.predict import predict_with
+    from rewardmodel.model.loading import load_model
+    from rewardmodel.run_folder import MODEL
+    from rewardmodel.training.train import train
 
     recipe = recipe_of(backbone, str(Path(path).with_suffix("")), {"battles_per_step": 64}, train=path)
     start = time.perf_counter()
@@ -80,12 +80,12 @@ def length(backbone: str, tokens: str) -> dict:
     import torch
     from datasets import Dataset
 
-    from rewardmodel.arguments import training_arguments
-    from rewardmodel.forward import row_logits
-    from rewardmodel.model import build_model
-    from rewardmodel.objective import JOINT
-    from rewardmodel.pairs import ROWS
-    from rewardmodel.trainer import PreferenceTrainer
+    from rewardmodel.model.forward import row_logits
+    from rewardmodel.model.loading import build_model
+    from rewardmodel.objectives import JOINT
+    from rewardmodel.prompt.tokenization import ROWS
+    from rewardmodel.training.arguments import training_arguments
+    from rewardmodel.training.trainer import PreferenceTrainer
 
     size, random = int(tokens), np.random.default_rng(0)
     segments = np.repeat([0, 1, 2], [size - 2 * (size // 3), size // 3, size // 3]).astype(np.int8)

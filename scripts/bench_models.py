@@ -98,7 +98,7 @@ def backbone_folder(name: str, folder: Path) -> Path:
     """Return the folder of a shape's backbone: tokenizer, configuration and, unless they are drawn, weights."""
     from transformers import AutoConfig
 
-    from rewardmodel.weights import resolve
+    from rewardmodel.model.weights import resolve
 
     config = SHAPES[name].config
     if config is None:
@@ -114,8 +114,8 @@ def backbone_folder(name: str, folder: Path) -> Path:
 def text_tokenizer() -> Any:
     """Return SmolLM2's tokenizer, whose ids every shape has, or None where its package is not installed."""
     from rewardmodel.errors import InputError
-    from rewardmodel.model import load_tokenizer
-    from rewardmodel.weights import resolve
+    from rewardmodel.model.loading import load_tokenizer
+    from rewardmodel.model.weights import resolve
 
     try:
         return load_tokenizer(resolve("smollm2-135m-instruct"))
@@ -198,7 +198,7 @@ def _quantise(linear: Any, dtype: torch.dtype, device: torch.device) -> None:
 
 def our_config(plan: Any) -> Any:
     """Return the plan's backbone, quantisation and adapters as rewardmodel takes them."""
-    from rewardmodel.config import ModelConfig
+    from rewardmodel.config.schema import ModelConfig
 
     return ModelConfig(
         model_name_or_path=str(plan.folder),

@@ -49,8 +49,8 @@ def recipe_of(changes: dict[str, Any], name: str = "arena_small_cpu") -> Any:
 
 def dealt(options: argparse.Namespace, seed: int) -> Any:
     """Return all battles, grouped and dealt to folds."""
-    from rewardmodel.config import DataConfig, Source
-    from rewardmodel.parts import load_battles
+    from rewardmodel.config.schema import DataConfig, Source
+    from rewardmodel.data.splits import load_battles
 
     sources = [Source(path) for path in options.arena]
     sources += [Source(path, validation=False, limit=options.limit) for path in options.others]
@@ -59,7 +59,7 @@ def dealt(options: argparse.Namespace, seed: int) -> Any:
 
 def floors_of(battles: Any, dealing: Fold) -> dict[str, np.ndarray]:
     """Return the floors' predictions of the arena battles, from the arena battles of the other folds."""
-    from rewardmodel.floors import baseline
+    from rewardmodel.evaluation.baselines import baseline
     from rewardmodel.predictions import PROBABILITIES
 
     table = baseline(battles.select(np.flatnonzero(dealing.arena)))
@@ -88,7 +88,7 @@ def judged(
     orders: np.ndarray, true: np.ndarray, groups: np.ndarray, floor: np.ndarray, before: np.ndarray
 ) -> dict[str, Any]:
     """Return the figures of the mean of predictions by order, (orders, n, 3), beside the floor's and the recipe's."""
-    from rewardmodel.calibration import BLEND, cross_fit
+    from rewardmodel.evaluation.calibration import BLEND, cross_fit
     from rewardmodel.metrics import log_loss, paired_difference, summary
 
     predicted = orders.mean(axis=0)
@@ -146,7 +146,7 @@ def levers(options: argparse.Namespace) -> dict[str, tuple[Any, dict[str, Any]]]
 def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Return the figures of every lever for one dealing of folds."""
     from rewardmodel.battles import outcomes
-    from rewardmodel.runs import data_fingerprint
+    from rewardmodel.run_folder import data_fingerprint
 
     battles = dealt(options, seed)
     sources = np.asarray(battles["source"][:])

@@ -71,11 +71,11 @@ def separate(plan: Plan) -> Trained:
 
 def rewardmodels(plan: Plan, name: str, rows_of: Callable[[Any], Any]) -> Trained:
     """Return rewardmodel's; the tokens of a micro-batch are those that the trainer found to fit when it warmed up."""
-    from rewardmodel.arguments import training_arguments
-    from rewardmodel.config import ObjectiveConfig, Recipe
-    from rewardmodel.model import build_model
-    from rewardmodel.objective import find_objective
-    from rewardmodel.trainer import PreferenceTrainer
+    from rewardmodel.config.schema import ObjectiveConfig, Recipe
+    from rewardmodel.model.loading import build_model
+    from rewardmodel.objectives import find_objective
+    from rewardmodel.training.arguments import training_arguments
+    from rewardmodel.training.trainer import PreferenceTrainer
 
     objective = ObjectiveConfig(name)
     model, tokenizer = build_model(our_config(plan), find_objective(objective).head, plan.seed)
@@ -136,7 +136,7 @@ def shared(rows: Any) -> Any:
     """Return the decided battles as rewardmodel's rows of both sequences of TRL's pairs, the prompt once."""
     from datasets import Dataset
 
-    from rewardmodel.pairs import ROWS, merge
+    from rewardmodel.prompt.tokenization import ROWS, merge
 
     def alone(row: dict, segment: int) -> Any:
         kept = [number for number, of in enumerate(row["segment_ids"]) if of != 3 - segment]

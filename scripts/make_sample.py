@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 HERE = Path(__file__).resolve().parent
-SAMPLE = HERE.parent / "rewardmodel" / "sample"
+SAMPLE = HERE.parent / "rewardmodel" / "data" / "sample"
 COLUMNS = ["id", "model_a", "model_b", "prompt", "response_a", "response_b"]
 OUTCOMES = ["winner_model_a", "winner_model_b", "winner_tie"]
 TEST_EVERY = 9  # one prompt in nine is kept for test.csv, whatever its category

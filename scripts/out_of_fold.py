@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rewardmodel.objective import Objective
+from rewardmodel.objectives import Objective
 
 
 class Read(NamedTuple):
@@ -45,7 +45,7 @@ class Consistent(Objective):
 
 def objective_of(recipe: Any, changes: dict[str, Any]) -> Objective:
     """Return the objective of a recipe with a lever's changes."""
-    from rewardmodel.objective import find_objective
+    from rewardmodel.objectives import find_objective
 
     objective = find_objective(recipe.objective)
     if "consistency" in changes:
@@ -55,9 +55,9 @@ def objective_of(recipe: Any, changes: dict[str, Any]) -> Objective:
 
 def kept_in(config: Any) -> tuple[torch.dtype, Path]:
     """Return the precision that a recipe's `model` section computes in here, and where what it reads is kept."""
-    from rewardmodel.features import feature_folder
-    from rewardmodel.placement import placement
-    from rewardmodel.weights import resolve
+    from rewardmodel.model.features import feature_folder
+    from rewardmodel.model.precision import placement
+    from rewardmodel.model.weights import resolve
 
     dtype = placement(config, resolve(config.model_name_or_path, config.model_revision))[1]
     return dtype, feature_folder(config, dtype)
@@ -65,11 +65,11 @@ def kept_in(config: Any) -> tuple[torch.dtype, Path]:
 
 def read(recipe: Any, battles: Any) -> Read:
     """Return what the backbone of a recipe reads of battles, in both orders, out of the cache where it is there."""
-    from rewardmodel.features import features
-    from rewardmodel.head import WIDTHS
-    from rewardmodel.model import build_model, trained_layer
-    from rewardmodel.objective import find_objective
-    from rewardmodel.pairs import tokenize
+    from rewardmodel.model.features import features
+    from rewardmodel.model.heads import WIDTHS
+    from rewardmodel.model.loading import build_model, trained_layer
+    from rewardmodel.objectives import find_objective
+    from rewardmodel.prompt.tokenization import tokenize
 
     # The other poolings are columns of this one.
     config = replace(recipe.model, pooling="last_and_responses")
@@ -89,7 +89,7 @@ def read(recipe: Any, battles: Any) -> Read:
 
 def shown(recipe: Any, objective: Objective, given: Read) -> Read:
     """Return the orders of joint sequences that training sees: both, or one, in whose words the outcome is."""
-    from rewardmodel.objective import SHOWN
+    from rewardmodel.objectives import SHOWN
 
     swaps = recipe.data.swap_augmentation
     if objective.encoding == "separate" or swaps == "both":
@@ -102,9 +102,9 @@ def shown(recipe: Any, objective: Objective, given: Read) -> Read:
 
 def fitted(recipe: Any, objective: Objective, given: Read, groups: np.ndarray) -> Any:
     """Return a head's last layer, fitted to battles."""
-    from rewardmodel.head import last_layer_kind
-    from rewardmodel.objective import fit_tie
-    from rewardmodel.probe import Examples, fit_last_layer, layer_logits
+    from rewardmodel.model.heads import last_layer_kind
+    from rewardmodel.objectives import fit_tie
+    from rewardmodel.training.head_fit import Examples, fit_last_layer, layer_logits
 
     shape = objective.head._replace(pairs=recipe.model.pair_ties)
     layer: Any = last_layer_kind(shape)(given.features.shape[2], shape.num_labels, bias=False)
@@ -128,8 +128,8 @@ def fitted_out_of_fold(
 
     Those of folds that are not asked for are NaN.
     """
-    from rewardmodel.folds import trains
-    from rewardmodel.probe import layer_logits
+    from rewardmodel.data.folds import trains
+    from rewardmodel.training.head_fit import layer_logits
 
     objective = objective_of(recipe, changes)
     learnt, bags = shown(recipe, objective, given), changes.get("bags", 1)
@@ -160,8 +160,8 @@ def trained_out_of_fold(recipe: Any, battles: Any, dealing: Fold, folds: list[in
     Those of folds that are not asked for are NaN. The folder keeps a run for each fold; those that are there go on.
     """
     from rewardmodel import predict, train
-    from rewardmodel.objective import find_objective
-    from rewardmodel.parts import split
+    from rewardmodel.data.splits import split
+    from rewardmodel.objectives import find_objective
     from rewardmodel.predictions import predicted
 
     if not find_objective(recipe.objective).learns_ties:

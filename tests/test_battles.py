@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from conftest import from_columns
+from builders import from_columns
 from datasets import Dataset, concatenate_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,8 +22,8 @@ from rewardmodel.battles import (
     weights,
     with_column,
 )
+from rewardmodel.data.formats import read_battles
 from rewardmodel.errors import InputError
-from rewardmodel.formats import read_battles
 
 
 def battles_of(count=3, **columns):

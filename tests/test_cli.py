@@ -9,17 +9,17 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import battle_frame, write_csv
+from builders import battle_frame, write_csv
 from safetensors.torch import load_file, save_file
 
-from rewardmodel import inference
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.cli import VERBS, main
-from rewardmodel.config import DataConfig, ModelConfig, PromptConfig, Recipe
-from rewardmodel.inference import predict
+from rewardmodel.config.loader import dump_recipe, load_recipe
+from rewardmodel.config.schema import DataConfig, ModelConfig, PromptConfig, Recipe
+from rewardmodel.inference import predict as inference
+from rewardmodel.inference.predict import predict
 from rewardmodel.predictions import predicted, read_predictions
-from rewardmodel.recipe import dump_recipe, load_recipe
-from rewardmodel.runs import METRICS, MODEL, RECIPE, SUBMISSION
+from rewardmodel.run_folder import METRICS, MODEL, RECIPE, SUBMISSION
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -620,7 +620,7 @@ def test_a_baseline_file_ends_in_parquet(refusal, tmp_path):
 def test_all_folds_are_trained_and_the_run_is_predicted_with(
     recipe_file, recipe, test_file, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("rewardmodel.reports.render", lambda *_: "page")  # charts are most of the time
+    monkeypatch.setattr("rewardmodel.evaluation.report.render", lambda *_: "page")  # charts are most of the time
     path = recipe_file(data={"folds": 2})
     assert main(["train", path, "--fold", "1", "--trainer.max_steps", "1"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(recipe.run_folder / "fold-1")

@@ -6,20 +6,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import battle_frame, write_csv
+from builders import battle_frame, write_csv
 
-from rewardmodel import folds, pipeline
+from rewardmodel import pipeline
 from rewardmodel.battles import OUTCOMES
-from rewardmodel.calibration import load
-from rewardmodel.config import DataConfig, InferenceConfig, ModelConfig, PromptConfig, Recipe
+from rewardmodel.config.schema import DataConfig, InferenceConfig, ModelConfig, PromptConfig, Recipe
+from rewardmodel.data import folds
+from rewardmodel.data.formats import read_battles
+from rewardmodel.data.splits import fingerprints, load_battles, split
 from rewardmodel.errors import InputError
-from rewardmodel.formats import read_battles
-from rewardmodel.inference import predict
-from rewardmodel.parts import fingerprints, load_battles, split
+from rewardmodel.evaluation.calibration import load
+from rewardmodel.evaluation.text_regression import load as load_floor
+from rewardmodel.evaluation.text_regression import predict_each
+from rewardmodel.inference.predict import predict
 from rewardmodel.predictions import average, predicted, read_predictions
-from rewardmodel.regression import load as load_floor
-from rewardmodel.regression import predict_each
-from rewardmodel.runs import (
+from rewardmodel.run_folder import (
     CALIBRATION,
     CALIBRATOR,
     ENVIRONMENT,
@@ -35,7 +36,7 @@ from rewardmodel.runs import (
     VALIDATION,
     load_run_recipe,
 )
-from rewardmodel.training import train
+from rewardmodel.training.train import train
 
 IDS = ["0900", "7", "x-3", "0033", "12345678901234567890", "00", "a,b", "猫"]
 """Ids that would not survive being read as numbers, in no order."""

@@ -3,7 +3,7 @@ import csv
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import from_columns
+from builders import from_columns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

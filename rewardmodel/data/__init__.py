@@ -1,0 +1,1 @@
+"""Files, hub data sets and tables -> battles: read, parse, group, split, audit."""

@@ -1,0 +1,1 @@
+"""Predictions -> metrics, calibration, bias audits, reports. Never imports torch."""

@@ -1,0 +1,299 @@
+"""Rows to predict in, their logits out, shard by shard: each becomes a file, so that a killed prediction goes on.
+
+A shard is some rows that are computed together, in several micro-batches a process, and written whole or not at all.
+Which rows are in which is settled by the rows, the tokens of a batch and the number of processes alone, so that what
+was killed and went on is, bit for bit, what would have been. Files lie in a folder named by model, rows and settings:
+those of another prediction are never read. The main process alone reads, writes and looks at the clock.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from rewardmodel.distributed import from_main, is_main, joined
+from rewardmodel.files import atomic_path, write_text
+from rewardmodel.model.forward import batching, forward_budget, row_logits
+from rewardmodel.model.loading import is_packed
+from rewardmodel.prompt.tokenization import one_sequence
+
+logger = logging.getLogger(__name__)
+
+BATCHES = 16
+"""Micro-batches of a process in a shard: many enough to be filled well, few enough to be lost."""
+
+WHOLE, FIRST, SECOND = "whole", "first", "second"
+"""Names of shards: of rows with all their sequences, or with the one or the other alone."""
+
+LABELS = {WHOLE: "predicting", FIRST: "predicting as given", SECOND: "predicting exchanged"}
+
+BUDGET = "budget.json"
+"""Tokens of a batch, by the kind of device that they were found on."""
+
+DIGITS = 16
+"""Of a digest in the name of a folder."""
+
+Piece = tuple[np.ndarray, np.ndarray]
+"""Row numbers, (n,) int64, ascending, and their logits, (n, n_sequences, n_logits) float32."""
+
+
+class Deadline:
+    """How long shards may be begun that can be left out; asked of the main process, so that all do the same.
+
+    Args:
+        seconds: from now.
+        clock: seconds since any time.
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.end = clock() + seconds
+        self.seconds = self.tokens = 0.0  # that shards took, each half as much as the next
+
+    def left(self) -> float:
+        """Return the seconds that are left, below 0 if the time is over."""
+        return self.end - self.clock()
+
+    def allows(self, tokens: int) -> bool:
+        """Return whether so many tokens can be computed in time, at the pace of the last shards."""
+        return from_main(lambda: self.seconds * tokens < self.left() * max(self.tokens, 1))
+
+    def share(self, models: int) -> "Deadline":
+        """Return the deadline of the next of so many models, which get what is left in equal shares."""
+        return Deadline(self.left() / models, self.clock)
+
+    def over(self) -> "Deadline":
+        """Return one that is over."""
+        return Deadline(-math.inf, self.clock)
+
+    def measure(self, tokens: int, work: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return what `work` returns, which computes so many tokens, and remember how long it took."""
+        begun = self.clock()
+        result = work()
+        self.seconds, self.tokens = self.seconds / 2 + self.clock() - begun, self.tokens / 2 + tokens
+        return result
+
+
+def sharded_logits(
+    model: Any,
+    rows: Dataset,
+    pad_token_id: int,
+    dtype: torch.dtype,
+    budget: int | None = None,
+    folder: Path | None = None,
+    deadline: Deadline | None = None,
+) -> np.ndarray:
+    """Return the logits of each sequence of rows, (n_rows, n_sequences, n_logits) float32, in their order.
+
+    Args:
+        model: in evaluation mode, on its device.
+        rows: of `prompt.tokenization.ROWS`, all with the same number of sequences.
+        pad_token_id: what fills the ends of shorter sequences.
+        dtype: precision to compute in.
+        budget: tokens of a batch; none: as many as fit into free memory.
+        folder: of this prediction's shards (`shard_folder`); none: nothing is kept.
+        deadline: then rows have two sequences, and the second is computed of as many as there is time for, the
+            shortest first, because each costs its tokens and gains about the same; it is NaN of the others.
+
+    Raises:
+        FloatingPointError: logits that are no numbers; nothing is kept of that shard.
+    """
+    tokens = budget or _budget(folder, model, partial(forward_budget, model, rows, pad_token_id, dtype))
+    least = tokens * BATCHES * joined().num_processes if folder or deadline else None
+    how, packed = batching(model, pad_token_id), is_packed(model)
+
+    def compute(rows: Dataset, advance: Callable[[int], Any]) -> np.ndarray:
+        logits = row_logits(model, rows=rows, pad_token_id=pad_token_id, dtype=dtype, budget=tokens, advance=advance)
+        check_numbers(logits, rows, f"{{}} predictions are no numbers ({dtype})")
+        return logits
+
+    def found(rows: Dataset, name: str) -> np.ndarray:
+        costs, until = np.array(how.costs(rows)), deadline if name == SECOND else None
+        shards = cut(costs, _order(costs, packed, ascending=until is not None), least)
+        return _computed(compute, rows, costs, shards, name, folder, deadline, until)
+
+    if deadline is None:
+        return found(rows, WHOLE)
+    first = found(one_sequence(rows, 0), FIRST)
+    second = found(one_sequence(rows, 1), SECOND) if deadline.allows(0) else first[:0]
+    return np.concatenate([first, second if len(second) else np.full_like(first, np.nan)], axis=1)
+
+
+def shard_folder(work: Path, model: Path, rows: Dataset, settings: dict[str, Any]) -> Path:
+    """Return the folder in `work` of one prediction's shards, named by all that it depends on.
+
+    Args:
+        work: of the shards of all predictions that go into one output.
+        model: folder of the saved model.
+        rows: what is predicted.
+        settings: what else logits depend on; JSON.
+    """
+    return work / from_main(lambda: f"{_model_digest(model)}-{_rows_digest(rows, settings)}")
+
+
+def remove_shards(work: Path) -> None:
+    """Remove the folder of an output's shards, but for what is in it besides."""
+    for path in work.glob(f"{'[0-9a-f]' * DIGITS}-{'[0-9a-f]' * DIGITS}"):
+        shutil.rmtree(path)
+    if work.is_dir() and not any(work.iterdir()):
+        work.rmdir()
+
+
+def cut(costs: np.ndarray, order: np.ndarray, least: int | None) -> list[np.ndarray]:
+    """Return row numbers in this order in shards of about `least` tokens, each ascending; none: all in one.
+
+    Args:
+        costs: tokens of each row, (n_rows,).
+        order: (n_rows,) row numbers.
+        least: tokens of a shard.
+    """
+    ends = np.cumsum(costs[order])
+    number = (ends - costs[order]) // (least or ends[-1])
+    return [np.sort(shard) for shard in np.split(order, np.flatnonzero(np.diff(number)) + 1)]
+
+
+def _order(costs: np.ndarray, packed: bool, ascending: bool) -> np.ndarray:
+    if ascending:
+        return np.argsort(costs, kind="stable")
+    if packed:  # rows of any length fill a batch best
+        return np.random.default_rng(0).permutation(len(costs))
+    return np.argsort(-costs, kind="stable")  # with rows of about its own length, a row needs least padding
+
+
+def _computed(
+    compute: Callable[..., np.ndarray],
+    rows: Dataset,
+    costs: np.ndarray,
+    shards: Sequence[np.ndarray],
+    name: str,
+    folder: Path | None,
+    measured: Deadline | None,
+    until: Deadline | None,
+) -> np.ndarray:
+    """Return the logits of rows, read where they are in files; NaN of those that `until` left no time for, or empty."""
+    pieces: list[Piece] = from_main(lambda: _read(folder, name))
+    done = np.zeros(len(rows), bool)
+    for numbers, _ in pieces:
+        done[numbers] = True
+    if 0 < done.sum() < len(rows):
+        logger.info("continues: %d of %d battles are there already (%s)", done.sum(), len(rows), LABELS[name])
+    with tqdm(total=len(rows), initial=int(done.sum()), desc=LABELS[name], unit="battle", disable=not is_main()) as bar:
+        for shard in shards:
+            todo = shard[~done[shard]]
+            if not len(todo):
+                continue
+            tokens = int(costs[todo].sum())
+            if until is not None and not until.allows(tokens):
+                break
+            some = rows if len(todo) == len(rows) else rows.select(todo)
+            work = partial(compute, rows=some, advance=bar.update)
+            logits = work() if measured is None else measured.measure(tokens, work)
+            if folder is not None and is_main():
+                _write(folder, name, (todo, logits))
+            pieces.append((todo, logits))
+            done[todo] = True
+            bar.n = int(done.sum())  # those of other processes too
+            bar.refresh()
+    return _together(pieces, len(rows))
+
+
+def _together(pieces: list[Piece], rows: int) -> np.ndarray:
+    if not pieces:
+        return np.empty(0, np.float32)
+    result = np.full((rows, *pieces[0][1].shape[1:]), np.nan, np.float32)
+    for numbers, logits in pieces:
+        result[numbers] = logits
+    return result
+
+
+def check_numbers(values: np.ndarray, rows: Dataset, said: str) -> None:
+    """Raise FloatingPointError, which names battles, if what was computed of rows, (n, k, l), is not all finite.
+
+    `said` tells what, with {} where their number goes.
+    """
+    bad = ~np.isfinite(values).all(axis=(1, 2))
+    if bad.any():
+        ids = ", ".join(rows.select(np.flatnonzero(bad)[:5])["id"][:])
+        raise FloatingPointError(f"{said.format(bad.sum())}; the first ids: {ids}")
+
+
+def read_arrays(folder: Path, pattern: str, names: Sequence[str]) -> Iterator[list[np.ndarray]]:
+    """Yield the arrays of these names out of each file of a folder; of one that cannot be read, a warning."""
+    for path in sorted(folder.glob(pattern)):
+        try:
+            with path.open("rb") as opened, np.load(opened) as file:
+                arrays = [file[name] for name in names]
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            logger.warning("%s cannot be read; its battles are computed again", path)
+            continue
+        yield arrays
+
+
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """Write arrays to a file, whole or not at all."""
+    with atomic_path(path) as partial_file, partial_file.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def _read(folder: Path | None, name: str) -> list[Piece]:
+    if folder is None:
+        return []
+    return [(rows, logits) for rows, logits in read_arrays(folder, f"{name}-*.npz", ("rows", "logits"))]
+
+
+def _write(folder: Path, name: str, piece: Piece) -> None:
+    # Its first row is in no other shard, so it names this one, whatever the number of processes was.
+    write_arrays(folder / f"{name}-{piece[0][0]:08d}.npz", rows=piece[0], logits=piece[1])
+
+
+def _budget(folder: Path | None, model: Any, find: Callable[[], int]) -> int:
+    """Return the tokens of a batch that fit on every process; those found before, if it was on such a device."""
+    device = next(model.parameters()).device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+    def kept() -> int | None:
+        try:
+            return json.loads((folder / BUDGET).read_text(encoding="utf-8"))[name] if folder else None
+        except (OSError, ValueError, KeyError):
+            return None
+
+    before = from_main(kept)
+    if before is not None:
+        return before
+    found = min(gather_object([find()]))
+    if folder is not None and is_main():
+        write_text(folder / BUDGET, json.dumps({name: found}))
+    return found
+
+
+def _model_digest(folder: Path) -> str:
+    digest = hashlib.blake2b()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json")):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'blake2b').hexdigest()}".encode())
+    return digest.hexdigest()[:DIGITS]
+
+
+def _rows_digest(rows: Dataset, settings: dict[str, Any]) -> str:
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode())
+    for table in (
+        rows.with_format("arrow").select_columns(["input_ids", "segment_ids", "branches"]).iter(batch_size=1000)
+    ):
+        for column in table.columns:
+            array = column.combine_chunks()
+            digest.update(array.value_lengths().to_numpy().tobytes())
+            digest.update(array.flatten().to_numpy().tobytes())
+    return digest.hexdigest()[:DIGITS]

@@ -1,0 +1,181 @@
+"""A recipe in, one run a fold and out-of-fold predictions of every battle out: `train_folds`.
+
+Each fold's folder is an ordinary run. Beside them stands what the rest asks of a run: predictions and floors, each
+battle's by the fold that held it out, the calibrator that is fitted on them, and the report.
+"""
+
+import gc
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from datasets import Dataset
+
+from rewardmodel.config.loader import dump_recipe
+from rewardmodel.config.schema import Recipe
+from rewardmodel.data.splits import fingerprints, load_battles, split
+from rewardmodel.distributed import is_main, wait_for_all
+from rewardmodel.errors import InputError
+from rewardmodel.evaluation.report import report
+from rewardmodel.files import clear, write_text
+from rewardmodel.pipeline import run
+from rewardmodel.predictions import mean_table, read_predictions, write_predictions
+from rewardmodel.run_folder import (
+    CALIBRATION,
+    CALIBRATOR,
+    ENVIRONMENT,
+    FLOOR,
+    FLOORS,
+    METRICS,
+    RECIPE,
+    REPORT,
+    VALIDATION,
+    check_run,
+    check_same_inputs,
+    fold_folder,
+    write_environment,
+)
+from rewardmodel.training.train import with_source
+
+logger = logging.getLogger(__name__)
+
+GATHERED = (METRICS, REPORT, VALIDATION, CALIBRATION, FLOORS, CALIBRATOR, ENVIRONMENT)
+"""Files of the folds together; they go when a fold is trained anew, first the one by which they count as gathered."""
+
+
+def train_folds(
+    recipe: Recipe, battles: Any = None, *, resume: bool = False, overwrite: bool = False
+) -> tuple[Path, dict[str, Any]]:
+    """Train a model for each fold on the others, and gather what each predicts of its own.
+
+    Args:
+        recipe: what to do; `recipe.run_folder` is written, and in it fold-0, fold-1, ...; `data.fold` does not count.
+        battles: a Dataset, a DataFrame or a path in the place of `recipe.data.train`.
+        resume: go on where the run that is there stopped; folds that are done stay as they are.
+        overwrite: replace the run that is there.
+
+    Returns:
+        The run folder and what `evaluate` found of the out-of-fold predictions.
+
+    Raises:
+        InputError: what was given cannot be used; nothing was written then.
+    """
+    whole = _of_all_folds(recipe, battles)
+    check_run(whole, resume, overwrite, all_folds=True)
+    dealt = load_battles(whole.data, battles)
+    for fold in range(whole.data.folds):
+        if fold == 0:
+            _train(whole, dealt, fold, resume=resume, overwrite=overwrite, alone=overwrite and not resume)
+        else:
+            _train(whole, dealt, fold, resume=True)
+    folder = whole.run_folder
+    if is_main():
+        gather(whole, dealt)
+    wait_for_all()
+    return folder, json.loads((folder / METRICS).read_text(encoding="utf-8"))
+
+
+def train_fold(
+    recipe: Recipe, fold: int, battles: Any = None, *, resume: bool = False, overwrite: bool = False
+) -> Path:
+    """Train and judge one fold of a k-fold run, for machines that share the folds; `train_folds` then gathers them.
+
+    Args:
+        recipe: as for `train_folds`.
+        fold: its number.
+        battles: as for `train_folds`.
+        resume: continue this fold.
+        overwrite: replace this fold.
+
+    Returns:
+        The folder of the fold.
+
+    Raises:
+        InputError: what was given cannot be used, or the run has folds of another recipe.
+    """
+    whole = _of_all_folds(recipe, battles)
+    check_run(whole, resume=True, overwrite=False, all_folds=True)
+    dealt = load_battles(replace(whole.data, fold=fold), battles)
+    return _train(whole, dealt, fold, resume=resume, overwrite=overwrite)
+
+
+def _of_all_folds(recipe: Recipe, battles: Any) -> Recipe:
+    recipe = recipe if battles is None else with_source(recipe, battles)
+    return replace(recipe, data=replace(recipe.data, fold=0))
+
+
+def _train(
+    whole: Recipe, dealt: Dataset, fold: int, *, resume: bool, overwrite: bool = False, alone: bool = False
+) -> Path:
+    """Train and judge a fold unless it is done, and return its folder; `alone`: nothing stays of the run before."""
+    folder, parts = fold_folder(whole.run_folder, fold), split(dealt, fold)
+    data = replace(whole.data, fold=fold, test=None, sample_submission=None)
+    recipe = replace(whole, data=data, trainer={**whole.trainer, "output_dir": str(folder)})
+    check_run(recipe, resume, overwrite)
+    written = (VALIDATION, FLOORS, REPORT, *([FLOOR] if whole.inference.blend else []))
+    if resume and all((folder / name).is_file() for name in written):
+        check_same_inputs(folder, {"data": fingerprints(parts)})
+        logger.info("%s: done", folder)
+        return folder
+
+    def opening() -> None:
+        if alone and whole.run_folder.is_dir():
+            clear(whole.run_folder)
+        for name in GATHERED:
+            (whole.run_folder / name).unlink(missing_ok=True)
+        write_text(whole.run_folder / RECIPE, dump_recipe(whole))
+
+    logger.info("fold %d of 0 to %d: %s", fold, whole.data.folds - 1, folder)
+    run(recipe, parts=parts, resume=resume, overwrite=overwrite, opening=opening)
+    gc.collect()  # the model, before the next fold's
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    wait_for_all()
+    return folder
+
+
+def gather(recipe: Recipe, battles: Dataset) -> None:
+    """Write what the folds of a run predict of their own as that of the run, calibrate it, and report.
+
+    Args:
+        recipe: of the run.
+        battles: its battles, dealt; the predictions stand in their order, with the column `fold`.
+
+    Raises:
+        InputError: a fold is not there, or was trained on another backbone, or predicted other battles.
+    """
+    folder, folds = recipe.run_folder, range(recipe.data.folds)
+    folders = [fold_folder(folder, fold) for fold in folds]
+    environments = [json.loads((one / ENVIRONMENT).read_text(encoding="utf-8")) for one in folders]
+    for one, environment in zip(folders, environments, strict=True):
+        if environment["backbone"] != environments[0]["backbone"]:
+            raise InputError(f"{one}: trained on another backbone than {folders[0]}; train it again with --overwrite")
+    parts = split(battles, None)
+    ids = parts.validation["id"][:]
+    predictions = [
+        read_predictions(one / VALIDATION).assign(fold=fold) for fold, one in zip(folds, folders, strict=True)
+    ]
+    write_predictions(_in_order(predictions, ids, folder), folder / VALIDATION)
+    floors = [pd.read_parquet(one / FLOORS) for one in folders]
+    write_predictions(_in_order(floors, ids, folder), folder / FLOORS)
+    if len(parts.calibration):
+        kept = [read_predictions(one / CALIBRATION) for one in folders]
+        write_predictions(mean_table(kept, [1.0] * len(kept)), folder / CALIBRATION)
+    compute = {one.name: environment["compute"] for one, environment in zip(folders, environments, strict=True)}
+    facts = {"data": fingerprints(parts), "backbone": environments[0]["backbone"], "compute": compute}
+    write_text(folder / RECIPE, dump_recipe(recipe))
+    write_environment(folder, facts)
+    report(folder)
+
+
+def _in_order(tables: list[pd.DataFrame], ids: list[str], run: Path) -> pd.DataFrame:
+    """Return the tables of all folds as one, a row for each of these battles."""
+    together = pd.concat(tables, ignore_index=True)
+    place = pd.Index(together["id"])
+    if len(together) != len(ids) or set(place) != set(ids):
+        raise InputError(f"{run}: its folds did not predict each battle once; train it again with --overwrite")
+    return together.iloc[place.get_indexer(pd.Index(ids))].reset_index(drop=True)

@@ -1,0 +1,1 @@
+"""A recipe and a device -> memory, time and problems, before anything is loaded."""

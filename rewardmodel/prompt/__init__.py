@@ -1,0 +1,1 @@
+"""Battles -> rows of tokens: template, truncation, encoding, tokenization."""

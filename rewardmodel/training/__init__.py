@@ -1,0 +1,1 @@
+"""Rows of tokens and a classifier -> trained weights."""

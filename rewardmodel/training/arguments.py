@@ -1,0 +1,69 @@
+"""A recipe's `trainer` section in, TRL's training arguments out."""
+
+import math
+
+import torch
+from trl import RewardConfig
+
+from rewardmodel.config.schema import Recipe
+from rewardmodel.config.trainer import BATTLES, EARLY_STOPPING, HEAD_RATE, LORAPLUS, OWN_KEYS, TOKENS
+from rewardmodel.errors import InputError
+
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+"""Keys that later releases of transformers 5 know by another name, and warn of under the old one."""
+
+
+def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> RewardConfig:
+    """Return TRL's arguments: the recipe's `trainer` section, and what other sections decide for it.
+
+    Raises:
+        InputError: keys that transformers refuses together, or several GPUs in one process.
+    """
+    keys = {key: value for key, value in recipe.trainer.items() if key not in OWN_KEYS}
+    keys.setdefault("ddp_find_unused_parameters", False)
+    if recipe.model.head_init == "fitted":  # what training starts from is worth knowing
+        keys.setdefault("eval_on_start", keys["eval_strategy"] != "no")
+    for old, new in RENAMED.items():
+        if old in keys and new in RewardConfig.__dataclass_fields__:
+            keys.setdefault(new, keys.pop(old))
+    if keys["eval_strategy"] == "no" or keys["save_strategy"] == "no":
+        keys["load_best_model_at_end"] = False
+    try:
+        args = RewardConfig(
+            **keys,
+            bf16=False,  # the trainer computes under autocast itself; FSDP would cast the float32 head
+            fp16=dtype == torch.float16,
+            use_cpu=device.type == "cpu",
+            max_length=None,
+            per_device_train_batch_size=recipe.trainer[BATTLES],
+            metric_for_best_model="log_loss",
+            greater_is_better=False,
+            restore_callback_states_from_checkpoint=recipe.trainer[EARLY_STOPPING] is not None,
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"trainer: {' '.join(str(error).split())}") from error
+    if args.n_gpu > 1:
+        raise InputError(
+            f"model.device: {args.n_gpu} GPUs are visible to one process; start one process a GPU with "
+            "scripts/launch.sh, or show it one with CUDA_VISIBLE_DEVICES=0"
+        )
+    _check_own_keys(recipe, args)
+    return args
+
+
+def _check_own_keys(recipe: Recipe, args: RewardConfig) -> None:
+    if recipe.trainer[EARLY_STOPPING] is not None and not args.load_best_model_at_end:
+        raise InputError(
+            f"trainer.{EARLY_STOPPING}: needs the best checkpoint; set eval_strategy and save_strategy alike, not 'no'"
+        )
+    for key in (BATTLES, TOKENS):
+        if recipe.trainer[key] is not None and recipe.trainer[key] < 1:
+            raise InputError(f"trainer.{key}: {recipe.trainer[key]}; give at least 1")
+    for key in (HEAD_RATE, LORAPLUS):
+        if recipe.trainer[key] is not None and not 0 < recipe.trainer[key] < math.inf:
+            raise InputError(f"trainer.{key}: {recipe.trainer[key]}; give a number above 0, or leave it out")
+    if recipe.trainer[LORAPLUS] is not None and not recipe.model.use_peft:
+        raise InputError(f"trainer.{LORAPLUS}: there is no LoRA without model.use_peft; leave it out")

@@ -1,0 +1,357 @@
+"""Tiny random backbones of every family, tiny battles: what the tests build."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text")
+ENCODERS = ("deberta-v2", "roberta", "distilbert", "modernbert")
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "vocab_size": 400,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 0,
+}
+"""Padding and end of sequence share an id, as in many real tokenizers."""
+
+
+def make_tokenizer(add_bos: bool = True):
+    """Return a byte-level BPE tokenizer with special tokens, trained on a few words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<eos>", "<bos>", "<end_of_turn>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=SMALL["vocab_size"],
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["### Prompt: Response A: Response B: which is better answer tie"] * 4, trainer)
+    if add_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", 1)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<eos>",
+        additional_special_tokens=["<end_of_turn>"],
+    )
+
+
+def make_encoder_tokenizer():
+    """Return the tiny tokenizer as encoders have it: `[CLS] ... [SEP]`, with a padding token of its own."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<eos>", "cls_token": "<bos>", "sep_token": "<end_of_turn>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <end_of_turn>", special_tokens=[("<bos>", 1), ("<end_of_turn>", 2)]
+    )
+    return tokenizer
+
+
+SLIDING = ("gemma2", "gemma3_text", "mistral", "phi3")
+"""Families some of whose layers see 32 tokens here."""
+
+AS_ENCODERS = {
+    "deberta-v2": {
+        "relative_attention": True,
+        "position_buckets": 8,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": "p2c|c2p",
+        "layer_norm_eps": 1e-7,
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+        "max_position_embeddings": 512,
+    },
+    "roberta": {"max_position_embeddings": 513, "type_vocab_size": 1},
+    "distilbert": {"dim": 64, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 512},
+    "modernbert": {"local_attention": 32, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2},
+}
+"""What configurations of encoders say beside `SMALL`, as those of DeBERTa-v3, RoBERTa, DistilBERT and ModernBERT do."""
+
+
+def make_backbone(family: str, folder: Path, num_labels: int | None = None, **overrides) -> Path:
+    """Write a tiny random backbone of a family as a hub repository holds it: a language model, or a classifier."""
+    import torch
+    from transformers import (
+        CONFIG_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        AutoModelForSequenceClassification,
+    )
+
+    torch.manual_seed(0)
+    encoder = family in (*ENCODERS, "bert")
+    small = {**SMALL, "sliding_window": 32} if family in SLIDING else SMALL
+    if encoder:
+        small = {key: SMALL[key] for key in SMALL.keys() - {"num_key_value_heads", "head_dim"}}
+    kind = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
+    labels = {} if num_labels is None else {"num_labels": num_labels}
+    kind = kind if num_labels is None else AutoModelForSequenceClassification
+    settings = {**small, **AS_ENCODERS.get(family, {}), "initializer_range": 0.2, **labels, **overrides}
+    kind.from_config(CONFIG_MAPPING[family](**settings)).save_pretrained(folder)
+    (make_encoder_tokenizer() if encoder else make_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def battle_frame(prompts: int = 12, seed: int = 0) -> pd.DataFrame:
+    """Return labelled battles in the competition's format, four a prompt: the kinder response wins, equal ones tie."""
+    random = np.random.default_rng(seed)
+    words = ["kind", "rude"]
+    rows = []
+    for number in range(prompts):
+        for pair, (first, second) in enumerate([(0, 1), (1, 0), (0, 0), (1, 1)]):
+            texts = [
+                f"a {words[kind]} answer about {number} " + "and more " * int(random.integers(0, 6))
+                for kind in (first, second)
+            ]
+            rows.append(
+                {
+                    "id": f"{number:03d}{pair}",
+                    "model_a": words[first],
+                    "model_b": words[second],
+                    "prompt": json.dumps([f"question number {number}"]),
+                    "response_a": json.dumps(texts[:1]),
+                    "response_b": json.dumps(texts[1:]),
+                    "winner_model_a": int(first < second),
+                    "winner_model_b": int(first > second),
+                    "winner_tie": int(first == second),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def write_csv(frame: pd.DataFrame, path: Path) -> Path:
+    """Write battles as CSV and return the path."""
+    frame.to_csv(path, index=False)
+    return path
+
+
+def from_columns(columns, source: str):
+    """Return battles in memory of columns by name, the others at their defaults."""
+    from datasets import Dataset
+
+    from rewardmodel.battles import DEFAULTS, FEATURES
+
+    count = len(columns["id"])
+    defaults = {name: [value] * count for name, value in {**DEFAULTS, "source": source}.items()}
+    return Dataset.from_dict({name: columns.get(name, defaults.get(name)) for name in FEATURES}, features=FEATURES)
+
+
+OWN = """\
+{# The way that a file is written: blocks on lines of their own, which leave no line behind. #}
+Two assistants answered.
+{% for round in rounds %}
+    {% if loop.first %}
+[Prompt]
+    {% else %}
+[And then]
+    {% endif %}
+{{ round.prompt }}
+[Response A]
+{{ round.response_a }}
+[Response B]
+{{ round.response_b }}
+{% endfor %}
+[Verdict: A, B, tie]
+"""
+
+
+OWN_SEPARATE = """\
+{% for round in rounds %}
+Q{{ loop.index }}: {{ round.prompt }}
+A{{ loop.index }}: {{ round.response }}
+{% endfor %}
+How good is it?
+"""
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+)
+
+
+GEMMA = """\
+{{ bos_token }}
+{%- for message in messages %}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception('roles must alternate') }}
+    {%- endif %}
+    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] %}
+    {{- '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}
+{%- endfor %}"""
+
+
+CHAT_TOKENS = ["<end_of_turn>", "<start_of_turn>", "<|im_start|>", "<|im_end|>"]
+
+
+def chat_tokenizer(chat_template: str, add_bos: bool = True, special: bool = True):
+    """Return the tiny tokenizer with a chat template, whose tokens are special ones, or text like any other."""
+    tokenizer = make_tokenizer(add_bos)
+    if special:
+        tokenizer.add_special_tokens({"additional_special_tokens": CHAT_TOKENS})
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def config_of(folder, **changes):
+    from rewardmodel.config.schema import ModelConfig
+
+    return ModelConfig(model_name_or_path=str(folder), device="cpu", dtype="float32", lora_r=4, **changes)
+
+
+def rows_of(tokenizer, battles: int = 6) -> list[dict]:
+    from rewardmodel.config.schema import PromptConfig
+    from rewardmodel.data.formats import read_battles
+    from rewardmodel.prompt.tokenization import tokenize
+
+    return list(tokenize(read_battles(battle_frame(2)), tokenizer, PromptConfig(max_length=160)).select(range(battles)))
+
+
+def batch_of(tokenizer):
+    from rewardmodel.model.batching import pack
+
+    return pack(rows_of(tokenizer))
+
+
+def logits(model, batch):
+    import torch
+
+    model.eval()
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def train_a_little(model, batch) -> None:
+    import torch
+
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        output = model(**batch).logits
+        labels = torch.arange(len(output)) % output.shape[1]
+        torch.nn.functional.cross_entropy(output, labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+RELOAD = """
+import json, sys, torch
+from rewardmodel.config.schema import ModelConfig
+from rewardmodel.model.loading import load_model
+config, folder, batch, out = sys.argv[1:]
+model, _ = load_model(ModelConfig(**json.loads(config)), __import__("pathlib").Path(folder))
+batch = torch.load(batch)
+with torch.no_grad():
+    torch.save(model(**batch).logits, out)
+"""
+
+
+def reload_in_fresh_process(config, folder, batch, tmp_path):
+    import torch
+
+    torch.save(batch, tmp_path / "batch.pt")
+    arguments = [json.dumps(dataclasses.asdict(config)), folder, tmp_path / "batch.pt", tmp_path / "out.pt"]
+    subprocess.run([sys.executable, "-c", RELOAD, *map(str, arguments)], check=True, capture_output=True)
+    return torch.load(tmp_path / "out.pt")
+
+
+SETTINGS = {
+    "as is": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "other names skipped": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": ["lm_head"]},
+    "layers skipped": {"load_in_4bit": True, "llm_int8_skip_modules": ["lm_head", "model.layers.0.mlp"]},
+    "8 bits": {"load_in_8bit": True},
+}
+
+
+def stored(folder, tmp_path, settings, kind=None):
+    """Write a backbone as bitsandbytes holds it, like the hub's *-bnb-4bit ones."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    kind = kind or AutoModelForCausalLM
+    target = tmp_path / "stored"
+    quantized = BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32, **settings)
+    kind.from_pretrained(folder, quantization_config=quantized, dtype=torch.float32).save_pretrained(target)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(target)
+    return target
+
+
+WORDS = ["the", "a", "of", "we", "it", "is", "water", "sky", "stone", "moves", "over", "green", "cold", "early", "late"]
+
+
+def battles_of(pairs, outcomes, **columns):
+    """Return battles of one turn; a prompt is its row's number."""
+    from rewardmodel.battles import OUTCOMES
+
+    given = {
+        "id": [f"id{row}" for row in range(len(pairs))],
+        "prompt": [[f"prompt {row}"] for row in range(len(pairs))],
+        "response_a": [[first] for first, _ in pairs],
+        "response_b": [[second] for _, second in pairs],
+    }
+    given |= dict(zip(OUTCOMES, np.asarray(outcomes, dtype=float).T.tolist(), strict=True))
+    return from_columns(given | {"group": list(range(len(pairs)))} | columns, "made")
+
+
+def drawn(count, seed=0, soft=False):
+    """Return battles of random words and lengths, the longer and the kinder response wins more often."""
+    random = np.random.default_rng(seed)
+    pairs, lead = [], np.empty(count)
+    for row in range(count):
+        texts = [" ".join(random.choice(WORDS, size=int(random.integers(3, 60)))) for _ in range(2)]
+        kind = random.integers(0, 2, 2)
+        pairs.append(tuple(text + " thanks" * int(one) for text, one in zip(texts, kind, strict=True)))
+        lead[row] = np.log(len(texts[0]) / len(texts[1])) + 2.0 * (int(kind[0]) - int(kind[1]))
+    shares = 0.7 / (1 + np.exp(-2 * lead))
+    chances = np.stack([shares, 0.7 - shares, np.full(count, 0.3)], axis=1)
+    outcomes = chances if soft else np.eye(3)[[random.choice(3, p=row) for row in chances]]
+    return battles_of(pairs, outcomes, fold=(np.arange(count) % 4).tolist())
+
+
+def changed(battles, **columns):
+    from rewardmodel.battles import FEATURES
+
+    data = battles.to_dict() | columns
+    return type(battles).from_dict(data, features=FEATURES)
+
+
+def with_trainer(recipe, **keys):
+    return dataclasses.replace(recipe, trainer={**recipe.trainer, **keys})
+
+
+def make_trainer(recipe, training, validation):
+    import torch
+
+    from rewardmodel.model.loading import build_model
+    from rewardmodel.objectives import JOINT
+    from rewardmodel.prompt.tokenization import tokenize
+    from rewardmodel.training.arguments import training_arguments
+    from rewardmodel.training.trainer import PreferenceTrainer
+
+    model, tokenizer = build_model(recipe.model, JOINT, seed=0)
+    rows = [tokenize(battles, tokenizer, recipe.prompt) for battles in (training, validation)]
+    args = training_arguments(recipe, torch.float32, torch.device("cpu"))
+    tokens = (recipe.trainer["micro_batch_tokens"], None)
+    return PreferenceTrainer(model, args, *rows, tokenizer, recipe.objective, torch.float32, tokens)

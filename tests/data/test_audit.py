@@ -1,0 +1,331 @@
+import json
+
+import numpy as np
+import pytest
+from builders import from_columns, make_tokenizer
+
+from rewardmodel.battles import OUTCOMES
+from rewardmodel.config.schema import PromptConfig
+from rewardmodel.data import audit as module
+from rewardmodel.data.audit import audit, format_audit
+from rewardmodel.data.folds import CALIBRATION, HOLDOUT, TRAIN_ONLY, assign_folds, assign_groups
+from rewardmodel.prompt.encoder import PromptEncoder
+from rewardmodel.prompt.template import JOINT, TEMPLATES
+
+A, B, TIE = np.eye(3).tolist()
+TOKENIZER = make_tokenizer()
+
+
+def battles_of(prompts, first=None, second=None, winners=None, **columns):
+    """Return battles of the turns given; responses are short and differ in length unless they are given."""
+    columns |= {
+        "id": [f"id{row}" for row in range(len(prompts))],
+        "prompt": prompts,
+        "response_a": first or [["a" * 5] * len(turns) for turns in prompts],
+        "response_b": second or [["b" * 3] * len(turns) for turns in prompts],
+    }
+    if winners is not None:
+        columns |= dict(zip(OUTCOMES, np.transpose(winners).tolist(), strict=True))
+    return from_columns(columns, "made")
+
+
+def numbered(count, winners=None, **columns):
+    """Return battles whose prompts resemble each other in nothing."""
+    prompts = [[f"prompt {np.random.default_rng(row).bytes(row % 30 + 8).hex()}"] for row in range(count)]
+    return battles_of(prompts, winners=winners, **columns)
+
+
+def encoder(template="instruction", max_length=256, **settings):
+    encoding = "joint" if "response_a" in TEMPLATES.get(template, template) else "separate"
+    return PromptEncoder(TOKENIZER, PromptConfig(template=template, max_length=max_length, **settings), encoding)
+
+
+def long_battles():
+    """Return battles of one to three rounds, some far too long, some with empty turns."""
+    random = np.random.default_rng(0)
+    turns = random.integers(1, 4, 40)
+    texts = [[["word " * int(random.integers(0, 300)) for _ in range(count)] for count in turns] for _ in range(3)]
+    return battles_of(*texts)
+
+
+def test_outcome_shares_overall_and_by_source():
+    battles = numbered(4, [A, A, TIE, [0.2, 0.2, 0.6]], source=["x", "x", "y", "y"])
+    facts = audit(battles)
+    assert facts["battles"] == 4
+    assert list(facts["outcomes"].values()) == pytest.approx([0.55, 0.05, 0.4])
+    assert list(facts["sources"]) == ["x", "y"]
+    assert facts["sources"]["x"] == {"battles": 2, "outcomes": dict(zip(OUTCOMES, A, strict=True))}
+    assert list(facts["sources"]["y"]["outcomes"].values()) == pytest.approx([0.1, 0.1, 0.8])
+
+
+def test_unlabelled_battles_have_no_outcomes():
+    facts = audit(numbered(3))
+    assert facts["outcomes"] is facts["position"] is facts["longer_response"] is None
+    assert facts["sources"] == {"made": {"battles": 3, "outcomes": None}}
+    assert facts["parts"] == {"not dealt": {"battles": 3, "outcomes": None, "deviation": None}}
+    assert "not labelled" in format_audit(facts)
+
+
+def test_position_is_the_share_of_a_among_decided_battles_with_wilsons_interval():
+    found = audit(numbered(15, [A] * 7 + [B] * 3 + [TIE] * 5))["position"]
+    assert (found["decided"], found["share"]) == (10, 0.7)
+    assert (found["low"], found["high"]) == pytest.approx((0.3968, 0.8922), abs=1e-4)  # Wilson (1927), n = 10, k = 7
+    assert found["balanced"]
+
+
+def test_position_out_of_balance_is_told():
+    facts = audit(numbered(200, [A] * 120 + [B] * 80))
+    assert not facts["position"]["balanced"]
+    assert "A wins 60.0 % of decided battles: position is not balanced; data.swap_augm" in format_audit(facts)
+    even = format_audit(audit(numbered(200, [A, B] * 100)))
+    assert "not balanced" not in even
+    assert "50 is inside" in even
+
+
+def test_all_ties_leave_no_position():
+    assert audit(numbered(3, [TIE] * 3))["position"] is None
+
+
+def test_wins_of_the_longer_response():
+    texts = [["xx"], ["x"], ["xx"], ["x"]], [["x"], ["xx"], ["x"], ["x"]]
+    found = audit(battles_of([[f"prompt {n}"] for n in range(4)], *texts, [A, B, B, A]))["longer_response"]
+    assert (found["decided"], found["share"]) == (3, pytest.approx(2 / 3))
+
+
+def test_turns_and_empty_turns():
+    prompts = [["p"], ["p"], ["p", "q"], ["p", "", "r", "s"]]
+    first = [[""], ["x"], [" \n", "x"], ["x"] * 4]
+    facts = audit(battles_of(prompts, first))
+    assert facts["turns"] == {"1": 0.5, "2": 0.25, "3+": 0.25, "most": 4}
+    assert facts["empty_turns"] == {"prompt": 1, "response_a": 2, "response_b": 0}
+
+
+def test_characters_are_those_of_all_turns():
+    prompts = [["é" * number, "x"] for number in range(1, 100)]
+    found = audit(battles_of(prompts))["characters"]
+    assert found["prompt"]["mean"] == found["prompt"]["50"] == 51
+    assert (found["prompt"]["5"], found["prompt"]["max"]) == (pytest.approx(5.9 + 1), 100)
+    assert found["response_a"]["99"] == 10
+    assert found["response_b"]["mean"] == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "script"),
+    [
+        ("Hello", "Latin"),
+        ("Grüß Gott", "Latin"),
+        ("你好世界 ok", "Han"),
+        ("日本語漢字の文", "Japanese"),
+        ("カタカナ", "Japanese"),
+        ("안녕하세요", "Hangul"),
+        ("Привет, world of мир и труд", "Cyrillic"),
+        ("مرحبا", "Arabic"),
+        ("नमस्ते", "Devanagari"),
+        ("שלום", "Hebrew"),
+        ("สวัสดี", "Thai"),
+        ("Γειά σου", "Greek"),
+        ("გამარჯობა", "other"),
+        ("1 + 1 = 2", "none"),
+        ("😀 ½", "none"),
+        ("", "none"),
+        ("a very long English text with の in it", "Latin"),
+    ],
+)
+def test_script_of_a_prompt(text, script):
+    assert audit(battles_of([[text]]))["scripts"] == {script: 1.0}
+
+
+def test_scripts_are_shares_of_battles_over_all_turns():
+    found = audit(battles_of([["hi", "你好世界你好"], ["hello"], ["hello there"], ["?"]]))["scripts"]
+    assert found == {"Latin": 0.5, "Han": 0.25, "none": 0.25}
+    assert next(iter(found)) == "Latin"
+
+
+def test_groups():
+    battles = battles_of([["one"], ["two"], ["One"], ["three"], ["two"], ["two"]])
+    assert audit(battles)["groups"] is None
+    assert audit(assign_groups(battles))["groups"] == {"number": 3, "shared": pytest.approx(5 / 6), "largest": 3}
+
+
+def test_a_group_of_many_battles_is_told():
+    battles = assign_groups(battles_of([["one"]] * 60 + [[f"prompt {n}"] for n in range(60)]))
+    assert "One prompt group has 50 % of the battles" in format_audit(audit(battles))
+
+
+def test_parts_and_how_far_their_outcomes_are_off():
+    folds = [0, 0, 1, 1, CALIBRATION, HOLDOUT, TRAIN_ONLY, -1]
+    parts = audit(numbered(8, [A, A, A, B, B, B, TIE, TIE], fold=folds))["parts"]
+    assert list(parts) == ["fold 0", "fold 1", "not dealt", "train only", "calibration", "holdout"]
+    assert parts["fold 1"]["battles"] == 2
+    assert list(parts["fold 1"]["outcomes"].values()) == [0.5, 0.5, 0]
+    assert parts["fold 1"]["deviation"] == pytest.approx(0.25)
+    assert parts["fold 0"]["deviation"] == pytest.approx(0.625)
+
+
+def test_a_part_unlike_the_whole_is_told_unless_chance_explains_it():
+    winners = [A, B] * 400 + [A] * 150 + [B] * 50
+    lines = format_audit(audit(numbered(1000, winners, fold=[0] * 800 + [1] * 200)))
+    assert "An outcome's share in fold 1 is 20.0 points off" in lines
+    small = format_audit(audit(numbered(10, [A, B] * 4 + [A, A], fold=[0] * 8 + [1] * 2)))
+    assert "points off" not in small
+
+
+def test_a_source_without_ties_is_told():
+    lines = format_audit(audit(numbered(120, [A, B] * 30 + [A, B, TIE] * 20, source=["x"] * 60 + ["y"] * 60)))
+    assert "There are ties, but none in x:" in lines
+    assert "There are ties" not in format_audit(audit(numbered(60, [A, B] * 30)))
+
+
+def test_duplicates_and_near_duplicates_are_told_with_examples():
+    text = "Write a short poem about the sea, the wind and the harbour where grandfather mended nets"
+    prompts = [["same"], ["same"], [text], [text + "!"], ["one"], ["one"]]
+    first = [["x"], ["x"], ["x"], ["x"], ["y"], ["y"]]
+    facts = audit(assign_groups(battles_of(prompts, first, [["z"]] * 4 + [["y"]] * 2, [A, B, A, A, A, A])))
+    assert facts["duplicates"]["battles"] == 2
+    assert facts["near_duplicates"]["pairs"] == 1
+    lines = format_audit(facts)
+    assert "Exact repeats, with A and B exchanged or not: 2 battles." in lines
+    assert "with different winners: 1 battle, in 2 rows, e.g. id0 and id1." in lines
+    assert "nearly the same: at least 1 (2 battles), e.g. id" in lines
+    assert "A winner, though both responses are the same: 2 battles." in lines
+
+
+def test_nothing_wrong_is_said_so():
+    battles = assign_folds(assign_groups(numbered(60, [A, B, TIE] * 20)), 3)
+    facts = audit(battles)
+    assert facts["near_duplicates"]["pairs"] == 0
+    assert format_audit(facts).endswith("nothing looks wrong")
+
+
+def test_facts_are_json_the_same_each_time_and_do_not_depend_on_row_order():
+    battles = assign_groups(long_battles())
+    facts = audit(battles, encoder(), seed=1)
+    assert json.loads(json.dumps(facts, allow_nan=False)) == facts == audit(battles, encoder(), seed=1)
+    backwards = audit(battles.select(range(len(battles))[::-1]), encoder(), seed=2)
+    for name in ("sources", "turns", "empty_turns", "scripts", "groups"):
+        assert backwards[name] == facts[name]
+    assert flat(backwards["tokens"]) == pytest.approx(flat(facts["tokens"]))
+
+
+def flat(tokens):
+    return [value for row in tokens["retention"] for way in ("kept", "right_cut") for value in row[way].values()]
+
+
+def test_batches_do_not_change_what_is_found():
+    battles = numbered(2500, [A, B] * 1250, source=[f"source {row % 3}" for row in range(2500)])
+    facts = audit(battles)
+    assert [row["battles"] for row in facts["sources"].values()] == [834, 833, 833]
+    lengths = [len(turns[0]) for turns in battles["prompt"]]
+    assert facts["characters"]["prompt"]["mean"] == pytest.approx(np.mean(lengths))
+    assert facts["characters"]["prompt"]["75"] == np.percentile(lengths, 75)
+
+
+def test_tokens_are_those_of_the_encoder():
+    battles, made = long_battles(), encoder(max_length=100_000)
+    tokens = audit(battles, made)["tokens"]
+    encoded = list(made(*(battles[name][:] for name in ("prompt", "response_a", "response_b"))))
+    full = np.array([row.full for row in encoded])
+    assert tokens["battles"] == 40
+    assert tokens["lengths"]["prompt"]["max"] == full[:, 0].max()
+    assert tokens["lengths"]["both_responses"]["mean"] == pytest.approx(full[:, 1:].sum(axis=1).mean())
+    assert tokens["lengths"]["longer_response"]["50"] == np.median(full[:, 1:].max(axis=1))
+    assert tokens["lengths"]["sequence"]["95"] == np.percentile([len(row.input_ids) for row in encoded], 95)
+
+
+@pytest.mark.parametrize("truncation", ["balanced", "head"])
+def test_retention_is_that_of_the_encoder_at_each_budget(truncation):
+    battles = long_battles()
+    tokens = audit(battles, encoder(truncation=truncation))["tokens"]
+    assert [row["max_length"] for row in tokens["retention"]] == [256, *module.MAX_LENGTHS]
+    for row in tokens["retention"][:4]:
+        made = encoder(max_length=row["max_length"], truncation=truncation)
+        encoded = list(made(*(battles[name][:] for name in ("prompt", "response_a", "response_b"))))
+        full, kept = (np.array([getattr(one, name) for one in encoded]) for name in ("full", "kept"))
+        assert row["kept"] == pytest.approx(module.retention(full, kept))
+
+
+def test_right_cut_keeps_what_stands_in_the_first_tokens_of_the_whole_layout():
+    battles, whole = long_battles(), encoder(max_length=100_000)
+    tokens = audit(battles, encoder())["tokens"]
+    names = ("prompt", "response_a", "response_b")
+    full, kept = [], []
+    for rounds in whole.rounds(*(battles[name][:] for name in names)):
+        fixed = whole.fixed(len(rounds))
+        marks = []  # of each token of the layout, the text that it belongs to, or -1
+        for before, (number, text) in zip(fixed.before, fixed.turns, strict=True):
+            marks += [-1] * len(before) + [text] * len(rounds[number][text])
+        full.append([marks.count(text) for text in range(3)])
+        kept.append([marks[:512].count(text) for text in range(3)])
+    (row,) = (row for row in tokens["retention"] if row["max_length"] == 512)
+    assert row["right_cut"] == pytest.approx(module.retention(np.array(full), np.array(kept)))
+
+
+def test_responses_that_are_encoded_alone_make_two_sequences_a_battle():
+    template = "{% for round in rounds %}<P>{{ round.prompt }}<R>{{ round.response }}{% endfor %}"
+    made = encoder(template, max_length=200)
+    assert made.responses != JOINT
+    battles = battles_of([["p " * 100], ["p"]], [["a " * 300], ["a"]], [["b " * 4], ["b"]])
+    tokens = audit(battles, made)["tokens"]
+    columns = [battles[name][:] for name in ("prompt", "response_a", "response_b")]
+    sides = [list(made(columns[0], column)) for column in columns[1:]]
+    full = np.array([[a.full[0], a.full[1], b.full[1]] for a, b in zip(*sides, strict=True)])
+    kept = np.array([[min(a.kept[0], b.kept[0]), a.kept[1], b.kept[1]] for a, b in zip(*sides, strict=True)])
+    row = tokens["retention"][0]
+    assert row["max_length"] == 200
+    assert row["kept"] == pytest.approx(module.retention(full, kept))
+    assert row["kept"]["battles_cut"] == 0.5
+    whole = encoder(template, max_length=100_000)
+    lengths = [len(one.input_ids) for column in columns[1:] for one in whole(columns[0], column)]
+    assert tokens["lengths"]["sequence"]["mean"] == pytest.approx(np.mean(lengths))
+
+
+def test_budgets_that_the_template_does_not_fit_into_are_left_out():
+    turns = "{{ r.prompt }}|{{ r.response_a }}|{{ r.response_b }}"
+    made = encoder(f"{{% for r in rounds %}}{'long instruction ' * 60}{turns}{{% endfor %}}", max_length=8192)
+    least = made.fixed(1).length
+    found = [row["max_length"] for row in audit(numbered(2), made)["tokens"]["retention"]]
+    assert found == [length for length in module.MAX_LENGTHS if length > least + 60]
+    assert 512 not in found
+
+
+def test_tokens_of_many_battles_are_those_of_a_seeded_sample(monkeypatch):
+    monkeypatch.setattr(module, "SAMPLE", 10)
+    battles = long_battles()
+    first, again, other = (audit(battles, encoder(), seed=seed)["tokens"] for seed in (0, 0, 1))
+    assert first["battles"] == 10
+    assert first == again
+    assert first != other
+    assert "tokens of 10 battles" in format_audit(audit(battles, encoder()))
+
+
+def test_without_an_encoder_there_are_no_tokens():
+    facts = audit(numbered(3, [A, B, TIE]))
+    assert facts["tokens"] is None
+    assert "tokens" not in format_audit(facts)
+
+
+def test_lines_fit_a_terminal():
+    names = [f"a_source_with_a_rather_long_name_number_{number}" for number in range(20)]
+    battles = numbered(1200, [A, B, A] * 400, source=[names[row % 20] for row in range(1200)])
+    facts = audit(assign_folds(assign_groups(battles), 20, holdout=0.1), encoder())
+    facts["near_duplicates"] |= {
+        "pairs": 3,
+        "battles": 6,
+        "examples": [{"ids": ["x" * 70, "y" * 70], "similarity": 0.9}],
+    }
+    lines = format_audit(facts).splitlines()
+    assert len(lines) <= 75
+    assert max(map(len, lines)) <= 120
+    assert "  and 8 more" in lines
+    assert any(line.startswith("*") for line in lines)
+
+
+def test_shares_are_of_the_battles_that_have_an_outcome():
+    unknown = [np.nan] * 3
+    fold = [0, 0, 1, 1, TRAIN_ONLY, TRAIN_ONLY]
+    battles = numbered(6, [A, B, A, TIE, unknown, unknown], fold=fold, group=list(range(6)))
+    facts = audit(battles)
+    assert list(facts["outcomes"].values()) == [0.5, 0.25, 0.25]
+    assert facts["parts"]["fold 0"]["deviation"] == pytest.approx(0.25)
+    assert facts["parts"]["train only"] == {"battles": 2, "outcomes": None, "deviation": None}
+    assert "not labelled" in format_audit(facts)

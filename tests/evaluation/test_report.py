@@ -1,0 +1,84 @@
+import html
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from builders import from_columns
+
+from rewardmodel.battles import OUTCOMES
+from rewardmodel.errors import InputError
+from rewardmodel.evaluation.evaluate import evaluate, format_evaluation
+from rewardmodel.evaluation.report import report
+from rewardmodel.predictions import predictions_table, write_predictions
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Return a function that writes the run folder of 60 predictions; the outcomes are always the same."""
+
+    def made(name, seed=0):
+        winners = np.random.default_rng(0).integers(3, size=60)
+        texts = {
+            text: [[f"{text} {row} <script>"] for row in range(60)] for text in ("prompt", "response_a", "response_b")
+        }
+        columns = {"id": [str(row) for row in range(60)], "group": list(range(60)), **texts}
+        columns |= dict(zip(OUTCOMES, np.eye(3)[winners].T.tolist(), strict=True))
+        orders = np.random.default_rng(seed).dirichlet([1, 1, 1], (2, 60))
+        folder = tmp_path / name
+        folder.mkdir()
+        write_predictions(predictions_table(from_columns(columns, "made"), *orders), folder / "validation.parquet")
+        return folder
+
+    return made
+
+
+def test_a_runs_page_stands_in_its_folder_beside_the_figures(make_run):
+    run = make_run("one")
+    path = report(run)
+    assert path == run / "report.html"
+    page = path.read_text(encoding="utf-8")
+    loss = json.loads((run / "metrics.json").read_text())["metrics"]["log_loss"]["value"]
+    assert f"{loss:.3f}" in page
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_page_and_terminal_say_the_same_of_what_stands_out(make_run):
+    run = make_run("one")
+    listed = re.search('<ul class="findings">(.*?)</ul>', report(run).read_text(encoding="utf-8"))[1]
+    on_page = [html.unescape(one) for one in re.findall("<li>(.*?)</li>", listed)]
+    on_terminal = format_evaluation(evaluate(run)).split("what stands out\n")[1].replace("\n    ", " ")
+    assert [f"  - {one}" for one in on_page] == on_terminal.splitlines()
+    assert on_page
+
+
+def test_a_page_goes_where_it_is_asked_to(make_run, tmp_path):
+    assert report(make_run("one"), tmp_path / "here.html") == tmp_path / "here.html"
+    assert (tmp_path / "here.html").is_file()
+
+
+def test_several_runs_are_compared_with_the_first(make_run):
+    first, second = make_run("first", 1), make_run("second", 2)
+    path = report([first, second])
+    assert path == first / "comparison.html"
+    assert all(name in path.read_text(encoding="utf-8") for name in ("first", "second"))
+
+
+def test_a_run_that_is_not_there_is_refused_and_nothing_written(tmp_path):
+    with pytest.raises(InputError):
+        report(tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_in_a_fresh_process_never_imports_torch(make_run):
+    code = """if True:
+        import sys
+        from rewardmodel.evaluation.report import report
+        report(sys.argv[1])
+        print({"torch", "transformers", "trl"} & set(sys.modules))"""
+    run = make_run("one")
+    done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -1,0 +1,335 @@
+import json
+import logging
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from builders import battle_frame, write_csv
+from peft import AutoPeftModelForSequenceClassification
+from safetensors.torch import load_file, save_file
+
+from rewardmodel import export
+from rewardmodel.battles import TEXTS
+from rewardmodel.config.loader import load_recipe
+from rewardmodel.config.schema import DataConfig, InferenceConfig, ModelConfig, ObjectiveConfig, PromptConfig, Recipe
+from rewardmodel.errors import InputError
+from rewardmodel.evaluation.calibration import Calibrator, save
+from rewardmodel.evaluation.evaluate import evaluate
+from rewardmodel.exports import export as exports
+from rewardmodel.exports import parity
+from rewardmodel.exports.kaggle import Bundle
+from rewardmodel.inference.predict import predict
+from rewardmodel.kfold import train_folds
+from rewardmodel.pipeline import run as run_recipe
+from rewardmodel.predictions import predicted, read_predictions
+from rewardmodel.training.train import train
+
+
+@pytest.fixture(scope="module")
+def recipe_of(backbone, tmp_path_factory):
+    """Return a function that makes a recipe of 280 battles, changed."""
+
+    def make(name: str, objective: str = "cross_entropy", template: str | None = None, **model):
+        folder = tmp_path_factory.mktemp(name)
+        config = ModelConfig(model_name_or_path=str(backbone("llama")), device="cpu", dtype="float32", lora_r=4)
+        return Recipe(
+            data=DataConfig(train=str(write_csv(battle_frame(70), folder / "train.csv")), folds=4),
+            prompt=PromptConfig(max_length=120, template=template),
+            model=replace(config, **model),
+            objective=ObjectiveConfig(name=objective),
+            trainer={
+                "output_dir": str(folder / name), "disable_tqdm": True, "learning_rate": 1e-2,
+                "max_steps": 8, "load_best_model_at_end": False,
+            },
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def run_folder(recipe_of):
+    """Return a whole run in 4 bits, with metrics."""
+    return run_recipe(recipe_of("run", load_in_4bit=True))[0]
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Read exports back in this process, which takes no seconds to import everything."""
+
+    def stand_in(job, work):
+        if job["batch"]:
+            batch = torch.load(job["batch"])
+            model = parity_model(job)
+            with torch.no_grad():
+                torch.save(model(**batch).logits.float(), job["logits"])
+        parity.predict_export(job)
+
+    monkeypatch.setattr(parity, "_in_fresh_process", stand_in)
+
+
+def parity_model(job):
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_pretrained(
+        job["folder"], dtype=getattr(torch, job["precision"])
+    ).eval()
+
+
+@pytest.mark.parametrize(("kind", "dtype", "limit"), [("merged", "float32", 1e-4), ("adapter", None, 1e-4)])
+def test_an_export_is_read_back_in_a_fresh_process(kind, dtype, limit, run_folder, tmp_path):
+    facts = export(run_folder, tmp_path / "export", kind, dtype=dtype)
+    assert facts["battles"] == 64
+    assert facts["max_abs_dp"] <= limit
+    assert facts == json.loads((tmp_path / "export" / "parity.json").read_text())
+    assert facts["log_loss"]["export"] == pytest.approx(facts["log_loss"]["run"], abs=1e-4)
+    assert (facts["plain"] is not None) == (kind == "merged")
+
+
+def test_predict_takes_an_export_like_a_run(run_folder, tmp_path, in_this_process):
+    export(run_folder, tmp_path / "export", dtype="float32")
+    battles = battle_frame(3, seed=5)
+    found, expected = (predicted(predict(folder, battles)) for folder in (tmp_path / "export", run_folder))
+    assert expected.std() > 0.01
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    made = load_recipe(tmp_path / "export" / "recipe.yaml")
+    assert not made.model.load_in_4bit
+    assert made.prompt == load_recipe(run_folder / "recipe.yaml").prompt
+
+
+def test_an_adapter_loads_with_peft_alone(recipe_of, tmp_path, in_this_process):
+    folder, _ = train(recipe_of("plain"))
+    export(folder, tmp_path / "export", "adapter")
+    model = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "export", num_labels=3)
+    saved = load_file(folder / "model" / "adapter_model.safetensors")["base_model.model.score.weight"]
+    assert torch.equal(model.get_submodule("base_model.model.score").modules_to_save["default"].weight, saved)
+
+
+@pytest.mark.parametrize("objective", ["rao_kupper", "davidson", "bradley_terry"])
+def test_a_reward_model_keeps_its_probability_of_a_tie(objective, recipe_of, tmp_path, in_this_process):
+    folder, _ = train(recipe_of("rewards", objective, "response", load_in_4bit=True))
+    facts = export(folder, tmp_path / "export", dtype="float32")
+    assert facts["plain"]["max_abs_dp"] <= 1e-4
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert config["id2label"] == {"0": "reward"}
+
+
+@pytest.mark.parametrize("changes", [{"use_peft": False}, {"use_dora": True}, {"load_in_8bit": True}])
+def test_other_runs_pass_through(changes, recipe_of, tmp_path, in_this_process):
+    folder, _ = train(recipe_of("other", **changes))
+    facts = export(folder, tmp_path / "export", dtype="float32")
+    assert facts["limits"]["probability"] == 1e-4
+    assert ("rounded_run" in facts) == ("load_in_8bit" in changes)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bits_are_held_to_their_limit(dtype, run_folder, tmp_path, in_this_process):
+    facts = export(run_folder, tmp_path / "export", dtype=dtype)
+    assert 1e-6 < facts["max_abs_dp"] <= 0.02
+    assert facts["precision"] == ("float32" if dtype == "float16" else dtype)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantising_once_more_is_measured_and_not_limited(bits, run_folder, tmp_path, in_this_process):
+    facts = export(run_folder, tmp_path / "export", f"merged_{bits}bit")
+    assert facts["limits"] is None
+    assert facts["max_abs_dp"] > 1e-4
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert config["quantization_config"][f"load_in_{bits}bit"]
+    table = predict(tmp_path / "export", battle_frame(2))
+    assert len(table) == 8
+
+
+def test_an_export_that_predicts_otherwise_leaves_no_folder(run_folder, tmp_path, in_this_process, monkeypatch):
+    def broken(run, folder, dtype):
+        exports.merge(run, folder, dtype)
+        weights = load_file(folder / "model.safetensors")
+        weights["model.layers.1.mlp.down_proj.weight"] *= 3
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setitem(exports.EXPORTS, "merged", replace(exports.EXPORTS["merged"], write=broken))
+    with pytest.raises(FloatingPointError, match="does not predict as the run does"):
+        export(run_folder, tmp_path / "out" / "export")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_plain_transformers_that_pools_elsewhere_is_refused_unless_accepted(
+    run_folder, tmp_path, in_this_process, monkeypatch
+):
+    right = parity_model
+
+    def another_pad(job):
+        model = right(job)
+        model.config.pad_token_id = 5  # so that padding counts as the last token
+        return model
+
+    monkeypatch.setitem(globals(), "parity_model", another_pad)
+    with pytest.raises(InputError, match="--rewardmodel-only"):
+        export(run_folder, tmp_path / "export", dtype="float32")
+    assert not (tmp_path / "export").exists()
+    facts = export(run_folder, tmp_path / "export", dtype="float32", rewardmodel_only=True)
+    assert facts["plain"] is None
+    assert "Only rewardmodel loads this model" in (tmp_path / "export" / "README.md").read_text()
+
+
+def test_a_head_that_plain_transformers_cannot_read_must_be_accepted(recipe_of, tmp_path, in_this_process):
+    folder, _ = train(recipe_of("responses", pooling="responses"))
+    with pytest.raises(InputError, match="a head that plain transformers does not know"):
+        export(folder, tmp_path / "export", dtype="float32")
+    facts = export(folder, tmp_path / "export", dtype="float32", rewardmodel_only=True)
+    assert facts["max_abs_dp"] <= 1e-4
+    assert "Only rewardmodel loads this model" in (tmp_path / "export" / "README.md").read_text()
+
+
+def test_the_calibrator_goes_along_without_any_text(run_folder, tmp_path, in_this_process):
+    save(Calibrator("temperature", (0.4,)), run_folder / "calibrator.json")
+    try:
+        export(run_folder, tmp_path / "export", dtype="float32")
+        part = read_predictions(tmp_path / "export" / "validation.parquet")
+        assert not set(TEXTS) & set(part.columns)
+        battles = battle_frame(3, seed=5)
+        found, expected = (predicted(predict(folder, battles)) for folder in (tmp_path / "export", run_folder))
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+        (tmp_path / "export" / "calibrator.json").unlink()
+        assert np.abs(predicted(predict(tmp_path / "export", battles)) - expected).max() > 1e-3
+    finally:
+        evaluate(run_folder)
+
+
+def test_a_run_that_blends_predicts_the_same_once_exported(recipe_of, tmp_path, in_this_process):
+    recipe = replace(recipe_of("blends"), inference=InferenceConfig(blend=True))
+    folder, metrics = run_recipe(recipe)
+    assert metrics["calibration"]["method"] == "blend"
+    facts = export(folder, tmp_path / "export", dtype="float32")
+    assert facts["max_abs_dp"] <= 1e-4
+    battles = battle_frame(3, seed=5)
+    found, expected = (predict(one, battles) for one in (tmp_path / "export", folder))
+    np.testing.assert_allclose(predicted(found), predicted(expected), atol=1e-4)
+    np.testing.assert_array_equal(predicted(found, "floor"), predicted(expected, "floor"))
+    assert np.abs(predicted(expected) - predicted(expected, "ab")).max() > 1e-2
+    assert "applies blend" in (tmp_path / "export" / "README.md").read_text()
+    (folder / "floor.npz").unlink()
+    with pytest.raises(InputError, match=r"floor\.npz: no floor can be read there"):
+        export(folder, tmp_path / "again", "adapter")
+    assert not (tmp_path / "again").exists()
+
+
+def test_without_the_runs_data_the_sample_is_compared(recipe_of, tmp_path, in_this_process, caplog):
+    recipe = recipe_of("moved")
+    folder, _ = train(recipe)
+    from pathlib import Path
+
+    Path(recipe.data.train).unlink()
+    assert export(folder, tmp_path / "export", dtype="float32")["battles"] == 64
+
+
+def test_too_few_battles_compare_nothing(run_folder, tmp_path):
+    with pytest.raises(InputError, match="12 battles; give at least 64"):
+        export(run_folder, tmp_path / "export", battles=battle_frame(3))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"kind": "mergd"}, "did you mean 'merged'|merged"),
+        ({"dtype": "int8"}, "no precision 'int8'"),
+        ({"kind": "adapter", "dtype": "float32"}, "saved as it was trained"),
+        ({"kind": "soup"}, "of several runs"),
+        ({"kind": "kaggle"}, "needs --dataset"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(asked, message, run_folder, tmp_path):
+    with pytest.raises(InputError, match=message):
+        export(run_folder, tmp_path / "export", **asked)
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_folder_that_is_there_is_left_alone(run_folder, tmp_path):
+    (tmp_path / "mine").write_text("x")
+    with pytest.raises(InputError, match="is there already"):
+        export(run_folder, tmp_path)
+    assert (tmp_path / "mine").read_text() == "x"
+
+
+class FakeHub:
+    calls: list
+
+    def create_repo(self, name, private, exist_ok):
+        self.calls.append(("create", name, private))
+
+    def upload_folder(self, repo_id, folder_path):
+        self.calls.append(("upload", repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+
+def test_an_export_is_pushed_to_the_hub_by_key(run_folder, tmp_path, in_this_process, monkeypatch):
+    monkeypatch.setattr(FakeHub, "calls", [], raising=False)
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    export(run_folder, tmp_path / "export", "adapter", push_to_hub="me/model")
+    (first, second) = FakeHub.calls
+    assert first == ("create", "me/model", True)
+    assert second[:2] == ("upload", "me/model")
+    assert {"README.md", "adapter_model.safetensors", "recipe.yaml", "parity.json"} <= set(second[2])
+
+
+def test_a_hub_that_refuses_leaves_the_export_and_says_so(run_folder, tmp_path, in_this_process, monkeypatch):
+    def refuse(self, name, **_):
+        raise OSError("401 unauthorised")
+
+    monkeypatch.setattr(FakeHub, "create_repo", refuse)
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    with pytest.raises(InputError, match=r"401 unauthorised.*is whole"):
+        export(run_folder, tmp_path / "export", "adapter", push_to_hub="me/model")
+    assert (tmp_path / "export" / "README.md").is_file()
+
+
+def test_of_folds_the_mean_is_exported(recipe_of, tmp_path, in_this_process):
+    recipe = recipe_of("folds", load_in_4bit=True, use_rslora=True)
+    folds, _ = train_folds(replace(recipe, data=replace(recipe.data, folds=2)))
+    facts = export(folds, tmp_path / "soup", "soup", dtype="float32")
+    assert facts["max_abs_dp"] <= 1e-4
+    assert facts["probability_average"]["max_abs_dp"] > 1e-6
+    assert facts["probability_average"]["battles"] == 64
+    card = (tmp_path / "soup" / "README.md").read_text()
+    assert "the mean of 2 runs" in card
+
+
+def test_the_public_function_is_not_shadowed_by_a_module():
+    import rewardmodel
+
+    assert rewardmodel.export is exports.export
+
+
+def test_the_command_prints_what_was_measured(run_folder, tmp_path, in_this_process, capsys):
+    from rewardmodel.cli import main
+
+    ours = logging.getLogger("rewardmodel")
+    before = ours.level, ours.handlers, ours.propagate
+    try:
+        assert main(["export", str(run_folder), "--output", str(tmp_path / "one"), "--dtype", "float32"]) == 0
+        assert "parity on 64 battles" in capsys.readouterr().out
+        assert main(["export", str(run_folder), "--output", str(tmp_path / "one")]) == 2
+        assert "is there already" in capsys.readouterr().err
+        assert main(["export", str(run_folder), "--output", str(tmp_path / "two"), "--base", "x"]) == 2
+        assert "--base: only for --kind kaggle" in capsys.readouterr().err
+    finally:
+        ours.level, ours.handlers, ours.propagate = before
+        ours.setLevel(before[0])
+
+
+NOT_IMPORTED = """
+import sys
+from rewardmodel.cli import main
+main(["--help"])
+assert not {"torch", "rewardmodel.exports.export"} & sys.modules.keys()
+"""
+
+
+def test_naming_the_command_loads_no_torch():
+    subprocess.run([sys.executable, "-c", NOT_IMPORTED], check=True, capture_output=True)
+
+
+def test_a_bundle_needs_a_name_that_kaggle_takes(tmp_path):
+    with pytest.raises(InputError, match="give owner/name"):
+        Bundle("Some Name", tmp_path / "list.txt")

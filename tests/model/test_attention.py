@@ -1,0 +1,526 @@
+import itertools
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from builders import FAMILIES, battle_frame, make_backbone
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AttentionInterface
+
+from rewardmodel.config.schema import ModelConfig, ObjectiveConfig, PromptConfig
+from rewardmodel.data.formats import read_battles
+from rewardmodel.model import attention
+from rewardmodel.model import families as backbone
+from rewardmodel.model.attention import KERNELS, Packing, packed
+from rewardmodel.model.batching import pack
+from rewardmodel.model.loading import build_model, is_packed, load_classifier, pack_attention
+from rewardmodel.objectives import JOINT, OBJECTIVES, SEPARATE
+from rewardmodel.prompt.encoder import Encoded
+from rewardmodel.prompt.tokenization import merge, tokenize
+
+WINDOW = 32
+"""Tokens that some layers of Mistral and Gemma see; fewer than any sequence of `rows_of` has."""
+
+KINDS = {
+    "one order": ("instruction", "joint", False),
+    "both orders": ("instruction", "joint", True),
+    "separate": ("response", "separate", False),
+}
+"""Rows without shared beginnings, and two kinds with: template, encoding and `both_orders`."""
+
+HEADS = {"joint": (JOINT, "responses"), "separate": (SEPARATE, "last")}
+"""Head and pooling by encoding; every token of a response is read, or the last one of a sequence."""
+
+HERE = [
+    (family, name) for family in FAMILIES for name in backbone.FAMILIES[family].attention if name in ("sdpa", "eager")
+]
+"""Implementations that differentiate on a CPU."""
+
+each_family = pytest.mark.parametrize("family", FAMILIES)
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """Return classifiers in which nothing is zero, adapters included: build("llama", "joint")."""
+    folders, built = {}, {}
+
+    def model(family, encoding="joint", use_peft=True):
+        if family not in folders:
+            layers = ["sliding_attention", "full_attention"]  # two kinds, of another rotary base each
+            changes = {"layer_types": layers} if family == "gemma3_text" else {}
+            folders[family] = make_backbone(family, tmp_path_factory.mktemp(family), **changes)
+        if (family, encoding, use_peft) not in built:
+            head, pooling = HEADS[encoding]
+            config = ModelConfig(
+                str(folders[family]), device="cpu", dtype="float32", pooling=pooling, lora_r=4, lora_dropout=0.0,
+                use_peft=use_peft,
+            )  # fmt: skip
+            one, _ = build_model(config, head, seed=0)
+            torch.manual_seed(1)
+            for name, weight in one.named_parameters():
+                if "lora_B" in name or "score" in name:
+                    torch.nn.init.normal_(weight, std=0.1)
+            built[family, encoding, use_peft] = one.eval()
+        return built[family, encoding, use_peft]
+
+    return model
+
+
+@pytest.fixture(scope="module")
+def rows_of(tmp_path_factory, tokenizer):
+    """Return two rows of a kind, all of whose sequences are longer than the window."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REWARDMODEL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        battles = read_battles(battle_frame(1)).select([1, 3])
+        found = {}
+        for kind, (template, encoding, both) in KINDS.items():
+            prompt = PromptConfig(template, max_length=160)
+            found[kind] = list(tokenize(battles, tokenizer, prompt, encoding=encoding, both_orders=both))
+    return found.__getitem__
+
+
+@contextmanager
+def attending(model, name):
+    """Let the model attend with an implementation of that name, as transformers knows it, in the block."""
+    config = model.config.get_text_config()
+    before, config._attn_implementation = config._attn_implementation, name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def sequences(row, column="input_ids"):
+    """Return the values of each sequence of a row, shared ones first."""
+    shared, *branches = row["branches"]
+    ends = list(itertools.accumulate(branches, initial=shared))
+    return [row[column][:shared] + row[column][begin:end] for begin, end in itertools.pairwise(ends)]
+
+
+def classifier(model):
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def plain_logits(model, rows):
+    """Return the logits of each sequence alone, (n_sequences, n_logits), by transformers' own attention."""
+    inner, found = classifier(model), []
+    score = getattr(inner.score, "modules_to_save", {"default": inner.score})["default"]
+    with attending(model, "eager"):
+        for row in rows:
+            for ids, segments in zip(sequences(row), sequences(row, "segment_ids"), strict=True):
+                hidden = inner.model(torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+                means = [hidden[torch.tensor(segments) == response].mean(dim=0) for response in (1, 2)]
+                read = hidden[-1] if inner.pooling == "last" else torch.cat(means)
+                found.append(torch.cat([score.weight @ read, *([score.tie] if inner.shape.tie else [])]))
+    return torch.stack(found)
+
+
+def loss_of(logits, rows):
+    """Return the mean loss over battles; a joint sequence in the other order has the other outcome."""
+    labels = torch.tensor([row["labels"] for row in rows])
+    if logits.shape[1] == 2:
+        return OBJECTIVES["davidson"].loss(logits.view(len(rows), 2, 2), labels, ObjectiveConfig()).mean()
+    orders = [labels, labels[:, [1, 0, 2]]][: len(logits) // len(rows)]
+    return F.cross_entropy(logits, torch.stack(orders, dim=1).flatten(0, 1))
+
+
+def learnt(model, logits, rows):
+    """Return loss and gradients, by name, of logits."""
+    loss = loss_of(logits, rows)
+    names, weights = zip(*((name, one) for name, one in model.named_parameters() if one.requires_grad), strict=True)
+    return loss.detach(), dict(zip(names, torch.autograd.grad(loss, weights), strict=True))
+
+
+def assert_same(found, expected):
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
+
+
+def by_plain(model, rows):
+    """Return logits, loss and gradients by transformers' own attention to each sequence alone."""
+    logits = plain_logits(model, rows)
+    return logits.detach(), *learnt(model, logits, rows)
+
+
+@pytest.fixture(scope="module")
+def alone(build, rows_of):
+    """Return model, rows and `by_plain` of a family and a kind of rows; that is computed once."""
+    known = {}
+
+    def found(family, kind):
+        model, rows = build(family, KINDS[kind][1]), rows_of(kind)
+        if (family, kind) not in known:
+            known[family, kind] = by_plain(model, rows)
+        return model, rows, known[family, kind]
+
+    return found
+
+
+def assert_learns_as_plain(name, model, rows, expected=None):
+    """Compare logits, loss, and the gradients of all weights that train, none of which is zero."""
+    with attending(model, packed(name)):
+        found = model(**pack(rows)).logits
+        loss, gradients = learnt(model, found, rows)
+    plain, plain_loss, plain_gradients = expected or by_plain(model, rows)
+    assert plain.std() > 0.01
+    assert_same(found, plain)
+    assert_same(loss, plain_loss)
+    for weight, gradient in plain_gradients.items():
+        assert gradient.any(), weight
+        assert_same(gradients[weight], gradient)
+
+
+def row_of(sequences):
+    """Return the row of sequences, lists of tokens, that are in neither response, in A and in B by turns."""
+    merged = merge(
+        [Encoded(np.array(ids), np.resize(np.int8([0, 1, 2]), len(ids)), (len(ids),), (len(ids),)) for ids in sequences]
+    )
+    return {
+        "input_ids": merged.input_ids.tolist(),
+        "segment_ids": merged.segment_ids.tolist(),
+        "branches": merged.branches,
+        "length": len(merged.input_ids),
+        "labels": [0.2, 0.5, 0.3],
+    }
+
+
+def drawn(count, seed=0):
+    return np.random.default_rng(seed).integers(3, 250, count).tolist()
+
+
+layouts = st.lists(
+    st.tuples(st.integers(0, 4), st.lists(st.integers(1, 4), min_size=1, max_size=3)).map(
+        lambda drawn: [drawn[0], *drawn[1]]
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(layouts)
+def test_a_row_is_made_of_its_sequences_again(layout):
+    packing = Packing(layout)
+    total = sum(map(sum, layout))
+    states = torch.arange(total * 6.0).view(total, 2, 3).transpose(0, 1)[None]  # (1, heads, T, width)
+    found = packing.sequences(states)
+    assert [one.shape[2] for one in found] == packing.lengths
+    assert torch.equal(packing.row([one.transpose(1, 2) for one in found]), states.transpose(1, 2))
+
+
+@settings(deadline=None, max_examples=50)
+@given(layouts)
+def test_a_sequence_is_the_shared_beginning_and_its_branch(layout):
+    begin, expected = 0, []
+    for shared, *branches in layout:
+        places = list(range(begin, begin + sum(branches) + shared))
+        rest = places[shared:]
+        for branch in branches:
+            expected.append([*places[:shared], *rest[:branch]])
+            rest = rest[branch:]
+        begin += len(places)
+    states = torch.arange(float(begin)).view(1, 1, begin, 1)
+    assert [one.flatten().tolist() for one in Packing(layout).sequences(states)] == expected
+
+
+def test_the_outputs_of_a_shared_beginning_are_those_of_the_first_sequence():
+    first, second = torch.full((1, 3, 1, 1), 1.0), torch.full((1, 4, 1, 1), 2.0)
+    assert Packing([[2, 1, 2]]).row([first, second]).flatten().tolist() == [1, 1, 1, 2, 2]
+
+
+def test_a_mask_is_made_once_for_its_key():
+    packing, made = Packing([[0, 3]]), []
+    for key in ("narrow", "wide", "narrow", None, "wide", None):
+        assert packing.mask(key, lambda key=key: made.append(key) or f"mask {key}") == f"mask {key}"
+    assert made == ["narrow", "wide", None]
+
+
+def test_every_kernel_is_known_to_transformers_beside_its_plain_form():
+    names = [packed(name) for name in KERNELS]
+    assert len({*names, *KERNELS}) == 2 * len(KERNELS)
+    for name in names:
+        assert AttentionInterface()[name].func is attention._attention
+
+
+@each_kind
+def test_rows_of_this_file_are_longer_than_the_window_and_share_what_they_should(kind, rows_of):
+    for row in rows_of(kind):
+        shared, *branches = row["branches"]
+        assert min(shared + branch for branch in branches) > WINDOW
+        assert (shared > 0) == (len(branches) == 2) == (kind != "one order")
+
+
+@each_kind
+@pytest.mark.parametrize(("family", "name"), HERE)
+def test_a_packed_row_learns_what_each_sequence_alone_would(family, name, kind, alone):
+    assert_learns_as_plain(name, *alone(family, kind))
+
+
+@each_family
+def test_a_full_fine_tune_on_a_packed_row_learns_what_each_sequence_alone_would(family, build, rows_of):
+    model = build(family, use_peft=False)
+    assert all(weight.requires_grad for weight in model.parameters())
+    assert_learns_as_plain(backbone.FAMILIES[family].attention[0], model, rows_of("both orders"))
+
+
+@pytest.mark.parametrize(("family", "name"), HERE)
+def test_sequences_about_as_long_as_the_window_are_attended_to_as_alone(family, name, build):
+    rows = [row_of([drawn(length, length)]) for length in (3, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW)]
+    assert_learns_as_plain(name, build(family), rows)
+    shared = drawn(WINDOW - 3)
+    shared_rows = [row_of([shared + drawn(3, 1), shared + drawn(4, 2)]), row_of([[*shared, 9], [*shared[:5], 7]])]
+    assert [row["branches"] for row in shared_rows] == [[WINDOW - 3, 3, 4], [5, WINDOW - 7, 1]]
+    assert_learns_as_plain(name, build(family), shared_rows)
+
+
+@pytest.mark.parametrize(("family", "name"), HERE)
+def test_a_branch_may_be_one_token(family, name, build):
+    begin, end = drawn(40), drawn(9, 1)
+    pairs = [(begin + end[:1], begin + end[1:2]), (begin, begin), (begin, begin + end), (begin[:1], [7, *end])]
+    rows = [row_of([list(one), list(other)]) for one, other in pairs]
+    assert [row["branches"] for row in rows] == [[40, 1, 1], [39, 1, 1], [39, 1, 10], [0, 1, 10]]
+    assert_learns_as_plain(name, build(family, "separate"), rows)
+
+
+def uncompiled():
+    """Let flex_attention run as plain operations in the block, as it can on any device."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def no_compiler(test):
+    """Let flex_attention say that it is not compiled, and torch's compiler say what it does when it is imported."""
+    for said in ("flex_attention called without torch.compile:UserWarning", "`torch.jit.script_method` is deprecated"):
+        test = pytest.mark.filterwarnings(f"ignore:{said}")(test)
+    return test
+
+
+@no_compiler
+@each_kind
+@each_family
+def test_flex_attention_states_what_each_sequence_alone_would(family, kind, alone):
+    model, rows, (expected, *_) = alone(family, kind)
+    with torch.no_grad(), uncompiled(), attending(model, packed("flex_attention")):
+        found = model(**pack(rows)).logits
+    assert_same(found, expected)
+
+
+def flash_by_hand(calls):
+    """Return what stands in for flash attention: the same formula by torch, and the arguments kept in `calls`."""
+
+    def forward(
+        query, key, value, attention_mask, query_length, is_causal, dropout=0.0, softmax_scale=None,
+        sliding_window=None, softcap=None, cu_seq_lens_q=None, cu_seq_lens_k=None, max_length_q=None,
+        max_length_k=None, attn_implementation=None, **_,
+    ):  # fmt: skip
+        calls.append({"window": sliding_window, "softcap": softcap, "ends": cu_seq_lens_q})
+        ends = cu_seq_lens_q.tolist()
+        lengths = [end - begin for begin, end in itertools.pairwise(ends)]
+        assert attention_mask is None
+        assert is_causal
+        assert dropout == 0
+        assert attn_implementation == "flash_attention_2"
+        assert cu_seq_lens_q is cu_seq_lens_k
+        assert cu_seq_lens_q.dtype == torch.int32
+        assert [ends[0], ends[-1]] == [0, query_length]
+        assert query.shape[:2] == key.shape[:2] == value.shape[:2] == (1, query_length)
+        assert [max_length_q, max_length_k] == [max(lengths)] * 2
+        heads, width = query.shape[2:]
+        key, value = (state.repeat_interleave(heads // state.shape[2], dim=2) for state in (key, value))
+        outputs = []
+        for begin, end in itertools.pairwise(ends):
+            q, k, v = (state[0, begin:end].transpose(0, 1) for state in (query, key, value))
+            scores = q @ k.transpose(1, 2) * (width**-0.5 if softmax_scale is None else softmax_scale)
+            scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+            seen = torch.ones(end - begin, end - begin).tril()
+            if sliding_window is not None:
+                seen = seen.triu(1 - sliding_window)
+            outputs.append((scores.masked_fill(seen == 0, -torch.inf).softmax(dim=-1) @ v).transpose(0, 1))
+        return torch.cat(outputs)[None]
+
+    return forward
+
+
+@each_kind
+@each_family
+def test_flash_attention_is_called_with_the_sequences_of_a_row(family, kind, alone, monkeypatch):
+    calls = []
+    monkeypatch.setattr(attention, "_flash_attention_forward", flash_by_hand(calls))
+    model, rows, expected = alone(family, kind)
+    assert_learns_as_plain("flash_attention_2", model, rows, expected)
+    windows = {
+        "mistral": [WINDOW, WINDOW],
+        "phi3": [WINDOW, WINDOW],
+        "gemma2": [WINDOW, None],
+        "gemma3_text": [WINDOW, None],
+    }
+    assert [call["window"] for call in calls] == windows.get(family, [None, None])
+    assert [call["softcap"] for call in calls] == [50.0 if family == "gemma2" else None] * 2
+    assert calls[0]["ends"] is calls[1]["ends"]
+    lengths = [len(ids) for row in rows for ids in sequences(row)]
+    assert calls[0]["ends"].tolist() == [0, *itertools.accumulate(lengths)]
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_(en|dis)able` is deprecated:FutureWarning")
+@each_family
+def test_gradient_checkpointing_changes_no_gradient(family, build, rows_of, monkeypatch):
+    model, rows, calls = build(family), rows_of("both orders"), []
+    assert is_packed(model)
+    _, expected = learnt(model, model(**pack(rows)).logits, rows)
+    whole = Packing.sequences
+    monkeypatch.setattr(Packing, "sequences", lambda self, states: calls.append(self) or whole(self, states))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    try:
+        _, found = learnt(model, model(**pack(rows)).logits, rows)
+    finally:
+        model.eval()
+        model.gradient_checkpointing_disable()
+    assert len(calls) == 2 * 2 * 3  # forward and again backward, in two layers: queries, keys and values
+    assert len(set(calls)) == 1
+    for name, gradient in expected.items():
+        assert_same(found[name], gradient)
+
+
+@no_compiler
+@pytest.mark.parametrize(
+    ("family", "name", "masks"),
+    [
+        ("llama", "sdpa", 0),
+        ("llama", "eager", 1),
+        ("llama", "flex_attention", 1),
+        ("mistral", "sdpa", 1),
+        ("mistral", "eager", 1),
+        ("mistral", "flex_attention", 1),
+        ("phi3", "sdpa", 1),
+        ("phi3", "eager", 1),
+        ("gemma2", "eager", 2),
+        ("gemma3_text", "sdpa", 1),
+        ("gemma3_text", "eager", 2),
+    ],
+)
+def test_masks_are_made_once_a_row_for_all_layers(family, name, masks, build, rows_of, monkeypatch):
+    made = []
+    for function in ("_seen", "create_block_mask"):
+        original = getattr(attention, function)
+        monkeypatch.setattr(
+            attention, function, lambda *args, make=original, **kwargs: made.append(args) or make(*args, **kwargs)
+        )
+    model, batch = build(family), pack(rows_of("both orders")[1:])
+    with torch.no_grad(), uncompiled(), attending(model, packed(name)):
+        model(**batch)
+        assert len(made) == masks
+        model(**batch)
+        assert len(made) == 2 * masks
+
+
+EVERYWHERE = [*HERE, ("llama", "flex_attention"), ("gemma2", "flex_attention")]
+
+
+@no_compiler
+@pytest.mark.parametrize(("family", "name"), EVERYWHERE)
+def test_tokens_of_other_battles_and_branches_change_nothing(family, name, build, rows_of):
+    model, rows = build(family), rows_of("both orders")
+    shared, first, _ = rows[0]["branches"]
+
+    def logits(row=0, place=0, token=None):
+        changed = [dict(one) for one in rows]
+        if token is not None:
+            changed[row]["input_ids"] = [*rows[row]["input_ids"]]
+            assert changed[row]["input_ids"][place] != token
+            changed[row]["input_ids"][place] = token
+        return model(**pack(changed)).logits
+
+    with torch.no_grad(), uncompiled(), attending(model, packed(name)):
+        before = logits()
+        same = {
+            "shared": logits(0, shared - 1, 2) == before,
+            "first branch": logits(0, shared + 20, 2) == before,
+            "second branch": logits(0, shared + first + 20, 2) == before,
+            "the other battle": logits(1, 0, 2) == before,
+        }
+    assert {name: one.all(dim=1).tolist() for name, one in same.items()} == {
+        "shared": [False, False, True, True],
+        "first branch": [False, True, True, True],
+        "second branch": [True, False, True, True],
+        "the other battle": [True, True, False, False],
+    }
+
+
+@pytest.fixture
+def stranger(tmp_path):
+    """Return a function that loads a classifier of a family that is not in the table."""
+    folder = make_backbone("olmo2", tmp_path)
+    assert "olmo2" not in backbone.FAMILIES
+    config = ModelConfig(str(folder), device="cpu", dtype="float32")
+    return lambda: load_classifier(config, folder, JOINT).eval()
+
+
+def test_a_family_that_is_not_in_the_table_packs_if_it_is_seen_to(stranger, rows_of, caplog):
+    model, rows = stranger(), rows_of("both orders")
+    assert is_packed(model)
+    assert "padded" not in caplog.text
+    torch.nn.init.normal_(model.score.weight)
+    with torch.no_grad():
+        assert_same(model(**pack(rows)).logits, plain_logits(model, rows))
+
+
+def without_packing(forward):
+    def swallow(self, input_ids, position_ids=None, use_cache=None, **_):
+        return forward(self, input_ids, position_ids=position_ids, use_cache=use_cache)
+
+    return swallow
+
+
+def with_neighbours(forward):
+    def mix(self, input_ids, **kwargs):
+        output = forward(self, input_ids, **kwargs)
+        output.last_hidden_state = output.last_hidden_state + output.last_hidden_state.roll(1, dims=1)
+        return output
+
+    return mix
+
+
+@pytest.mark.parametrize("wrap", [without_packing, with_neighbours])
+def test_a_decoder_that_cannot_pack_is_padded_with_a_warning(wrap, stranger, caplog, monkeypatch):
+    from transformers import Olmo2Model
+
+    monkeypatch.setattr(Olmo2Model, "forward", wrap(Olmo2Model.forward))
+    model = stranger()
+    assert not is_packed(model)
+    assert model.config._attn_implementation == "eager"
+    assert [record.levelname for record in caplog.records if "padded" in record.message] == ["WARNING"]
+    assert "olmo2 cannot compute packed rows: its batches are padded" in caplog.text
+
+
+def test_an_attention_that_sees_the_whole_row_is_padded_with_a_warning(stranger, caplog, monkeypatch):
+    from transformers.models.olmo2.modeling_olmo2 import eager_attention_forward
+
+    def whole_row(module, query, key, value, attention_mask, *, packing, **kwargs):
+        hidden = torch.full((query.shape[2],) * 2, -1e9).triu(1)
+        return eager_attention_forward(module, query, key, value, hidden, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, packed("eager"), whole_row)
+    assert not is_packed(stranger())
+    assert "its batches are padded" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "packs"),
+    [
+        ("sdpa", ["sliding_attention", "full_attention"], True),
+        ("sdpa", ["full_attention", "chunked_attention"], False),
+        ("sdpa", ["linear_attention", "full_attention"], False),
+        ("flash_attention_3", ["full_attention", "full_attention"], False),
+    ],
+)
+def test_layers_and_attention_that_are_not_known_to_pack_are_padded(name, layers, packs, backbone):
+    folder = backbone("llama")
+    model = load_classifier(ModelConfig(str(folder), device="cpu", dtype="float32"), folder, JOINT)
+    model.config._attn_implementation, model.config.layer_types = name, layers
+    pack_attention(model)
+    assert is_packed(model) == packs
+    assert model.config._attn_implementation == (packed(name) if packs else name)

@@ -1,0 +1,169 @@
+import dataclasses
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from builders import battle_frame
+from safetensors import safe_open
+
+from rewardmodel.config.schema import ModelConfig, ObjectiveConfig
+from rewardmodel.errors import InputError
+from rewardmodel.exports.export import export
+from rewardmodel.inference.predict import predict
+from rewardmodel.inference.reward_function import reward_function
+from rewardmodel.kfold import train_folds
+from rewardmodel.metrics import log_loss
+from rewardmodel.model import features
+from rewardmodel.predictions import predicted, read_predictions, true_outcomes
+from rewardmodel.run_folder import MODEL
+from rewardmodel.training.train import train
+
+JOINT = ("cross_entropy",)
+OBJECTIVES = (*JOINT, "davidson", "bradley_terry")
+
+
+@pytest.fixture
+def frozen(recipe):
+    """Return a function that returns a recipe with a frozen backbone of one layer, for an objective."""
+
+    def of(objective):
+        model = dataclasses.replace(
+            recipe.model, freeze_backbone=True, num_hidden_layers=1, pooling="responses", lora_first_layer=5
+        )
+        data = dataclasses.replace(recipe.data, swap_augmentation="both")
+        prompt = dataclasses.replace(recipe.prompt, template="instruction" if objective in JOINT else "response")
+        return dataclasses.replace(recipe, model=model, data=data, prompt=prompt, objective=ObjectiveConfig(objective))
+
+    return of
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_head_on_a_frozen_backbone_learns_is_saved_and_predicts(frozen, objective, tmp_path):
+    run, parts = train(frozen(objective))
+    with safe_open(run / MODEL / "adapter_model.safetensors", "pt") as weights:
+        names = list(weights.keys())
+    assert names
+    assert all(".score." in name for name in names)
+    table = predict(run, parts.validation)
+    loss = log_loss(predicted(table), true_outcomes(table))
+    assert loss < 0.9  # 1.04 without looking
+    assert ("ba_p_tie" in table) == (objective in JOINT)
+    write = "from rewardmodel.cli import main; main(['predict', *__import__('sys').argv[1:]])"
+    subprocess.run(
+        [sys.executable, "-c", write, str(run), "validation", "--output", str(tmp_path / "x.parquet")], check=True
+    )
+    np.testing.assert_allclose(predicted(read_predictions(tmp_path / "x.parquet")), predicted(table), atol=1e-6)
+
+
+def test_folds_read_the_features_of_a_battle_once(frozen, monkeypatch, tmp_path):
+    monkeypatch.setenv("REWARDMODEL_CACHE", str(tmp_path / "cache"))
+    count, compute = [], features.row_logits
+
+    def counted(reader, rows, *given):
+        count.extend(rows["id"][:])
+        return compute(reader, rows, *given)
+
+    monkeypatch.setattr(features, "row_logits", counted)
+    _, facts = train_folds(frozen("davidson"))
+    assert sorted(count) == sorted(battle_frame()["id"])
+    assert facts["metrics"]["log_loss"]["value"] < 0.9
+
+
+def test_what_a_frozen_run_exports_predicts_alike(frozen, tmp_path):
+    recipe = frozen("cross_entropy")
+    last = dataclasses.replace(recipe.model, pooling="last")
+    run, _ = train(dataclasses.replace(recipe, model=last))
+    facts = export(run, tmp_path / "merged", "merged", dtype="float32")
+    assert facts["max_abs_dp"] <= 1e-4
+
+
+@pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "lora"])
+def test_ties_of_pairs_are_learnt_saved_and_exported(frozen, freeze, tmp_path):
+    recipe = frozen("davidson")
+    model = dataclasses.replace(
+        recipe.model,
+        pooling="last_and_responses",
+        pair_ties=True,
+        freeze_backbone=freeze,
+        num_hidden_layers=2,
+        lora_first_layer=0,
+    )
+    run, _ = train(dataclasses.replace(recipe, model=model))
+    with safe_open(run / MODEL / "adapter_model.safetensors", "pt") as weights:
+        apart = [weights.get_tensor(name) for name in list(weights.keys()) if name.endswith("tie_apart")]
+    assert len(apart) == 1
+    assert apart[0].abs().max() > 0
+    with pytest.raises(InputError, match="make a head that plain transformers does not know"):
+        export(run, tmp_path / "merged", "merged", dtype="float32")
+    facts = export(run, tmp_path / "merged", "merged", dtype="float32", rewardmodel_only=True)
+    assert facts["max_abs_dp"] <= 1e-4
+    odd = [[f"question number {number}"] for number in range(3)]
+    alone = [reward_function(run)([prompt], [prompt])[0] for [prompt] in odd]
+    assert reward_function(run)([prompt for [prompt] in odd], [prompt for [prompt] in odd]) == pytest.approx(alone)
+
+
+def test_frozen_folds_are_exported_as_their_mean(frozen, tmp_path):
+    recipe = frozen("davidson")
+    inference = dataclasses.replace(recipe.inference, tie_if_same=0.9, win_if_other_empty=0.8)
+    run, _ = train_folds(dataclasses.replace(recipe, inference=inference))
+    facts = export(run, tmp_path / "mean", "soup", dtype="float32", rewardmodel_only=True)
+    assert facts["max_abs_dp"] <= 1e-4
+    assert facts["probability_average"]["max_abs_dp"] < 0.2
+
+
+def test_ties_of_pairs_need_a_tie_parameter_that_learns(frozen):
+    for objective in ("cross_entropy", "bradley_terry"):
+        recipe = frozen(objective)
+        model = dataclasses.replace(recipe.model, pair_ties=True)
+        with pytest.raises(InputError, match=f"model.pair_ties: {objective} has no tie parameter to learn"):
+            train(dataclasses.replace(recipe, model=model))
+
+
+def test_a_frozen_run_that_is_done_is_left_alone_and_one_that_was_killed_goes_on(frozen, monkeypatch):
+    recipe = frozen("davidson")
+    with monkeypatch.context() as patch:
+        patch.setattr("rewardmodel.training.train.fit_last_layer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe)
+    run, _ = train(recipe, resume=True)
+    before = (run / MODEL / "adapter_model.safetensors").read_bytes()
+    train(recipe, resume=True)
+    assert (run / MODEL / "adapter_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_training_starts_from_a_head_that_is_fitted_to_what_the_untouched_backbone_reads(
+    frozen, objective, tmp_path, monkeypatch
+):
+    recipe = frozen(objective)
+    run, parts = train(recipe)
+    alone = predicted(predict(run, parts.validation))
+    model = dataclasses.replace(recipe.model, freeze_backbone=False, lora_first_layer=0, head_init="fitted")
+    still = recipe.trainer | {"output_dir": str(tmp_path / "still"), "learning_rate": 1e-12, "max_steps": 1}
+    run, _ = train(dataclasses.replace(recipe, model=model, trainer=still), parts=parts)
+    np.testing.assert_allclose(predicted(predict(run, parts.validation)), alone, atol=1e-4)
+    with monkeypatch.context() as patch:  # a checkpoint has its head already
+        patch.setattr("rewardmodel.training.train.fit_last_layer", lambda *_: pytest.fail("fitted again"))
+        shutil.rmtree(run / MODEL)
+        train(dataclasses.replace(recipe, model=model, trainer=still), parts=parts, resume=True)
+    np.testing.assert_allclose(predicted(predict(run, parts.validation)), alone, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"keep_head": True}, "model.keep_head: freeze_backbone fits the last layer of the head anew"),
+        ({"head_init": "fitted"}, "model.head_init: .*freeze_backbone always fits one"),
+        ({"use_peft": False}, "model.freeze_backbone: .*use_peft is false"),
+        ({"num_hidden_layers": 3}, "model.num_hidden_layers: 3, but the backbone has 2"),
+        ({"num_hidden_layers": 0}, "model.num_hidden_layers: 0, but the backbone has 2"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(frozen, keys, message):
+    recipe = frozen("davidson")
+    model: ModelConfig = dataclasses.replace(recipe.model, **keys)
+    with pytest.raises(InputError, match=message):
+        train(dataclasses.replace(recipe, model=model))
+    assert not recipe.run_folder.exists()
