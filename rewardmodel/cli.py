@@ -68,7 +68,7 @@ def _doctor(arguments: list[str]) -> int:
     if options.gpus is not None and options.gpus < 1:
         raise InputError(f"--gpus: {options.gpus}; give at least 1")
     from rewardmodel.config.loader import load_recipe
-    from rewardmodel.launches import Launch, launch_of
+    from rewardmodel.distributed import Launch, launch_of
     from rewardmodel.planning.doctor import doctor, format_doctor
 
     recipe = load_recipe(options.recipe, overrides)

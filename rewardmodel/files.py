@@ -1,10 +1,18 @@
 """Files and folders that are whole or absent: written beside their place, then renamed into it."""
 
+import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -61,3 +69,26 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file as UTF-8, whole or not at all."""
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, indented, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_arrays(folder: Path, pattern: str, names: Sequence[str]) -> Iterator[list[np.ndarray]]:
+    """Yield the arrays of these names out of each file of a folder; of one that cannot be read, a warning."""
+    for path in sorted(folder.glob(pattern)):
+        try:
+            with path.open("rb") as opened, np.load(opened) as file:
+                arrays = [file[name] for name in names]
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            logger.warning("%s cannot be read; its battles are computed again", path)
+            continue
+        yield arrays
+
+
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """Write arrays to a file, whole or not at all."""
+    with atomic_path(path) as partial_file, partial_file.open("wb") as file:
+        np.savez(file, **arrays)

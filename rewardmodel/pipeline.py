@@ -16,7 +16,7 @@ from rewardmodel.errors import InputError
 from rewardmodel.evaluation.baselines import fit, predictions
 from rewardmodel.evaluation.report import report
 from rewardmodel.evaluation.text_regression import Regression, predict_each, save
-from rewardmodel.files import atomic_path
+from rewardmodel.files import atomic_path, write_json
 from rewardmodel.inference.predict import blends, by_rule, calibrate, predict_with
 from rewardmodel.model.loading import load_model, load_tokenizer
 from rewardmodel.model.weights import resolve
@@ -33,7 +33,6 @@ from rewardmodel.run_folder import (
     PREDICTIONS,
     SUBMISSION,
     VALIDATION,
-    write_json,
 )
 from rewardmodel.training.train import train
 

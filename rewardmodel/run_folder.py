@@ -32,7 +32,7 @@ from rewardmodel.battles import FEATURES, TEACHER, taught
 from rewardmodel.config.loader import dump_recipe, load_recipe
 from rewardmodel.config.schema import Recipe
 from rewardmodel.errors import InputError
-from rewardmodel.files import clear, write_text
+from rewardmodel.files import clear, write_json, write_text
 
 RECIPE = "recipe.yaml"
 ENVIRONMENT = "environment.json"
@@ -216,8 +216,3 @@ def write_environment(folder: Path, facts: dict[str, Any]) -> None:
         **facts,
     }
     write_json(folder / ENVIRONMENT, environment)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON, indented, whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

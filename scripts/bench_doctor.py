@@ -125,7 +125,7 @@ def tell_beforehand(name: str, folder: str) -> dict:
     """Return what the doctor says of a case."""
     from transformers import AutoConfig
 
-    from rewardmodel.launches import Launch
+    from rewardmodel.distributed import Launch
     from rewardmodel.model.precision import placement
     from rewardmodel.planning.devices import find_device
     from rewardmodel.planning.estimate import Case, inference_needs, training_needs

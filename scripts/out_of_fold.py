@@ -102,9 +102,10 @@ def shown(recipe: Any, objective: Objective, given: Read) -> Read:
 
 def fitted(recipe: Any, objective: Objective, given: Read, groups: np.ndarray) -> Any:
     """Return a head's last layer, fitted to battles."""
+    from rewardmodel.model.features import layer_logits
     from rewardmodel.model.heads import last_layer_kind
     from rewardmodel.objectives import fit_tie
-    from rewardmodel.training.head_fit import Examples, fit_last_layer, layer_logits
+    from rewardmodel.training.head_fit import Examples, fit_last_layer
 
     shape = objective.head._replace(pairs=recipe.model.pair_ties)
     layer: Any = last_layer_kind(shape)(given.features.shape[2], shape.num_labels, bias=False)
@@ -129,7 +130,7 @@ def fitted_out_of_fold(
     Those of folds that are not asked for are NaN.
     """
     from rewardmodel.data.folds import trains
-    from rewardmodel.training.head_fit import layer_logits
+    from rewardmodel.model.features import layer_logits
 
     objective = objective_of(recipe, changes)
     learnt, bags = shown(recipe, objective, given), changes.get("bags", 1)

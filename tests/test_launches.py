@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from rewardmodel.distributed import Launch, launch, launch_of
 from rewardmodel.errors import InputError
-from rewardmodel.launches import Launch, launch, launch_of
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
 

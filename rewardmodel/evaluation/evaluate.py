@@ -13,6 +13,7 @@ from rewardmodel.config.schema import InferenceConfig
 from rewardmodel.errors import InputError
 from rewardmodel.evaluation.bias import audit_bias, format_bias
 from rewardmodel.evaluation.calibration import BLEND, NONE, Choice, choose, reliability, save
+from rewardmodel.files import write_json
 from rewardmodel.metrics import class_prior, log_loss, paired_difference, summary
 from rewardmodel.predictions import (
     PROBABILITIES,
@@ -24,7 +25,7 @@ from rewardmodel.predictions import (
     true_outcomes,
     with_floor,
 )
-from rewardmodel.run_folder import BLENDED, CALIBRATION, CALIBRATOR, FLOORS, METRICS, RECIPE, VALIDATION, write_json
+from rewardmodel.run_folder import BLENDED, CALIBRATION, CALIBRATOR, FLOORS, METRICS, RECIPE, VALIDATION
 
 Facts = dict[str, Any]
 

@@ -16,9 +16,8 @@ from rewardmodel.evaluation.calibration import BLEND
 from rewardmodel.evaluation.evaluate import format_metrics
 from rewardmodel.exports.parity import Facts, format_parity
 from rewardmodel.files import write_text
-from rewardmodel.model.loading import load_tokenizer
-from rewardmodel.model.quantization import quantisation_name
-from rewardmodel.model.saved import is_adapter, read_about
+from rewardmodel.model.loading import is_adapter, load_tokenizer, read_about
+from rewardmodel.model.precision import quantisation_name
 from rewardmodel.model.weights import resolve
 from rewardmodel.objectives import find_objective
 from rewardmodel.prompt.encoder import PromptEncoder

@@ -25,7 +25,7 @@ from rewardmodel.errors import InputError, nearest
 from rewardmodel.evaluation import calibration
 from rewardmodel.evaluation import text_regression as regression
 from rewardmodel.exports.card import write_card
-from rewardmodel.exports.kaggle import BUNDLED_MODEL, Bundle, write_bundle
+from rewardmodel.exports.kaggle import BUNDLED_MODEL, Bundle, check_installed, write_bundle
 from rewardmodel.exports.merge import Trained, merge, trained
 from rewardmodel.exports.parity import (
     EXACT,
@@ -38,15 +38,13 @@ from rewardmodel.exports.parity import (
     predict_run,
 )
 from rewardmodel.exports.soup import soup
-from rewardmodel.exports.wheels import check_installed
-from rewardmodel.files import atomic_path, write_text
+from rewardmodel.files import atomic_path, write_json, write_text
 from rewardmodel.model.compatibility import incompatibilities
 from rewardmodel.model.families import stored_bits
-from rewardmodel.model.precision import compute_device, setup
-from rewardmodel.model.quantization import bits_and_bytes
-from rewardmodel.model.saved import backbone_folder, is_adapter
+from rewardmodel.model.loading import backbone_folder, is_adapter
+from rewardmodel.model.precision import bits_and_bytes, compute_device, setup
 from rewardmodel.predictions import PROBABILITIES, predicted, read_predictions, write_predictions
-from rewardmodel.run_folder import CALIBRATION, CALIBRATOR, FLOOR, RECIPE, VALIDATION, trained_models, write_json
+from rewardmodel.run_folder import CALIBRATION, CALIBRATOR, FLOOR, RECIPE, VALIDATION, trained_models
 
 logger = logging.getLogger(__name__)
 

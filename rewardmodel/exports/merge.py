@@ -21,14 +21,13 @@ from transformers.quantizers import AutoHfQuantizer
 from rewardmodel.config.schema import Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.exports.weight_files import SHARD, parameter_names, weight_files, write_shards
+from rewardmodel.files import write_json
 from rewardmodel.model.families import family, lowest_layers
 from rewardmodel.model.heads import classifier_class, head_names
-from rewardmodel.model.loading import label_names, load_tokenizer
-from rewardmodel.model.precision import compute_device
-from rewardmodel.model.quantization import bits_and_bytes
-from rewardmodel.model.saved import ADAPTER, backbone_folder, is_adapter, read_about
+from rewardmodel.model.loading import ADAPTER, backbone_folder, is_adapter, label_names, load_tokenizer, read_about
+from rewardmodel.model.precision import bits_and_bytes, compute_device
 from rewardmodel.objectives import Head
-from rewardmodel.run_folder import BACKBONE, ENVIRONMENT, MODEL, load_run_recipe, model_folder, write_json
+from rewardmodel.run_folder import BACKBONE, ENVIRONMENT, MODEL, load_run_recipe, model_folder
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of a model's weights."""

@@ -26,9 +26,8 @@ from rewardmodel.exports.merge import Trained
 from rewardmodel.inference.predict import battles_to_predict, predict, predict_with
 from rewardmodel.metrics import log_loss
 from rewardmodel.model.batching import pad
-from rewardmodel.model.loading import load_model, load_tokenizer
+from rewardmodel.model.loading import is_adapter, load_model, load_tokenizer, read_about
 from rewardmodel.model.precision import compute_device
-from rewardmodel.model.saved import is_adapter, read_about
 from rewardmodel.objectives import find_objective
 from rewardmodel.predictions import predicted, read_predictions, true_outcomes, write_predictions
 from rewardmodel.prompt.tokenization import tokenize

@@ -17,7 +17,7 @@ from rewardmodel.config.loader import dump_recipe
 from rewardmodel.errors import InputError
 from rewardmodel.exports.merge import Trained
 from rewardmodel.files import write_text
-from rewardmodel.model.saved import ADAPTER, is_adapter, read_about
+from rewardmodel.model.loading import ADAPTER, is_adapter, read_about
 from rewardmodel.run_folder import ENVIRONMENT, MODEL, RECIPE
 
 SAME = {

@@ -12,7 +12,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from rewardmodel.errors import InputError
-from rewardmodel.run_folder import write_json
+from rewardmodel.files import write_json
 
 SHARD = 2 * 10**9
 """Bytes of an output file, but for a tensor that is larger by itself."""

@@ -23,7 +23,7 @@ from rewardmodel.evaluation.text_regression import load as load_floor
 from rewardmodel.evaluation.text_regression import predict_each
 from rewardmodel.inference.shards import Deadline, shard_folder, sharded_logits
 from rewardmodel.model.families import family
-from rewardmodel.model.features import feature_folder, features
+from rewardmodel.model.features import feature_folder, features, layer_logits
 from rewardmodel.model.loading import load_model, trained_layer
 from rewardmodel.model.precision import compute_dtype
 from rewardmodel.objectives import find_objective
@@ -53,7 +53,6 @@ from rewardmodel.run_folder import (
     model_folder,
     trained_models,
 )
-from rewardmodel.training.head_fit import layer_logits
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,10 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -25,9 +24,9 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from rewardmodel.distributed import from_main, is_main, joined
-from rewardmodel.files import atomic_path, write_text
-from rewardmodel.model.forward import batching, forward_budget, row_logits
-from rewardmodel.model.loading import is_packed
+from rewardmodel.files import read_arrays, write_arrays, write_text
+from rewardmodel.model.forward import batching, check_numbers, cut, forward_budget, row_logits
+from rewardmodel.model.packing import is_packed
 from rewardmodel.prompt.tokenization import one_sequence
 
 logger = logging.getLogger(__name__)
@@ -152,19 +151,6 @@ def remove_shards(work: Path) -> None:
         work.rmdir()
 
 
-def cut(costs: np.ndarray, order: np.ndarray, least: int | None) -> list[np.ndarray]:
-    """Return row numbers in this order in shards of about `least` tokens, each ascending; none: all in one.
-
-    Args:
-        costs: tokens of each row, (n_rows,).
-        order: (n_rows,) row numbers.
-        least: tokens of a shard.
-    """
-    ends = np.cumsum(costs[order])
-    number = (ends - costs[order]) // (least or ends[-1])
-    return [np.sort(shard) for shard in np.split(order, np.flatnonzero(np.diff(number)) + 1)]
-
-
 def _order(costs: np.ndarray, packed: bool, ascending: bool) -> np.ndarray:
     if ascending:
         return np.argsort(costs, kind="stable")
@@ -217,35 +203,6 @@ def _together(pieces: list[Piece], rows: int) -> np.ndarray:
     for numbers, logits in pieces:
         result[numbers] = logits
     return result
-
-
-def check_numbers(values: np.ndarray, rows: Dataset, said: str) -> None:
-    """Raise FloatingPointError, which names battles, if what was computed of rows, (n, k, l), is not all finite.
-
-    `said` tells what, with {} where their number goes.
-    """
-    bad = ~np.isfinite(values).all(axis=(1, 2))
-    if bad.any():
-        ids = ", ".join(rows.select(np.flatnonzero(bad)[:5])["id"][:])
-        raise FloatingPointError(f"{said.format(bad.sum())}; the first ids: {ids}")
-
-
-def read_arrays(folder: Path, pattern: str, names: Sequence[str]) -> Iterator[list[np.ndarray]]:
-    """Yield the arrays of these names out of each file of a folder; of one that cannot be read, a warning."""
-    for path in sorted(folder.glob(pattern)):
-        try:
-            with path.open("rb") as opened, np.load(opened) as file:
-                arrays = [file[name] for name in names]
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-            logger.warning("%s cannot be read; its battles are computed again", path)
-            continue
-        yield arrays
-
-
-def write_arrays(path: Path, **arrays: Any) -> None:
-    """Write arrays to a file, whole or not at all."""
-    with atomic_path(path) as partial_file, partial_file.open("wb") as file:
-        np.savez(file, **arrays)
 
 
 def _read(folder: Path | None, name: str) -> list[Piece]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from rewardmodel.config.schema import ModelConfig, ObjectiveConfig
+from rewardmodel.distributed import Launch
 from rewardmodel.errors import InputError
-from rewardmodel.launches import Launch
 from rewardmodel.model.families import FAMILIES, family
 from rewardmodel.objectives import find_objective
 

@@ -19,9 +19,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rewardmodel.config.schema import ModelConfig
 from rewardmodel.distributed import from_main, in_every_process, is_main, joined
-from rewardmodel.files import cache_folder
-from rewardmodel.inference.shards import check_numbers, cut, read_arrays, write_arrays
-from rewardmodel.model.forward import batching, forward_budget, row_logits
+from rewardmodel.files import cache_folder, read_arrays, write_arrays
+from rewardmodel.model.forward import batching, check_numbers, cut, forward_budget, row_logits
 from rewardmodel.model.heads import head_names
 from rewardmodel.model.loading import classifier
 from rewardmodel.model.weights import fingerprint, resolve
@@ -167,3 +166,10 @@ def _read(folder: Path, wanted: set[str]) -> dict[str, np.ndarray]:
 
 def _write(folder: Path, keys: list[str], values: np.ndarray) -> None:
     write_arrays(folder / f"{keys[0]}.npz", keys=np.array(keys), features=values)
+
+
+@torch.no_grad()
+def layer_logits(layer: Any, features: np.ndarray) -> np.ndarray:
+    """Return what a layer gives for features, both (n_battles, n_sequences, width) float32."""
+    read = torch.from_numpy(features).to(layer.weight.device)
+    return layer(read.flatten(0, 1)).view(*read.shape[:2], -1).cpu().numpy()

@@ -13,7 +13,7 @@ from datasets import Dataset
 from rewardmodel.distributed import joined
 from rewardmodel.model.batching import Batch, pack, pad, padded_tokens, plan_packed, plan_padded, to_device
 from rewardmodel.model.budget import Memory, find_budget
-from rewardmodel.model.loading import is_packed
+from rewardmodel.model.packing import is_packed
 from rewardmodel.model.precision import autocast
 from rewardmodel.prompt.tokenization import MODEL_COLUMNS
 
@@ -107,3 +107,27 @@ def forward_budget(model: Any, rows: Dataset, pad_token_id: int, dtype: torch.dt
 def longest_row(rows: Dataset, how: Batching) -> dict[str, Any]:
     """Return the row that costs a batch the most tokens."""
     return rows.select_columns(list(MODEL_COLUMNS))[int(np.argmax(how.costs(rows)))]
+
+
+def cut(costs: np.ndarray, order: np.ndarray, least: int | None) -> list[np.ndarray]:
+    """Return row numbers in this order in shards of about `least` tokens, each ascending; none: all in one.
+
+    Args:
+        costs: tokens of each row, (n_rows,).
+        order: (n_rows,) row numbers.
+        least: tokens of a shard.
+    """
+    ends = np.cumsum(costs[order])
+    number = (ends - costs[order]) // (least or ends[-1])
+    return [np.sort(shard) for shard in np.split(order, np.flatnonzero(np.diff(number)) + 1)]
+
+
+def check_numbers(values: np.ndarray, rows: Dataset, said: str) -> None:
+    """Raise FloatingPointError, which names battles, if what was computed of rows, (n, k, l), is not all finite.
+
+    `said` tells what, with {} where their number goes.
+    """
+    bad = ~np.isfinite(values).all(axis=(1, 2))
+    if bad.any():
+        ids = ", ".join(rows.select(np.flatnonzero(bad)[:5])["id"][:])
+        raise FloatingPointError(f"{said.format(bad.sum())}; the first ids: {ids}")

@@ -5,7 +5,7 @@ import gc
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -26,23 +27,17 @@ from rewardmodel.battles import OUTCOMES
 from rewardmodel.config.schema import ModelConfig
 from rewardmodel.errors import InputError
 from rewardmodel.files import atomic_path
-from rewardmodel.model.attention import KERNELS, PREFIX, Packing, packed
-from rewardmodel.model.batching import pack
 from rewardmodel.model.compatibility import refuse
 from rewardmodel.model.families import FAMILIES, family, lowest_layers
-from rewardmodel.model.heads import FloatLinear, PooledHead, check_loaded, classifier_class, head_names
+from rewardmodel.model.heads import FloatLinear, check_loaded, classifier_class, head_names
 from rewardmodel.model.lora import add_lora, subtract_start
-from rewardmodel.model.precision import placement, setup
-from rewardmodel.model.quantization import quantization, quantized_bits
-from rewardmodel.model.saved import backbone_folder, check_head, is_adapter, read_about
+from rewardmodel.model.packing import pack_attention
+from rewardmodel.model.precision import placement, quantization, quantized_bits, setup
 from rewardmodel.model.weights import fingerprint, resolve, tensor_shape
 from rewardmodel.objectives import Head
 from rewardmodel.run_folder import BACKBONE
 
 logger = logging.getLogger(__name__)
-
-PACKABLE = {"full_attention", "sliding_attention"}
-"""Kinds of layers through which sequences of one row pass without seeing each other."""
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -151,56 +146,6 @@ def label_names(head: Head) -> dict[str, dict]:
     return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
 
 
-def may_pack(model: Any) -> bool:
-    """Return whether a model's head, attention and layers are of the kinds that packed rows go through."""
-    config = model.config.get_text_config()
-    causal = getattr(config, "is_causal", True) and not getattr(config, "use_bidirectional_attention", False)
-    kinds = set(getattr(config, "layer_types", None) or [])
-    return isinstance(model, PooledHead) and config._attn_implementation in KERNELS and causal and kinds <= PACKABLE
-
-
-def pack_attention(model: Any) -> None:
-    """Let the model attend to packed rows, if its family is known to, or is seen to do so here."""
-    if not may_pack(model):
-        return
-    config = model.config.get_text_config()
-    plain = config._attn_implementation
-    config._attn_implementation = packed(plain)
-    if config.model_type not in FAMILIES and not _packs(model):
-        config._attn_implementation = plain
-        logger.warning("%s cannot compute packed rows: its batches are padded", config.model_type)
-
-
-def is_packed(model: Any) -> bool:
-    """Return whether a model, wrapped or not, takes packed rows."""
-    return model.config.get_text_config()._attn_implementation.startswith(PREFIX)
-
-
-@torch.no_grad()
-def _packs(model: PreTrainedModel) -> bool:
-    """Return whether three short sequences, two with a beginning in common, come out of one row as of a row each."""
-    decoder = getattr(model, model.base_model_prefix)
-
-    def row(ids: list[int], branches: list[int]) -> dict[str, Any]:
-        return {"input_ids": ids, "segment_ids": [0] * len(ids), "branches": branches, "length": len(ids)}
-
-    start, first, second, other = (list(ids) for ids in (range(3, 9), range(9, 15), range(20, 28), range(8, 29)))
-    whole = [row(start + first + second, [len(start), len(first), len(second)]), row(other, [0, len(other)])]
-    single = [row(ids, [0, len(ids)]) for ids in (start + first, start + second, other)]
-
-    def states(rows: list[dict[str, Any]]) -> torch.Tensor:
-        batch = pack(rows)
-        ids, positions = (batch[name].to(model.device) for name in ("input_ids", "position_ids"))
-        return decoder(ids, position_ids=positions, packing=Packing(batch["layout"]), use_cache=False)[0][0].float()
-
-    try:
-        together, (one, two, three) = states(whole), (states([row]) for row in single)
-        alone = torch.cat([one, two[len(start) :], three])
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError):
-        return False
-    return bool((together - alone).abs().max() <= 0.05 * alone.abs().max())
-
-
 def build_model(config: ModelConfig, head: Head, seed: int) -> tuple[Any, PreTrainedTokenizerBase]:
     """Return a new model to train, its adapters drawn with `seed`, and the tokenizer.
 
@@ -300,3 +245,53 @@ def _whole_in_every_process() -> Iterator[None]:
     finally:
         if before is not None:
             os.environ[name] = before
+
+
+ADAPTER = "adapter_model.safetensors"
+"""PEFT's file of an adapter and of the modules saved with it."""
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """Return what `BACKBONE` in the folder of a saved model tells.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return json.loads((folder / BACKBONE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: no trained model there; has the run finished training?") from error
+
+
+def is_adapter(folder: Path) -> bool:
+    """Return whether a saved model is an adapter; else it is whole."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def backbone_folder(config: ModelConfig, folder: Path) -> Path:
+    """Return the folder with the weights under a saved model: its backbone's, or its own if it is whole.
+
+    Raises:
+        InputError: no saved model there, or a backbone that is not the one it was trained on.
+    """
+    about = read_about(folder)
+    if not is_adapter(folder):
+        return folder
+    backbone = resolve(config.model_name_or_path, config.model_revision)
+    if fingerprint(backbone) != about["fingerprint"]:
+        raise InputError(
+            f"{folder}: trained on other weights of {about['model_name_or_path']} than those in {backbone}; "
+            "give the backbone that it was trained on"
+        )
+    return backbone
+
+
+def check_head(folder: Path, heads: Iterable[str]) -> None:
+    """Raise InputError unless a saved adapter has these heads with it."""
+    with safe_open(folder / ADAPTER, "pt") as weights:
+        keys = list(weights.keys())
+    for head in heads:
+        if not any(f".{head}." in key for key in keys):
+            raise InputError(
+                f"{folder}: the saved adapter has no head '{head}'; save it with modules_to_save=['{head}']"
+            )

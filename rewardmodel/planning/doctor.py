@@ -7,12 +7,11 @@ import torch
 from transformers import AutoConfig
 
 from rewardmodel.config.schema import ModelConfig, Recipe
+from rewardmodel.distributed import Launch, launch
 from rewardmodel.errors import InputError
-from rewardmodel.launches import Launch, launch
 from rewardmodel.model.compatibility import check_ties, incompatibilities
 from rewardmodel.model.families import check_length, family, lowest_layers, stored_bits
-from rewardmodel.model.precision import compute_dtype, setup_on
-from rewardmodel.model.quantization import quantisation_name
+from rewardmodel.model.precision import compute_dtype, quantisation_name, setup_on
 from rewardmodel.model.weights import resolve
 from rewardmodel.planning.devices import DEVICES, GIB, Device, find_device
 from rewardmodel.planning.estimate import (

@@ -10,7 +10,7 @@ import torch
 
 from rewardmodel.config.schema import Recipe
 from rewardmodel.config.trainer import BATTLES, TOKENS
-from rewardmodel.launches import Launch
+from rewardmodel.distributed import Launch
 from rewardmodel.model.batching import plan_packed
 from rewardmodel.model.budget import CPU_TOKENS, fitting
 from rewardmodel.model.families import family

@@ -22,8 +22,9 @@ from rewardmodel.model.attention import packed
 from rewardmodel.model.batching import pack, pad
 from rewardmodel.model.families import HEADS
 from rewardmodel.model.heads import classifier_class, head_names
-from rewardmodel.model.loading import classifier, is_packed, may_pack
+from rewardmodel.model.loading import classifier
 from rewardmodel.model.lora import add_lora
+from rewardmodel.model.packing import is_packed, may_pack
 from rewardmodel.model.precision import autocast
 from rewardmodel.objectives import Head
 from rewardmodel.planning.fake_layers import NESTED, ByteDropout, EightBits, FourBits

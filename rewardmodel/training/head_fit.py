@@ -123,13 +123,6 @@ def check_groups(groups: np.ndarray) -> None:
         )
 
 
-@torch.no_grad()
-def layer_logits(layer: Any, features: np.ndarray) -> np.ndarray:
-    """Return what a layer gives for features, both (n_battles, n_sequences, width) float32."""
-    read = torch.from_numpy(features).to(layer.weight.device)
-    return layer(read.flatten(0, 1)).view(*read.shape[:2], -1).cpu().numpy()
-
-
 def _standard(features: torch.Tensor, centred: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what to take off features, 0 where nothing could make up for it, and what to divide them by, (width,)."""
     flat = features.flatten(0, 1)

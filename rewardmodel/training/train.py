@@ -21,23 +21,15 @@ from rewardmodel.data.splits import Parts, fingerprints, load_battles, split, wr
 from rewardmodel.data.teacher import check_taught, with_soft_outcomes
 from rewardmodel.distributed import from_main, is_main, wait_for_all
 from rewardmodel.model.compatibility import check_ties, refuse
-from rewardmodel.model.features import feature_folder, features
+from rewardmodel.model.features import feature_folder, features, layer_logits
 from rewardmodel.model.loading import build_model, load_tokenizer, save_model, trained_layer
 from rewardmodel.model.precision import check_positions, placement, setup
 from rewardmodel.model.weights import fingerprint, resolve
 from rewardmodel.objectives import find_objective, fit_tie
 from rewardmodel.prompt.tokenization import retention, saved, tokenize
-from rewardmodel.run_folder import (
-    MODEL,
-    check_run,
-    check_same_inputs,
-    last_checkpoint,
-    open_run,
-    write_environment,
-)
-from rewardmodel.training.arguments import training_arguments
-from rewardmodel.training.head_fit import Examples, check_groups, fit_last_layer, layer_logits
-from rewardmodel.training.optimizer import Rates
+from rewardmodel.run_folder import MODEL, check_run, check_same_inputs, last_checkpoint, open_run, write_environment
+from rewardmodel.training.arguments import Rates, training_arguments
+from rewardmodel.training.head_fit import Examples, check_groups, fit_last_layer
 from rewardmodel.training.trainer import PreferenceTrainer
 
 logger = logging.getLogger(__name__)

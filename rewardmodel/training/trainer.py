@@ -25,8 +25,8 @@ from rewardmodel.model.loading import classifier, save_model
 from rewardmodel.model.precision import autocast
 from rewardmodel.objectives import find_objective, fit_tie, initial_tie
 from rewardmodel.prompt.tokenization import MODEL_COLUMNS
+from rewardmodel.training.arguments import EVEN, Rates, split_groups
 from rewardmodel.training.nan_guard import Guard
-from rewardmodel.training.optimizer import EVEN, Rates, split_groups
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ MAY_IMPORT = {
     "files": {"errors"},
     "metrics": set(),
     "distributed": {"errors"},
-    "launches": {"errors"},
     "texts": set(),
     "battles": {"errors", "files"},
     "config": {"errors"},
@@ -23,11 +22,11 @@ MAY_IMPORT = {
     "prompt": {"battles", "config", "errors", "files"},
     "data": GROUND | TABLES | {"texts", "prompt"},
     "evaluation": GROUND | TABLES | {"data"},
-    "model": GROUND | TABLES | {"launches", "prompt", "inference"},
+    "model": GROUND | TABLES | {"prompt"},
     "training": GROUND | TABLES | {"data", "prompt", "model"},
-    "inference": GROUND | TABLES | {"data", "prompt", "model", "evaluation", "training"},
+    "inference": GROUND | TABLES | {"data", "prompt", "model", "evaluation"},
     "exports": GROUND | TABLES | {"data", "prompt", "model", "evaluation", "inference"},
-    "planning": GROUND | TABLES | {"launches", "data", "prompt", "model"},
+    "planning": GROUND | TABLES | {"data", "prompt", "model"},
 }
 """What a package, or a module at the root, may import of the others; cli, pipeline and kfold may import all."""
 

@@ -15,9 +15,8 @@ from rewardmodel.errors import InputError
 from rewardmodel.exports.merge import Trained, merge, trained
 from rewardmodel.exports.weight_files import weight_files
 from rewardmodel.model.batching import pack, pad
-from rewardmodel.model.loading import build_model, load_classifier, load_model, save_model
-from rewardmodel.model.quantization import bits_and_bytes
-from rewardmodel.model.saved import backbone_folder
+from rewardmodel.model.loading import backbone_folder, build_model, load_classifier, load_model, save_model
+from rewardmodel.model.precision import bits_and_bytes
 from rewardmodel.objectives import JOINT, SEPARATE
 from rewardmodel.prompt.tokenization import tokenize
 

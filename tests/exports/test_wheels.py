@@ -8,7 +8,7 @@ import pytest
 from packaging.version import Version
 
 from rewardmodel.errors import InputError
-from rewardmodel.exports.wheels import check_installed, collect, missing, own_wheel, read_installed
+from rewardmodel.exports.kaggle import check_installed, collect, missing, own_wheel, read_installed
 
 
 def installed_here() -> dict[str, Version]:

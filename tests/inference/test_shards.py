@@ -21,7 +21,8 @@ from rewardmodel.config.schema import InferenceConfig
 from rewardmodel.errors import InputError
 from rewardmodel.inference import shards
 from rewardmodel.inference.predict import predict
-from rewardmodel.inference.shards import Deadline, cut, remove_shards
+from rewardmodel.inference.shards import Deadline, remove_shards
+from rewardmodel.model.forward import cut
 from rewardmodel.predictions import in_both_orders, predicted, read_predictions
 from rewardmodel.run_folder import MODEL, load_run_recipe
 from rewardmodel.training.train import train

@@ -16,7 +16,8 @@ from rewardmodel.model import attention
 from rewardmodel.model import families as backbone
 from rewardmodel.model.attention import KERNELS, Packing, packed
 from rewardmodel.model.batching import pack
-from rewardmodel.model.loading import build_model, is_packed, load_classifier, pack_attention
+from rewardmodel.model.loading import build_model, load_classifier
+from rewardmodel.model.packing import is_packed, pack_attention
 from rewardmodel.objectives import JOINT, OBJECTIVES, SEPARATE
 from rewardmodel.prompt.encoder import Encoded
 from rewardmodel.prompt.tokenization import merge, tokenize

@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 
 from rewardmodel.config.schema import ModelConfig
+from rewardmodel.distributed import Launch
 from rewardmodel.errors import InputError
-from rewardmodel.launches import Launch
 from rewardmodel.model.compatibility import CHECKS, Setup, incompatibilities, refuse
 
 GOOD = Setup(ModelConfig(), "llama", 16, "cuda", "bfloat16", (9, 0), trainer={})

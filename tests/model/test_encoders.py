@@ -28,7 +28,8 @@ from rewardmodel.inference.predict import predict
 from rewardmodel.model.batching import pad
 from rewardmodel.model.families import family
 from rewardmodel.model.forward import batching
-from rewardmodel.model.loading import build_model, is_packed, load_model, save_model
+from rewardmodel.model.loading import build_model, load_model, save_model
+from rewardmodel.model.packing import is_packed
 from rewardmodel.model.precision import autocast
 from rewardmodel.objectives import JOINT, OBJECTIVES, SEPARATE
 from rewardmodel.predictions import predicted

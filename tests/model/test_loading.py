@@ -26,7 +26,8 @@ from rewardmodel.errors import InputError
 from rewardmodel.model.batching import pack, pad
 from rewardmodel.model.families import HEADS, Family
 from rewardmodel.model.forward import batching
-from rewardmodel.model.loading import build_model, is_packed, load_classifier, load_model, load_tokenizer, save_model
+from rewardmodel.model.loading import build_model, load_classifier, load_model, load_tokenizer, save_model
+from rewardmodel.model.packing import is_packed
 from rewardmodel.model.precision import autocast, compute_dtype
 from rewardmodel.objectives import JOINT, OBJECTIVES, SEPARATE
 from rewardmodel.prompt.encoder import PromptEncoder

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification
 from rewardmodel.config.schema import ModelConfig
 from rewardmodel.errors import InputError
 from rewardmodel.model.loading import build_model, load_model, save_model
-from rewardmodel.model.quantization import bits_and_bytes, quantisation_name
+from rewardmodel.model.precision import bits_and_bytes, quantisation_name
 from rewardmodel.objectives import JOINT, SEPARATE
 
 

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from rewardmodel.config.schema import ModelConfig
 from rewardmodel.errors import InputError
-from rewardmodel.model.saved import backbone_folder, check_head, is_adapter, read_about
+from rewardmodel.model.loading import backbone_folder, check_head, is_adapter, read_about
 from rewardmodel.model.weights import fingerprint
 
 

@@ -4,8 +4,8 @@ import json
 import pytest
 from builders import ENCODERS, SETTINGS, stored
 
+from rewardmodel.distributed import Launch
 from rewardmodel.errors import InputError
-from rewardmodel.launches import Launch
 from rewardmodel.planning.devices import DEVICES
 from rewardmodel.planning.doctor import doctor, format_doctor
 

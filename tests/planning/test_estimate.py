@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
 from rewardmodel.config.schema import ModelConfig
-from rewardmodel.launches import Launch
+from rewardmodel.distributed import Launch
 from rewardmodel.objectives import JOINT
 from rewardmodel.planning.devices import DEVICES, Device
 from rewardmodel.planning.estimate import (

@@ -6,8 +6,7 @@ from builders import make_trainer, with_trainer
 
 from rewardmodel.data.formats import read_battles
 from rewardmodel.errors import InputError
-from rewardmodel.training.arguments import training_arguments
-from rewardmodel.training.optimizer import Rates, split_groups
+from rewardmodel.training.arguments import Rates, split_groups, training_arguments
 
 
 def test_groups_are_split_by_rate_and_nothing_else():
