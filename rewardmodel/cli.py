@@ -32,12 +32,12 @@ def _run(arguments: list[str]) -> None:
         return
     from rewardmodel.evaluation.evaluate import format_metrics
     from rewardmodel.pipeline import run
-    from rewardmodel.run_folder import REPORT, SUBMISSION
+    from rewardmodel.run_folder import RunFolder
 
     folder, metrics = run(recipe, resume=options.resume, overwrite=options.overwrite)
-    print(f"\nheld-out prompts: {format_metrics(metrics)}\n\n{folder / REPORT}")
+    print(f"\nheld-out prompts: {format_metrics(metrics)}\n\n{RunFolder(folder).report}")
     if recipe.data.test:
-        print(folder / SUBMISSION)
+        print(RunFolder(folder).submission)
 
 
 def _prepare(arguments: list[str]) -> None:
@@ -114,10 +114,10 @@ def _train_folds(recipe: "Recipe", fold: str, how: dict[str, bool]) -> None:
         print(train_fold(recipe, int(fold), **how))
         return
     from rewardmodel.evaluation.evaluate import format_metrics
-    from rewardmodel.run_folder import REPORT
+    from rewardmodel.run_folder import RunFolder
 
     folder, metrics = train_folds(recipe, **how)
-    print(f"\nout of fold: {format_metrics(metrics)}\n\n{folder / REPORT}")
+    print(f"\nout of fold: {format_metrics(metrics)}\n\n{RunFolder(folder).report}")
 
 
 def _predict(arguments: list[str]) -> None:
@@ -146,14 +146,14 @@ def _predict(arguments: list[str]) -> None:
     from rewardmodel.inference.predict import battles_to_predict, predict
     from rewardmodel.inference.shards import remove_shards
     from rewardmodel.predictions import check_sample, write_predictions, write_submission
-    from rewardmodel.run_folder import RECIPE, trained_models
+    from rewardmodel.run_folder import RunFolder, trained_models
 
     for run in options.runs:
         trained_models(run)
     battles = battles_to_predict(options.runs[0], options.battles)
     if options.sample_submission:
         check_sample(options.sample_submission, battles["id"])
-    recipes = [load_recipe(run / RECIPE, overrides) for run in options.runs]
+    recipes = [load_recipe(RunFolder(run).recipe, overrides) for run in options.runs]
     work = options.output.with_name(f"{options.output.name}.shards")
     table = predict(options.runs, battles, recipes, weights, work=work, time_limit=limit[0] if limit else None)
     if is_main():

@@ -24,26 +24,12 @@ from rewardmodel.evaluation.report import report
 from rewardmodel.files import clear, write_text
 from rewardmodel.pipeline import run
 from rewardmodel.predictions import mean_table, read_predictions, write_predictions
-from rewardmodel.run_folder import (
-    CALIBRATION,
-    CALIBRATOR,
-    ENVIRONMENT,
-    FLOOR,
-    FLOORS,
-    METRICS,
-    RECIPE,
-    REPORT,
-    VALIDATION,
-    check_run,
-    check_same_inputs,
-    fold_folder,
-    write_environment,
-)
+from rewardmodel.run_folder import RunFolder, check_run, check_same_inputs, fold_folder, write_environment
 from rewardmodel.training.train import with_source
 
 logger = logging.getLogger(__name__)
 
-GATHERED = (METRICS, REPORT, VALIDATION, CALIBRATION, FLOORS, CALIBRATOR, ENVIRONMENT)
+GATHERED = ("metrics", "report", "validation", "calibration", "baselines", "calibrator", "environment")
 """Files of the folds together; they go when a fold is trained anew, first the one by which they count as gathered."""
 
 
@@ -76,7 +62,7 @@ def train_folds(
     if is_main():
         gather(whole, dealt)
     wait_for_all()
-    return folder, json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    return folder, json.loads(RunFolder(folder).metrics.read_text(encoding="utf-8"))
 
 
 def train_fold(
@@ -116,8 +102,9 @@ def _train(
     data = replace(whole.data, fold=fold, test=None, sample_submission=None)
     recipe = replace(whole, data=data, trainer={**whole.trainer, "output_dir": str(folder)})
     check_run(recipe, resume, overwrite)
-    written = (VALIDATION, FLOORS, REPORT, *([FLOOR] if whole.inference.blend else []))
-    if resume and all((folder / name).is_file() for name in written):
+    own = RunFolder(folder)
+    written = (own.validation, own.baselines, own.report, *([own.blend_baseline] if whole.inference.blend else []))
+    if resume and all(path.is_file() for path in written):
         check_same_inputs(folder, {"data": fingerprints(parts)})
         logger.info("%s: done", folder)
         return folder
@@ -126,8 +113,8 @@ def _train(
         if alone and whole.run_folder.is_dir():
             clear(whole.run_folder)
         for name in GATHERED:
-            (whole.run_folder / name).unlink(missing_ok=True)
-        write_text(whole.run_folder / RECIPE, dump_recipe(whole))
+            getattr(RunFolder(whole.run_folder), name).unlink(missing_ok=True)
+        write_text(RunFolder(whole.run_folder).recipe, dump_recipe(whole))
 
     logger.info("fold %d of 0 to %d: %s", fold, whole.data.folds - 1, folder)
     run(recipe, parts=parts, resume=resume, overwrite=overwrite, opening=opening)
@@ -150,24 +137,24 @@ def gather(recipe: Recipe, battles: Dataset) -> None:
     """
     folder, folds = recipe.run_folder, range(recipe.data.folds)
     folders = [fold_folder(folder, fold) for fold in folds]
-    environments = [json.loads((one / ENVIRONMENT).read_text(encoding="utf-8")) for one in folders]
+    environments = [json.loads(RunFolder(one).environment.read_text(encoding="utf-8")) for one in folders]
     for one, environment in zip(folders, environments, strict=True):
         if environment["backbone"] != environments[0]["backbone"]:
             raise InputError(f"{one}: trained on another backbone than {folders[0]}; train it again with --overwrite")
     parts = split(battles, None)
     ids = parts.validation["id"][:]
     predictions = [
-        read_predictions(one / VALIDATION).assign(fold=fold) for fold, one in zip(folds, folders, strict=True)
+        read_predictions(RunFolder(one).validation).assign(fold=fold) for fold, one in zip(folds, folders, strict=True)
     ]
-    write_predictions(_in_order(predictions, ids, folder), folder / VALIDATION)
-    floors = [pd.read_parquet(one / FLOORS) for one in folders]
-    write_predictions(_in_order(floors, ids, folder), folder / FLOORS)
+    write_predictions(_in_order(predictions, ids, folder), RunFolder(folder).validation)
+    floors = [pd.read_parquet(RunFolder(one).baselines) for one in folders]
+    write_predictions(_in_order(floors, ids, folder), RunFolder(folder).baselines)
     if len(parts.calibration):
-        kept = [read_predictions(one / CALIBRATION) for one in folders]
-        write_predictions(mean_table(kept, [1.0] * len(kept)), folder / CALIBRATION)
+        kept = [read_predictions(RunFolder(one).calibration) for one in folders]
+        write_predictions(mean_table(kept, [1.0] * len(kept)), RunFolder(folder).calibration)
     compute = {one.name: environment["compute"] for one, environment in zip(folders, environments, strict=True)}
     facts = {"data": fingerprints(parts), "backbone": environments[0]["backbone"], "compute": compute}
-    write_text(folder / RECIPE, dump_recipe(recipe))
+    write_text(RunFolder(folder).recipe, dump_recipe(recipe))
     write_environment(folder, facts)
     report(folder)
 

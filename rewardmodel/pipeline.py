@@ -14,6 +14,7 @@ from rewardmodel.data.splits import Parts, load_battles
 from rewardmodel.distributed import is_main, wait_for_all
 from rewardmodel.errors import InputError
 from rewardmodel.evaluation.baselines import fit, predictions
+from rewardmodel.evaluation.calibration import BLENDED
 from rewardmodel.evaluation.report import report
 from rewardmodel.evaluation.text_regression import Regression, predict_each, save
 from rewardmodel.files import atomic_path, write_json
@@ -23,17 +24,7 @@ from rewardmodel.model.weights import resolve
 from rewardmodel.objectives import find_objective
 from rewardmodel.predictions import check_sample, with_floor, write_predictions, write_submission
 from rewardmodel.prompt.encoder import PromptEncoder
-from rewardmodel.run_folder import (
-    BLENDED,
-    CALIBRATION,
-    FLOOR,
-    FLOORS,
-    METRICS,
-    MODEL,
-    PREDICTIONS,
-    SUBMISSION,
-    VALIDATION,
-)
+from rewardmodel.run_folder import RunFolder
 from rewardmodel.training.train import train
 
 logger = logging.getLogger(__name__)
@@ -75,31 +66,32 @@ def run(
         check_sample(Path(data.sample_submission), test["id"])
     folder, parts = train(recipe, parts=parts, resume=resume, overwrite=overwrite, opening=opening)
 
-    model, tokenizer = load_model(recipe.model, folder / MODEL)
+    files = RunFolder(folder)
+    model, tokenizer = load_model(recipe.model, files.model)
     if is_main():
-        for name in (PREDICTIONS, SUBMISSION):  # of another data.test, perhaps
-            (folder / name).unlink(missing_ok=True)
-    judged = {VALIDATION: parts.validation, CALIBRATION: parts.calibration, PREDICTIONS: test}
+        for path in (files.predictions, files.submission):  # of another data.test, perhaps
+            path.unlink(missing_ok=True)
+    judged = {"validation": parts.validation, "calibration": parts.calibration, "test": test}
     tables = {name: predict_with(model, tokenizer, recipe, part, cached=True) for name, part in judged.items() if part}
     if is_main():
-        write_predictions(tables[VALIDATION], folder / VALIDATION)
+        write_predictions(tables["validation"], files.validation)
         floors = fit(parts.training)
         floor = cast(Regression, floors[BLENDED])
-        save(floor, folder / FLOOR)
-        write_predictions(predictions(floors, parts.validation), folder / FLOORS)
-        if CALIBRATION in tables:
-            beside = with_floor(tables[CALIBRATION], predict_each([floor], parts.calibration)[0])
-            write_predictions(beside, folder / CALIBRATION)
+        save(floor, files.blend_baseline)
+        write_predictions(predictions(floors, parts.validation), files.baselines)
+        if "calibration" in tables:
+            beside = with_floor(tables["calibration"], predict_each([floor], parts.calibration)[0])
+            write_predictions(beside, files.calibration)
         report(folder)
         if test is not None:
-            submitted = tables[PREDICTIONS]
+            submitted = tables["test"]
             if blends(folder, recipe):
                 submitted = with_floor(submitted, predict_each([floor], test)[0])
             submitted = by_rule(calibrate(submitted, folder, recipe), recipe, test)
-            write_predictions(submitted, folder / PREDICTIONS)
-            write_submission(submitted, folder / SUBMISSION)
+            write_predictions(submitted, files.predictions)
+            write_submission(submitted, files.submission)
     wait_for_all()
-    return folder, json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    return folder, json.loads((files.metrics).read_text(encoding="utf-8"))
 
 
 def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:

@@ -1,26 +1,14 @@
 """The run folder: what its files are called, and when a run may be written there.
 
-recipe.yaml          the resolved recipe; prediction reads template and truncation from here
-environment.json     versions, hardware, backbone and data fingerprints
-training_keys.npy    by what the groups are known again that it trained on
-checkpoint-N/        states to resume from, while training
-fold-K/              in a k-fold run, the run of each fold; what is beside them is of all folds, each out of fold
-model/               the trained model: PEFT's own layout with the head, and the tokenizer
-validation.parquet   predictions of the held-out fold
-calibration.parquet  predictions of the battles kept to fit calibration on (data.calibration)
-predictions.parquet, submission.csv     predictions of data.test
-floors.parquet       predictions of the same battles by scikit-learn floors
-floor.npz            one of these floors, to blend predictions with (inference.blend)
-calibrator.json      what calibrates predictions, if anything
-metrics.json         what `evaluate` found
-report.html          the same to look at
+Besides the files of `RunFolder` it holds, while training, checkpoint-N/ (states to resume from), and in a k-fold run
+fold-0/, fold-1/, ...: the run of each fold, next to the out-of-fold predictions of all of them.
 """
 
 import hashlib
 import json
 import platform
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,21 +22,95 @@ from rewardmodel.config.schema import Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.files import clear, write_json, write_text
 
-RECIPE = "recipe.yaml"
-ENVIRONMENT = "environment.json"
-TRAINING_KEYS = "training_keys.npy"
-MODEL = "model"
-BACKBONE = "backbone.json"  # in the folder of a model: the weights on which it stands
-VALIDATION = "validation.parquet"
-CALIBRATION = "calibration.parquet"
-PREDICTIONS = "predictions.parquet"
-SUBMISSION = "submission.csv"
-FLOORS = "floors.parquet"
-FLOOR = "floor.npz"
-BLENDED = "tfidf"  # which of the floors that is
-CALIBRATOR = "calibrator.json"
-METRICS = "metrics.json"
-REPORT = "report.html"
+BACKBONE_FILE = "backbone.json"
+"""In the folder of a saved model: which weights it stands on, their fingerprint, and the shape of the head."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of a run's files, by name; whether they exist is for the caller to ask."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe; prediction reads template and truncation from here."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, hardware, fingerprints of backbone and data."""
+        return self.path / "environment.json"
+
+    @property
+    def training_keys(self) -> Path:
+        """Hashes of the training prompts and response pairs, to detect leakage at prediction time."""
+        return self.path / "training_keys.npy"
+
+    @property
+    def model(self) -> Path:
+        """The folder of the trained model: PEFT's own layout with the head, and the tokenizer."""
+        return self.path / "model"
+
+    @property
+    def validation(self) -> Path:
+        """Predictions of the validation fold."""
+        return self.path / "validation.parquet"
+
+    @property
+    def calibration(self) -> Path:
+        """Predictions of the battles that `data.calibration` keeps to fit calibration on."""
+        return self.path / "calibration.parquet"
+
+    @property
+    def predictions(self) -> Path:
+        """Predictions of `data.test`."""
+        return self.path / "predictions.parquet"
+
+    @property
+    def submission(self) -> Path:
+        """The same as a submission of the competition."""
+        return self.path / "submission.csv"
+
+    @property
+    def baselines(self) -> Path:
+        """Predictions of the validation fold by baselines that need no language model."""
+        return self._older("baselines.parquet", "floors.parquet")
+
+    @property
+    def blend_baseline(self) -> Path:
+        """The fitted baseline that predictions are blended with (`inference.blend`)."""
+        return self._older("blend_baseline.npz", "floor.npz")
+
+    @property
+    def calibrator(self) -> Path:
+        """What calibrates predictions, if anything does."""
+        return self.path / "calibrator.json"
+
+    @property
+    def metrics(self) -> Path:
+        """What `evaluate` found."""
+        return self.path / "metrics.json"
+
+    @property
+    def report(self) -> Path:
+        """The same as a page for people."""
+        return self.path / "report.html"
+
+    @property
+    def calibrated_on(self) -> Path:
+        """The predictions that the calibrator was fitted on: the calibration part if there is one."""
+        return self.calibration if self.calibration.is_file() else self.validation
+
+    def fold(self, number: int) -> "RunFolder":
+        """Return the folder of one fold of a k-fold run."""
+        return RunFolder(self.path / f"fold-{number}")
+
+    def _older(self, name: str, before: str) -> Path:
+        """Return a file by its name, or by the name that earlier releases gave it where only that exists."""
+        path, older = self.path / name, self.path / before
+        return older if older.is_file() and not path.is_file() else path
+
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "scikit-learn")
 
@@ -66,18 +128,18 @@ def check_run(recipe: Recipe, resume: bool, overwrite: bool, all_folds: bool = F
         raise InputError(f"trainer.output_dir: {folder}: {above} is no folder; name another")
     if not folder.exists() or (folder.is_dir() and all(path.suffix == ".partial" for path in folder.iterdir())):
         return
-    if not (folder / RECIPE).is_file() and not (all_folds and is_k_fold(folder)):
+    if not RunFolder(folder).recipe.is_file() and not (all_folds and is_k_fold(folder)):
         raise InputError(f"trainer.output_dir: {folder} is there and is no run folder; name another")
     whole = "--fold all --overwrite" if all_folds else "--overwrite"
     if resume:
         if not all_folds and is_k_fold(folder):
             raise InputError(f"{folder}: the run there is of all folds; continue it with rewardmodel train --fold all")
-        if all_folds and (folder / MODEL).exists():
+        if all_folds and RunFolder(folder).model.exists():
             raise InputError(
                 f"{folder}: the run there is of one fold; name another folder (trainer.output_dir) for one of all "
                 f"folds, or replace it with {whole}"
             )
-        if (folder / RECIPE).is_file():
+        if RunFolder(folder).recipe.is_file():
             _check_same_recipe(folder, recipe, all_folds)
     elif not overwrite:
         raise InputError(
@@ -97,9 +159,9 @@ def open_run(recipe: Recipe, resume: bool, overwrite: bool, opening: Callable[[]
     check_run(recipe, resume, overwrite)
     folder = recipe.run_folder
     opening()
-    if (folder / RECIPE).is_file() and not resume:
+    if RunFolder(folder).recipe.is_file() and not resume:
         clear(folder)
-    write_text(folder / RECIPE, dump_recipe(recipe))
+    write_text(RunFolder(folder).recipe, dump_recipe(recipe))
     return folder
 
 
@@ -122,7 +184,7 @@ def _check_same_recipe(folder: Path, recipe: Recipe, all_folds: bool) -> None:
 
 def model_folder(run: Path) -> Path:
     """Return where the model of a run is, or of an export, which is a model with its recipe beside."""
-    return run if (run / BACKBONE).is_file() else run / MODEL
+    return run if (run / BACKBONE_FILE).is_file() else RunFolder(run).model
 
 
 def load_run_recipe(folder: Path) -> Recipe:
@@ -131,9 +193,9 @@ def load_run_recipe(folder: Path) -> Recipe:
     Raises:
         InputError: the folder is no run.
     """
-    if not (folder / RECIPE).is_file():
-        raise InputError(f"{folder}: no {RECIPE} there; give the folder of a run")
-    return load_recipe(folder / RECIPE)
+    if not RunFolder(folder).recipe.is_file():
+        raise InputError(f"{folder}: no recipe.yaml there; give the folder of a run")
+    return load_recipe(RunFolder(folder).recipe)
 
 
 def fold_folder(run: Path, fold: int) -> Path:
@@ -143,7 +205,7 @@ def fold_folder(run: Path, fold: int) -> Path:
 
 def is_k_fold(run: Path) -> bool:
     """Return whether a folder is a run of all folds, or of some of them."""
-    return any(run.glob(f"fold-*/{RECIPE}"))
+    return any(run.glob("fold-*/recipe.yaml"))
 
 
 def trained_models(run: Path) -> list[Path]:
@@ -153,13 +215,13 @@ def trained_models(run: Path) -> list[Path]:
         InputError: it is no run, or has not finished training.
     """
     folds = is_k_fold(run)
-    if folds and not (run / METRICS).is_file():
+    if folds and not RunFolder(run).metrics.is_file():
         raise InputError(f"{run}: its folds are not gathered; finish with rewardmodel train RECIPE --fold all --resume")
     recipe = load_run_recipe(run)
     folders = [fold_folder(run, fold) for fold in range(recipe.data.folds)] if folds else [run]
     for folder in folders:
         if not model_folder(folder).is_dir():
-            raise InputError(f"{folder / MODEL}: no trained model there; has the run finished training?")
+            raise InputError(f"{RunFolder(folder).model}: no trained model there; has the run finished training?")
     return folders
 
 
@@ -195,12 +257,12 @@ def check_same_inputs(folder: Path, facts: dict[str, Any]) -> None:
     Raises:
         InputError: the fingerprints in its environment.json are others than those in `facts`.
     """
-    if not (folder / ENVIRONMENT).is_file():
+    if not RunFolder(folder).environment.is_file():
         return
     try:
-        before = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+        before = json.loads(RunFolder(folder).environment.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{folder / ENVIRONMENT}: not JSON; the run cannot be resumed, use --overwrite") from error
+        raise InputError(f"{folder}: environment.json is not JSON; replace the run with --overwrite") from error
     for what in facts.keys() & {"backbone", "data"}:
         if before.get(what) != facts[what]:
             raise InputError(f"{folder}: the run there began on another {what}; give the same, or use --overwrite")
@@ -215,4 +277,4 @@ def write_environment(folder: Path, facts: dict[str, Any]) -> None:
         "packages": packages,
         **facts,
     }
-    write_json(folder / ENVIRONMENT, environment)
+    write_json(RunFolder(folder).environment, environment)

@@ -58,14 +58,14 @@ def battles(path: str, count: str, backbone: str) -> dict:
     """Train on a file and predict its validation fold; return the seconds of each."""
     from rewardmodel.inference.predict import predict_with
     from rewardmodel.model.loading import load_model
-    from rewardmodel.run_folder import MODEL
+    from rewardmodel.run_folder import RunFolder
     from rewardmodel.training.train import train
 
     recipe = recipe_of(backbone, str(Path(path).with_suffix("")), {"battles_per_step": 64}, train=path)
     start = time.perf_counter()
     run, parts = train(recipe)
     trained = time.perf_counter()
-    table = predict_with(*load_model(recipe.model, run / MODEL), recipe, parts.validation)
+    table = predict_with(*load_model(recipe.model, RunFolder(run).model), recipe, parts.validation)
     predicted = time.perf_counter()
     return {
         "battles": int(count),

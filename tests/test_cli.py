@@ -19,7 +19,7 @@ from rewardmodel.config.schema import DataConfig, ModelConfig, PromptConfig, Rec
 from rewardmodel.inference import predict as inference
 from rewardmodel.inference.predict import predict
 from rewardmodel.predictions import predicted, read_predictions
-from rewardmodel.run_folder import METRICS, MODEL, RECIPE, SUBMISSION
+from rewardmodel.run_folder import RunFolder
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -268,9 +268,9 @@ def test_settings_that_the_model_refuses_leave_no_run_folder(fault, recipe_file,
 
 @pytest.mark.parametrize("fault", LATE_SETTINGS)
 def test_settings_that_the_model_refuses_do_not_cost_the_run_that_is_overwritten(fault, recipe_file, recipe):
-    model = recipe.run_folder / MODEL
+    model = RunFolder(recipe.run_folder).model
     model.mkdir(parents=True)
-    (recipe.run_folder / RECIPE).write_text(dump_recipe(recipe))
+    RunFolder(recipe.run_folder).recipe.write_text(dump_recipe(recipe))
     assert main(["train", recipe_file(**LATE_SETTINGS[fault]), "--overwrite"]) == 2
     assert model.is_dir()
 
@@ -387,14 +387,14 @@ def test_run_ends_with_the_metrics_the_folder_and_the_submission(recipe_file, re
     assert main(["run", recipe_file(), "--trainer.max_steps", "1", "--data.test", str(test_file)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("held-out prompts: 12 battles of 3 prompts") for line in lines)
-    assert lines[-2:] == [str(recipe.run_folder / "report.html"), str(recipe.run_folder / SUBMISSION)]
-    assert (recipe.run_folder / SUBMISSION).is_file()
+    assert lines[-2:] == [str(recipe.run_folder / "report.html"), str(RunFolder(recipe.run_folder).submission)]
+    assert RunFolder(recipe.run_folder).submission.is_file()
 
 
 def test_train_ends_with_the_folder(recipe_file, recipe, capsys):
     assert main(["train", recipe_file(), "--trainer.max_steps", "1"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(recipe.run_folder)
-    assert (recipe.run_folder / MODEL).is_dir()
+    assert RunFolder(recipe.run_folder).model.is_dir()
 
 
 def test_predict_writes_a_table_as_parquet_and_a_submission_as_csv(run_folder, test_file, tmp_path, capsys):
@@ -418,12 +418,12 @@ def test_predict_keeps_to_a_time_limit_and_leaves_nothing_but_its_output(run_fol
 
 
 def test_predict_takes_keys_of_the_inference_section_for_this_time(run_folder, test_file, tmp_path):
-    before = (run_folder / RECIPE).read_bytes()
+    before = RunFolder(run_folder).recipe.read_bytes()
     output = tmp_path / "x.parquet"
     override = ["--inference.swap_tta", "none"]
     assert main(["predict", str(run_folder), str(test_file), "--output", str(output), *override]) == 0
     assert "ba_p_tie" not in read_predictions(output)
-    assert (run_folder / RECIPE).read_bytes() == before
+    assert RunFolder(run_folder).recipe.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -489,7 +489,7 @@ def test_a_sample_submission_without_a_test_file_is_refused(refusal, recipe_file
 
 def test_predictions_that_are_no_numbers_exit_with_1_and_write_nothing(run_folder, test_file, tmp_path, capsys):
     broken = shutil.copytree(run_folder, tmp_path / "broken")
-    adapter = broken / MODEL / "adapter_model.safetensors"
+    adapter = RunFolder(broken).model / "adapter_model.safetensors"
     save_file({name: weight * float("nan") for name, weight in load_file(adapter).items()}, adapter, {"format": "pt"})
     assert main(["predict", str(broken), str(test_file), "--output", str(tmp_path / "x.csv")]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
@@ -498,7 +498,7 @@ def test_predictions_that_are_no_numbers_exit_with_1_and_write_nothing(run_folde
 
 
 def test_evaluate_prints_the_log_loss_of_a_run_and_of_a_file(run_folder, tmp_path, capsys):
-    loss = json.loads((run_folder / METRICS).read_text())["metrics"]["log_loss"]["value"]
+    loss = json.loads(RunFolder(run_folder).metrics.read_text())["metrics"]["log_loss"]["value"]
     for place in (run_folder, run_folder / "validation.parquet"):
         assert main(["evaluate", str(place)]) == 0
         lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -665,7 +665,7 @@ def test_several_runs_that_cannot_be_averaged_are_refused(
 def test_a_teacher_that_saw_the_battles_is_refused_in_one_line(
     recipe_file, recipe, run_folder, tmp_path, capsys, refusal
 ):
-    trained_with = load_recipe(run_folder / RECIPE).data.train
+    trained_with = load_recipe(RunFolder(run_folder).recipe).data.train
     soft = tmp_path / "soft.parquet"
     assert main(["predict", str(run_folder), trained_with, "--output", str(soft)]) == 0
     assert "36 of 48 battles share a prompt or responses with training battles" in capsys.readouterr().err

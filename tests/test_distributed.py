@@ -16,7 +16,7 @@ from rewardmodel.config.loader import dump_recipe, load_recipe
 from rewardmodel.config.schema import ObjectiveConfig
 from rewardmodel.inference.predict import predict
 from rewardmodel.predictions import predicted, read_predictions
-from rewardmodel.run_folder import MODEL, VALIDATION
+from rewardmodel.run_folder import RunFolder
 from rewardmodel.training.train import train
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
@@ -32,7 +32,7 @@ from rewardmodel.inference.predict import predict_with
 from rewardmodel.model.loading import load_model
 from rewardmodel.predictions import write_predictions
 from rewardmodel.distributed import is_main
-from rewardmodel.run_folder import MODEL, VALIDATION
+from rewardmodel.run_folder import RunFolder
 
 arguments = training.training_arguments
 
@@ -47,9 +47,9 @@ for recipe in others:
     training.train(recipe)
 os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"  # as recipes/accelerate/fsdp2.yaml has it
 folder, parts = training.train(whole)
-table = predict_with(*load_model(whole.model, folder / MODEL), whole, parts.validation)
+table = predict_with(*load_model(whole.model, RunFolder(folder).model), whole, parts.validation)
 if is_main():
-    write_predictions(table, folder / VALIDATION)
+    write_predictions(table, RunFolder(folder).validation)
 """
 
 APART = """
@@ -93,7 +93,7 @@ def written(recipe, file: Path) -> str:
 
 
 def assert_same_weights(one: Path, two: Path) -> None:
-    first, second = (load_file(run / MODEL / "adapter_model.safetensors") for run in (one, two))
+    first, second = (load_file(RunFolder(run).model / "adapter_model.safetensors") for run in (one, two))
     assert first.keys() == second.keys()
     for name in first:
         assert (first[name] - second[name]).abs().max() <= 1e-5, name
@@ -108,7 +108,7 @@ def test_two_processes_train_and_predict_as_one_does(exact, tmp_path):
     assert_same_weights(one, two.run_folder)
     assert said.count("battles to train on") == said.count("held-out prompts") == 1  # one process talks
     assert json.loads((two.run_folder / "environment.json").read_text())["compute"]["processes"] == 2
-    table = read_predictions(two.run_folder / VALIDATION)
+    table = read_predictions(RunFolder(two.run_folder).validation)
     alone = predict(one, "validation", replace(load_recipe(one / "recipe.yaml"), inference=exact.inference))
     np.testing.assert_allclose(predicted(table), predicted(alone), atol=1e-6)
 
@@ -133,7 +133,7 @@ def test_sharded_models_are_trained_saved_and_reloaded(exact, tmp_path):
         assert_same_weights(one, sharded[kind].run_folder)
         found, expected = (predicted(predict(run, "validation")) for run in (sharded[kind].run_folder, one))
         np.testing.assert_allclose(found, expected, atol=1e-5)
-    by_both = read_predictions(sharded["read by one process"].run_folder / VALIDATION)
+    by_both = read_predictions(RunFolder(sharded["read by one process"].run_folder).validation)
     alone = predict(sharded["read by one process"].run_folder, "validation")
     np.testing.assert_allclose(predicted(by_both), predicted(alone), atol=1e-6)
 
@@ -170,7 +170,7 @@ def test_a_killed_process_ends_all_and_the_run_resumes(exact, tmp_path):
     said = process.communicate(timeout=60)[0]
     assert process.returncode != 0
     assert "SIGKILL" in said
-    assert not (killed.run_folder / MODEL).exists()
+    assert not RunFolder(killed.run_folder).model.exists()
     again = launch("cpu_ddp", *command, "--resume")
     said = again.communicate(timeout=120)[0]
     assert again.returncode == 0, said

@@ -35,22 +35,7 @@ from rewardmodel.evaluation.text_regression import predict_each
 from rewardmodel.inference.predict import predict
 from rewardmodel.kfold import GATHERED, train_fold, train_folds
 from rewardmodel.predictions import predicted, read_predictions, write_predictions
-from rewardmodel.run_folder import (
-    CALIBRATION,
-    CALIBRATOR,
-    ENVIRONMENT,
-    FLOOR,
-    FLOORS,
-    METRICS,
-    MODEL,
-    RECIPE,
-    REPORT,
-    TRAINING_KEYS,
-    VALIDATION,
-    check_run,
-    fold_folder,
-    load_run_recipe,
-)
+from rewardmodel.run_folder import RunFolder, check_run, fold_folder, load_run_recipe
 from rewardmodel.training.train import train
 from rewardmodel.training.trainer import PreferenceTrainer
 
@@ -119,32 +104,35 @@ def with_folder(recipe, folder):
 
 
 def weights(folder):
-    return load_file(folder / MODEL / "adapter_model.safetensors")
+    return load_file(RunFolder(folder).model / "adapter_model.safetensors")
 
 
 def test_the_folder_holds_a_run_a_fold_and_what_is_asked_of_a_run(finished):
     recipe, folder, _ = finished
     assert folder == recipe.run_folder
     names = {path.name for path in folder.iterdir()}
-    assert names == {RECIPE, *(f"fold-{fold}" for fold in range(FOLDS)), *GATHERED} - {CALIBRATION}
+    gathered = {getattr(RunFolder(folder), name).name for name in GATHERED if name != "calibration"}
+    assert names == {"recipe.yaml", *(f"fold-{fold}" for fold in range(FOLDS)), *gathered}
     for fold in range(FOLDS):
         own = fold_folder(folder, fold)
         assert load_run_recipe(own).data.fold == fold
-        assert {MODEL, VALIDATION, METRICS, REPORT, TRAINING_KEYS} <= {path.name for path in own.iterdir()}
+        assert {"model", "validation.parquet", "metrics.json", "report.html", "training_keys.npy"} <= {
+            path.name for path in own.iterdir()
+        }
     assert load_run_recipe(folder).data.fold == 0
-    facts = json.loads((folder / ENVIRONMENT).read_text())
-    assert facts["backbone"] == json.loads((folder / "fold-1" / ENVIRONMENT).read_text())["backbone"]
+    facts = json.loads(RunFolder(folder).environment.read_text())
+    assert facts["backbone"] == json.loads(RunFolder(folder / "fold-1").environment.read_text())["backbone"]
 
 
 def test_every_battle_is_predicted_once_in_order_by_the_fold_that_held_it_out(finished):
     recipe, folder, _ = finished
     battles = load_battles(recipe.data)
-    table = read_predictions(folder / VALIDATION)
+    table = read_predictions(RunFolder(folder).validation)
     assert table["id"].tolist() == battles["id"][:] == planted_frame()["id"].tolist()
     assert table["fold"].tolist() == battles["fold"][:]
     assert set(table["fold"]) == set(range(FOLDS))
     for fold in range(FOLDS):
-        own = read_predictions(fold_folder(folder, fold) / VALIDATION)
+        own = read_predictions(RunFolder(fold_folder(folder, fold)).validation)
         rows = table[table["fold"] == fold]
         assert rows["id"].tolist() == own["id"].tolist()
         np.testing.assert_array_equal(predicted(rows), predicted(own))
@@ -162,7 +150,7 @@ def test_no_battle_is_predicted_by_a_fold_that_trained_on_its_group(finished):
 
 def test_floors_are_out_of_fold_too(finished):
     recipe, folder, metrics = finished
-    expected, found = baseline(load_battles(recipe.data)), pd.read_parquet(folder / FLOORS)
+    expected, found = baseline(load_battles(recipe.data)), pd.read_parquet(RunFolder(folder).baselines)
     assert found["id"].tolist() == expected["id"].tolist()
     names = [name for name in found if name != "id"]
     np.testing.assert_allclose(found[names], expected[names], atol=1e-5)
@@ -172,14 +160,14 @@ def test_floors_are_out_of_fold_too(finished):
 def test_it_is_evaluated_reported_and_compared_as_any_run(finished):
     _, folder, metrics = finished
     assert metrics["battles"] == 40
-    assert evaluate(folder) == metrics == json.loads((folder / METRICS).read_text())
-    assert report(folder) == folder / REPORT
+    assert evaluate(folder) == metrics == json.loads(RunFolder(folder).metrics.read_text())
+    assert report(folder) == RunFolder(folder).report
     assert compare(folder, folder)["value"] == 0
 
 
 def test_its_own_battles_are_predicted_by_the_fold_that_did_not_see_them(finished):
     recipe, folder, _ = finished
-    table = read_predictions(folder / VALIDATION)
+    table = read_predictions(RunFolder(folder).validation)
     for battles in ("validation", recipe.data.train):
         again = predict(folder, battles)
         assert again["id"].tolist() == table["id"].tolist()
@@ -213,35 +201,35 @@ def blending(backbone, tmp_path_factory):
 def test_a_k_fold_run_blends_with_the_floors_of_its_folds(blending):
     folder, metrics = blending
     assert metrics["calibration"]["method"] == "blend"
-    floors = [load_floor(fold_folder(folder, fold) / FLOOR) for fold in range(FOLDS)]
-    assert not (folder / FLOOR).exists()
+    floors = [load_floor(RunFolder(fold_folder(folder, fold)).blend_baseline) for fold in range(FOLDS)]
+    assert not RunFolder(folder).blend_baseline.exists()
     new = riddles(3, seed=9)
     table, each = predict(folder, new), predict_each(floors, read_battles(new))
     assert np.abs(each[0] - each[1]).max() > 1e-3
     np.testing.assert_allclose(predicted(table, "floor"), each.mean(axis=0), atol=1e-12)
     model = (predicted(table, "ab") + predicted(table, "ba")) / 2
-    calibrator = load(folder / CALIBRATOR)
+    calibrator = load(RunFolder(folder).calibrator)
     np.testing.assert_allclose(predicted(table), calibrator(np.hstack([model, each.mean(axis=0)])), atol=1e-6)
 
 
 def test_a_floor_predicts_the_battles_alone_that_its_model_does(blending):
     folder, _ = blending
-    table, floors = predict(folder, "validation"), pd.read_parquet(folder / FLOORS)
+    table, floors = predict(folder, "validation"), pd.read_parquet(RunFolder(folder).baselines)
     assert table["id"].tolist() == floors["id"].tolist()
     np.testing.assert_allclose(predicted(table, "floor"), predicted(floors, "tfidf"), atol=1e-12)
-    np.testing.assert_allclose(predicted(table), predicted(read_predictions(folder / VALIDATION)), atol=1e-6)
+    np.testing.assert_allclose(predicted(table), predicted(read_predictions(RunFolder(folder).validation)), atol=1e-6)
 
 
 def test_folds_that_were_trained_without_a_floor_get_one_when_they_are_to_blend(blending, tmp_path):
     folder = shutil.copytree(blending[0], tmp_path / "copy")
-    kept = (folder / "fold-0" / FLOOR).read_bytes()
-    (folder / "fold-1" / FLOOR).unlink()
+    kept = RunFolder(folder / "fold-0").blend_baseline.read_bytes()
+    RunFolder(folder / "fold-1").blend_baseline.unlink()
     with pytest.raises(InputError, match=r"fold-1/floor\.npz: no floor can be read there"):
         predict(folder, riddles(3, seed=9))
     recipe = with_folder(load_run_recipe(folder), folder)
     assert train_folds(recipe, resume=True)[1] == blending[1]
-    assert (folder / "fold-1" / FLOOR).is_file()
-    assert (folder / "fold-0" / FLOOR).read_bytes() == kept
+    assert RunFolder(folder / "fold-1").blend_baseline.is_file()
+    assert RunFolder(folder / "fold-0").blend_baseline.read_bytes() == kept
 
 
 def test_a_run_killed_between_folds_goes_on_to_the_same_result(small, finished, monkeypatch, tmp_path):
@@ -260,11 +248,11 @@ def test_a_run_killed_between_folds_goes_on_to_the_same_result(small, finished, 
         predict(small.run_folder, small.data.train)
     with pytest.raises(InputError, match="already holds a run; continue it with --resume"):
         train_folds(small)
-    before = (small.run_folder / "fold-0" / MODEL / "adapter_model.safetensors").stat().st_mtime_ns
+    before = (RunFolder(small.run_folder / "fold-0").model / "adapter_model.safetensors").stat().st_mtime_ns
     folder, metrics = train_folds(small, resume=True)
-    assert (folder / "fold-0" / MODEL / "adapter_model.safetensors").stat().st_mtime_ns == before
+    assert (RunFolder(folder / "fold-0").model / "adapter_model.safetensors").stat().st_mtime_ns == before
     assert metrics == finished[2]
-    expected, found = (read_predictions(run / VALIDATION) for run in (finished[1], folder))
+    expected, found = (read_predictions(RunFolder(run).validation) for run in (finished[1], folder))
     pd.testing.assert_frame_equal(found, expected)
     for fold in range(FOLDS):
         one, other = (weights(fold_folder(run, fold)) for run in (finished[1], folder))
@@ -287,11 +275,11 @@ def test_folds_that_machines_share_are_gathered(finished, tmp_path):
     folder, metrics = train_folds(recipe, resume=True)
     assert metrics == finished[2]
     assert train_fold(recipe, 1, resume=True) == folder / "fold-1"  # done, and so nothing is touched
-    assert (folder / METRICS).is_file()
+    assert RunFolder(folder).metrics.is_file()
     with pytest.raises(InputError, match=r"fold-1 already holds a run; continue it with --resume"):
         train_fold(recipe, 1)
     train_fold(recipe, 1, overwrite=True)
-    assert not (folder / METRICS).exists()  # what was gathered was of another fold 1
+    assert not RunFolder(folder).metrics.exists()  # what was gathered was of another fold 1
 
 
 def test_what_does_not_belong_together_is_refused(finished, tmp_path, monkeypatch):
@@ -307,15 +295,15 @@ def test_what_does_not_belong_together_is_refused(finished, tmp_path, monkeypatc
         InputError, match="the run there is of all folds; continue it with rewardmodel train --fold all"
     ):
         train(recipe, resume=True)
-    environment = json.loads((recipe.run_folder / "fold-2" / ENVIRONMENT).read_text())
+    environment = json.loads(RunFolder(recipe.run_folder / "fold-2").environment.read_text())
     environment["backbone"]["fingerprint"] = "another"
-    (recipe.run_folder / "fold-2" / ENVIRONMENT).write_text(json.dumps(environment))
+    RunFolder(recipe.run_folder / "fold-2").environment.write_text(json.dumps(environment))
     with pytest.raises(InputError, match=r"fold-2: trained on another backbone than .*fold-0"):
         train_folds(recipe, resume=True)
-    table = read_predictions(recipe.run_folder / "fold-0" / VALIDATION)
-    environment["backbone"] = json.loads((recipe.run_folder / "fold-0" / ENVIRONMENT).read_text())["backbone"]
-    (recipe.run_folder / "fold-2" / ENVIRONMENT).write_text(json.dumps(environment))
-    write_predictions(table, recipe.run_folder / "fold-2" / VALIDATION)
+    table = read_predictions(RunFolder(recipe.run_folder / "fold-0").validation)
+    environment["backbone"] = json.loads(RunFolder(recipe.run_folder / "fold-0").environment.read_text())["backbone"]
+    RunFolder(recipe.run_folder / "fold-2").environment.write_text(json.dumps(environment))
+    write_predictions(table, RunFolder(recipe.run_folder / "fold-2").validation)
     with pytest.raises(InputError, match="its folds did not predict each battle once"):
         train_folds(recipe, resume=True)
 
@@ -387,7 +375,7 @@ def test_an_overwriting_that_is_killed_leaves_nothing_of_the_old_folds_and_is_re
     with pytest.raises(KeyboardInterrupt):
         train_folds(new, overwrite=True)
     assert not list(recipe.run_folder.rglob("old"))
-    assert not {path.name for path in recipe.run_folder.iterdir()} - {RECIPE, "fold-0"}
+    assert not {path.name for path in recipe.run_folder.iterdir()} - {"recipe.yaml", "fold-0"}
     check_run(new, resume=True, overwrite=False, all_folds=True)
     if fold_folder(recipe.run_folder, 0).exists():
         check_run(with_folder(new, fold_folder(recipe.run_folder, 0)), resume=True, overwrite=False)
@@ -407,7 +395,7 @@ def test_an_overwriting_that_is_killed_is_resumed_to_new_folds_alone(finished, t
     assert {path.name for path in folder.glob("fold-*")} == {"fold-0", "fold-1"}
     for run in (folder, *(fold_folder(folder, fold) for fold in range(2))):
         assert load_run_recipe(run).trainer["seed"] == 7
-    assert (read_predictions(folder / VALIDATION)["fold"] < 2).all()
+    assert (read_predictions(RunFolder(folder).validation)["fold"] < 2).all()
 
 
 def test_one_fold_is_not_overwritten_by_another_recipe_than_the_others_have(finished, tmp_path, capsys):
@@ -430,8 +418,8 @@ def test_a_fold_that_is_overwritten_and_killed_leaves_no_gathered_files_and_the_
     monkeypatch.setattr(PreferenceTrainer, "train", die)
     with pytest.raises(KeyboardInterrupt):
         train_fold(recipe, 2, overwrite=True)
-    assert {path.name for path in recipe.run_folder.iterdir()} == {RECIPE, "fold-0", "fold-1", "fold-2"}
-    assert not (recipe.run_folder / "fold-2" / MODEL).exists()
+    assert {path.name for path in recipe.run_folder.iterdir()} == {"recipe.yaml", "fold-0", "fold-1", "fold-2"}
+    assert not RunFolder(recipe.run_folder / "fold-2").model.exists()
     with pytest.raises(InputError, match="its folds are not gathered"):
         predict(recipe.run_folder, recipe.data.train)
 
@@ -446,11 +434,11 @@ def test_nothing_is_written_for_a_recipe_that_cannot_be_trained(small):
 def test_a_data_frame_is_noted_and_its_calibration_part_predicted_by_the_mean_of_the_folds(small):
     folder, _ = train_folds(with_data(small, train="nowhere.csv", folds=2, calibration=0.3), planted_frame())
     assert load_run_recipe(folder / "fold-1").data.train == "<DataFrame>"
-    kept = read_predictions(folder / CALIBRATION)
-    each = [read_predictions(fold_folder(folder, fold) / CALIBRATION) for fold in range(2)]
+    kept = read_predictions(RunFolder(folder).calibration)
+    each = [read_predictions(RunFolder(fold_folder(folder, fold)).calibration) for fold in range(2)]
     assert kept["id"].tolist() == each[0]["id"].tolist()
     np.testing.assert_allclose(predicted(kept), (predicted(each[0]) + predicted(each[1])) / 2, atol=1e-9)
-    assert not set(kept["id"]) & set(read_predictions(folder / VALIDATION)["id"])
+    assert not set(kept["id"]) & set(read_predictions(RunFolder(folder).validation)["id"])
 
 
 def test_a_student_learns_from_out_of_fold_labels_and_from_battles_without_votes(finished, backbone, tmp_path):

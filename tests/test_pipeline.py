@@ -20,22 +20,7 @@ from rewardmodel.evaluation.text_regression import load as load_floor
 from rewardmodel.evaluation.text_regression import predict_each
 from rewardmodel.inference.predict import predict
 from rewardmodel.predictions import average, predicted, read_predictions
-from rewardmodel.run_folder import (
-    CALIBRATION,
-    CALIBRATOR,
-    ENVIRONMENT,
-    FLOOR,
-    FLOORS,
-    METRICS,
-    MODEL,
-    PREDICTIONS,
-    RECIPE,
-    REPORT,
-    SUBMISSION,
-    TRAINING_KEYS,
-    VALIDATION,
-    load_run_recipe,
-)
+from rewardmodel.run_folder import RunFolder, load_run_recipe
 from rewardmodel.training.train import train
 
 IDS = ["0900", "7", "x-3", "0033", "12345678901234567890", "00", "a,b", "猫"]
@@ -80,15 +65,26 @@ def test_a_run_folder_holds_all_that_is_promised(finished):
     recipe, folder, _ = finished
     assert folder == recipe.run_folder
     names = {path.name for path in folder.iterdir() if not path.name.startswith("checkpoint-")}
-    evidence = {VALIDATION, FLOORS, FLOOR, CALIBRATOR, METRICS, REPORT}
-    assert names == {RECIPE, ENVIRONMENT, TRAINING_KEYS, MODEL, PREDICTIONS, SUBMISSION} | evidence
-    assert {"adapter_model.safetensors", "tokenizer.json"} <= {path.name for path in (folder / MODEL).iterdir()}
+    evidence = {
+        "validation.parquet",
+        "baselines.parquet",
+        "blend_baseline.npz",
+        "calibrator.json",
+        "metrics.json",
+        "report.html",
+    }
+    assert (
+        names
+        == {"recipe.yaml", "environment.json", "training_keys.npy", "model", "predictions.parquet", "submission.csv"}
+        | evidence
+    )
+    assert {"adapter_model.safetensors", "tokenizer.json"} <= {path.name for path in RunFolder(folder).model.iterdir()}
     assert load_run_recipe(folder) == recipe
 
 
 def test_the_environment_tells_the_machine_the_backbone_and_the_data(finished):
     recipe, folder, _ = finished
-    environment = json.loads((folder / ENVIRONMENT).read_text())
+    environment = json.loads(RunFolder(folder).environment.read_text())
     parts = split(load_battles(recipe.data), recipe.data.fold)
     assert environment["data"] == fingerprints(parts)
     assert environment["backbone"]["name"] == recipe.model.model_name_or_path
@@ -98,7 +94,7 @@ def test_the_environment_tells_the_machine_the_backbone_and_the_data(finished):
 
 
 def test_the_submission_has_the_ids_in_the_order_of_the_test_file_and_rows_that_sum_to_one(finished):
-    submission = pd.read_csv(finished[1] / SUBMISSION, dtype={"id": str})
+    submission = pd.read_csv(RunFolder(finished[1]).submission, dtype={"id": str})
     assert list(submission) == ["id", *OUTCOMES]
     assert submission["id"].tolist() == IDS
     values = submission[list(OUTCOMES)].to_numpy()
@@ -108,23 +104,23 @@ def test_the_submission_has_the_ids_in_the_order_of_the_test_file_and_rows_that_
 
 def test_the_submission_states_the_predictions(finished):
     _, folder, _ = finished
-    table = read_predictions(folder / PREDICTIONS)
+    table = read_predictions(RunFolder(folder).predictions)
     assert table["id"].tolist() == IDS
-    submission = pd.read_csv(folder / SUBMISSION, dtype={"id": str})
+    submission = pd.read_csv(RunFolder(folder).submission, dtype={"id": str})
     np.testing.assert_allclose(submission[list(OUTCOMES)], predicted(table), rtol=1e-12)
 
 
 def test_the_predictions_are_those_of_the_saved_model(finished):
     recipe, folder, _ = finished
     again = predict(folder, recipe.data.test)
-    np.testing.assert_allclose(predicted(again), predicted(read_predictions(folder / PREDICTIONS)), atol=1e-7)
+    np.testing.assert_allclose(predicted(again), predicted(read_predictions(RunFolder(folder).predictions)), atol=1e-7)
     assert predicted(again).std(axis=0).max() > 1e-4
 
 
 def test_validation_is_the_held_out_fold(finished):
     recipe, folder, _ = finished
     validation = split(load_battles(recipe.data), recipe.data.fold).validation
-    table = read_predictions(folder / VALIDATION)
+    table = read_predictions(RunFolder(folder).validation)
     assert table["id"].tolist() == validation["id"][:]
     assert len(table) == 12
     assert table[list(OUTCOMES)].to_numpy().sum() == 12
@@ -132,8 +128,8 @@ def test_validation_is_the_held_out_fold(finished):
 
 def test_metrics_are_returned_and_written_and_are_the_log_loss_of_the_validation_table(finished):
     _, folder, metrics = finished
-    assert json.loads((folder / METRICS).read_text()) == metrics
-    table = read_predictions(folder / VALIDATION)
+    assert json.loads(RunFolder(folder).metrics.read_text()) == metrics
+    table = read_predictions(RunFolder(folder).validation)
     likelihood = (predicted(table) * table[list(OUTCOMES)].to_numpy()).sum(axis=1)
     assert metrics["metrics"]["log_loss"]["value"] == pytest.approx(-np.log(likelihood).mean(), abs=1e-9)
     assert (metrics["battles"], metrics["groups"]) == (12, 3)
@@ -141,19 +137,19 @@ def test_metrics_are_returned_and_written_and_are_the_log_loss_of_the_validation
 
 def test_a_finished_run_is_judged_again_without_training(finished):
     recipe, folder, metrics = finished
-    weights = (folder / MODEL / "adapter_model.safetensors").stat().st_mtime_ns
-    submission = (folder / SUBMISSION).read_bytes()
-    (folder / SUBMISSION).unlink()
+    weights = (RunFolder(folder).model / "adapter_model.safetensors").stat().st_mtime_ns
+    submission = RunFolder(folder).submission.read_bytes()
+    RunFolder(folder).submission.unlink()
     assert pipeline.run(recipe, resume=True) == (folder, metrics)
-    assert (folder / MODEL / "adapter_model.safetensors").stat().st_mtime_ns == weights
-    assert (folder / SUBMISSION).read_bytes() == submission
+    assert (RunFolder(folder).model / "adapter_model.safetensors").stat().st_mtime_ns == weights
+    assert RunFolder(folder).submission.read_bytes() == submission
 
 
 def test_without_a_test_file_there_is_no_submission(recipe):
     folder, metrics = pipeline.run(quick(recipe))
     assert metrics["battles"] == 12
-    assert not (folder / SUBMISSION).exists()
-    assert not (folder / PREDICTIONS).exists()
+    assert not RunFolder(folder).submission.exists()
+    assert not RunFolder(folder).predictions.exists()
 
 
 @pytest.mark.parametrize("key", ["train", "test", "sample_submission"])
@@ -191,13 +187,13 @@ def test_a_sample_submission_without_a_test_file_is_refused_before_anything_is_t
 
 def test_a_finished_run_resumed_with_a_test_file_predicts_it_without_training(recipe, tmp_path):
     folder, metrics = pipeline.run(quick(recipe))
-    weights = (folder / MODEL / "adapter_model.safetensors").stat().st_mtime_ns
+    weights = (RunFolder(folder).model / "adapter_model.safetensors").stat().st_mtime_ns
     test = write_csv(unlabelled_frame(), tmp_path / "test.csv")
     sample = write_csv(sample_frame(IDS), tmp_path / "sample.csv")
     wider = with_data(quick(recipe), test=str(test), sample_submission=str(sample))
     assert pipeline.run(wider, resume=True) == (folder, metrics)
-    assert (folder / MODEL / "adapter_model.safetensors").stat().st_mtime_ns == weights
-    assert pd.read_csv(folder / SUBMISSION, dtype={"id": str})["id"].tolist() == IDS
+    assert (RunFolder(folder).model / "adapter_model.safetensors").stat().st_mtime_ns == weights
+    assert pd.read_csv(RunFolder(folder).submission, dtype={"id": str})["id"].tolist() == IDS
 
 
 def test_as_a_library_a_data_frame_is_trained_on_and_predicted(recipe, frame):
@@ -255,13 +251,13 @@ def test_battles_kept_for_calibration_are_predicted_and_the_holdout_only_when_as
     recipe = with_data(quick(recipe), folds=2, calibration=0.25, holdout=0.25)
     folder, _ = pipeline.run(recipe)
     parts = split(load_battles(recipe.data), 0)
-    assert read_predictions(folder / CALIBRATION)["id"].tolist() == parts.calibration["id"][:]
+    assert read_predictions(RunFolder(folder).calibration)["id"].tolist() == parts.calibration["id"][:]
     assert not list(folder.glob("*holdout*"))
     table = predict(folder, "holdout")
     assert table["id"].tolist() == parts.holdout["id"][:]
     again = predict(folder, "validation")
     assert not again["seen"].any()
-    assert again.drop(columns="seen").equals(read_predictions(folder / VALIDATION))
+    assert again.drop(columns="seen").equals(read_predictions(RunFolder(folder).validation))
 
 
 @pytest.mark.parametrize("calibration", [0.0, 0.4])
@@ -276,19 +272,21 @@ def test_a_run_that_blends_does_so_with_its_test_battles(recipe, tmp_path, calib
     folder, metrics = pipeline.run(dataclasses.replace(recipe, inference=InferenceConfig(blend=True)))
     assert metrics["calibration"]["method"] == "blend"  # one step of a random model against words that tell it all
     assert metrics["calibration"]["gain"]["high"] < 0
-    table = read_predictions(folder / PREDICTIONS)
+    table = read_predictions(RunFolder(folder).predictions)
     battles = read_battles(recipe.data.test)
-    np.testing.assert_array_equal(predicted(table, "floor"), predict_each([load_floor(folder / FLOOR)], battles)[0])
-    calibrator = load(folder / CALIBRATOR)
+    np.testing.assert_array_equal(
+        predicted(table, "floor"), predict_each([load_floor(RunFolder(folder).blend_baseline)], battles)[0]
+    )
+    calibrator = load(RunFolder(folder).calibrator)
     model = average([predicted(table, "ab"), predicted(table, "ba")])
     both = np.hstack([model, predicted(table, "floor")])
     np.testing.assert_allclose(predicted(table), calibrator(both), atol=1e-6)
     again = predict(folder, battles)
     np.testing.assert_allclose(predicted(again), predicted(table), atol=1e-6)
-    floors = pd.read_parquet(folder / FLOORS)
+    floors = pd.read_parquet(RunFolder(folder).baselines)
     own = predict(folder, "validation")
     np.testing.assert_allclose(predicted(own, "floor"), predicted(floors, "tfidf"), atol=1e-12)
-    assert (CALIBRATION in {path.name for path in folder.iterdir()}) == bool(calibration)
+    assert ("calibration.parquet" in {path.name for path in folder.iterdir()}) == bool(calibration)
     fitted = own if not calibration else predict(folder, "calibration")
     np.testing.assert_allclose(
         predicted(fitted), average([predicted(fitted, "ab"), predicted(fitted, "ba")]), atol=1e-6

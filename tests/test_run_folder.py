@@ -10,7 +10,7 @@ from rewardmodel.config.loader import dump_recipe
 from rewardmodel.config.schema import DataConfig, InferenceConfig, PromptConfig, Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.run_folder import (
-    RECIPE,
+    RunFolder,
     check_run,
     check_same_inputs,
     data_fingerprint,
@@ -70,13 +70,13 @@ def test_new_or_empty_folder_gets_the_resolved_recipe(tmp_path, exists):
         folder.mkdir(parents=True)
     recipe = recipe_of(folder)
     assert open_run(recipe, resume=False, overwrite=False) == folder
-    assert [path.name for path in folder.iterdir()] == [RECIPE]
-    assert (folder / RECIPE).read_text() == dump_recipe(recipe)
+    assert [path.name for path in folder.iterdir()] == ["recipe.yaml"]
+    assert RunFolder(folder).recipe.read_text() == dump_recipe(recipe)
 
 
 def test_resume_of_nothing_starts_a_run(tmp_path):
     folder = open_run(recipe_of(tmp_path / "new"), resume=True, overwrite=False)
-    assert (folder / RECIPE).is_file()
+    assert RunFolder(folder).recipe.is_file()
 
 
 def test_folder_with_a_run_is_refused_and_left_as_it_is(tmp_path):
@@ -98,8 +98,8 @@ def test_overwrite_leaves_nothing_of_the_run_before(tmp_path):
     checkpoint(folder, 1)
     other = recipe_of(folder, prompt=PromptConfig(max_length=77))
     open_run(other, resume=False, overwrite=True)
-    assert [path.name for path in folder.iterdir()] == [RECIPE]
-    assert (folder / RECIPE).read_text() == dump_recipe(other)
+    assert [path.name for path in folder.iterdir()] == ["recipe.yaml"]
+    assert RunFolder(folder).recipe.read_text() == dump_recipe(other)
 
 
 @pytest.mark.parametrize(("resume", "overwrite"), [(False, False), (True, False), (False, True)])
@@ -122,7 +122,7 @@ def test_file_in_the_place_of_the_folder_is_refused_and_never_removed(tmp_path, 
 def test_folder_that_is_no_run_has_no_recipe(tmp_path):
     with pytest.raises(InputError) as caught:
         load_run_recipe(tmp_path)
-    assert str(caught.value) == f"{tmp_path}: no {RECIPE} there; give the folder of a run"
+    assert str(caught.value) == f"{tmp_path}: no recipe.yaml there; give the folder of a run"
 
 
 # One test for all that reads a recipe back: it imports trl, which takes seconds.
@@ -136,7 +136,7 @@ def test_resume_continues_the_same_recipe_and_refuses_another(tmp_path):
         open_run(recipe_of(folder, data=DataConfig(seed=1)), resume=True, overwrite=False)
     assert str(caught.value).startswith(f"{folder}: the run there has data.seed: 0, not 1; ")
     assert "\n" not in str(caught.value)
-    assert (folder / RECIPE).read_text() == dump_recipe(recipe)
+    assert RunFolder(folder).recipe.read_text() == dump_recipe(recipe)
     assert last_checkpoint(folder) == kept
 
 

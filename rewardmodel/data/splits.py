@@ -21,7 +21,7 @@ from rewardmodel.data.folds import (
 from rewardmodel.data.formats import read_battles
 from rewardmodel.errors import InputError
 from rewardmodel.files import atomic_path
-from rewardmodel.run_folder import TRAINING_KEYS, data_fingerprint
+from rewardmodel.run_folder import RunFolder, data_fingerprint
 
 
 class Parts(NamedTuple):
@@ -93,7 +93,7 @@ def split(battles: Dataset, fold: int | None) -> Parts:
 
 def write_training_keys(run: Path, battles: Dataset) -> None:
     """Write by what a run knows the groups again that it trained on: the sorted content keys of its battles."""
-    with atomic_path(run / TRAINING_KEYS) as partial, partial.open("wb") as file:
+    with atomic_path(RunFolder(run).training_keys) as partial, partial.open("wb") as file:
         np.save(file, np.unique(content_keys(battles)))
 
 
@@ -107,11 +107,11 @@ def trained_on(runs: list[Path], battles: Dataset) -> np.ndarray | None:
     Returns:
         None if a run does not say what it trained on.
     """
-    if not all((run / TRAINING_KEYS).is_file() for run in runs):
+    if not all(RunFolder(run).training_keys.is_file() for run in runs):
         return None
     own, group = content_keys(battles), np.asarray(battles.with_format(None)["group"][:])
     seen = np.empty((len(runs), len(battles)), bool)
     for number, run in enumerate(runs):
-        hit = np.isin(own, np.load(run / TRAINING_KEYS)).any(axis=1)
+        hit = np.isin(own, np.load(RunFolder(run).training_keys)).any(axis=1)
         seen[number] = np.isin(group, group[hit])
     return seen

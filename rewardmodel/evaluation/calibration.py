@@ -62,6 +62,9 @@ def _blend(logs: np.ndarray, parameters: np.ndarray) -> np.ndarray:
 
 BLEND = "blend"
 
+BLENDED = "tfidf"
+"""The baseline that it blends in."""
+
 METHODS = {
     "temperature": Method(_temperature, (0.0,), (FREE,)),
     "tie_mass": Method(_tie_mass, (0.0,), (FREE,)),

@@ -12,7 +12,7 @@ from rewardmodel import metrics
 from rewardmodel.config.schema import InferenceConfig
 from rewardmodel.errors import InputError
 from rewardmodel.evaluation.bias import audit_bias, format_bias
-from rewardmodel.evaluation.calibration import BLEND, NONE, Choice, choose, reliability, save
+from rewardmodel.evaluation.calibration import BLEND, BLENDED, NONE, Choice, choose, reliability, save
 from rewardmodel.files import write_json
 from rewardmodel.metrics import class_prior, log_loss, paired_difference, summary
 from rewardmodel.predictions import (
@@ -25,7 +25,7 @@ from rewardmodel.predictions import (
     true_outcomes,
     with_floor,
 )
-from rewardmodel.run_folder import BLENDED, CALIBRATION, CALIBRATOR, FLOORS, METRICS, RECIPE, VALIDATION
+from rewardmodel.run_folder import RunFolder
 
 Facts = dict[str, Any]
 
@@ -60,17 +60,17 @@ def evaluate(predictions: str | Path | pd.DataFrame) -> Facts:
 
 def measure_run(run: Path) -> tuple[Facts, pd.DataFrame]:
     """Return what `evaluate` does, and the table that was measured; write metrics.json and calibrator.json."""
-    table = read_predictions(run / VALIDATION)
-    known_outcomes(table, str(run / VALIDATION))
+    table = read_predictions(RunFolder(run).validation)
+    known_outcomes(table, str(RunFolder(run).validation))
     choice, calibration = _calibrate(run, table)
     before = reliability(predicted(table), true_outcomes(table))
     table[list(PROBABILITIES)] = choice.cross_fitted
-    facts = _measure(table, str(run), run / FLOORS)
+    facts = _measure(table, str(run), RunFolder(run).baselines)
     facts["calibration"] = calibration
     after = facts["reliability"]["before"] if calibration["applied"] else None
     facts["reliability"] = {"before": before, "after": after}
-    save(choice.calibrator, run / CALIBRATOR)
-    write_json(run / METRICS, facts)
+    save(choice.calibrator, RunFolder(run).calibrator)
+    write_json(RunFolder(run).metrics, facts)
     return facts, table
 
 
@@ -102,7 +102,7 @@ def _table(given: str | Path | pd.DataFrame) -> pd.DataFrame:
         known_outcomes(table)
         return table
     path = Path(given)
-    table = read_predictions(path / VALIDATION if path.is_dir() else path)
+    table = read_predictions(RunFolder(path).validation if path.is_dir() else path)
     known_outcomes(table, str(path))
     if path.is_dir():
         table[list(PROBABILITIES)] = _calibrate(path, table)[0].cross_fitted
@@ -112,9 +112,9 @@ def _table(given: str | Path | pd.DataFrame) -> pd.DataFrame:
 def _calibrate(run: Path, table: pd.DataFrame) -> tuple[Choice, Facts]:
     """Return the run's calibration, with `cross_fitted` of the table's battles, and what is told about it."""
     raw, true = predicted(table), true_outcomes(table)
-    own_part = (run / CALIBRATION).is_file()
+    own_part = RunFolder(run).calibration.is_file()
     asked = _inference(run)
-    part = read_predictions(run / CALIBRATION) if own_part else table
+    part = read_predictions(RunFolder(run).calibration) if own_part else table
     known, beside = (_known(run, one) for one in (part, table))
     if asked["calibrate"] and asked["blend"] and 3 in (known.shape[1], beside.shape[1]):
         raise InputError(
@@ -146,7 +146,7 @@ def _inference(run: Path) -> dict[str, Any]:
     """Return the recipe's inference, read as YAML, because the recipe's own reader needs torch."""
     defaults = asdict(InferenceConfig())
     try:
-        recipe = yaml.safe_load((run / RECIPE).read_text(encoding="utf-8"))
+        recipe = yaml.safe_load(RunFolder(run).recipe.read_text(encoding="utf-8"))
         return defaults | recipe["inference"]
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
         return defaults
@@ -156,9 +156,9 @@ def _known(run: Path, table: pd.DataFrame) -> np.ndarray:
     """Return what a run predicts of a table's battles, with the floor's beside where it is known, (n, 3) or (n, 6)."""
     if "floor_p_tie" in table:
         return beside_floor(table)
-    if not (run / FLOORS).is_file():
+    if not RunFolder(run).baselines.is_file():
         return predicted(table)
-    floors = _read_floors(run / FLOORS)
+    floors = _read_floors(RunFolder(run).baselines)
     if f"{BLENDED}_p_tie" not in floors or not table["id"].isin(floors.index).all():
         return predicted(table)
     return beside_floor(with_floor(table, predicted(floors.loc[table["id"]], BLENDED)))

@@ -22,7 +22,7 @@ from rewardmodel.evaluation.charts import Row, legible
 from rewardmodel.evaluation.findings import UNIFORM, findings
 from rewardmodel.metrics import log_loss_terms
 from rewardmodel.predictions import PROBABILITIES, predicted, true_outcomes
-from rewardmodel.run_folder import ENVIRONMENT, RECIPE, last_checkpoint
+from rewardmodel.run_folder import RunFolder, last_checkpoint
 
 Facts = dict[str, Any]
 
@@ -83,7 +83,9 @@ def render(facts: Facts, table: pd.DataFrame, run: Path | None) -> str:
         validation=validation,
         best=min(validation, key=_loss, default=None),
         lists=_lists(table),
-        files=[(name, _text_of(run / name)) for name in (RECIPE, ENVIRONMENT)] if run else [],
+        files=[(path.name, _text_of(path)) for path in (RunFolder(run).recipe, RunFolder(run).environment)]
+        if run
+        else [],
     )
 
 
@@ -263,6 +265,11 @@ def _parameters(calibration: Facts | None) -> list[tuple[str, float]]:
     names["blend"] = ["weight of the model", "weight of the floor", mass]
     known = names.get(str(method), [f"parameter {number + 1}" for number in range(len(parameters))])
     return [(name, math.exp(-x) if temperature in name else x) for name, x in zip(known, parameters, strict=True)]
+
+
+def _run_files(run: Path | None) -> list[tuple[str, str | None]]:
+    paths = [RunFolder(run).recipe, RunFolder(run).environment] if run else []
+    return [(path.name, _text_of(path)) for path in paths]
 
 
 def _text_of(path: Path) -> str | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from rewardmodel.evaluation.evaluate import compare, measure_run
 from rewardmodel.evaluation.page import render, render_comparison
 from rewardmodel.files import write_text
-from rewardmodel.run_folder import REPORT
+from rewardmodel.run_folder import RunFolder
 
 
 def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = None) -> Path:
@@ -24,7 +24,7 @@ def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = 
     """
     folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(one) for one in runs]
     if len(folders) == 1:
-        path = Path(output or folders[0] / REPORT)
+        path = Path(output or RunFolder(folders[0]).report)
         facts, table = measure_run(folders[0])
         write_text(path, render(facts, table, folders[0]))
         return path

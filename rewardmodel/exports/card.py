@@ -21,7 +21,7 @@ from rewardmodel.model.precision import quantisation_name
 from rewardmodel.model.weights import resolve
 from rewardmodel.objectives import find_objective
 from rewardmodel.prompt.encoder import PromptEncoder
-from rewardmodel.run_folder import CALIBRATOR, ENVIRONMENT, FLOOR, METRICS, load_run_recipe
+from rewardmodel.run_folder import RunFolder, load_run_recipe
 
 CARD = "README.md"
 
@@ -141,8 +141,8 @@ def _example(model: Path, recipe: Recipe) -> str:
 
 
 def _run_facts(run: Path) -> dict[str, Any]:
-    data = _json(run / ENVIRONMENT).get("data", {})
-    facts = _json(run / METRICS)
+    data = _json(RunFolder(run).environment).get("data", {})
+    facts = _json(RunFolder(run).metrics)
     given = load_run_recipe(run).data.train
     sources = [one.path if isinstance(one, Source) else one for one in (given if isinstance(given, list) else [given])]
     return {
@@ -163,11 +163,11 @@ def _shown(source: str) -> str:
 def _calibration(runs: Sequence[Path], model: Path) -> str:
     if len(runs) > 1:
         return "None: the calibrators of the runs were fitted to each by itself."
-    calibrator = _json(model / CALIBRATOR)
+    calibrator = _json(RunFolder(model).calibrator)
     if not calibrator.get("method"):
         return "None is applied: it did not help beyond noise, or was switched off."
     parameters = ", ".join(f"{value:.4f}" for value in calibrator["parameters"])
-    beside = f", with the floor in {FLOOR}" if calibrator["method"] == BLEND else ""
+    beside = f", with the floor in {RunFolder(model).blend_baseline.name}" if calibrator["method"] == BLEND else ""
     return (
         f"`rewardmodel predict` applies {calibrator['method']} ({parameters}), of calibrator.json{beside}; plain "
         "transformers gives the probabilities before it."

@@ -44,7 +44,7 @@ from rewardmodel.model.families import stored_bits
 from rewardmodel.model.loading import backbone_folder, is_adapter
 from rewardmodel.model.precision import bits_and_bytes, compute_device, setup
 from rewardmodel.predictions import PROBABILITIES, predicted, read_predictions, write_predictions
-from rewardmodel.run_folder import CALIBRATION, CALIBRATOR, FLOOR, RECIPE, VALIDATION, trained_models
+from rewardmodel.run_folder import RunFolder, trained_models
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def export(
         weights = getattr(torch, dtype or DTYPES[0])
         EXPORTS[contents].write(run, model, weights)
         recipe = EXPORTS[contents].recipe(run.recipe)
-        write_text(model / RECIPE, dump_recipe(recipe))
+        write_text(RunFolder(model).recipe, dump_recipe(recipe))
         if len(found) == 1:
             _copy_calibrator(run.folder, model)
         beside = predict_run(run, compared)
@@ -122,7 +122,7 @@ def export(
         if bundle:
             if bundle.base:
                 moved = replace(recipe, model=replace(recipe.model, model_name_or_path=bundle.base))
-                write_text(model / RECIPE, dump_recipe(moved))
+                write_text(RunFolder(model).recipe, dump_recipe(moved))
             write_bundle(bundle, folder)
     if push_to_hub:
         push(output, push_to_hub)
@@ -188,15 +188,16 @@ def _check_asked(
 
 def _copy_calibrator(run: Path, model: Path) -> None:
     """Copy a run's calibrator, if it has one, and what that stands on: predictions, without any text, and a floor."""
-    calibrator = calibration.load(run / CALIBRATOR)
+    calibrator = calibration.load(RunFolder(run).calibrator)
     if calibrator == calibration.NONE:
         return
-    shutil.copy(run / CALIBRATOR, model / CALIBRATOR)
+    shutil.copy(RunFolder(run).calibrator, RunFolder(model).calibrator)
     if calibrator.method == calibration.BLEND:
-        regression.load(run / FLOOR)  # refuses what is no floor
-        shutil.copy(run / FLOOR, model / FLOOR)
-    part = CALIBRATION if (run / CALIBRATION).is_file() else VALIDATION
-    write_predictions(read_predictions(run / part).drop(columns=list(TEXTS), errors="ignore"), model / part)
+        regression.load(RunFolder(run).blend_baseline)  # refuses what is no floor
+        shutil.copy(RunFolder(run).blend_baseline, RunFolder(model).blend_baseline)
+    fitted_on = RunFolder(run).calibrated_on
+    table = read_predictions(fitted_on).drop(columns=list(TEXTS), errors="ignore")
+    write_predictions(table, model / fitted_on.name)
 
 
 def _averaged(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:

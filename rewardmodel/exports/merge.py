@@ -27,13 +27,13 @@ from rewardmodel.model.heads import classifier_class, head_names
 from rewardmodel.model.loading import ADAPTER, backbone_folder, is_adapter, label_names, load_tokenizer, read_about
 from rewardmodel.model.precision import bits_and_bytes, compute_device
 from rewardmodel.objectives import Head
-from rewardmodel.run_folder import BACKBONE, ENVIRONMENT, MODEL, load_run_recipe, model_folder
+from rewardmodel.run_folder import BACKBONE_FILE, RunFolder, load_run_recipe, model_folder
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of a model's weights."""
 
 TIE = ".tie"
-"""The tie parameter of a reward head, which a plain classifier has no place for: it goes into `BACKBONE`."""
+"""The tie parameter of a reward head, which a plain classifier has no place for: it goes into `BACKBONE_FILE`."""
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
 
@@ -58,19 +58,21 @@ def trained(folder: Path) -> Trained:
         InputError: no run, no model in it, or an environment.json that does not tell its precision.
     """
     recipe = load_run_recipe(folder)
-    read_about(folder / MODEL)
+    read_about(RunFolder(folder).model)
     try:
-        compute = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))["compute"]
+        compute = json.loads(RunFolder(folder).environment.read_text(encoding="utf-8"))["compute"]
         dtype = getattr(torch, compute["dtype"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / ENVIRONMENT}: tells no compute.dtype; give a folder that train made") from error
+        raise InputError(
+            f"{RunFolder(folder).environment}: no compute.dtype there; give a folder that train made"
+        ) from error
     return Trained(folder, recipe, dtype if recipe.model.use_peft else torch.float32)
 
 
 def merge(
     run: Trained, folder: Path, dtype: torch.dtype, requantise: BitsAndBytesConfig | None = None, shard: int = SHARD
 ) -> None:
-    """Write a run's model with its adapter merged: configuration, weights as safetensors, tokenizer, `BACKBONE`.
+    """Write a run's model with its adapter merged: configuration, weights as safetensors, tokenizer, `BACKBONE_FILE`.
 
     Args:
         run: with an adapter, or fully fine-tuned, which has nothing to merge.
@@ -103,7 +105,7 @@ def merge(
     settings.save_pretrained(folder)
     bits = (4 if requantise.load_in_4bit else 8) if requantise else None
     about["merged"] = {"dtype": str(dtype).removeprefix("torch."), "bits": bits}
-    write_json(folder / BACKBONE, about | ({} if streams.tie is None else {"tie": streams.tie}))
+    write_json(folder / BACKBONE_FILE, about | ({} if streams.tie is None else {"tie": streams.tie}))
 
 
 class Merging:

@@ -18,7 +18,7 @@ from rewardmodel.errors import InputError
 from rewardmodel.exports.merge import Trained
 from rewardmodel.files import write_text
 from rewardmodel.model.loading import ADAPTER, is_adapter, read_about
-from rewardmodel.run_folder import ENVIRONMENT, MODEL, RECIPE
+from rewardmodel.run_folder import RunFolder
 
 SAME = {
     "model": (
@@ -50,17 +50,17 @@ def soup(runs: Sequence[Trained], folder: Path) -> Trained:
             name = sorted(adapter.keys() ^ adapters[0].keys())[0]
             raise InputError(f"{run.folder}: other layers have adapters than in {first.folder}, for one {name}")
     ignored = shutil.ignore_patterns(ADAPTER)
-    shutil.copytree(first.model, folder / MODEL, ignore=ignored)
+    shutil.copytree(first.model, RunFolder(folder).model, ignore=ignored)
     mean = {name: _mean(name, [adapter[name] for adapter in adapters], scales) for name in adapters[0]}
-    save_file(mean, folder / MODEL / ADAPTER, metadata={"format": "pt"})
+    save_file(mean, RunFolder(folder).model / ADAPTER, metadata={"format": "pt"})
     lora = LoraConfig.from_pretrained(first.model)
     ranks = [len(value) for name, value in mean.items() if ".lora_A." in name]
     if ranks:  # else heads alone were trained
         lora.r = lora.lora_alpha = max(ranks)
     lora.use_rslora = False
-    lora.save_pretrained(folder / MODEL)
-    write_text(folder / RECIPE, dump_recipe(first.recipe))
-    shutil.copy(first.folder / ENVIRONMENT, folder / ENVIRONMENT)
+    lora.save_pretrained(RunFolder(folder).model)
+    write_text(RunFolder(folder).recipe, dump_recipe(first.recipe))
+    shutil.copy(RunFolder(first.folder).environment, RunFolder(folder).environment)
     return Trained(folder, first.recipe, first.dtype)
 
 

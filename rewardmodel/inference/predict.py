@@ -43,10 +43,7 @@ from rewardmodel.predictions import (
 )
 from rewardmodel.prompt.tokenization import tokenize
 from rewardmodel.run_folder import (
-    CALIBRATION,
-    CALIBRATOR,
-    FLOOR,
-    VALIDATION,
+    RunFolder,
     check_same_inputs,
     is_k_fold,
     load_run_recipe,
@@ -157,7 +154,7 @@ def _floors(asked: list[_Asked], blended: list[bool], battles: Dataset) -> dict[
         battles: all of them.
     """
     places = [place for place, one in enumerate(asked) if blended[one.run]]
-    floors = [load_floor(asked[place].folder / FLOOR) for place in places]
+    floors = [load_floor(RunFolder(asked[place].folder).blend_baseline) for place in places]
     found = predict_each(floors, battles) if floors else ()
     return {place: one[asked[place].rows] for place, one in zip(places, found, strict=True)}
 
@@ -225,7 +222,7 @@ def by_rule(table: pd.DataFrame, recipe: Recipe, battles: Dataset) -> pd.DataFra
 def blends(run: Path, recipe: Recipe) -> bool:
     """Return whether `calibrate` blends a run's predictions with its floors', and so needs these beside."""
     asked = recipe.inference.calibrate and recipe.inference.blend
-    return asked and load(run / CALIBRATOR).method == BLEND
+    return asked and load(RunFolder(run).calibrator).method == BLEND
 
 
 def calibrate(table: pd.DataFrame, run: Path, recipe: Recipe) -> pd.DataFrame:
@@ -235,14 +232,14 @@ def calibrate(table: pd.DataFrame, run: Path, recipe: Recipe) -> pd.DataFrame:
     another number of orders than it was fitted on, and all, if the recipe switches calibration off, or the blend that
     it is. For a blend, the table has the floor's predictions as `with_floor` puts them there.
     """
-    calibrator = load(run / CALIBRATOR)
+    calibrator = load(RunFolder(run).calibrator)
     if calibrator == NONE or not recipe.inference.calibrate:
         return table
     blended = calibrator.method == BLEND
     if blended and not recipe.inference.blend:
         logger.info("not calibrated: the run's calibrator is a blend, which inference.blend switches off")
         return table
-    fitted = read_predictions(run / (CALIBRATION if (run / CALIBRATION).is_file() else VALIDATION))
+    fitted = read_predictions(RunFolder(run).calibrated_on)
     alike = in_both_orders(table) == ("ba_p_tie" in fitted)
     if not alike.any():
         logger.warning("not calibrated: the run's calibrator was fitted with another inference.swap_tta")

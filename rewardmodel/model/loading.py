@@ -35,7 +35,7 @@ from rewardmodel.model.packing import pack_attention
 from rewardmodel.model.precision import placement, quantization, quantized_bits, setup
 from rewardmodel.model.weights import fingerprint, resolve, tensor_shape
 from rewardmodel.objectives import Head
-from rewardmodel.run_folder import BACKBONE
+from rewardmodel.run_folder import BACKBONE_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ def save_model(
         if config.use_peft and config.lora_init == "pissa" and not config.freeze_backbone:
             subtract_start(partial, model.pissa_start)
         tokenizer.save_pretrained(partial)
-        (partial / BACKBONE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        (partial / BACKBONE_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 def trained_layer(model: Any) -> Any:
@@ -252,13 +252,13 @@ ADAPTER = "adapter_model.safetensors"
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """Return what `BACKBONE` in the folder of a saved model tells.
+    """Return what `BACKBONE_FILE` in the folder of a saved model tells.
 
     Raises:
         InputError: there is none.
     """
     try:
-        return json.loads((folder / BACKBONE).read_text(encoding="utf-8"))
+        return json.loads((folder / BACKBONE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: no trained model there; has the run finished training?") from error
 

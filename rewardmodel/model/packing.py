@@ -1,8 +1,8 @@
 """Which classifiers take packed rows, and how their attention is switched to them."""
 
-from typing import logging
+import logging
+from typing import Any
 
-import Any
 import torch
 from transformers import (
     PreTrainedModel,

@@ -27,7 +27,7 @@ from rewardmodel.model.precision import check_positions, placement, setup
 from rewardmodel.model.weights import fingerprint, resolve
 from rewardmodel.objectives import find_objective, fit_tie
 from rewardmodel.prompt.tokenization import retention, saved, tokenize
-from rewardmodel.run_folder import MODEL, check_run, check_same_inputs, last_checkpoint, open_run, write_environment
+from rewardmodel.run_folder import RunFolder, check_run, check_same_inputs, last_checkpoint, open_run, write_environment
 from rewardmodel.training.arguments import Rates, training_arguments
 from rewardmodel.training.head_fit import Examples, check_groups, fit_last_layer
 from rewardmodel.training.trainer import PreferenceTrainer
@@ -73,7 +73,7 @@ def train(
         parts = parts or split(load_battles(recipe.data, battles), recipe.data.fold)
         check_taught(parts.training, recipe.objective.name, objective.teacher)
         data = fingerprints(parts)
-        if resume and (recipe.run_folder / MODEL).is_dir():
+        if resume and RunFolder(recipe.run_folder).model.is_dir():
             check_same_inputs(recipe.run_folder, {"data": data})
             if is_main():
                 open_run(recipe, resume, overwrite, opening)
@@ -133,7 +133,7 @@ def _train_adapters(work: Work, args: RewardConfig, resume: bool, begin: Callabl
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if not trainer.objective.learns_ties:
         trainer.fit_tie()
-    trainer.save_to(recipe.run_folder / MODEL, recipe.model)
+    trainer.save_to(RunFolder(recipe.run_folder).model, recipe.model)
 
 
 def _train_head(work: Work, args: RewardConfig, resume: bool, begin: Callable[[], None]) -> None:
@@ -146,7 +146,7 @@ def _train_head(work: Work, args: RewardConfig, resume: bool, begin: Callable[[]
         labels = np.asarray(work.validation_rows["labels"][:])
         torch.nn.init.constant_(layer.tie, fit_tie(rewards, labels, objective.link))
     if is_main():
-        save_model(work.model, work.tokenizer, work.recipe.model, work.recipe.run_folder / MODEL)
+        save_model(work.model, work.tokenizer, work.recipe.model, RunFolder(work.recipe.run_folder).model)
     wait_for_all()
 
 

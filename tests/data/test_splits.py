@@ -11,7 +11,7 @@ from rewardmodel.data.formats import read_battles
 from rewardmodel.data.splits import Parts, fingerprints, load_battles, split, trained_on, write_training_keys
 from rewardmodel.errors import InputError
 from rewardmodel.predictions import predictions_table, write_predictions
-from rewardmodel.run_folder import TRAINING_KEYS
+from rewardmodel.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -178,10 +178,10 @@ def test_a_run_knows_the_groups_again_that_it_trained_on(data, tmp_path):
     runs = [tmp_path / str(fold) for fold in range(4)]
     for fold, run in enumerate(runs):
         write_training_keys(run, split(battles, fold).training)
-    keys = np.load(runs[0] / TRAINING_KEYS)
+    keys = np.load(RunFolder(runs[0]).training_keys)
     assert keys.dtype == np.uint64
     assert (np.diff(keys) > 0).all()
     fold = np.array(battles["fold"][:])
     np.testing.assert_array_equal(trained_on(runs, battles), fold != np.arange(4)[:, None])
-    (runs[1] / TRAINING_KEYS).unlink()
+    RunFolder(runs[1]).training_keys.unlink()
     assert trained_on(runs, battles) is None

@@ -23,7 +23,7 @@ from rewardmodel.model.loading import build_model, load_model
 from rewardmodel.objectives import JOINT
 from rewardmodel.predictions import average, predicted, write_predictions
 from rewardmodel.prompt.tokenization import retention, tokenize
-from rewardmodel.run_folder import MODEL, RECIPE, load_run_recipe
+from rewardmodel.run_folder import RunFolder, load_run_recipe
 from rewardmodel.training.train import train
 
 SWAPPED = [1, 0, 2]
@@ -151,7 +151,7 @@ def trained(backbone, tmp_path_factory):
 def in_memory(run, file, **prompt):
     recipe = load_run_recipe(run)
     recipe = dataclasses.replace(recipe, prompt=dataclasses.replace(recipe.prompt, **prompt))
-    model, tokenizer = load_model(recipe.model, run / MODEL)
+    model, tokenizer = load_model(recipe.model, RunFolder(run).model)
     battles = read_battles(file)
     rows = tokenize(battles, tokenizer, PromptConfig(template="encoder", max_length=100))
     assert retention(rows)["battles_cut"] > 0
@@ -204,7 +204,7 @@ def test_a_folder_that_is_no_run_is_refused(trained, tmp_path):
 
 
 def test_a_run_that_has_not_finished_training_is_refused(trained, tmp_path):
-    (tmp_path / RECIPE).write_bytes((trained[0] / RECIPE).read_bytes())
+    (RunFolder(tmp_path).recipe).write_bytes(RunFolder(trained[0]).recipe.read_bytes())
     with pytest.raises(InputError, match="has the run finished training"):
         predict(tmp_path, trained[1])
 
@@ -295,7 +295,7 @@ def blending(two_runs, tmp_path):
         recipe = load_run_recipe(copy)
         save_floor(fit(split(load_battles(recipe.data), number).training)["tfidf"], copy / "floor.npz")
         recipe = dataclasses.replace(recipe, inference=InferenceConfig(blend=True))
-        (copy / RECIPE).write_text(dump_recipe(recipe))
+        RunFolder(copy).recipe.write_text(dump_recipe(recipe))
         copies.append(copy)
     return copies, calibrators
 
@@ -420,7 +420,7 @@ def test_all_runs_must_be_whole_before_any_predicts(two_runs, tmp_path, monkeypa
     monkeypatch.setattr("rewardmodel.inference.predict.load_model", lambda *_: pytest.fail("loaded"))
     with pytest.raises(InputError, match=r"no recipe\.yaml there"):
         predict([runs[0], tmp_path], new)
-    (tmp_path / RECIPE).write_bytes((runs[0] / RECIPE).read_bytes())
+    (RunFolder(tmp_path).recipe).write_bytes(RunFolder(runs[0]).recipe.read_bytes())
     with pytest.raises(InputError, match="has the run finished training"):
         predict([runs[0], tmp_path], new)
 

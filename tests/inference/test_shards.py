@@ -24,7 +24,7 @@ from rewardmodel.inference.predict import predict
 from rewardmodel.inference.shards import Deadline, remove_shards
 from rewardmodel.model.forward import cut
 from rewardmodel.predictions import in_both_orders, predicted, read_predictions
-from rewardmodel.run_folder import MODEL, load_run_recipe
+from rewardmodel.run_folder import RunFolder, load_run_recipe
 from rewardmodel.training.train import train
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_cpu_threads_per_process", "1"]
@@ -171,7 +171,7 @@ def interrupted(run, work, monkeypatch, **given):
 
 
 def other_model(run):
-    adapter = run / MODEL / "adapter_model.safetensors"
+    adapter = RunFolder(run).model / "adapter_model.safetensors"
     weights = load_file(adapter)
     save_file({name: weight * (1.5 if "score" in name else 1) for name, weight in weights.items()}, adapter)
 

@@ -35,7 +35,7 @@ from rewardmodel.objectives import JOINT, OBJECTIVES, SEPARATE
 from rewardmodel.predictions import predicted
 from rewardmodel.prompt.encoder import PromptEncoder
 from rewardmodel.prompt.tokenization import tokenize
-from rewardmodel.run_folder import MODEL
+from rewardmodel.run_folder import RunFolder
 from rewardmodel.training.train import train
 
 VARIANTS = {
@@ -265,7 +265,7 @@ def test_train_and_predict_take_an_encoder(name, variant, recipe_of, frame):
     losses = {entry["step"]: entry["eval_log_loss"] for entry in history if "eval_log_loss" in entry}
     file = "model.safetensors" if variant == "full" else "adapter_model.safetensors"
     best = load_file(run / f"checkpoint-{min(losses, key=losses.get)}" / file)
-    saved = load_file(run / MODEL / file)
+    saved = load_file(RunFolder(run).model / file)
     assert len(losses) == 2
     assert all(torch.equal(saved[key], best[key]) for key in best)
     assert {weight.dtype for weight in saved.values()} == {torch.float32}
@@ -280,7 +280,7 @@ def test_master_weights_of_deberta_stay_float32_under_bfloat16(recipe_of):
     recipe = recipe_of("deberta-v2", use_peft=False, dtype="bfloat16", trainer={"learning_rate": 1e-4})
     run, _ = train(recipe)
     start = load_file(f"{recipe.model.model_name_or_path}/model.safetensors")
-    for folder in (run / MODEL, *run.glob("checkpoint-*")):
+    for folder in (RunFolder(run).model, *run.glob("checkpoint-*")):
         saved = load_file(folder / "model.safetensors")
         assert {weight.dtype for weight in saved.values()} == {torch.float32}
         moved = {key: saved[key] - start[key] for key in start if key in saved}
@@ -297,7 +297,9 @@ def test_encoders_learn_rewards_of_single_responses(name, objective, recipe_of, 
     table, swapped = predict(run, battles), predict(run, swap(battles))
     assert predicted(table)[:, 0].std() > 1e-3
     assert np.abs(predicted(swapped)[:, [1, 0, 2]] - predicted(table)).max() <= 1e-6
-    tie = next(weight for key, weight in load_file(run / MODEL / "adapter_model.safetensors").items() if "tie" in key)
+    tie = next(
+        weight for key, weight in load_file(RunFolder(run).model / "adapter_model.safetensors").items() if "tie" in key
+    )
     assert tie != 0
 
 

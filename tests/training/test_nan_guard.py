@@ -7,7 +7,7 @@ from builders import make_trainer, with_trainer
 from rewardmodel.cli import main
 from rewardmodel.config.loader import dump_recipe
 from rewardmodel.data.formats import read_battles
-from rewardmodel.run_folder import MODEL
+from rewardmodel.run_folder import RunFolder
 from rewardmodel.training.nan_guard import Guard
 from rewardmodel.training.train import train
 from rewardmodel.training.trainer import PreferenceTrainer
@@ -70,9 +70,9 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spoils_no_checkpoint(recipe,
     assert told.startswith("error: step 6: the loss of ")
     assert "(float32, packed_sdpa attention)" in told
     assert {path.name for path in recipe.run_folder.glob("checkpoint-*")} == {"checkpoint-3"}
-    assert not (recipe.run_folder / MODEL).exists()
+    assert not RunFolder(recipe.run_folder).model.exists()
     assert main(["train", str(tmp_path / "recipe.yaml"), "--resume"]) == 0
-    files = [folder / MODEL / "adapter_model.safetensors" for folder in (whole, recipe.run_folder)]
+    files = [RunFolder(folder).model / "adapter_model.safetensors" for folder in (whole, recipe.run_folder)]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 

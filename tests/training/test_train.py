@@ -17,7 +17,7 @@ from rewardmodel.kfold import train_folds
 from rewardmodel.metrics import log_loss
 from rewardmodel.model import features
 from rewardmodel.predictions import predicted, read_predictions, true_outcomes
-from rewardmodel.run_folder import MODEL
+from rewardmodel.run_folder import RunFolder
 from rewardmodel.training.train import train
 
 JOINT = ("cross_entropy",)
@@ -42,7 +42,7 @@ def frozen(recipe):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_head_on_a_frozen_backbone_learns_is_saved_and_predicts(frozen, objective, tmp_path):
     run, parts = train(frozen(objective))
-    with safe_open(run / MODEL / "adapter_model.safetensors", "pt") as weights:
+    with safe_open(RunFolder(run).model / "adapter_model.safetensors", "pt") as weights:
         names = list(weights.keys())
     assert names
     assert all(".score." in name for name in names)
@@ -91,7 +91,7 @@ def test_ties_of_pairs_are_learnt_saved_and_exported(frozen, freeze, tmp_path):
         lora_first_layer=0,
     )
     run, _ = train(dataclasses.replace(recipe, model=model))
-    with safe_open(run / MODEL / "adapter_model.safetensors", "pt") as weights:
+    with safe_open(RunFolder(run).model / "adapter_model.safetensors", "pt") as weights:
         apart = [weights.get_tensor(name) for name in list(weights.keys()) if name.endswith("tie_apart")]
     assert len(apart) == 1
     assert apart[0].abs().max() > 0
@@ -128,9 +128,9 @@ def test_a_frozen_run_that_is_done_is_left_alone_and_one_that_was_killed_goes_on
         with pytest.raises(KeyboardInterrupt):
             train(recipe)
     run, _ = train(recipe, resume=True)
-    before = (run / MODEL / "adapter_model.safetensors").read_bytes()
+    before = (RunFolder(run).model / "adapter_model.safetensors").read_bytes()
     train(recipe, resume=True)
-    assert (run / MODEL / "adapter_model.safetensors").read_bytes() == before
+    assert (RunFolder(run).model / "adapter_model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -146,7 +146,7 @@ def test_training_starts_from_a_head_that_is_fitted_to_what_the_untouched_backbo
     np.testing.assert_allclose(predicted(predict(run, parts.validation)), alone, atol=1e-4)
     with monkeypatch.context() as patch:  # a checkpoint has its head already
         patch.setattr("rewardmodel.training.train.fit_last_layer", lambda *_: pytest.fail("fitted again"))
-        shutil.rmtree(run / MODEL)
+        shutil.rmtree(RunFolder(run).model)
         train(dataclasses.replace(recipe, model=model, trainer=still), parts=parts, resume=True)
     np.testing.assert_allclose(predicted(predict(run, parts.validation)), alone, atol=1e-4)
 

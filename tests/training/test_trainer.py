@@ -24,13 +24,13 @@ from rewardmodel.model.batching import pack
 from rewardmodel.objectives import find_objective
 from rewardmodel.predictions import predicted, predictions_table, write_predictions
 from rewardmodel.prompt.tokenization import tokenize
-from rewardmodel.run_folder import MODEL
+from rewardmodel.run_folder import RunFolder
 from rewardmodel.training.train import train
 from rewardmodel.training.trainer import PreferenceTrainer
 
 
 def adapter(run) -> dict[str, torch.Tensor]:
-    return load_file(run / MODEL / "adapter_model.safetensors")
+    return load_file(RunFolder(run).model / "adapter_model.safetensors")
 
 
 def assert_same_weights(one, two) -> None:
@@ -89,7 +89,7 @@ def test_a_killed_run_resumes_to_the_same_weights(recipe, tmp_path):
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert not (killed.run_folder / MODEL).exists()
+    assert not RunFolder(killed.run_folder).model.exists()
     run, _ = train(killed, resume=True)
     assert_same_weights(adapter(whole), adapter(run))
 
@@ -99,7 +99,7 @@ def test_early_stopping_counts_on_after_a_resume(recipe, tmp_path):
     recipe = with_trainer(recipe, **keys)
     run, _ = train(recipe)
     steps = latest_state(run).parent.name
-    (run / MODEL).rename(tmp_path / "elsewhere")
+    RunFolder(run).model.rename(tmp_path / "elsewhere")
     latest_state(run).unlink()  # the resume begins between the first bad evaluation and the last
     train(recipe, resume=True)
     assert latest_state(run).parent.name == steps
@@ -109,7 +109,7 @@ def test_resuming_passes_over_a_checkpoint_that_was_cut_off(recipe, tmp_path):
     recipe = with_trainer(recipe, num_train_epochs=2, save_total_limit=10)
     run, _ = train(recipe)
     before = adapter(run)
-    (run / MODEL).rename(tmp_path / "elsewhere")
+    RunFolder(run).model.rename(tmp_path / "elsewhere")
     latest_state(run).write_text('{"half')
     again, _ = train(recipe, resume=True)
     assert_same_weights(adapter(again), before)
@@ -117,9 +117,9 @@ def test_resuming_passes_over_a_checkpoint_that_was_cut_off(recipe, tmp_path):
 
 def test_a_finished_run_is_not_trained_again(recipe):
     run, _ = train(recipe)
-    written = (run / MODEL / "adapter_model.safetensors").stat().st_mtime_ns
+    written = (RunFolder(run).model / "adapter_model.safetensors").stat().st_mtime_ns
     train(recipe, resume=True)
-    assert (run / MODEL / "adapter_model.safetensors").stat().st_mtime_ns == written
+    assert (RunFolder(run).model / "adapter_model.safetensors").stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize("tokens", [1, 300, 500])
