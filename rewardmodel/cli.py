@@ -68,13 +68,13 @@ def _doctor(arguments: list[str]) -> int:
     if options.gpus is not None and options.gpus < 1:
         raise InputError(f"--gpus: {options.gpus}; give at least 1")
     from rewardmodel.config.loader import load_recipe
-    from rewardmodel.distributed import Launch, launch_of
+    from rewardmodel.distributed import Launch, read_launch
     from rewardmodel.planning.doctor import doctor, format_doctor
 
     recipe = load_recipe(options.recipe, overrides)
     launched = None
     if options.launch:
-        launched = launch_of(options.launch, options.gpus)
+        launched = read_launch(options.launch, options.gpus)
     elif options.gpus:
         launched = Launch(options.gpus, "ddp" if options.gpus > 1 else "")
     facts = doctor(recipe, options.device, launched)

@@ -1,6 +1,5 @@
-"""How a model is spread over processes, and which of them this is; one process alone is the main one."""
+"""How a model is spread over processes, and which of them this is; a single process is the main one."""
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,42 +12,42 @@ from rewardmodel.errors import InputError
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-Found = TypeVar("Found")
+T = TypeVar("T")
 
 
 def is_main() -> bool:
-    """Return whether this process is the one that writes files and talks."""
+    """Return whether this process is the one that writes files and prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def joined() -> "PartialState":
-    """Return accelerate's state of this process, which is one of its launch from here on."""
+def process_state() -> "PartialState":
+    """Return accelerate's state of this process; the first call joins the process group of the launch."""
     import torch  # here, because the command line must start without it
     from accelerate import PartialState
 
-    # Unless it is told, processes on CPUs know nothing of each other.
+    # accelerate joins processes on CPUs only if it is asked to
     cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.cuda.is_available()
     return PartialState(cpu=cpu)
 
 
 def wait_for_all() -> None:
-    """Return when every process has come here."""
-    joined().wait_for_everyone()
+    """Return when every process has called this."""
+    process_state().wait_for_everyone()
 
 
-def from_main(find: Callable[[], Found]) -> Found:
-    """Return in every process what `find` returns in the main one, which alone calls it."""
-    joined()
+def from_main(compute: Callable[[], T]) -> T:
+    """Return in every process what `compute` returns in the main one, the only one that calls it."""
+    process_state()
     from accelerate.utils import broadcast_object_list
 
-    found: list = [find() if is_main() else None]
-    broadcast_object_list(found)
-    return found[0]
+    result: list = [compute() if is_main() else None]
+    broadcast_object_list(result)
+    return result[0]
 
 
-def in_every_process(names: set[str]) -> set[str]:
-    """Return those of some names that every process gives."""
-    if joined().num_processes == 1:
+def common_to_all(names: set[str]) -> set[str]:
+    """Return the intersection of the sets that all processes give."""
+    if process_state().num_processes == 1:
         return names
     from accelerate.utils import gather_object
 
@@ -59,67 +58,62 @@ class Launch(NamedTuple):
     """How a model is spread over processes.
 
     Attributes:
-        processes: their number, over all machines; each has a GPU.
-        strategy: `ddp` keeps all weights in each, `fsdp` and `deepspeed` spread them; none: one process.
-        version: of FSDP, or the stage of DeepSpeed's ZeRO.
-        ram_efficient: whether the first process alone reads weights, and sends them to the others (FSDP).
+        processes: their number, over all machines; each has one GPU.
+        strategy: `ddp` keeps all weights in every process, `fsdp` shards them; empty: a single process.
+        version: of FSDP.
+        ram_efficient: whether only the first process reads weights and sends them to the others (FSDP).
     """
 
     processes: int = 1
-    strategy: Literal["", "ddp", "fsdp", "deepspeed"] = ""
+    strategy: Literal["", "ddp", "fsdp"] = ""
     version: int = 0
     ram_efficient: bool = False
 
 
-def launch(environment: Mapping[str, str] = os.environ) -> Launch:
-    """Return the launch that this process is part of, by the variables that accelerate's launcher sets."""
+def current_launch(environment: Mapping[str, str] = os.environ) -> Launch:
+    """Return the launch that this process is part of, from the variables that accelerate's launcher sets.
+
+    Raises:
+        InputError: DeepSpeed, which is not supported.
+    """
     processes = int(environment.get("WORLD_SIZE", "1"))
-    if _true(environment.get("ACCELERATE_USE_FSDP")):
-        ram_efficient = _true(environment.get("FSDP_CPU_RAM_EFFICIENT_LOADING"))
+    if _is_true(environment.get("ACCELERATE_USE_DEEPSPEED")):
+        raise InputError(NO_DEEPSPEED)
+    if _is_true(environment.get("ACCELERATE_USE_FSDP")):
+        ram_efficient = _is_true(environment.get("FSDP_CPU_RAM_EFFICIENT_LOADING"))
         return Launch(processes, "fsdp", int(environment.get("FSDP_VERSION", "1")), ram_efficient)
-    if _true(environment.get("ACCELERATE_USE_DEEPSPEED")):
-        file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-        stage = _stage(Path(file)) if file else int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
-        return Launch(processes, "deepspeed", stage)
     return Launch(processes, "ddp" if processes > 1 else "")
 
 
-def launch_of(path: Path, processes: int | None = None) -> Launch:
-    """Return the launch that a configuration of accelerate describes.
+def read_launch(path: Path, processes: int | None = None) -> Launch:
+    """Return the launch that a configuration file of accelerate describes.
 
     Args:
         path: the YAML file.
-        processes: in the place of its own number.
+        processes: overrides the number in the file.
 
     Raises:
-        InputError: no such file, or no configuration of accelerate.
+        InputError: no such file, not a configuration of accelerate, or DeepSpeed, which is not supported.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: no configuration of accelerate ({' '.join(str(error).split())})") from error
+        raise InputError(f"{path}: not a configuration of accelerate ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict) or "distributed_type" not in content:
-        raise InputError(f"{path}: no configuration of accelerate: it has no distributed_type; see recipes/accelerate")
+        raise InputError(f"{path}: not a configuration of accelerate: no distributed_type; see recipes/accelerate")
     count = processes or int(content.get("num_processes") or 1)
     kind = str(content["distributed_type"]).upper()
+    if kind == "DEEPSPEED":
+        raise InputError(f"{path}: {NO_DEEPSPEED}")
     if kind == "FSDP":
         fsdp = content.get("fsdp_config") or {}
-        efficient = _true(fsdp.get("fsdp_cpu_ram_efficient_loading", True))  # accelerate's own default
+        efficient = _is_true(fsdp.get("fsdp_cpu_ram_efficient_loading", True))  # accelerate's own default
         return Launch(count, "fsdp", int(fsdp.get("fsdp_version", 1)), efficient)
-    if kind == "DEEPSPEED":
-        deepspeed = content.get("deepspeed_config") or {}
-        file = deepspeed.get("deepspeed_config_file")
-        return Launch(count, "deepspeed", _stage(Path(file)) if file else int(deepspeed.get("zero_stage", 2)))
     return Launch(count, "ddp" if count > 1 else "")
 
 
-def _stage(path: Path) -> int:
-    """Return the stage of ZeRO in a configuration file of DeepSpeed."""
-    try:
-        return int(json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0))
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: no configuration of DeepSpeed ({' '.join(str(error).split())})") from error
+NO_DEEPSPEED = "distributed_type: DeepSpeed is not supported; launch with recipes/accelerate/ddp.yaml or fsdp2.yaml"
 
 
-def _true(value: Any) -> bool:
+def _is_true(value: Any) -> bool:
     return str(value).lower() in ("true", "1", "yes")

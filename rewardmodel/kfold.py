@@ -55,7 +55,7 @@ def train_folds(
     dealt = load_battles(whole.data, battles)
     for fold in range(whole.data.folds):
         if fold == 0:
-            _train(whole, dealt, fold, resume=resume, overwrite=overwrite, alone=overwrite and not resume)
+            _train(whole, dealt, fold, resume=resume, overwrite=overwrite, fresh=overwrite and not resume)
         else:
             _train(whole, dealt, fold, resume=True)
     folder = whole.run_folder
@@ -95,9 +95,9 @@ def _of_all_folds(recipe: Recipe, battles: Any) -> Recipe:
 
 
 def _train(
-    whole: Recipe, dealt: Dataset, fold: int, *, resume: bool, overwrite: bool = False, alone: bool = False
+    whole: Recipe, dealt: Dataset, fold: int, *, resume: bool, overwrite: bool = False, fresh: bool = False
 ) -> Path:
-    """Train and judge a fold unless it is done, and return its folder; `alone`: nothing stays of the run before."""
+    """Train and judge a fold unless it is done, and return its folder; `fresh`: nothing stays of the run before."""
     folder, parts = fold_folder(whole.run_folder, fold), split(dealt, fold)
     data = replace(whole.data, fold=fold, test=None, sample_submission=None)
     recipe = replace(whole, data=data, trainer={**whole.trainer, "output_dir": str(folder)})
@@ -109,15 +109,15 @@ def _train(
         logger.info("%s: done", folder)
         return folder
 
-    def opening() -> None:
-        if alone and whole.run_folder.is_dir():
+    def before_write() -> None:
+        if fresh and whole.run_folder.is_dir():
             clear(whole.run_folder)
         for name in GATHERED:
             getattr(RunFolder(whole.run_folder), name).unlink(missing_ok=True)
         write_text(RunFolder(whole.run_folder).recipe, dump_recipe(whole))
 
     logger.info("fold %d of 0 to %d: %s", fold, whole.data.folds - 1, folder)
-    run(recipe, parts=parts, resume=resume, overwrite=overwrite, opening=opening)
+    run(recipe, parts=parts, resume=resume, overwrite=overwrite, before_write=before_write)
     gc.collect()  # the model, before the next fold's
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

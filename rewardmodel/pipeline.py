@@ -18,9 +18,9 @@ from rewardmodel.evaluation.calibration import BLENDED
 from rewardmodel.evaluation.report import report
 from rewardmodel.evaluation.text_regression import Regression, predict_each, save
 from rewardmodel.files import atomic_path, write_json
-from rewardmodel.inference.predict import blends, by_rule, calibrate, predict_with
-from rewardmodel.model.loading import load_model, load_tokenizer
-from rewardmodel.model.weights import resolve
+from rewardmodel.inference.predict import apply_recipe_rules, predict_with, read_calibration
+from rewardmodel.model.loading import load_predictor, load_tokenizer
+from rewardmodel.model.weights import fetch_backbone
 from rewardmodel.objectives import find_objective
 from rewardmodel.predictions import check_sample, with_floor, write_predictions, write_submission
 from rewardmodel.prompt.encoder import PromptEncoder
@@ -39,7 +39,7 @@ def run(
     parts: Parts | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    opening: Callable[[], None] = lambda: None,
+    before_write: Callable[[], None] = lambda: None,
 ) -> tuple[Path, dict[str, Any]]:
     """Train, judge on the held-out fold beside the floors, report, and predict `data.test` if there is one.
 
@@ -50,7 +50,7 @@ def run(
         parts: its battles, if they were read before.
         resume: continue the run that is there.
         overwrite: replace the run that is there.
-        opening: as for `train`.
+        before_write: as for `train`.
 
     Returns:
         The run folder and what `evaluate` found.
@@ -64,15 +64,15 @@ def run(
         if test is None:
             raise InputError("data.sample_submission: there is no data.test to submit; give it, or leave this out")
         check_sample(Path(data.sample_submission), test["id"])
-    folder, parts = train(recipe, parts=parts, resume=resume, overwrite=overwrite, opening=opening)
+    folder, parts = train(recipe, parts=parts, resume=resume, overwrite=overwrite, before_write=before_write)
 
     files = RunFolder(folder)
-    model, tokenizer = load_model(recipe.model, files.model)
+    predictor = load_predictor(recipe.model, files.model, recipe.inference.batch_tokens)
     if is_main():
         for path in (files.predictions, files.submission):  # of another data.test, perhaps
             path.unlink(missing_ok=True)
     judged = {"validation": parts.validation, "calibration": parts.calibration, "test": test}
-    tables = {name: predict_with(model, tokenizer, recipe, part, cached=True) for name, part in judged.items() if part}
+    tables = {name: predict_with(predictor, recipe, part, cached=True) for name, part in judged.items() if part}
     if is_main():
         write_predictions(tables["validation"], files.validation)
         floors = fit(parts.training)
@@ -85,9 +85,10 @@ def run(
         report(folder)
         if test is not None:
             submitted = tables["test"]
-            if blends(folder, recipe):
+            calibration = read_calibration(folder, recipe)
+            if calibration.blends:
                 submitted = with_floor(submitted, predict_each([floor], test)[0])
-            submitted = by_rule(calibrate(submitted, folder, recipe), recipe, test)
+            submitted = apply_recipe_rules(calibration.apply(submitted), recipe, test)
             write_predictions(submitted, files.predictions)
             write_submission(submitted, files.submission)
     wait_for_all()
@@ -109,7 +110,7 @@ def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """
     battles = load_battles(recipe.data)
     try:
-        backbone = resolve(recipe.model.model_name_or_path, recipe.model.model_revision, weights=False)
+        backbone = fetch_backbone(recipe.model.model_name_or_path, recipe.model.model_revision, weights=False)
         encoding = find_objective(recipe.objective).encoding
         encoder = PromptEncoder(load_tokenizer(backbone), recipe.prompt, encoding)
     except InputError as error:  # a licence not accepted yet, or no network: the rest can be told all the same

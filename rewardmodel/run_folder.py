@@ -148,17 +148,17 @@ def check_run(recipe: Recipe, resume: bool, overwrite: bool, all_folds: bool = F
         )
 
 
-def open_run(recipe: Recipe, resume: bool, overwrite: bool, opening: Callable[[], None] = lambda: None) -> Path:
+def open_run(recipe: Recipe, resume: bool, overwrite: bool, before_write: Callable[[], None] = lambda: None) -> Path:
     """Return the run folder, holding the resolved recipe and nothing of another run.
 
-    `opening` is called before anything is written there.
+    `before_write` is called before anything is written there.
 
     Raises:
         InputError: as `check_run`.
     """
     check_run(recipe, resume, overwrite)
     folder = recipe.run_folder
-    opening()
+    before_write()
     if RunFolder(folder).recipe.is_file() and not resume:
         clear(folder)
     write_text(RunFolder(folder).recipe, dump_recipe(recipe))

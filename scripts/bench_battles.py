@@ -147,9 +147,9 @@ def main() -> None:
     parser.add_argument("--backbone", default="smollm2-135m-instruct", help="whose tokenizer")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
-    from rewardmodel.model.weights import resolve
+    from rewardmodel.model.weights import fetch_backbone
 
-    backbone = str(resolve(options.backbone, weights=False))
+    backbone = str(fetch_backbone(options.backbone, weights=False))
     figures: dict = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "tokenise": [], "read_and_fold": []}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "battles.csv"

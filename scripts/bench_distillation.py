@@ -55,10 +55,10 @@ def dealt(options: argparse.Namespace, folder: Path, seed: int) -> dict[str, Any
 def predictions(run: Path, recipe: Any, battles: Any) -> Any:
     """Return what a run predicts, uncalibrated; a frozen backbone reads each battle once for all models."""
     from rewardmodel.inference.predict import predict_with
-    from rewardmodel.model.loading import load_model
+    from rewardmodel.model.loading import load_predictor
     from rewardmodel.run_folder import RunFolder
 
-    return predict_with(*load_model(recipe.model, RunFolder(run).model), recipe, battles, cached=True)
+    return predict_with(load_predictor(recipe.model, RunFolder(run).model), recipe, battles, cached=True)
 
 
 def write_pseudo_labels(table: Any, battles: Any, folder: Path) -> None:

@@ -104,7 +104,7 @@ def take(name: str, folder: str) -> dict:
     from rewardmodel.model.forward import row_logits
     from rewardmodel.model.loading import build_model
     from rewardmodel.model.precision import placement
-    from rewardmodel.model.weights import resolve
+    from rewardmodel.model.weights import fetch_backbone
     from rewardmodel.objectives import find_objective
     from rewardmodel.prompt.tokenization import tokenize
     from rewardmodel.training.train import train
@@ -114,9 +114,9 @@ def take(name: str, folder: str) -> dict:
     if not CASES[name].get("predict"):
         train(recipe)
     else:
-        model, tokenizer = build_model(recipe.model, find_objective(recipe.objective).head, 0)
+        model, tokenizer = build_model(resolve_backbone(recipe.model), find_objective(recipe.objective).head, 0)
         rows = tokenize(load_battles(recipe.data).select(range(12)), tokenizer, recipe.prompt, both_orders=True)
-        dtype = placement(recipe.model, resolve(recipe.model.model_name_or_path))[1]
+        dtype = placement(recipe.model, fetch_backbone(recipe.model.model_name_or_path))[1]
         row_logits(model.eval(), rows, tokenizer.pad_token_id, dtype, 4096)
     return {"before_gib": round(before, 3), "peak_gib": round(resident(), 3)}
 
@@ -151,9 +151,9 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", help=f"of: {'; '.join(CASES)}; none: all")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
-    from rewardmodel.model.weights import resolve
+    from rewardmodel.model.weights import fetch_backbone
 
-    smollm2 = resolve("smollm2-135m-instruct")
+    smollm2 = fetch_backbone("smollm2-135m-instruct")
     figures: dict[str, Any] = {"machine": processor(), "cases": {}}
     for name in options.cases or CASES:
         with tempfile.TemporaryDirectory() as folder:

@@ -57,7 +57,7 @@ def recipe_of(backbone: str, output: str, trainer: dict[str, Any], **data: Any) 
 def battles(path: str, count: str, backbone: str) -> dict:
     """Train on a file and predict its validation fold; return the seconds of each."""
     from rewardmodel.inference.predict import predict_with
-    from rewardmodel.model.loading import load_model
+    from rewardmodel.model.loading import load_predictor
     from rewardmodel.run_folder import RunFolder
     from rewardmodel.training.train import train
 
@@ -65,7 +65,7 @@ def battles(path: str, count: str, backbone: str) -> dict:
     start = time.perf_counter()
     run, parts = train(recipe)
     trained = time.perf_counter()
-    table = predict_with(*load_model(recipe.model, RunFolder(run).model), recipe, parts.validation)
+    table = predict_with(load_predictor(recipe.model, RunFolder(run).model), recipe, parts.validation)
     predicted = time.perf_counter()
     return {
         "battles": int(count),
@@ -97,7 +97,7 @@ def length(backbone: str, tokens: str) -> dict:
     ]
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe_of(backbone, folder, {})
-        model, tokenizer = build_model(recipe.model, JOINT, seed=0)
+        model, tokenizer = build_model(resolve_backbone(recipe.model), JOINT, seed=0)
         args = training_arguments(recipe, torch.float32, torch.device("cpu"))
         data, given = Dataset.from_list(rows, features=ROWS), (recipe.objective, torch.float32, (TOKENS, TOKENS))
         PreferenceTrainer(model, args, data.select(range(8)), None, tokenizer, *given).train()

@@ -28,12 +28,13 @@ Predicts = tuple[Any, Callable[[dict[str, Any]], list[np.ndarray]]]
 def ours(plan: Plan) -> Predicts:
     """Return rewardmodel's; the tokens of a batch are those that it found to fit when it warmed up."""
     from rewardmodel.config.schema import ObjectiveConfig
+    from rewardmodel.model.backbone import resolve_backbone
     from rewardmodel.model.forward import forward_budget, row_logits
     from rewardmodel.model.loading import build_model
     from rewardmodel.objectives import find_objective
 
     objective = find_objective(ObjectiveConfig())
-    model, tokenizer = build_model(our_config(plan), objective.head, plan.seed)
+    model, tokenizer = build_model(resolve_backbone(our_config(plan)), objective.head, plan.seed)
     model.eval()
     budget: list[int] = []
 

@@ -98,11 +98,11 @@ def backbone_folder(name: str, folder: Path) -> Path:
     """Return the folder of a shape's backbone: tokenizer, configuration and, unless they are drawn, weights."""
     from transformers import AutoConfig
 
-    from rewardmodel.model.weights import resolve
+    from rewardmodel.model.weights import fetch_backbone
 
     config = SHAPES[name].config
     if config is None:
-        return resolve(name)
+        return fetch_backbone(name)
     folder = folder / name
     tokenizer = text_tokenizer() or unlettered_tokenizer()
     tokens = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
@@ -115,10 +115,10 @@ def text_tokenizer() -> Any:
     """Return SmolLM2's tokenizer, whose ids every shape has, or None where its package is not installed."""
     from rewardmodel.errors import InputError
     from rewardmodel.model.loading import load_tokenizer
-    from rewardmodel.model.weights import resolve
+    from rewardmodel.model.weights import fetch_backbone
 
     try:
-        return load_tokenizer(resolve("smollm2-135m-instruct"))
+        return load_tokenizer(fetch_backbone("smollm2-135m-instruct"))
     except InputError:
         return None
 

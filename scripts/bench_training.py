@@ -72,13 +72,14 @@ def separate(plan: Plan) -> Trained:
 def rewardmodels(plan: Plan, name: str, rows_of: Callable[[Any], Any]) -> Trained:
     """Return rewardmodel's; the tokens of a micro-batch are those that the trainer found to fit when it warmed up."""
     from rewardmodel.config.schema import ObjectiveConfig, Recipe
+    from rewardmodel.model.backbone import resolve_backbone
     from rewardmodel.model.loading import build_model
     from rewardmodel.objectives import find_objective
     from rewardmodel.training.arguments import training_arguments
     from rewardmodel.training.trainer import PreferenceTrainer
 
     objective = ObjectiveConfig(name)
-    model, tokenizer = build_model(our_config(plan), find_objective(objective).head, plan.seed)
+    model, tokenizer = build_model(resolve_backbone(our_config(plan)), find_objective(objective).head, plan.seed)
     told = {"battles_per_step": plan.batch, "gradient_checkpointing": plan.checkpointing}
     args = training_arguments(Recipe(trainer=settings(plan) | told), plan.dtype, plan.device)
     last: list[Any] = []

@@ -57,9 +57,9 @@ def kept_in(config: Any) -> tuple[torch.dtype, Path]:
     """Return the precision that a recipe's `model` section computes in here, and where what it reads is kept."""
     from rewardmodel.model.features import feature_folder
     from rewardmodel.model.precision import placement
-    from rewardmodel.model.weights import resolve
+    from rewardmodel.model.weights import fetch_backbone
 
-    dtype = placement(config, resolve(config.model_name_or_path, config.model_revision))[1]
+    dtype = placement(config, fetch_backbone(config.model_name_or_path, config.model_revision))[1]
     return dtype, feature_folder(config, dtype)
 
 
@@ -74,7 +74,7 @@ def read(recipe: Any, battles: Any) -> Read:
     # The other poolings are columns of this one.
     config = replace(recipe.model, pooling="last_and_responses")
     objective = find_objective(recipe.objective)
-    model, tokenizer = build_model(config, objective.head, 0)
+    model, tokenizer = build_model(resolve_backbone(config), objective.head, 0)
     dtype, folder = kept_in(config)
     joint = objective.encoding == "joint"
     rows = tokenize(battles, tokenizer, recipe.prompt, encoding=objective.encoding, both_orders=joint)

@@ -350,7 +350,7 @@ def make_trainer(recipe, training, validation):
     from rewardmodel.training.arguments import training_arguments
     from rewardmodel.training.trainer import PreferenceTrainer
 
-    model, tokenizer = build_model(recipe.model, JOINT, seed=0)
+    model, tokenizer = build_model(resolve_backbone(recipe.model), JOINT, seed=0)
     rows = [tokenize(battles, tokenizer, recipe.prompt) for battles in (training, validation)]
     args = training_arguments(recipe, torch.float32, torch.device("cpu"))
     tokens = (recipe.trainer["micro_batch_tokens"], None)

@@ -29,7 +29,7 @@ from accelerate.utils import DistributedType
 import rewardmodel.training.train as training
 from rewardmodel.config.loader import load_recipe
 from rewardmodel.inference.predict import predict_with
-from rewardmodel.model.loading import load_model
+from rewardmodel.model.loading import load_model, load_predictor
 from rewardmodel.predictions import write_predictions
 from rewardmodel.distributed import is_main
 from rewardmodel.run_folder import RunFolder
@@ -47,7 +47,7 @@ for recipe in others:
     training.train(recipe)
 os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"  # as recipes/accelerate/fsdp2.yaml has it
 folder, parts = training.train(whole)
-table = predict_with(*load_model(whole.model, RunFolder(folder).model), whole, parts.validation)
+table = predict_with(load_predictor(whole.model, RunFolder(folder).model), whole, parts.validation)
 if is_main():
     write_predictions(table, RunFolder(folder).validation)
 """

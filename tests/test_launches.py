@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from rewardmodel.distributed import Launch, launch, launch_of
+from rewardmodel.distributed import Launch, launch, read_launch
 from rewardmodel.errors import InputError
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
@@ -44,8 +44,8 @@ def test_the_launcher_is_known_by_its_variables(environment, expected):
     ],
 )
 def test_the_configurations_of_the_repository_are_read(name, expected):
-    assert launch_of(CONFIGS / f"{name}.yaml") == expected
-    assert launch_of(CONFIGS / f"{name}.yaml", 3).processes == 3
+    assert read_launch(CONFIGS / f"{name}.yaml") == expected
+    assert read_launch(CONFIGS / f"{name}.yaml", 3).processes == 3
 
 
 def test_the_stage_is_read_out_of_a_configuration_of_deepspeed(tmp_path):
@@ -55,10 +55,10 @@ def test_the_stage_is_read_out_of_a_configuration_of_deepspeed(tmp_path):
     assert launch(variables) == Launch(2, "deepspeed", 3)
     config = tmp_path / "accelerate.yaml"
     config.write_text(f"distributed_type: DEEPSPEED\ndeepspeed_config: {{deepspeed_config_file: '{file}'}}\n")
-    assert launch_of(config, 2) == Launch(2, "deepspeed", 3)
+    assert read_launch(config, 2) == Launch(2, "deepspeed", 3)
     file.write_text("[]")
     with pytest.raises(InputError, match="no configuration of DeepSpeed"):
-        launch_of(config)
+        read_launch(config)
 
 
 @pytest.mark.parametrize("text", [None, "a: [", "just words", "num_processes: 2\n"])
@@ -67,4 +67,4 @@ def test_a_file_that_is_no_configuration_is_refused(text, tmp_path):
     if text is not None:
         path.write_text(text)
     with pytest.raises(InputError, match="no configuration of accelerate"):
-        launch_of(path)
+        read_launch(path)

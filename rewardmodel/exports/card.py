@@ -14,11 +14,11 @@ from rewardmodel.config.schema import ModelConfig, Recipe, Source
 from rewardmodel.evaluation.bias import format_bias
 from rewardmodel.evaluation.calibration import BLEND
 from rewardmodel.evaluation.evaluate import format_metrics
-from rewardmodel.exports.parity import Facts, format_parity
 from rewardmodel.files import write_text
-from rewardmodel.model.loading import is_adapter, load_tokenizer, read_about
-from rewardmodel.model.precision import quantisation_name
-from rewardmodel.model.weights import resolve
+from rewardmodel.model.loading import load_tokenizer
+from rewardmodel.model.precision import quantization_name
+from rewardmodel.model.saved_model import is_adapter, read_about
+from rewardmodel.model.weights import fetch_backbone
 from rewardmodel.objectives import find_objective
 from rewardmodel.prompt.encoder import PromptEncoder
 from rewardmodel.run_folder import RunFolder, load_run_recipe
@@ -36,26 +36,28 @@ LINKS = {
 """How rewards become probabilities, by objective."""
 
 
-def write_card(runs: Sequence[Path], model: Path, parity: Facts) -> None:
+def write_card(runs: Sequence[Path], model: Path, parity: dict[str, Any], parity_text: str) -> None:
     """Write the card of an export beside its model.
 
     Args:
         runs: the folders of the runs that it was made of.
         model: the export's model, with its recipe.
         parity: what `exports.parity.check_parity` found.
+        parity_text: the same as lines of text.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True
     )
-    write_text(model / CARD, environment.get_template("card.md.jinja").render(**card_facts(runs, model, parity)))
+    facts = card_facts(runs, model, parity, parity_text)
+    write_text(model / CARD, environment.get_template("card.md.jinja").render(**facts))
 
 
-def card_facts(runs: Sequence[Path], model: Path, parity: Facts) -> dict[str, Any]:
+def card_facts(runs: Sequence[Path], model: Path, parity: dict[str, Any], parity_text: str) -> dict[str, Any]:
     """Return what the card's template prints."""
     recipe, about = load_run_recipe(runs[0]), read_about(model)
     objective = find_objective(recipe.objective)
     merged = about.get("merged", {})
-    bits = quantisation_name(recipe.model)
+    bits = quantization_name(recipe.model)
     return {
         "title": f"{Path(recipe.trainer['output_dir']).name}, {parity['kind']}",
         "version": metadata.version("rewardmodel"),
@@ -80,7 +82,7 @@ def card_facts(runs: Sequence[Path], model: Path, parity: Facts) -> dict[str, An
         "folds": len(runs),
         "runs": [_run_facts(run) for run in runs],
         "calibration": _calibration(runs, model),
-        "parity": format_parity(parity),
+        "parity": parity_text,
     }
 
 
@@ -98,7 +100,7 @@ def licence(config: ModelConfig) -> dict[str, str | None]:
 
 def _licence_of_card(config: ModelConfig) -> str | None:
     """Return the licence that the backbone's own card states: the one in its folder, or on the hub."""
-    folder = resolve(config.model_name_or_path, config.model_revision)
+    folder = fetch_backbone(config.model_name_or_path, config.model_revision)
     try:
         _, header, _ = (folder / CARD).read_text(encoding="utf-8").split("---\n", 2)
         return yaml.safe_load(header)["license"]

@@ -35,14 +35,15 @@ from rewardmodel.exports.parity import (
     battles_to_compare,
     check_parity,
     differences,
+    format_parity,
     predict_run,
 )
 from rewardmodel.exports.soup import soup
 from rewardmodel.files import atomic_path, write_json, write_text
-from rewardmodel.model.compatibility import incompatibilities
+from rewardmodel.model.backbone import resolve_backbone, saved_backbone_folder
 from rewardmodel.model.families import stored_bits
-from rewardmodel.model.loading import backbone_folder, is_adapter
-from rewardmodel.model.precision import bits_and_bytes, compute_device, setup
+from rewardmodel.model.precision import bits_and_bytes, dtype_name
+from rewardmodel.model.saved_model import is_adapter
 from rewardmodel.predictions import PROBABILITIES, predicted, read_predictions, write_predictions
 from rewardmodel.run_folder import RunFolder, trained_models
 
@@ -90,7 +91,7 @@ def export(
     output = Path(output)
     found = [trained(folder) for folder in run_folders(runs)]
     contents = _check_asked(found, output, kind, dtype, push_to_hub, bundle)
-    stored = stored_bits(AutoConfig.from_pretrained(backbone_folder(found[0].recipe.model, found[0].model)))
+    stored = stored_bits(AutoConfig.from_pretrained(saved_backbone_folder(found[0].recipe.model, found[0].model)))
     if stored and contents != "adapter":
         raise InputError(f"--kind: the backbone is stored in {stored} bits, which merging does not read; use adapter")
     if not found[0].recipe.model.plain_head and contents != "adapter" and not (rewardmodel_only or bundle):
@@ -118,7 +119,7 @@ def export(
         if run.recipe.model.load_in_8bit:
             facts["rounded_run"] = differences(predict_run(run, compared, rounded=True), beside)
         write_json(folder / PARITY, facts)
-        write_card([one.folder for one in found], model, facts)
+        write_card([one.folder for one in found], model, facts, format_parity(facts))
         if bundle:
             if bundle.base:
                 moved = replace(recipe, model=replace(recipe.model, model_name_or_path=bundle.base))
@@ -209,12 +210,15 @@ def _averaged(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 def _precision(run: Trained, contents: str, weights: torch.dtype) -> str:
     """Return the precision that an export is compared in: its own, where the machine computes it."""
-    name, config = str(weights).removeprefix("torch."), run.recipe.model
-    if contents == "adapter" or (name == "float16" and compute_device(config).type == "cpu"):
+    name, config = dtype_name(weights), run.recipe.model
+    if contents == "adapter":
         return "float32"
-    asked = replace(config, dtype=name, attn_implementation=None)  # type: ignore[arg-type]
-    planned = setup(asked, backbone_folder(config, run.model))
-    return "float32" if incompatibilities(planned) else name
+    try:
+        planned = replace(config, dtype=name, attn_implementation=None)  # type: ignore[arg-type]
+        resolve_backbone(planned, folder=saved_backbone_folder(config, run.model))
+    except InputError:
+        return "float32"
+    return name
 
 
 def _limits(contents: str, weights: torch.dtype) -> Limits | None:
@@ -260,11 +264,10 @@ EXPORTS = {
     "adapter": Export(_adapter, whole=False),
     "merged": Export(merge),
     "merged_4bit": Export(partial(_requantised, bits=4), bits=4),
-    "merged_8bit": Export(partial(_requantised, bits=8), bits=8),
     "soup": Export(merge),
 }
-"""Exports by name. `adapter`: as it was trained, for PEFT. `merged`: a plain model. `merged_4bit`, `merged_8bit`: that
-quantised once more, the head left out. `soup`: `merged` of the mean of several runs."""
+"""Exports by name. `adapter`: as it was trained, for PEFT. `merged`: a plain model. `merged_4bit`: that quantised
+once more, the head left out. `soup`: `merged` of the mean of several runs."""
 
 KAGGLE = "kaggle"
 """An export, out of `EXPORTS`, with all that a machine without a network needs to predict with it."""

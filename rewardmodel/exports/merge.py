@@ -22,10 +22,12 @@ from rewardmodel.config.schema import Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.exports.weight_files import SHARD, parameter_names, weight_files, write_shards
 from rewardmodel.files import write_json
-from rewardmodel.model.families import family, lowest_layers
+from rewardmodel.model.backbone import saved_backbone_folder
+from rewardmodel.model.families import find_family, lowest_layers
 from rewardmodel.model.heads import classifier_class, head_names
-from rewardmodel.model.loading import ADAPTER, backbone_folder, is_adapter, label_names, load_tokenizer, read_about
-from rewardmodel.model.precision import bits_and_bytes, compute_device
+from rewardmodel.model.loading import label_names, load_tokenizer
+from rewardmodel.model.precision import bits_and_bytes, compute_device, dtype_name
+from rewardmodel.model.saved_model import ADAPTER_FILE, is_adapter, read_about
 from rewardmodel.objectives import Head
 from rewardmodel.run_folder import BACKBONE_FILE, RunFolder, load_run_recipe, model_folder
 
@@ -86,7 +88,7 @@ def merge(
         FloatingPointError: a weight that is no finite number.
     """
     about = read_about(run.model)
-    backbone = backbone_folder(run.recipe.model, run.model)
+    backbone = saved_backbone_folder(run.recipe.model, run.model)
     settings = AutoConfig.from_pretrained(backbone, **label_names(Head(**about["head"])))
     settings = lowest_layers(settings, run.recipe.model.num_hidden_layers)
     if getattr(settings, "quantization_config", None):
@@ -104,7 +106,7 @@ def merge(
         settings.quantization_config = requantise
     settings.save_pretrained(folder)
     bits = (4 if requantise.load_in_4bit else 8) if requantise else None
-    about["merged"] = {"dtype": str(dtype).removeprefix("torch."), "bits": bits}
+    about["merged"] = {"dtype": dtype_name(dtype), "bits": bits}
     write_json(folder / BACKBONE_FILE, about | ({} if streams.tie is None else {"tie": streams.tie}))
 
 
@@ -135,7 +137,7 @@ class Merging:
     ) -> None:
         config = run.recipe.model
         self.run, self.dtype, self.device = run, dtype, compute_device(config)
-        self.loaded = torch.float32 if family(settings.model_type).float32_weights else run.dtype
+        self.loaded = torch.float32 if find_family(settings.model_type).float32_weights else run.dtype
         self.tie: float | None = None
         quantised = config.load_in_4bit or config.load_in_8bit
 
@@ -213,7 +215,7 @@ class Adapter:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.file = folder / ADAPTER
+        self.file = folder / ADAPTER_FILE
         self.config = LoraConfig.from_pretrained(folder)
         self.config.init_lora_weights = False  # they are read, so none need be drawn
         self.layers: dict[str, dict[str, str]] = {}

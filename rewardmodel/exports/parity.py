@@ -26,8 +26,10 @@ from rewardmodel.exports.merge import Trained
 from rewardmodel.inference.predict import battles_to_predict, predict, predict_with
 from rewardmodel.metrics import log_loss
 from rewardmodel.model.batching import pad
-from rewardmodel.model.loading import is_adapter, load_model, load_tokenizer, read_about
-from rewardmodel.model.precision import compute_device
+from rewardmodel.model.forward import Predictor
+from rewardmodel.model.loading import load_model, load_tokenizer
+from rewardmodel.model.precision import compute_device, dtype_name
+from rewardmodel.model.saved_model import is_adapter, read_about
 from rewardmodel.objectives import find_objective
 from rewardmodel.predictions import predicted, read_predictions, true_outcomes, write_predictions
 from rewardmodel.prompt.tokenization import tokenize
@@ -112,7 +114,8 @@ def predict_run(run: Trained, battles: Dataset, rounded: bool = False) -> pd.Dat
         for name, child in () if rounded else list(module.named_children()):
             if isinstance(child, Linear8bitLt):
                 setattr(module, name, _unrounded(child))
-    return predict_with(model, tokenizer, recipe, battles)
+    predictor = Predictor(model, tokenizer, torch.float32, recipe.inference.batch_tokens)
+    return predict_with(predictor, recipe, battles)
 
 
 def _unrounded(layer: Linear8bitLt) -> torch.nn.Linear:
@@ -169,7 +172,7 @@ def check_parity(
         battles.save_to_disk(work / "battles")
         device = str(compute_device(run.recipe.model))
         names = {"battles": "battles", "logits": "logits.pt", "predictions": "predictions.parquet"}
-        trained_in = str(run.dtype).removeprefix("torch.") if is_adapter(folder) else ""
+        trained_in = dtype_name(run.dtype) if is_adapter(folder) else ""
         job = {"folder": str(folder), "precision": precision, "device": device, "trained_in": trained_in}
         job |= {"batch": str(work / "batch.pt") if plain else ""} | {name: str(work / at) for name, at in names.items()}
         _in_fresh_process(job, work)

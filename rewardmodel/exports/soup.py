@@ -17,7 +17,7 @@ from rewardmodel.config.loader import dump_recipe
 from rewardmodel.errors import InputError
 from rewardmodel.exports.merge import Trained
 from rewardmodel.files import write_text
-from rewardmodel.model.loading import ADAPTER, is_adapter, read_about
+from rewardmodel.model.saved_model import ADAPTER_FILE, is_adapter, read_about
 from rewardmodel.run_folder import RunFolder
 
 SAME = {
@@ -49,10 +49,10 @@ def soup(runs: Sequence[Trained], folder: Path) -> Trained:
         if adapter.keys() != adapters[0].keys():
             name = sorted(adapter.keys() ^ adapters[0].keys())[0]
             raise InputError(f"{run.folder}: other layers have adapters than in {first.folder}, for one {name}")
-    ignored = shutil.ignore_patterns(ADAPTER)
+    ignored = shutil.ignore_patterns(ADAPTER_FILE)
     shutil.copytree(first.model, RunFolder(folder).model, ignore=ignored)
     mean = {name: _mean(name, [adapter[name] for adapter in adapters], scales) for name in adapters[0]}
-    save_file(mean, RunFolder(folder).model / ADAPTER, metadata={"format": "pt"})
+    save_file(mean, RunFolder(folder).model / ADAPTER_FILE, metadata={"format": "pt"})
     lora = LoraConfig.from_pretrained(first.model)
     ranks = [len(value) for name, value in mean.items() if ".lora_A." in name]
     if ranks:  # else heads alone were trained
@@ -92,7 +92,7 @@ def _check_fit(first: Trained, other: Trained) -> None:
 def _adapter_and_scale(run: Trained) -> tuple[dict[str, torch.Tensor], float]:
     """Return the weights of a run's adapter, and what its updates B A are multiplied by."""
     lora = LoraConfig.from_pretrained(run.model)
-    return load_file(run.model / ADAPTER), lora.lora_alpha / (math.sqrt(lora.r) if lora.use_rslora else lora.r)
+    return load_file(run.model / ADAPTER_FILE), lora.lora_alpha / (math.sqrt(lora.r) if lora.use_rslora else lora.r)
 
 
 def _mean(name: str, values: Sequence[torch.Tensor], scales: Sequence[float]) -> torch.Tensor:

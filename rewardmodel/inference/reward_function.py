@@ -1,4 +1,4 @@
-"""A trained run in, rewards of conversations out: for TRL's online trainers, best-of-n, or by hand."""
+"""A trained run -> a function from conversations to rewards, for TRL's online trainers or best-of-n."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,10 +8,7 @@ import numpy as np
 from datasets import Dataset
 
 from rewardmodel.errors import InputError
-from rewardmodel.model.families import family
-from rewardmodel.model.forward import forward_budget, row_logits
-from rewardmodel.model.loading import load_model
-from rewardmodel.model.precision import compute_dtype
+from rewardmodel.model.loading import load_predictor
 from rewardmodel.objectives import find_objective
 from rewardmodel.prompt.encoder import PromptEncoder
 from rewardmodel.prompt.tokenization import ROWS, merge
@@ -31,11 +28,11 @@ def reward_function(run: str | Path) -> Callable[..., list[float]]:
         run: the run folder, or what `exports.export` made of one; its objective scores each response alone.
 
     Returns:
-        rewards(prompts, completions, **others) -> one float each, in order; `others` are passed over.
+        rewards(prompts, completions, **others) -> one float each, in order; `others` are ignored.
 
     Raises:
-        InputError: no trained run, or one whose objective compares responses; from the function: messages that are no
-            conversation.
+        InputError: no trained run, or one whose objective compares responses; from the function: messages that are not
+            a conversation.
     """
     run = Path(run)
     recipe = load_run_recipe(run)
@@ -48,16 +45,14 @@ def reward_function(run: str | Path) -> Callable[..., list[float]]:
     folders = trained_models(run)
     if len(folders) > 1:
         raise InputError(f"{run}: a run of {len(folders)} folds; give one of them, or export them as a soup")
-    model, tokenizer = load_model(recipe.model, model_folder(run))
-    encoder = PromptEncoder(tokenizer, recipe.prompt, objective.encoding)
-    dtype = compute_dtype(recipe.model, model.device, family(model.config.model_type))
+    predictor = load_predictor(recipe.model, model_folder(run), recipe.inference.batch_tokens)
+    encoder = PromptEncoder(predictor.tokenizer, recipe.prompt, objective.encoding)
 
     def rewards(prompts: Sequence[Conversation], completions: Sequence[Conversation], **_: Any) -> list[float]:
         turns = [conversation(*pair) for pair in zip(prompts, completions, strict=True)]
         encoded = [merge([one]) for one in encoder(*zip(*turns, strict=True))]
         rows = Dataset.from_list([_row(str(number), *one) for number, one in enumerate(encoded)], features=ROWS)
-        budget = recipe.inference.batch_tokens or forward_budget(model, rows, tokenizer.pad_token_id, dtype)
-        return row_logits(model, rows, tokenizer.pad_token_id, dtype, budget, alone=True)[:, 0, 0].tolist()
+        return predictor.logits(rows, local_only=True)[:, 0, 0].tolist()
 
     rewards.__name__ = f"rewardmodel_{run.name}"
     return rewards

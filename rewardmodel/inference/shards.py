@@ -1,9 +1,9 @@
-"""Rows to predict in, their logits out, shard by shard: each becomes a file, so that a killed prediction goes on.
+"""Rows to predict -> their logits, shard by shard: each becomes a file, so that a killed prediction continues.
 
 A shard is some rows that are computed together, in several micro-batches a process, and written whole or not at all.
-Which rows are in which is settled by the rows, the tokens of a batch and the number of processes alone, so that what
-was killed and went on is, bit for bit, what would have been. Files lie in a folder named by model, rows and settings:
-those of another prediction are never read. The main process alone reads, writes and looks at the clock.
+Which rows are in which shard depends on the rows, the tokens of a batch and the number of processes only, so that an
+interrupted prediction gives the same bits as an uninterrupted one. The files lie in a folder named by model, rows and
+settings: those of another prediction are never read. Only the main process reads, writes and looks at the clock.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,47 +24,47 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from rewardmodel.distributed import from_main, is_main, joined
+from rewardmodel.distributed import from_main, is_main, process_state
 from rewardmodel.files import read_arrays, write_arrays, write_text
-from rewardmodel.model.forward import batching, check_numbers, cut, forward_budget, row_logits
+from rewardmodel.model.forward import Predictor, check_finite, split_by_tokens
 from rewardmodel.model.packing import is_packed
 from rewardmodel.prompt.tokenization import one_sequence
 
 logger = logging.getLogger(__name__)
 
 BATCHES = 16
-"""Micro-batches of a process in a shard: many enough to be filled well, few enough to be lost."""
+"""Micro-batches of a process in a shard: enough to be filled well, few enough to lose when interrupted."""
 
 WHOLE, FIRST, SECOND = "whole", "first", "second"
-"""Names of shards: of rows with all their sequences, or with the one or the other alone."""
+"""Names of shards: of rows with all their sequences, with the first only, or with the second only."""
 
 LABELS = {WHOLE: "predicting", FIRST: "predicting as given", SECOND: "predicting exchanged"}
 
-BUDGET = "budget.json"
-"""Tokens of a batch, by the kind of device that they were found on."""
+BUDGET_FILE = "budget.json"
+"""File with the tokens of a batch by the kind of device that they were measured on."""
 
 DIGITS = 16
-"""Of a digest in the name of a folder."""
+"""Hexadecimal digits of a digest in the name of a folder."""
 
 Piece = tuple[np.ndarray, np.ndarray]
 """Row numbers, (n,) int64, ascending, and their logits, (n, n_sequences, n_logits) float32."""
 
 
 class Deadline:
-    """How long shards may be begun that can be left out; asked of the main process, so that all do the same.
+    """Time budget for the optional swapped pass. Only rank 0 reads the clock, so all ranks stop at the same shard.
 
     Args:
         seconds: from now.
-        clock: seconds since any time.
+        clock: seconds since some fixed time.
     """
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self.end = clock() + seconds
-        self.seconds = self.tokens = 0.0  # that shards took, each half as much as the next
+        self.seconds = self.tokens = 0.0  # of past shards, each weighted half as much as the next
 
     def left(self) -> float:
-        """Return the seconds that are left, below 0 if the time is over."""
+        """Return the seconds that are left, below 0 after the deadline."""
         return self.end - self.clock()
 
     def allows(self, tokens: int) -> bool:
@@ -75,76 +76,68 @@ class Deadline:
         return Deadline(self.left() / models, self.clock)
 
     def over(self) -> "Deadline":
-        """Return one that is over."""
+        """Return a deadline that has passed."""
         return Deadline(-math.inf, self.clock)
 
     def measure(self, tokens: int, work: Callable[[], np.ndarray]) -> np.ndarray:
         """Return what `work` returns, which computes so many tokens, and remember how long it took."""
-        begun = self.clock()
+        start = self.clock()
         result = work()
-        self.seconds, self.tokens = self.seconds / 2 + self.clock() - begun, self.tokens / 2 + tokens
+        self.seconds, self.tokens = self.seconds / 2 + self.clock() - start, self.tokens / 2 + tokens
         return result
 
 
 def sharded_logits(
-    model: Any,
-    rows: Dataset,
-    pad_token_id: int,
-    dtype: torch.dtype,
-    budget: int | None = None,
-    folder: Path | None = None,
-    deadline: Deadline | None = None,
+    predictor: Predictor, rows: Dataset, folder: Path | None = None, deadline: Deadline | None = None
 ) -> np.ndarray:
     """Return the logits of each sequence of rows, (n_rows, n_sequences, n_logits) float32, in their order.
 
     Args:
-        model: in evaluation mode, on its device.
+        predictor: a model that is ready to predict.
         rows: of `prompt.tokenization.ROWS`, all with the same number of sequences.
-        pad_token_id: what fills the ends of shorter sequences.
-        dtype: precision to compute in.
-        budget: tokens of a batch; none: as many as fit into free memory.
-        folder: of this prediction's shards (`shard_folder`); none: nothing is kept.
-        deadline: then rows have two sequences, and the second is computed of as many as there is time for, the
-            shortest first, because each costs its tokens and gains about the same; it is NaN of the others.
+        folder: of this prediction's shards (`shard_folder`); None: nothing is kept.
+        deadline: if given, rows have two sequences, and the second is computed of as many as there is time for, the
+            shortest first, because each costs its tokens and gains about the same; the others get NaN.
 
     Raises:
-        FloatingPointError: logits that are no numbers; nothing is kept of that shard.
+        FloatingPointError: logits that are NaN or infinite; that shard is not kept.
     """
-    tokens = budget or _budget(folder, model, partial(forward_budget, model, rows, pad_token_id, dtype))
-    least = tokens * BATCHES * joined().num_processes if folder or deadline else None
-    how, packed = batching(model, pad_token_id), is_packed(model)
+    budget = _common_budget(folder, predictor, rows)
+    predictor = replace(predictor, budget=budget)
+    tokens = budget * BATCHES * process_state().num_processes if folder or deadline else None
+    packed = is_packed(predictor.model)
 
     def compute(rows: Dataset, advance: Callable[[int], Any]) -> np.ndarray:
-        logits = row_logits(model, rows=rows, pad_token_id=pad_token_id, dtype=dtype, budget=tokens, advance=advance)
-        check_numbers(logits, rows, f"{{}} predictions are no numbers ({dtype})")
+        logits = predictor.logits(rows, on_batch=advance)
+        check_finite(logits, rows, f"{{}} predictions are NaN or infinite ({predictor.dtype})")
         return logits
 
-    def found(rows: Dataset, name: str) -> np.ndarray:
-        costs, until = np.array(how.costs(rows)), deadline if name == SECOND else None
-        shards = cut(costs, _order(costs, packed, ascending=until is not None), least)
+    def compute_shards(rows: Dataset, name: str) -> np.ndarray:
+        costs, until = np.array(predictor.batching.costs(rows)), deadline if name == SECOND else None
+        shards = split_by_tokens(costs, _order(costs, packed, ascending=until is not None), tokens)
         return _computed(compute, rows, costs, shards, name, folder, deadline, until)
 
     if deadline is None:
-        return found(rows, WHOLE)
-    first = found(one_sequence(rows, 0), FIRST)
-    second = found(one_sequence(rows, 1), SECOND) if deadline.allows(0) else first[:0]
+        return compute_shards(rows, WHOLE)
+    first = compute_shards(one_sequence(rows, 0), FIRST)
+    second = compute_shards(one_sequence(rows, 1), SECOND) if deadline.allows(0) else first[:0]
     return np.concatenate([first, second if len(second) else np.full_like(first, np.nan)], axis=1)
 
 
 def shard_folder(work: Path, model: Path, rows: Dataset, settings: dict[str, Any]) -> Path:
-    """Return the folder in `work` of one prediction's shards, named by all that it depends on.
+    """Return the folder in `work` of one prediction's shards, named by a digest of everything it depends on.
 
     Args:
-        work: of the shards of all predictions that go into one output.
+        work: of the shards of one output.
         model: folder of the saved model.
         rows: what is predicted.
-        settings: what else logits depend on; JSON.
+        settings: everything else that logits depend on, as JSON.
     """
     return work / from_main(lambda: f"{_model_digest(model)}-{_rows_digest(rows, settings)}")
 
 
 def remove_shards(work: Path) -> None:
-    """Remove the folder of an output's shards, but for what is in it besides."""
+    """Remove the shards of an output, and their folder unless something else is in it."""
     for path in work.glob(f"{'[0-9a-f]' * DIGITS}-{'[0-9a-f]' * DIGITS}"):
         shutil.rmtree(path)
     if work.is_dir() and not any(work.iterdir()):
@@ -154,9 +147,9 @@ def remove_shards(work: Path) -> None:
 def _order(costs: np.ndarray, packed: bool, ascending: bool) -> np.ndarray:
     if ascending:
         return np.argsort(costs, kind="stable")
-    if packed:  # rows of any length fill a batch best
+    if packed:  # rows of mixed lengths fill batches best
         return np.random.default_rng(0).permutation(len(costs))
-    return np.argsort(-costs, kind="stable")  # with rows of about its own length, a row needs least padding
+    return np.argsort(-costs, kind="stable")  # rows of similar lengths need the least padding
 
 
 def _computed(
@@ -175,7 +168,7 @@ def _computed(
     for numbers, _ in pieces:
         done[numbers] = True
     if 0 < done.sum() < len(rows):
-        logger.info("continues: %d of %d battles are there already (%s)", done.sum(), len(rows), LABELS[name])
+        logger.info("continues: %d of %d battles are already computed (%s)", done.sum(), len(rows), LABELS[name])
     with tqdm(total=len(rows), initial=int(done.sum()), desc=LABELS[name], unit="battle", disable=not is_main()) as bar:
         for shard in shards:
             todo = shard[~done[shard]]
@@ -191,7 +184,7 @@ def _computed(
                 _write(folder, name, (todo, logits))
             pieces.append((todo, logits))
             done[todo] = True
-            bar.n = int(done.sum())  # those of other processes too
+            bar.n = int(done.sum())  # including those of other processes
             bar.refresh()
     return _together(pieces, len(rows))
 
@@ -216,23 +209,25 @@ def _write(folder: Path, name: str, piece: Piece) -> None:
     write_arrays(folder / f"{name}-{piece[0][0]:08d}.npz", rows=piece[0], logits=piece[1])
 
 
-def _budget(folder: Path | None, model: Any, find: Callable[[], int]) -> int:
+def _common_budget(folder: Path | None, predictor: Predictor, rows: Dataset) -> int:
     """Return the tokens of a batch that fit on every process; those found before, if it was on such a device."""
-    device = next(model.parameters()).device
+    if predictor.budget is not None:
+        return predictor.budget
+    device = predictor.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
-    def kept() -> int | None:
+    def read_budget() -> int | None:
         try:
-            return json.loads((folder / BUDGET).read_text(encoding="utf-8"))[name] if folder else None
+            return json.loads((folder / BUDGET_FILE).read_text(encoding="utf-8"))[name] if folder else None
         except (OSError, ValueError, KeyError):
             return None
 
-    before = from_main(kept)
+    before = from_main(read_budget)
     if before is not None:
         return before
-    found = min(gather_object([find()]))
+    found = min(gather_object([predictor.find_budget(rows)]))
     if folder is not None and is_main():
-        write_text(folder / BUDGET, json.dumps({name: found}))
+        write_text(folder / BUDGET_FILE, json.dumps({name: found}))
     return found
 
 

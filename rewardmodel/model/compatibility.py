@@ -1,32 +1,34 @@
-"""What a run would be made of in, what of it cannot work together out: reason and mend, before any weight is loaded."""
+"""A planned run -> the settings that cannot work together, with reason and fix, before any weight is loaded."""
 
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
+
 from rewardmodel.config.schema import ModelConfig, ObjectiveConfig
 from rewardmodel.distributed import Launch
 from rewardmodel.errors import InputError
-from rewardmodel.model.families import FAMILIES, family
+from rewardmodel.model.families import FAMILIES, find_family, stored_bits
 from rewardmodel.objectives import find_objective
 
 
 @dataclass(frozen=True)
-class Setup:
+class Configuration:
     """What a run would be made of: all that the checks read.
 
     Attributes:
-        model: of the recipe.
+        model: section of the recipe.
         model_type: of the backbone, Hugging Face's name.
         layers: of the backbone.
-        device: kind of it: cpu or cuda.
-        dtype: that the backbone computes in: bfloat16, float16 or float32.
-        capability: compute capability of the GPU; none on a CPU.
-        trainer: section of the recipe; none: the model is only to predict.
+        device: its kind: cpu or cuda.
+        dtype: precision of the forward pass: bfloat16, float16 or float32.
+        capability: compute capability of the GPU; None on a CPU.
+        trainer: section of the recipe; None: the model is only to predict.
         launch: how it is spread over processes.
-        here: whether the packages that count are this machine's.
-        stored_bits: that the backbone is stored in; none: it is not quantised.
+        here: whether it is to run on this machine, whose installed packages then matter.
+        stored_bits: 4 or 8 if the weight files are quantised; None: they are not.
     """
 
     model: ModelConfig
@@ -40,15 +42,32 @@ class Setup:
     here: bool = True
     stored_bits: int | None = None
 
+    @classmethod
+    def of(
+        cls,
+        model: ModelConfig,
+        config: Any,
+        device: str,
+        dtype: torch.dtype,
+        capability: tuple[int, int] | None,
+        trainer: dict[str, Any] | None,
+        launch: Launch,
+        here: bool = True,
+    ) -> "Configuration":
+        """Return the configuration of a backbone by its transformers `config`; the other arguments are attributes."""
+        layers, bits = config.get_text_config().num_hidden_layers, stored_bits(config)
+        name = str(dtype).removeprefix("torch.")
+        return cls(model, config.model_type, layers, device, name, capability, trainer, launch, here, bits)
+
     @property
     def attention(self) -> str:
-        """The implementation that will be used."""
-        return self.model.attn_implementation or family(self.model_type).attention[0]
+        """The attention implementation that would be used."""
+        return self.model.attn_implementation or find_family(self.model_type).attention[0]
 
     @property
     def known_attention(self) -> str:
-        """The implementations that the family's mathematics allows."""
-        return ", ".join(family(self.model_type).attention)
+        """The attention implementations that compute the family correctly."""
+        return ", ".join(find_family(self.model_type).attention)
 
     @property
     def quantised(self) -> bool:
@@ -71,63 +90,59 @@ class Setup:
         return self.launch.strategy == "fsdp"
 
     @property
-    def old(self) -> bool:
-        """Whether the GPU is older than Ampere."""
+    def pre_ampere(self) -> bool:
+        """Whether the GPU is older than Ampere (compute capability 8.0)."""
         return self.capability is not None and self.capability < (8, 0)
-
-    @property
-    def pissa(self) -> bool:
-        """Whether adapters start from the backbone's weights."""
-        return self.model.lora_init == "pissa" and not self.model.freeze_backbone
 
     @property
     def last_layer(self) -> int:
         """Number of the last layer, from 0."""
         return self.layers - 1
 
-    def said(self, key: str, default: Any = None) -> Any:
-        """Return what the recipe's `trainer` says."""
+    def trainer_key(self, key: str, default: Any = None) -> Any:
+        """Return a key of the recipe's `trainer` section."""
         return (self.trainer or {}).get(key, default)
 
     def lacks(self, *packages: str) -> bool:
-        """Return whether this machine is the one that counts, and has none of these packages."""
+        """Return whether the run is to be on this machine and none of these packages is installed."""
         return self.here and not any(importlib.util.find_spec(package) for package in packages)
 
 
 class Check(NamedTuple):
-    """One combination that cannot work.
+    """One combination of settings that cannot work.
 
     Attributes:
-        wrong: whether a setup has it.
-        message: key, reason and mend in one line; {s} is the setup.
-        training: whether it only hinders training.
+        wrong: whether a configuration has it.
+        message: key, reason and fix in one line; {s} is the configuration.
+        training: whether it matters to training only.
     """
 
-    wrong: Callable[[Setup], bool]
+    wrong: Callable[[Configuration], bool]
     message: str
     training: bool = True
 
 
-def incompatibilities(setup: Setup) -> list[str]:
-    """Return what in a setup cannot work together, one line each with the mend; an empty list: nothing."""
-    trains = setup.trainer is not None
-    return [check.message.format(s=setup) for check in CHECKS if (trains or not check.training) and check.wrong(setup)]
+def incompatibilities(configuration: Configuration) -> list[str]:
+    """Return the settings that cannot work together, one line each with reason and fix; empty if all can."""
+    trains = configuration.trainer is not None
+    checks = [check for check in CHECKS if trains or not check.training]
+    return [check.message.format(s=configuration) for check in checks if check.wrong(configuration)]
 
 
-def refuse(setup: Setup) -> None:
-    """Raise if something in a setup cannot work together.
+def refuse(configuration: Configuration) -> None:
+    """Raise if some settings cannot work together.
 
     Raises:
         InputError: the first of `incompatibilities`, and how many more there are.
     """
-    found = incompatibilities(setup)
+    found = incompatibilities(configuration)
     if found:
         more = f" (and {len(found) - 1} more; `rewardmodel doctor` lists all)" if len(found) > 1 else ""
         raise InputError(found[0] + more)
 
 
 def check_ties(model: ModelConfig, config: ObjectiveConfig) -> None:
-    """Raise InputError if the tie parameter is to depend on both responses, and the objective learns none."""
+    """Raise InputError if the tie parameter is to depend on both responses and the objective has none to learn."""
     objective = find_objective(config)
     if model.pair_ties and not (objective.head.tie and objective.learns_ties):
         raise InputError(f"model.pair_ties: {config.name} has no tie parameter to learn; leave it out")
@@ -150,7 +165,7 @@ CHECKS = (
     ),
     Check(
         lambda s: s.model.freeze_backbone and s.model.keep_head,
-        "model.keep_head: freeze_backbone fits the last layer of the head anew, whatever it was; leave it out",
+        "model.keep_head: freeze_backbone fits a new last layer of the head, whatever was there; leave it out",
     ),
     Check(
         lambda s: s.model.freeze_backbone and s.fsdp,
@@ -168,25 +183,25 @@ CHECKS = (
         "recipes/accelerate/ddp.yaml, or leave it out",
     ),
     Check(
-        lambda s: s.dtype == "bfloat16" and s.old,
+        lambda s: s.dtype == "bfloat16" and s.pre_ampere,
         "model.dtype: bfloat16 is emulated below compute capability 8.0 (Turing, like the T4), many times slower; set "
         "auto, float16 or float32",
         training=False,
     ),
     Check(
-        lambda s: s.dtype == "float16" and s.model_type in FAMILIES and not family(s.model_type).float16,
+        lambda s: s.dtype == "float16" and s.model_type in FAMILIES and not find_family(s.model_type).float16,
         "model.dtype: activations of {s.model_type} leave float16's range and become infinite; set auto, bfloat16 or "
         "float32",
         training=False,
     ),
     Check(
-        lambda s: s.attention not in family(s.model_type).attention,
+        lambda s: s.attention not in find_family(s.model_type).attention,
         "model.attn_implementation: '{s.attention}' is not known to compute {s.model_type}; use one of: "
         "{s.known_attention}",
         training=False,
     ),
     Check(
-        lambda s: s.attention == "flash_attention_2" and (s.device == "cpu" or s.old),
+        lambda s: s.attention == "flash_attention_2" and (s.device == "cpu" or s.pre_ampere),
         "model.attn_implementation: flash_attention_2 needs a GPU of compute capability 8.0 (Ampere) or later; leave "
         "it out, or use one of: {s.known_attention}",
         training=False,
@@ -216,35 +231,22 @@ CHECKS = (
         "model.lora_first_layer: {s.model.lora_first_layer}, but the backbone has layers 0 to {s.last_layer}",
     ),
     Check(
-        lambda s: s.pissa and s.quantised,
-        "model.lora_init: pissa splits the backbone's own weights; set load_in_4bit and load_in_8bit false, and give "
-        "a backbone that is not stored quantised",
-    ),
-    Check(
-        lambda s: s.pissa and s.model.use_dora,
-        "model.lora_init: pissa and use_dora both rewrite the backbone's weights; choose one of them",
-    ),
-    Check(
-        lambda s: s.pissa and not s.quantised and s.dtype != "float32",
-        "model.lora_init: pissa is exact on a float32 backbone only; set model.dtype float32",
-    ),
-    Check(
-        lambda s: bool((s.said("gradient_checkpointing_kwargs") or {}).get("use_reentrant")),
+        lambda s: bool((s.trainer_key("gradient_checkpointing_kwargs") or {}).get("use_reentrant")),
         "trainer.gradient_checkpointing_kwargs: re-entrant checkpointing gives no gradient to layers whose input has "
         "none, and adapters stay as they are; set use_reentrant false, or leave it out",
     ),
     Check(
-        lambda s: bool(s.said("torch_compile")),
-        "trainer.torch_compile: every packed micro-batch has another layout, which torch would compile anew; leave it "
+        lambda s: bool(s.trainer_key("torch_compile")),
+        "trainer.torch_compile: every packed micro-batch has another layout, which torch would compile again; leave it "
         "out",
     ),
     Check(
-        lambda s: bool(s.said("use_liger_kernel")) and (s.device == "cpu" or s.lacks("liger_kernel")),
+        lambda s: bool(s.trainer_key("use_liger_kernel")) and (s.device == "cpu" or s.lacks("liger_kernel")),
         "trainer.use_liger_kernel: needs a GPU and the package liger-kernel; run: pip install 'rewardmodel[gpu]', or "
         "leave it out",
     ),
     Check(
-        lambda s: bool(s.said("fsdp") or s.said("fsdp_config") or s.said("deepspeed")),
+        lambda s: bool(s.trainer_key("fsdp") or s.trainer_key("fsdp_config") or s.trainer_key("deepspeed")),
         "trainer: fsdp and deepspeed must be known before weights are loaded; give them to the launcher instead, like "
         "ACCELERATE_CONFIG=fsdp2 scripts/launch.sh",
     ),
@@ -279,24 +281,9 @@ CHECKS = (
         "only the first process has; set it false",
     ),
     Check(
-        lambda s: s.fsdp and any(kind in str(s.said("optim")) for kind in ("8bit", "paged", "bnb")),
+        lambda s: s.fsdp and any(kind in str(s.trainer_key("optim")) for kind in ("8bit", "paged", "bnb")),
         "trainer.optim: bitsandbytes' optimisers know no weights spread by FSDP; set adamw_torch, or launch with "
         "recipes/accelerate/ddp.yaml",
     ),
-    Check(
-        lambda s: s.launch.strategy == "deepspeed" and s.lacks("deepspeed"),
-        "distributed_type: DEEPSPEED needs the package deepspeed, which is not installed; install it, or launch with "
-        "recipes/accelerate/ddp.yaml or fsdp2.yaml",
-    ),
-    Check(
-        lambda s: s.launch.strategy == "deepspeed" and s.launch.version == 3 and not s.quantised,
-        "zero_stage: ZeRO 3 cuts weights up while transformers loads them, which a model that is loaded onto its "
-        "device cannot be; set 2 (recipes/accelerate/deepspeed_zero2.yaml), or use fsdp2.yaml",
-    ),
-    Check(
-        lambda s: s.launch.strategy == "deepspeed" and s.launch.version == 3 and s.quantised,
-        "zero_stage: ZeRO 3 cannot spread weights that bitsandbytes packs; set 2, launch with recipes/accelerate/"
-        "ddp.yaml, or with fsdp2_qlora.yaml and model.load_in_4bit",
-    ),
 )
-"""All that is known not to work together."""
+"""All combinations that are known not to work."""

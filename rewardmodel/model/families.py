@@ -1,9 +1,9 @@
-"""Backbone families: a Hugging Face `model_type` in, what differs between families out.
+"""A Hugging Face `model_type` -> what differs between families of backbones.
 
-A family that is not in the table still works through `GENERIC`, as long as transformers can load it as a
-sequence classifier.
+A family that is not in the table works through `GENERIC`, if transformers can load it as a sequence classifier.
 """
 
+import copy
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +18,8 @@ IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flex_attention", "eager")
 HEADS = ("score", "classifier", "pooler", "pre_classifier", "head", "lm_head")
 """Names under which transformers keeps classification heads: never quantised, never LoRA targets."""
 
-OTHER_SENSES = ("vision_tower", "multi_modal_projector", "audio_tower")
-"""Names under which transformers keeps what reads images and sounds: never LoRA targets."""
+OTHER_MODALITIES = ("vision_tower", "multi_modal_projector", "audio_tower")
+"""Names under which transformers keeps the parts that read images and sound: never LoRA targets."""
 
 AFTER_PADDING = (
     "roberta",
@@ -33,7 +33,7 @@ AFTER_PADDING = (
     "mpnet",
     "xmod",
 )
-"""Families whose positions are counted from the padding id on, so that as many fewer are left."""
+"""Families whose position ids start after the padding id, which leaves that many fewer positions."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Family:
 
     Attributes:
         lora_targets: linear layers that get LoRA by default; empty: every linear layer outside the head.
-        attention: implementations that the family's mathematics allows, the preferred first.
-        float16: whether activations stay within float16's range; if not, such hardware computes in float32.
-        float32_weights: whether frozen weights are float32 too, where they are not quantised, and autocast computes.
+        attention: implementations that compute the family correctly, the preferred one first.
+        float16: whether activations stay within float16's range; if not, hardware without bfloat16 computes in float32.
+        float32_weights: whether frozen weights that are not quantised are kept in float32 under autocast.
     """
 
     lora_targets: tuple[str, ...] = ATTENTION_AND_MLP
@@ -59,11 +59,11 @@ FAMILIES = {
     "qwen2": Family(float16=False),
     "qwen3": Family(),
     "phi3": Family(lora_targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), float16=False),
-    # Gemma 2 caps its attention logits, which torch's fused attention cannot do.
+    # Gemma 2 soft-caps its attention logits, which torch's fused attention cannot do.
     "gemma2": Family(attention=("eager", "flash_attention_2", "flex_attention"), float16=False),
     "gemma3": Family(float16=False),
     "gemma3_text": Family(float16=False),
-    # transformers computes DeBERTa's attention in one way, and bfloat16 weights are known to stall it.
+    # transformers has one implementation of DeBERTa's attention, and bfloat16 weights are known to stall its training.
     "deberta-v2": Family(
         lora_targets=("query_proj", "key_proj", "value_proj", "dense"),
         attention=("eager",),
@@ -77,20 +77,21 @@ FAMILIES = {
 """Families with a test each, by `model_type`."""
 
 GENERIC = Family(lora_targets=(), attention=("eager", "sdpa", "flash_attention_2", "flex_attention"), float16=False)
-"""Careful rules for any other family."""
+"""Conservative rules for any other family."""
 
 
-def family(model_type: str) -> Family:
-    """Return the family's entry, or the generic one."""
+def find_family(model_type: str) -> Family:
+    """Return the family's entry in the table, or the generic one."""
     return FAMILIES.get(model_type, GENERIC)
 
 
 def lowest_layers(config: Any, count: int | None) -> Any:
-    """Return a backbone's configuration, of transformers, with so many layers from below; none: as it is.
+    """Return a copy of a transformers configuration with the lowest `count` layers; None: with all of them.
 
     Raises:
-        InputError: it has fewer.
+        InputError: the backbone has fewer layers.
     """
+    config = copy.deepcopy(config)
     text = config.get_text_config()
     if count is None:
         return config
@@ -105,16 +106,16 @@ def lowest_layers(config: Any, count: int | None) -> Any:
 
 
 def check_length(config: Any, max_length: int) -> None:
-    """Raise if sequences of so many tokens have no position embeddings in a backbone; warn if they are untried.
+    """Raise if a backbone has no positions for sequences of `max_length` tokens; warn if it was not trained on them.
 
-    Rotary positions go on beyond what a backbone was trained on; embedded ones end. Relative ones have no end.
+    Rotary and relative positions go on beyond the length that a backbone was trained on; learned embeddings end.
 
     Args:
-        config: the backbone's, of transformers.
+        config: transformers configuration of the backbone.
         max_length: the recipe's `prompt.max_length`.
 
     Raises:
-        InputError: they have none.
+        InputError: more tokens than learned position embeddings.
     """
     config = config.get_text_config()
     most = getattr(config, "max_position_embeddings", None)
@@ -132,13 +133,13 @@ def check_length(config: Any, max_length: int) -> None:
     logger.warning("prompt.max_length: %s tokens; the backbone was made for %s", f"{max_length:,}", f"{most:,}")
 
 
-def stored_bits(backbone: Any) -> int | None:
-    """Return in how many bits a backbone of this configuration is stored, 4 or 8; none: it is not quantised.
+def stored_bits(config: Any) -> int | None:
+    """Return 4 or 8 if bitsandbytes quantised the stored weights of a backbone; None: they are not quantised.
 
     Raises:
-        InputError: it is stored quantised by something else than bitsandbytes.
+        InputError: something else than bitsandbytes quantised them.
     """
-    stored = getattr(backbone, "quantization_config", None)
+    stored = getattr(config, "quantization_config", None)
     if stored is None:
         return None
     bits = [bits for bits in (4, 8) if stored.get(f"load_in_{bits}bit") or stored.get(f"_load_in_{bits}bit")]

@@ -1,13 +1,12 @@
-"""Rows and a classifier in, what the last layer of its head reads of them out, kept in the cache battle by battle.
+"""A classifier and rows -> what the last layer of its head reads, cached battle by battle.
 
-A feature is known by the backbone, the settings that it depends on, and the tokens: other folds, objectives or sources
-of the same battles find it there, and what was killed goes on.
+A feature is identified by the backbone, the settings that it depends on, and the tokens of the row: other folds,
+objectives or data sources with the same battles find it in the cache, and an interrupted pass continues.
 """
 
 import hashlib
-import json
 import logging
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +16,20 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from rewardmodel.config.schema import ModelConfig
-from rewardmodel.distributed import from_main, in_every_process, is_main, joined
-from rewardmodel.files import cache_folder, read_arrays, write_arrays
-from rewardmodel.model.forward import batching, check_numbers, cut, forward_budget, row_logits
+from rewardmodel.distributed import common_to_all, from_main, is_main, process_state
+from rewardmodel.files import read_arrays, write_arrays
+from rewardmodel.model.forward import Predictor, check_finite, split_by_tokens
 from rewardmodel.model.heads import head_names
-from rewardmodel.model.loading import classifier
-from rewardmodel.model.weights import fingerprint, resolve
+from rewardmodel.model.loading import trained_layer, unwrap
 
 logger = logging.getLogger(__name__)
 
-TOKENS = 2**17
-"""About so many tokens of each process are computed between two files."""
-
-FORMAT = 1
-"""Raise it where other features are computed of the same settings: those that are kept are then not taken for them."""
-
-SETTINGS = (
-    "num_hidden_layers", "pooling", "attn_implementation", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type",
-    "use_bnb_nested_quant", "use_peft",
-)  # fmt: skip
-"""Fields of the recipe's `model` section that features depend on, beside the backbone."""
+TOKENS_A_FILE = 2**17
+"""About so many tokens of each process are computed between two files of the cache."""
 
 
 class LastLayerInput(torch.nn.Module):
-    """A classifier whose forward pass returns what one of its layers reads, (n, width) float32, as logits."""
+    """A classifier whose forward pass returns the input of one of its layers, (n, width) float32, as logits."""
 
     def __init__(self, model: Any, layer: torch.nn.Module) -> None:
         super().__init__()
@@ -58,84 +46,73 @@ class LastLayerInput(torch.nn.Module):
         return SequenceClassifierOutput(logits=read[0].float())
 
 
-def feature_folder(config: ModelConfig, dtype: torch.dtype) -> Path:
-    """Return the folder of the cache for features of a backbone with these settings."""
-    settings = {name: value for name, value in asdict(config).items() if name in SETTINGS}
-    settings |= {
-        "format": FORMAT,
-        "dtype": str(dtype),
-        "backbone": fingerprint(resolve(config.model_name_or_path, config.model_revision)),
-    }
-    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8)
-    return cache_folder() / "features" / digest.hexdigest()
-
-
-def features(
-    model: Any,
-    layer: torch.nn.Module,
-    rows: Dataset,
-    pad_token_id: int,
-    dtype: torch.dtype,
-    folder: Path,
-    budget: int | None = None,
-) -> np.ndarray:
-    """Return what a layer reads of each sequence of rows, (n_rows, n_sequences, width) float32.
+def read_features(predictor: Predictor, rows: Dataset) -> np.ndarray:
+    """Return what the head's last layer reads of each sequence of rows, (n_rows, n_sequences, width) float32.
 
     Args:
-        model: a classifier on its device.
-        layer: of its head.
+        predictor: with a `feature_cache`: features that it holds are read from there, the others are written to it.
         rows: of `prompt.tokenization.ROWS`, all with the same number of sequences.
-        pad_token_id: what fills the ends of shorter sequences.
-        dtype: precision to compute in.
-        folder: where features are read that are there, and those that are not are kept.
-        budget: tokens of a batch; none: as many as fit into free memory.
 
     Raises:
-        FloatingPointError: features that are no numbers; nothing is kept of that part.
+        FloatingPointError: features that are NaN or infinite; that part is not written.
     """
-    keys, folder = row_keys(rows), _with_rest_of_head(folder, model, layer)
+    layer = trained_layer(predictor.model)
+    keys, folder = row_keys(rows), _with_rest_of_head(predictor, layer)
+
+    # what the cache holds
     found = _read_by_all(folder, set(keys))
-    todo = np.array([number for number, key in enumerate(keys) if key not in found], dtype=np.int64)
-    if len(todo) < len(keys):
-        logger.info("features of %d of %d battles are in %s", len(keys) - len(todo), len(keys), folder)
-    if len(todo):
-        reader = LastLayerInput(model, layer).eval()
-        missing = rows.select(todo)
-        budget = budget or forward_budget(reader, missing, pad_token_id, dtype)
-        costs = np.array(batching(reader, pad_token_id).costs(missing))
-        order = np.random.default_rng(0).permutation(len(todo))  # rows of any length fill a batch best
-        with tqdm(total=len(todo), desc="reading features", unit="battle", disable=not is_main()) as bar:
-            for shard in cut(costs, order, TOKENS * joined().num_processes):
-                some, names = missing.select(shard), [keys[number] for number in todo[shard]]
-                values = row_logits(reader, some, pad_token_id, dtype, budget)
-                check_numbers(values, some, "features of {} battles are no numbers")
+    missing = np.array([number for number, key in enumerate(keys) if key not in found], dtype=np.int64)
+    if len(missing) < len(keys):
+        logger.info("features of %d of %d battles are in %s", len(keys) - len(missing), len(keys), folder)
+
+    # what is to be computed, in parts that are written one by one
+    if len(missing):
+        reader = replace(predictor, model=LastLayerInput(predictor.model, layer).eval())
+        todo = rows.select(missing)
+        reader = replace(reader, budget=reader.find_budget(todo))
+        costs = np.array(reader.batching.costs(todo))
+        order = np.random.default_rng(0).permutation(len(missing))  # rows of mixed lengths fill batches best
+        with tqdm(total=len(missing), desc="reading features", unit="battle", disable=not is_main()) as bar:
+            for part in split_by_tokens(costs, order, TOKENS_A_FILE * process_state().num_processes):
+                some, names = todo.select(part), [keys[number] for number in missing[part]]
+                values = reader.logits(some)
+                check_finite(values, some, "features of {} battles are NaN or infinite")
                 if is_main():
-                    _write(folder, names, values)
+                    write_arrays(folder / f"{names[0]}.npz", keys=np.array(names), features=values)
                 found |= dict(zip(names, values, strict=True))
-                bar.update(len(shard))
+                bar.update(len(part))
     return np.stack([found[key] for key in keys])
 
 
-def _with_rest_of_head(folder: Path, model: Any, layer: torch.nn.Module) -> Path:
-    """Return the folder for a head of more layers than the last: what lies under that may be drawn at random."""
-    plain = classifier(model)
+@torch.no_grad()
+def layer_logits(layer: Any, features: np.ndarray) -> np.ndarray:
+    """Return the outputs of a layer for features, both (n_battles, n_sequences, width) float32."""
+    inputs = torch.from_numpy(features).to(layer.weight.device)
+    return layer(inputs.flatten(0, 1)).view(*inputs.shape[:2], -1).cpu().numpy()
+
+
+def _with_rest_of_head(predictor: Predictor, layer: torch.nn.Module) -> Path:
+    """Return the cache folder, a sub-folder of it if the head has layers below its last, which may be random."""
+    if predictor.feature_cache is None:
+        raise ValueError("a predictor without a feature_cache reads no features")
+    plain = unwrap(predictor.model)
     own = {id(weight) for weight in layer.parameters()}
-    under = {
+    below = {
         f"{head}.{name}": weight
         for head in head_names(plain)
         for name, weight in plain.get_submodule(head).named_parameters()
-        if id(weight) not in own and not name.startswith("original_module.")  # what PEFT keeps of before training
+        if id(weight) not in own and not name.startswith("original_module.")  # PEFT's copy from before training
     }
-    if not under:
-        return folder
+    if not below:
+        return predictor.feature_cache
     digest = hashlib.blake2b(digest_size=8)
-    for name in sorted(under):
-        digest.update(name.encode() + under[name].detach().float().cpu().numpy().tobytes())
-    return folder / digest.hexdigest()
+    for name in sorted(below):
+        digest.update(name.encode() + below[name].detach().float().cpu().numpy().tobytes())
+    return predictor.feature_cache / digest.hexdigest()
 
 
 def row_keys(rows: Dataset) -> list[str]:
-    """Return by what each row's features are known again: a digest of its tokens, segments and branches."""
+    """Return the key of each row's features in the cache: a digest of its tokens, segments and branches."""
     keys = []
     for batch in rows.with_format(None).select_columns(["input_ids", "segment_ids", "branches"]).iter(batch_size=1000):
         for parts in zip(*batch.values(), strict=True):
@@ -147,29 +124,19 @@ def row_keys(rows: Dataset) -> list[str]:
 
 
 def _read_by_all(folder: Path, wanted: set[str]) -> dict[str, np.ndarray]:
-    """Return in every process the features that the main one finds in its cache; it sends them where others lack any.
+    """Return in every process the features that the main process finds in its cache.
 
-    What a process has of its own it keeps: of caches of several machines, values may differ in the last digits.
+    It sends those that other processes lack. Each process keeps its own values of the others: caches of several
+    machines may differ in the last digits.
     """
-    found = _read(folder, wanted)
-    shared = in_every_process(set(found))
+    found = _read_cache(folder, wanted)
+    shared = common_to_all(set(found))
     sent = from_main(lambda: {key: row for key, row in found.items() if key not in shared})
     return {key: found[key] for key in shared} | sent
 
 
-def _read(folder: Path, wanted: set[str]) -> dict[str, np.ndarray]:
+def _read_cache(folder: Path, wanted: set[str]) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     for keys, values in read_arrays(folder, "*.npz", ("keys", "features")):
         found |= {key: row for key, row in zip(keys.tolist(), values, strict=True) if key in wanted}
     return found
-
-
-def _write(folder: Path, keys: list[str], values: np.ndarray) -> None:
-    write_arrays(folder / f"{keys[0]}.npz", keys=np.array(keys), features=values)
-
-
-@torch.no_grad()
-def layer_logits(layer: Any, features: np.ndarray) -> np.ndarray:
-    """Return what a layer gives for features, both (n_battles, n_sequences, width) float32."""
-    read = torch.from_numpy(features).to(layer.weight.device)
-    return layer(read.flatten(0, 1)).view(*read.shape[:2], -1).cpu().numpy()

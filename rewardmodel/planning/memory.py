@@ -9,7 +9,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from rewardmodel.model.attention import packed
 from rewardmodel.model.batching import pack, pad
 from rewardmodel.model.families import HEADS
 from rewardmodel.model.heads import classifier_class, head_names
-from rewardmodel.model.loading import classifier
+from rewardmodel.model.loading import unwrap
 from rewardmodel.model.lora import add_lora
 from rewardmodel.model.packing import is_packed, may_pack
 from rewardmodel.model.precision import autocast
@@ -226,7 +226,7 @@ def _model(plan: Plan) -> Any:
     for name in heads:
         made.get_submodule(name).float()
     if model.use_peft:
-        made = add_lora(made, replace(model, lora_init="default"))
+        made = add_lora(made, model)
     if plan.gpu:
         for module in list(made.modules()):
             for name, child in module.named_children():
@@ -266,7 +266,7 @@ def _usage(model: Any, plan: Plan) -> Usage:
     every = {id(one): one for one in [*model.parameters(), *model.buffers()]}
     held = sum(one.nbytes for one in every.values())
     linear = [module for module in model.modules() if isinstance(module, FourBits | EightBits)]
-    whole = classifier(model)
+    whole = unwrap(model)
     backbone = getattr(whole, whole.base_model_prefix).named_parameters()
     count = sum(weight.numel() for name, weight in backbone if "lora_" not in name) + sum(
         module.in_features * module.out_features - module.weight.numel() for module in linear

@@ -15,7 +15,7 @@ RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
-"""Keys that later releases of transformers 5 know by another name, and warn of under the old one."""
+"""Keys that later releases of transformers 5 renamed; the old name gives a warning there."""
 
 
 def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> RewardConfig:
@@ -26,7 +26,7 @@ def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device)
     """
     keys = {key: value for key, value in recipe.trainer.items() if key not in OWN_KEYS}
     keys.setdefault("ddp_find_unused_parameters", False)
-    if recipe.model.head_init == "fitted":  # what training starts from is worth knowing
+    if recipe.model.head_init == "fitted":  # so that the log has the loss that training starts from
         keys.setdefault("eval_on_start", keys["eval_strategy"] != "no")
     for old, new in RENAMED.items():
         if old in keys and new in RewardConfig.__dataclass_fields__:
@@ -71,19 +71,19 @@ def _check_own_keys(recipe: Recipe, args: RewardConfig) -> None:
         raise InputError(f"trainer.{LORAPLUS}: there is no LoRA without model.use_peft; leave it out")
 
 
-class Rates(NamedTuple):
-    """Learning rates beside `trainer.learning_rate`.
+class LearningRates(NamedTuple):
+    """Learning rates other than `trainer.learning_rate`.
 
     Attributes:
-        head: of the classification head; none: as everything.
-        loraplus_lr_ratio: how many times as fast LoRA's B learns as its A (LoRA+, Hayou, Ghosh & Yu 2024).
+        head: of the classification head; None: `trainer.learning_rate`.
+        loraplus_lr_ratio: learning rate of LoRA's B over that of its A (LoRA+, Hayou, Ghosh & Yu 2024).
     """
 
     head: float | None = None
     loraplus_lr_ratio: float | None = None
 
     def of(self, model: torch.nn.Module, heads: list[str], learning_rate: float) -> dict[torch.nn.Parameter, float]:
-        """Return the rate of each weight that has one of its own; `heads` are the names of the head's modules."""
+        """Return the rate of each weight that has a separate one; `heads` are the names of the head's modules."""
         found = {}
         for name, weight in model.named_parameters():
             if self.head is not None and any(f".{head}." in f".{name}" for head in heads):
@@ -93,12 +93,12 @@ class Rates(NamedTuple):
         return found
 
 
-EVEN = Rates()
+EVEN = LearningRates()
 """Everything learns at `trainer.learning_rate`."""
 
 
 def split_groups(groups: list[dict[str, Any]], rates: Mapping[torch.nn.Parameter, float]) -> list[dict[str, Any]]:
-    """Return an optimiser's parameter groups, those apart whose weights have a rate of their own."""
+    """Return an optimiser's parameter groups, split where weights have a separate rate."""
     result = []
     for group in groups:
         by_rate: dict[float, list[torch.nn.Parameter]] = {}

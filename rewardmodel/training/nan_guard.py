@@ -1,4 +1,4 @@
-"""Losses of training steps in, an error out once one is no number: before a checkpoint is spoilt."""
+"""Losses of training steps -> an error once one is NaN or infinite, before a checkpoint is written."""
 
 from typing import NamedTuple
 
@@ -7,17 +7,17 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 
-class Watched(NamedTuple):
-    """Battles of an optimiser step, whether the loss of each is finite, and when the host knows."""
+class RecordedLosses(NamedTuple):
+    """Battles of an optimiser step, whether the loss of each is finite, and the event after which the host knows."""
 
     step: int
     ids: list[str]
     finite: torch.Tensor
-    known: torch.cuda.Event | None
+    ready: torch.cuda.Event | None
 
 
-class Guard:
-    """Looks at losses a step late, so that the host never waits for the GPU within a step.
+class NanGuard:
+    """Checks losses one step late, so that the host never waits for the GPU within a step.
 
     Args:
         computing: precision and attention, for the message.
@@ -25,53 +25,53 @@ class Guard:
 
     def __init__(self, computing: str) -> None:
         self.computing = computing
-        self.pending: list[Watched] = []
+        self.pending: list[RecordedLosses] = []
 
-    def watch(self, step: int, ids: list[str], losses: torch.Tensor) -> None:
-        """Note the losses, (n,), of battles of an optimiser step, and look at those of the step before.
+    def record(self, step: int, ids: list[str], losses: torch.Tensor) -> None:
+        """Record the losses, (n,), of battles of an optimiser step, and check those of the previous step.
 
         Raises:
-            FloatingPointError: as `look`.
+            FloatingPointError: as `check_losses`.
         """
         if self.pending and self.pending[-1].step < step:
-            self.look()
+            self.check_losses()
         finite = losses.detach().isfinite().to("cpu", non_blocking=True)  # into pinned memory, if from a GPU
-        known = torch.cuda.Event() if losses.is_cuda else None
-        if known:
-            known.record()
-        self.pending.append(Watched(step, ids, finite, known))
+        ready = torch.cuda.Event() if losses.is_cuda else None
+        if ready:
+            ready.record()
+        self.pending.append(RecordedLosses(step, ids, finite, ready))
 
-    def look(self) -> None:
-        """Look at all losses noted so far.
+    def check_losses(self) -> None:
+        """Check all losses recorded so far.
 
         Raises:
-            FloatingPointError: some are no numbers; step and battles are named.
+            FloatingPointError: some are NaN or infinite; step and battles are named.
         """
-        for step, ids, finite, known in self.pending:
-            if known:
-                known.synchronize()
+        for step, ids, finite, ready in self.pending:
+            if ready:
+                ready.synchronize()
             bad = [name for name, good in zip(ids, finite.tolist(), strict=True) if not good]
             if bad:
                 raise FloatingPointError(
-                    f"step {step}: the loss of {len(bad)} of {len(ids)} battles is no number ({self.computing}); the "
-                    f"first ids: {', '.join(bad[:5])}; {ADVICE}"
+                    f"step {step}: the loss of {len(bad)} of {len(ids)} battles is NaN or infinite ({self.computing}); "
+                    f"the first ids: {', '.join(bad[:5])}; {ADVICE}"
                 )
         self.pending.clear()
 
     def check(self, model: torch.nn.Module) -> None:
-        """Look at all losses noted so far, and at the weights that train: what is saved next is good.
+        """Check all losses recorded so far, and the weights that train, before they are saved.
 
         Raises:
-            FloatingPointError: as `look`, or a weight that is no number.
+            FloatingPointError: as `check_losses`, or a weight that is NaN or infinite.
         """
-        self.look()
+        self.check_losses()
         weights = [weight.detach() for weight in model.parameters() if weight.requires_grad]
         mine = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
         if not get_total_norm(mine).isfinite():
-            raise FloatingPointError(f"weights that train are no numbers ({self.computing}); {ADVICE}")
+            raise FloatingPointError(f"weights that train are NaN or infinite ({self.computing}); {ADVICE}")
 
 
 ADVICE = (
     "checkpoints before it are good; look at those battles, lower trainer.learning_rate, or set model.dtype to float32"
 )
-"""What a person can do about losses that are no numbers."""
+"""What to do about losses that are NaN or infinite."""

@@ -1,7 +1,8 @@
-"""A classifier and tokenised rows in, trained weights out: TRL's trainer, for battles."""
+"""A classifier and tokenised rows -> trained weights: TRL's trainer, for battles."""
 
 import logging
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,22 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerControl
 from trl import RewardConfig, RewardTrainer
 
-from rewardmodel.config.schema import ModelConfig, ObjectiveConfig
+from rewardmodel.config.schema import ObjectiveConfig
 from rewardmodel.config.trainer import TOKENS
 from rewardmodel.distributed import is_main, wait_for_all
 from rewardmodel.errors import InputError
 from rewardmodel.metrics import accuracy, log_loss
+from rewardmodel.model.backbone import Backbone
 from rewardmodel.model.batching import EpochSampler, to_device
 from rewardmodel.model.budget import Memory, find_budget, no_room
-from rewardmodel.model.forward import batching, forward_budget, longest_row, row_logits
+from rewardmodel.model.forward import Predictor, choose_batching
 from rewardmodel.model.heads import head_names
-from rewardmodel.model.loading import classifier, save_model
+from rewardmodel.model.loading import save_model, unwrap
 from rewardmodel.model.precision import autocast
 from rewardmodel.objectives import find_objective, fit_tie, initial_tie
 from rewardmodel.prompt.tokenization import MODEL_COLUMNS
-from rewardmodel.training.arguments import EVEN, Rates, split_groups
-from rewardmodel.training.nan_guard import Guard
+from rewardmodel.training.arguments import EVEN, LearningRates, split_groups
+from rewardmodel.training.nan_guard import NanGuard
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +36,8 @@ logger = logging.getLogger(__name__)
 class PreferenceTrainer(RewardTrainer):
     """TRL's RewardTrainer for battles: any head width, soft outcomes, the loss a mean over battles.
 
-    Takes rows of `prompt.tokenization.ROWS`. What stays TRL's: set-up of PEFT, checkpointing, padding token,
-    optimisation, logging. What is ours: no row is dropped, trainable weights stay float32 under 4-bit, a step is a
+    Takes rows of `prompt.tokenization.ROWS`. TRL's: set-up of PEFT, checkpointing, padding token, optimisation,
+    logging. Ours: no row is dropped, trainable weights stay float32 under 4-bit, a step is a
     number of battles and its micro-batches a number of tokens, and the loss of a step is the weighted mean over its
     battles, however they are spread over micro-batches and processes.
 
@@ -44,8 +46,8 @@ class PreferenceTrainer(RewardTrainer):
             `args.per_device_train_batch_size` battles, over all processes.
         objective: loss and probabilities.
         dtype: precision of the forward pass.
-        tokens: of a micro-batch in training and in evaluation; none: as many as fit.
-        rates: learning rates beside `args.learning_rate`.
+        tokens: of a micro-batch in training and in evaluation; None: as many as fit.
+        rates: learning rates other than `args.learning_rate`.
     """
 
     loss_is_scaled_for_ga = True
@@ -61,19 +63,19 @@ class PreferenceTrainer(RewardTrainer):
         objective: ObjectiveConfig,
         dtype: torch.dtype,
         tokens: tuple[int | None, int | None] = (None, None),
-        rates: Rates = EVEN,
+        rates: LearningRates = EVEN,
     ) -> None:
         self.objective = find_objective(objective)
         self.settings = objective
         self.dtype = dtype
         self.tokens, self.eval_tokens = tokens
         self.rates = rates
-        self.batching = batching(model, processing_class.pad_token_id)
+        self.batching = choose_batching(model, processing_class.pad_token_id)
         attention = model.config.get_text_config()._attn_implementation
-        self.guard = Guard(f"{str(dtype).removeprefix('torch.')}, {attention} attention")
+        self.guard = NanGuard(f"{str(dtype).removeprefix('torch.')}, {attention} attention")
         trainable = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
         labels = model.config.id2label
-        model.config.num_labels = 1  # all that TRL lets in
+        model.config.num_labels = 1  # TRL accepts nothing else
         super().__init__(
             model=model,
             args=args,
@@ -92,17 +94,17 @@ class PreferenceTrainer(RewardTrainer):
             for weight in self._ties():
                 weight.requires_grad &= self.objective.learns_ties
         if args.gradient_checkpointing:
-            model.disable_input_require_grads()  # needless without re-entrance, and it defeats lora_first_layer
+            model.disable_input_require_grads()  # not needed without re-entrance, and it would undo lora_first_layer
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Return TRL's optimiser, with the head and LoRA's B at rates of their own if there are such."""
+        """Return TRL's optimiser, with separate learning rates for the head and LoRA's B if the recipe has them."""
         optimizer = super().create_optimizer(model)
-        rates = self.rates.of(model or self.model, head_names(classifier(self.model)), self.args.learning_rate)
+        rates = self.rates.of(model or self.model, head_names(unwrap(self.model)), self.args.learning_rate)
         optimizer.param_groups = split_groups(optimizer.param_groups, rates)
         return optimizer
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return the battles of each step, the same in every process, which then computes its share of them."""
+        """Return the battles of each step, the same in every process; each process then computes its share of them."""
         rows = self.train_dataset.select_columns(list(MODEL_COLUMNS))
         return DataLoader(
             rows,
@@ -115,12 +117,12 @@ class PreferenceTrainer(RewardTrainer):
         )
 
     def training_step(self, model: Any, inputs: list[dict], num_items_in_batch: float | None = None) -> torch.Tensor:
-        """Return the loss of the battles of a step, gradients added; out of memory, it is begun anew in smaller parts.
+        """Return the loss of the battles of a step, gradients accumulated; repeat it in smaller parts if out of memory.
 
         Raises:
-            InputError: one battle alone is more than the memory takes.
+            InputError: a single battle does not fit into memory.
         """
-        costs = [self.batching.tokens(row) for row in inputs]
+        costs = [self.batching.tokens(row) for row in inputs]  # tokens of each battle: [412, 1044, ...]
         if self.tokens is None:
             self.tokens = self._find_budget(model)
         while True:
@@ -142,11 +144,11 @@ class PreferenceTrainer(RewardTrainer):
             logger.warning("out of memory: the step is repeated in micro-batches of %s tokens", f"{self.tokens:,}")
 
     def _accumulate(self, model: Any, rows: list[dict], micro_batches: list[list[int]], weight: Any) -> torch.Tensor:
-        """Return the loss of some battles of a step; gradients meet those of other processes in the last backward."""
+        """Return the loss of some battles of a step; gradients are reduced over processes in the last backward pass."""
         shortest = min(rows, key=self.batching.tokens)
         losses = []
         for number, micro in enumerate(micro_batches, 1):
-            # Every process computes as many micro-batches; one without battles repeats one that counts nothing.
+            # Every process computes the same number of micro-batches; one without battles repeats one of weight 0.
             chosen = [rows[row] for row in micro] or [{**shortest, "weight": 0.0}]
             last = number == len(micro_batches)
             self.accelerator.gradient_state._set_sync_gradients(last)
@@ -172,13 +174,13 @@ class PreferenceTrainer(RewardTrainer):
         """Return this micro-batch's share of the mean loss over the step's battles.
 
         Raises:
-            FloatingPointError: a loss of the step before was no number.
+            FloatingPointError: a loss of the previous step was NaN or infinite.
         """
         with autocast(self.accelerator.device, self.dtype):
             logits = model(**inputs["model"]).logits
         logits = logits.view(len(inputs["labels"]), -1, logits.shape[-1])
         losses = self.battle_losses(logits, inputs["labels"], inputs["teacher"])
-        self.guard.watch(self.state.global_step + 1, inputs["ids"], losses)
+        self.guard.record(self.state.global_step + 1, inputs["ids"], losses)
         total = (losses * inputs["weight"]).sum()
         return total / num_items_in_batch * self.accelerator.num_processes  # gradients are averaged over processes
 
@@ -187,7 +189,7 @@ class PreferenceTrainer(RewardTrainer):
     ) -> torch.Tensor:
         """Return the loss of each battle, (n,), of the logits of its sequences, (n, n_sequences, width).
 
-        Labels and the teacher's probabilities are (n, 3), NaN in the rows of battles that have none.
+        Labels and the teacher's probabilities are (n, 3), with NaN in the rows of battles without them.
         """
         return self.objective.battle_losses(logits, labels, self.settings, teacher)
 
@@ -206,23 +208,22 @@ class PreferenceTrainer(RewardTrainer):
         self.guard.check(self.model)
         super()._save_checkpoint(model, trial)
 
-    def save_to(self, folder: Path, config: ModelConfig) -> None:
-        """Write the trained model, once, out of however many processes hold it.
+    def save_to(self, folder: Path, backbone: Backbone) -> None:
+        """Write the trained model once, gathered from the processes that hold it.
 
         Raises:
-            FloatingPointError: a loss or a weight is no number.
+            FloatingPointError: a loss or a weight is NaN or infinite.
         """
         self.guard.check(self.model)
         state = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
         if is_main():
-            save_model(self.accelerator.unwrap_model(self.model), self.processing_class, config, folder, state)
+            save_model(self.accelerator.unwrap_model(self.model), self.processing_class, backbone, folder, state)
         wait_for_all()
 
     def _validation_logits(self) -> np.ndarray:
-        rows, model, pad_token_id = self.eval_dataset, self.model.eval(), self.processing_class.pad_token_id
-        if self.eval_tokens is None:
-            self.eval_tokens = forward_budget(model, rows, pad_token_id, self.dtype)
-        return row_logits(model, rows, pad_token_id, self.dtype, self.eval_tokens)
+        predictor = Predictor(self.model.eval(), self.processing_class, self.dtype, self.eval_tokens)
+        self.eval_tokens = predictor.find_budget(self.eval_dataset)  # measured once, on the first evaluation
+        return replace(predictor, budget=self.eval_tokens).logits(self.eval_dataset)
 
     def set_tie(self, value: float) -> None:
         """Set the head's tie parameter."""
@@ -230,10 +231,10 @@ class PreferenceTrainer(RewardTrainer):
             torch.nn.init.constant_(weight, value)
 
     def fit_tie(self) -> None:
-        """Set the head's tie parameter to what fits the validation battles best."""
+        """Set the head's tie parameter to the one with the least log loss on the validation battles."""
         logits = self._validation_logits()
         if self.is_fsdp_enabled:
-            self.model.reshard()  # a forward pass leaves the head gathered, and what is set there is thrown away
+            self.model.reshard()  # a forward pass leaves the head gathered, and changes to the gathered copy are lost
         self.set_tie(fit_tie(logits[..., 0], np.asarray(self.eval_dataset["labels"][:]), self.objective.link))
 
     def _ties(self) -> list[torch.nn.Parameter]:
@@ -241,14 +242,14 @@ class PreferenceTrainer(RewardTrainer):
         return [weight for name, weight in self.model.named_parameters() if name.endswith(".tie")]
 
     def _find_budget(self, model: Any) -> int:
-        longest = longest_row(self.train_dataset, self.batching)
+        longest = self.batching.longest_row(self.train_dataset)
 
         def work(rows: int) -> None:
             self._accumulate(model, [longest] * rows, [list(range(rows))], 1.0)
             model.zero_grad()
 
         device = self.accelerator.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout as without it
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # keeps dropout's random state
             memory = Memory(device) if device.type == "cuda" else None
             found = find_budget(memory, work, self.batching.tokens(longest))
         return int(self.accelerator.gather(torch.tensor([found], device=device)).min())
@@ -264,4 +265,4 @@ class PreferenceTrainer(RewardTrainer):
         return dataset
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Write nothing: TRL's card describes a pairwise reward model."""
+        """Write no card: TRL's describes a pairwise reward model."""

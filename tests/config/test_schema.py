@@ -11,6 +11,7 @@ from rewardmodel.config.loader import SECTIONS, dump_recipe, load_recipe, recipe
 from rewardmodel.config.schema import TRAINER_DEFAULTS, TRAINER_REFUSED, DataConfig, Recipe, Source
 from rewardmodel.data.splits import load_battles
 from rewardmodel.errors import InputError
+from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.loading import build_model
 from rewardmodel.objectives import OBJECTIVES
 from rewardmodel.prompt.tokenization import tokenize
@@ -91,7 +92,7 @@ def test_every_recipe_is_read_and_builds_a_tiny_model_of_its_family(path, tmp_pa
         device="cpu",
         dtype="float32",
     )
-    built, tokenizer = build_model(model, objective.head, seed=0)
+    built, tokenizer = build_model(resolve_backbone(model), objective.head, seed=0)
     tokenizer.chat_template = "{% for message in messages %}<{{ message.role }}> {{ message.content }}{% endfor %}"
     battles = load_battles(DataConfig()).select(range(4))
     rows = tokenize(battles, tokenizer, recipe.prompt, encoding=objective.encoding)

@@ -14,6 +14,7 @@ from rewardmodel.data.formats import read_battles
 from rewardmodel.errors import InputError
 from rewardmodel.exports.merge import Trained, merge, trained
 from rewardmodel.exports.weight_files import weight_files
+from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.batching import pack, pad
 from rewardmodel.model.loading import backbone_folder, build_model, load_classifier, load_model, save_model
 from rewardmodel.model.precision import bits_and_bytes
@@ -47,12 +48,12 @@ def logits(model, batch):
 def random_run(folder, backbone, head=JOINT, dtype=torch.float32, scale=0.05, **changes):
     """Return a run whose adapter and head are random and large enough to matter."""
     config = ModelConfig(str(backbone), device="cpu", dtype="float32", lora_r=4, **changes)
-    model, tokenizer = build_model(config, head, seed=0)
+    model, tokenizer = build_model(resolve_backbone(config), head, seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, weight in model.named_parameters():
         if weight.requires_grad and "magnitude" not in name and ("lora_" in name or "score" in name):
             weight.data = weight.data + scale * torch.randn(weight.shape, generator=generator)
-    save_model(model, tokenizer, config, folder / "model")
+    save_model(model, tokenizer, resolve_backbone(config), folder / "model")
     return Trained(folder, Recipe(model=config), dtype), model, tokenizer
 
 

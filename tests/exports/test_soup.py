@@ -11,6 +11,7 @@ from rewardmodel.data.formats import read_battles
 from rewardmodel.errors import InputError
 from rewardmodel.exports.merge import Trained, merge
 from rewardmodel.exports.soup import soup
+from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.batching import pack
 from rewardmodel.model.loading import build_model, load_model, save_model
 from rewardmodel.objectives import JOINT
@@ -19,12 +20,12 @@ from rewardmodel.prompt.tokenization import tokenize
 
 def random_run(folder, backbone, seed, **changes) -> Trained:
     config = ModelConfig(str(backbone), device="cpu", dtype="float32", **{"lora_r": 4, **changes})
-    model, tokenizer = build_model(config, JOINT, seed=seed)
+    model, tokenizer = build_model(resolve_backbone(config), JOINT, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if weight.requires_grad and ("lora_" in name or "score" in name):
             weight.data = 0.05 * torch.randn(weight.shape, generator=generator)
-    save_model(model, tokenizer, config, folder / "model")
+    save_model(model, tokenizer, resolve_backbone(config), folder / "model")
     (folder / "environment.json").write_text("{}")
     return Trained(folder, Recipe(model=config), torch.float32)
 

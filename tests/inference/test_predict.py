@@ -19,6 +19,7 @@ from rewardmodel.evaluation.text_regression import load as load_floor
 from rewardmodel.evaluation.text_regression import predict_each
 from rewardmodel.evaluation.text_regression import save as save_floor
 from rewardmodel.inference.predict import calibrate, predict, predict_with
+from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.loading import build_model, load_model
 from rewardmodel.objectives import JOINT
 from rewardmodel.predictions import average, predicted, write_predictions
@@ -49,7 +50,7 @@ def tiny(backbone):
         prompt=PromptConfig(max_length=160),
         model=ModelConfig(model_name_or_path=str(backbone("llama")), device="cpu", dtype="float32", lora_r=4),
     )
-    model, tokenizer = build_model(recipe.model, JOINT, seed=0)
+    model, tokenizer = build_model(resolve_backbone(recipe.model), JOINT, seed=0)
     fill_head(model)
     return model.eval(), tokenizer, recipe
 
@@ -123,7 +124,7 @@ def test_unlabelled_battles_are_predicted_like_labelled_ones(tiny, battles):
 
 
 def test_predictions_that_are_no_numbers_name_the_battles(tiny, battles):
-    model, tokenizer = build_model(tiny[2].model, JOINT, seed=0)
+    model, tokenizer = build_model(resolve_backbone(tiny[2].model), JOINT, seed=0)
     fill_head(model, float("nan"))
     with pytest.raises(FloatingPointError) as caught:
         predict_with(model.eval(), tokenizer, tiny[2], battles)

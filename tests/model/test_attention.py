@@ -15,6 +15,7 @@ from rewardmodel.data.formats import read_battles
 from rewardmodel.model import attention
 from rewardmodel.model import families as backbone
 from rewardmodel.model.attention import KERNELS, Packing, packed
+from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.batching import pack
 from rewardmodel.model.loading import build_model, load_classifier
 from rewardmodel.model.packing import is_packed, pack_attention
@@ -60,7 +61,7 @@ def build(tmp_path_factory):
                 str(folders[family]), device="cpu", dtype="float32", pooling=pooling, lora_r=4, lora_dropout=0.0,
                 use_peft=use_peft,
             )  # fmt: skip
-            one, _ = build_model(config, head, seed=0)
+            one, _ = build_model(resolve_backbone(config), head, seed=0)
             torch.manual_seed(1)
             for name, weight in one.named_parameters():
                 if "lora_B" in name or "score" in name:
@@ -102,13 +103,13 @@ def sequences(row, column="input_ids"):
     return [row[column][:shared] + row[column][begin:end] for begin, end in itertools.pairwise(ends)]
 
 
-def classifier(model):
+def unwrap(model):
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def plain_logits(model, rows):
     """Return the logits of each sequence alone, (n_sequences, n_logits), by transformers' own attention."""
-    inner, found = classifier(model), []
+    inner, found = unwrap(model), []
     score = getattr(inner.score, "modules_to_save", {"default": inner.score})["default"]
     with attending(model, "eager"):
         for row in rows:

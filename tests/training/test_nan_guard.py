@@ -8,7 +8,7 @@ from rewardmodel.cli import main
 from rewardmodel.config.loader import dump_recipe
 from rewardmodel.data.formats import read_battles
 from rewardmodel.run_folder import RunFolder
-from rewardmodel.training.nan_guard import Guard
+from rewardmodel.training.nan_guard import NanGuard
 from rewardmodel.training.train import train
 from rewardmodel.training.trainer import PreferenceTrainer
 
@@ -16,35 +16,35 @@ NAN = float("nan")
 
 
 def test_a_bad_loss_is_told_a_step_later_with_its_battles():
-    guard = Guard("bfloat16, packed_sdpa attention")
-    guard.watch(7, ["a", "b"], torch.tensor([1.0, NAN]))
-    guard.watch(7, ["c", "d"], torch.tensor([1.0, 2.0]))
+    guard = NanGuard("bfloat16, packed_sdpa attention")
+    guard.record(7, ["a", "b"], torch.tensor([1.0, NAN]))
+    guard.record(7, ["c", "d"], torch.tensor([1.0, 2.0]))
     with pytest.raises(FloatingPointError, match=r"step 7: the loss of 1 of 2 .*\(bfloat16, packed_sdpa.*ids: b;"):
-        guard.watch(8, ["e"], torch.tensor([1.0]))
+        guard.record(8, ["e"], torch.tensor([1.0]))
 
 
 def test_what_is_good_is_forgotten():
-    guard = Guard("")
+    guard = NanGuard("")
     for step in range(1, 4):
-        guard.watch(step, ["a"], torch.tensor([1.0]))
+        guard.record(step, ["a"], torch.tensor([1.0]))
         assert len(guard.pending) == 1
-    guard.look()
+    guard.check_losses()
     assert not guard.pending
 
 
 @pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
 def test_before_a_checkpoint_everything_is_looked_at(value):
     model = torch.nn.Linear(2, 2)
-    guard = Guard("float32, eager attention")
+    guard = NanGuard("float32, eager attention")
     guard.check(model)
-    guard.watch(3, ["a"], torch.tensor([value]))
+    guard.record(3, ["a"], torch.tensor([value]))
     with pytest.raises(FloatingPointError, match="step 3"):
         guard.check(model)
     torch.nn.init.constant_(model.weight, value)
     with pytest.raises(FloatingPointError, match="weights that train are no numbers"):
-        Guard("").check(model)
+        NanGuard("").check(model)
     model.weight.requires_grad = False
-    Guard("").check(model)
+    NanGuard("").check(model)
 
 
 def spoilt(monkeypatch, step: int) -> None:
@@ -84,4 +84,4 @@ def test_the_battles_named_are_those_of_the_step(recipe, monkeypatch):
     spoilt(monkeypatch, step=1)
     trainer.training_step(trainer.model, [row], 1.0)
     with pytest.raises(FloatingPointError, match=f"ids: {row['id']};"):
-        trainer.guard.look()
+        trainer.guard.check_losses()

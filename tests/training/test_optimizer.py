@@ -6,7 +6,7 @@ from builders import make_trainer, with_trainer
 
 from rewardmodel.data.formats import read_battles
 from rewardmodel.errors import InputError
-from rewardmodel.training.arguments import Rates, split_groups, training_arguments
+from rewardmodel.training.arguments import LearningRates, split_groups, training_arguments
 
 
 def test_groups_are_split_by_rate_and_nothing_else():
@@ -36,7 +36,7 @@ def trainer_of(recipe, **keys):
     battles = read_battles(recipe.data.train).select(range(8))
     recipe = with_trainer(recipe, eval_strategy="no", save_strategy="no", learning_rate=0.001, **keys)
     trainer = make_trainer(recipe, battles, battles)
-    trainer.rates = Rates(recipe.trainer["head_learning_rate"], recipe.trainer["loraplus_lr_ratio"])
+    trainer.rates = LearningRates(recipe.trainer["head_learning_rate"], recipe.trainer["loraplus_lr_ratio"])
     return trainer
 
 
