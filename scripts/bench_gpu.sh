@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# Training and inference of the big shapes beside stock code on one GPU, in less than nine minutes:
+# Compares training and inference of large shapes with stock code on one GPU, in less than nine minutes:
 #
 #     scripts/bench_gpu.sh [RESULTS] [SHAPE ...]
 #
-# First four optimiser steps in which waiting for the GPU is an error. Then of every shape, once each: 6 optimiser steps
-# of 8 battles after 2 to warm up, ours, trainer and trl; 64 battles in both orders after 16, ours, stock and sorted.
-# RESULTS, scripts/results by default, gets training.json and inference.json, written after every measurement: a part
-# that outlasts its share of the time left is stopped and leaves what it has. SHAPE: qwen3-4b, llama-3-8b and gemma-2-9b
-# by default. REPEATS (1) measures more often, SECONDS_IN_ALL (530) bounds the whole, BATTLES names a labelled file in
-# the place of drawn ids, PYTHON the interpreter, that of .venv by default.
+# First it runs four optimiser steps in which a synchronisation with the GPU is an error. Then it measures every shape
+# once: 6 optimiser steps of 8 battles after 2 to warm up (ours, trainer, trl), and 64 battles in both orders after 16 to
+# warm up (ours, stock, sorted).
+#
+# RESULTS (default: scripts/results) receives training.json and inference.json, written after every measurement. A part
+# that exceeds its share of the remaining time is stopped and keeps what it has written.
+# SHAPE defaults to qwen3-4b, llama-3-8b and gemma-2-9b.
+# REPEATS (1) is the number of measurements, SECONDS_IN_ALL (530) limits the total time, BATTLES is a labelled file to
+# use instead of random ids, PYTHON is the interpreter (default: that of .venv).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
@@ -26,7 +29,7 @@ all=${SECONDS_IN_ALL:-530}
 weights=$((10 + ${#shapes[@]} * (25 + 15)))
 bad=0
 
-part() { # WEIGHT NAME COMMAND...: run a part for at most its share of the time that is left
+part() { # WEIGHT NAME COMMAND...: run a part for at most its share of the remaining time
     local share=$(((all - SECONDS) * $1 / weights)) name=$2 begin=$SECONDS
     weights=$((weights - $1))
     shift 2

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# `rewardmodel run` on one GPU or several:
+# Runs `rewardmodel run` on one GPU or several:
 #
 #     scripts/launch.sh RECIPE [GPUS] [further arguments of `rewardmodel run`]
 #     VERB=train scripts/launch.sh RECIPE [GPUS] --fold all
 #
-# GPUS of this machine, all that torch sees by default. ACCELERATE_CONFIG names a configuration, a file or a name out of
-# recipes/accelerate, in the place of one_gpu or ddp. On several machines MACHINE_RANK, MAIN_PROCESS_IP and
-# MAIN_PROCESS_PORT go before what the configuration says. PYTHON names the interpreter, that of .venv by default.
+# GPUS is the number of GPUs of this machine (default: all that torch sees).
+# ACCELERATE_CONFIG is a configuration of accelerate, a file or a name from recipes/accelerate (default: one_gpu for one
+# GPU, ddp for several).
+# On several machines MACHINE_RANK, MAIN_PROCESS_IP and MAIN_PROCESS_PORT override the configuration.
+# PYTHON is the interpreter (default: that of .venv).
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 
@@ -32,7 +34,7 @@ fi
 
 config=${ACCELERATE_CONFIG:-$([ "$gpus" -eq 1 ] && echo one_gpu || echo ddp)}
 [ -f "$config" ] || config=$root/recipes/accelerate/${config%.yaml}.yaml
-[ -f "$config" ] || fail "ACCELERATE_CONFIG: $ACCELERATE_CONFIG is no file; a name out of recipes/accelerate will do too"
+[ -f "$config" ] || fail "ACCELERATE_CONFIG: $ACCELERATE_CONFIG is no file and no name in recipes/accelerate; give one of them"
 setting() { sed -n "s/^$1: *\([^ #]*\).*/\1/p" "$config"; }
 
 [ "$(setting use_cpu)" = true ] || [ "$gpus" -le "$((seen > 0 ? seen : 1))" ] || fail "$gpus GPUS, but torch sees $seen"
@@ -44,15 +46,15 @@ port=${MAIN_PROCESS_PORT:-$(setting main_process_port)}
 
 if [ "$gpus" -eq 1 ] && [ "$seen" -gt 1 ]; then
     CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
-    export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES%%,*} # transformers would take all that one process sees
+    export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES%%,*} # else transformers would use every GPU that the process sees
 fi
 verb=${VERB:-run}
-[ "$verb" != run ] || "$python" -m rewardmodel.cli run "$recipe" "$@" --print-config >/dev/null # says once what is wrong
+[ "$verb" != run ] || "$python" -m rewardmodel.cli run "$recipe" "$@" --print-config >/dev/null # reports errors once, not per process
 threads=${OMP_NUM_THREADS:-$(("$(nproc)" / gpus))}
 "$python" -m accelerate.commands.launch --quiet --config_file "$config" \
     --num_processes "$((gpus * ${machines:-1}))" --num_cpu_threads_per_process "$((threads > 0 ? threads : 1))" \
     ${rank:+--machine_rank "$rank"} ${address:+--main_process_ip "$address"} ${port:+--main_process_port "$port"} \
     -m rewardmodel.cli "$verb" "$recipe" "$@" || {
-    echo "error: a process ended before its time, as told above; a run continues with --resume" >&2
+    echo "error: a process failed, see above; continue the run with --resume" >&2
     exit 1
 }

