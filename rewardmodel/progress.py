@@ -1,0 +1,76 @@
+"""Progress of a long loop: a bar in a terminal, a log line every tenth elsewhere (a file, a pipe, a notebook)."""
+
+import logging
+import os
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+
+def in_terminal() -> bool:
+    """Return whether standard error is a terminal, where a bar can be redrawn."""
+    return sys.stderr.isatty()
+
+
+def quiet_libraries() -> None:
+    """Switch off the progress bars of datasets, huggingface_hub and transformers where there is no terminal.
+
+    They read these variables when they are imported, so this comes first.
+    """
+    if not in_terminal():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+class Progress:
+    """Counts what a loop has done and shows it.
+
+    Args:
+        total: of what is to be done.
+        title: what is being done, like "predicting".
+        initial: how much of it was done before.
+        unit: name of one of them.
+        show: whether to show anything; one process of several does.
+    """
+
+    def __init__(self, total: int, title: str, initial: int = 0, unit: str = "battle", show: bool = True) -> None:
+        self.total, self.title, self.unit, self.show = total, title, unit, show
+        self.done = self.initial = initial
+        self.start = time.monotonic()
+        self.bar = tqdm(total=total, initial=initial, desc=title, unit=unit) if show and in_terminal() else None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self, count: int) -> None:
+        """Count some more."""
+        self.move_to(self.done + count)
+
+    def move_to(self, done: int) -> None:
+        """Set how many are done by now."""
+        before, self.done = self.done, done
+        if self.bar is not None:
+            self.bar.update(done - before)
+        elif self.show and 10 * done // self.total > 10 * before // self.total:
+            seconds = time.monotonic() - self.start
+            rate = (done - self.initial) / max(seconds, 1e-9)
+            logger.info(
+                "%s: %d %% (%s of %s %ss in %.0f s, %.1f a second)",
+                self.title,
+                100 * done // self.total,
+                f"{done:,}",
+                f"{self.total:,}",
+                self.unit,
+                seconds,
+                rate,
+            )
