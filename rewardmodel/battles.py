@@ -24,13 +24,13 @@ from rewardmodel.files import cache_folder
 OUTCOMES = ("winner_model_a", "winner_model_b", "winner_tie")
 """Outcome columns, and the column order of every (n_battles, 3) array: A wins, B wins, tie."""
 
-TEACHER = ("teacher_model_a", "teacher_model_b", "teacher_tie")
+TEACHER_COLUMNS = ("teacher_model_a", "teacher_model_b", "teacher_tie")
 """Columns of a teacher's probabilities, in the order of `OUTCOMES`."""
 
-TEXTS = ("prompt", "response_a", "response_b")
+TEXT_COLUMNS = ("prompt", "response_a", "response_b")
 """Columns that hold lists of turns."""
 
-FEATURES = Features(
+BATTLE_FEATURES = Features(
     {
         "id": Value("string"),
         "prompt": List(Value("string")),
@@ -43,7 +43,7 @@ FEATURES = Features(
         "source": Value("string"),
         "group": Value("int64"),
         "fold": Value("int32"),
-        **{name: Value("float64") for name in TEACHER},
+        **{name: Value("float64") for name in TEACHER_COLUMNS},
     }
 )
 """One battle a row. Outcomes are null in unlabelled battles; `group` and `fold` are -1 until `folds` sets them; the
@@ -74,9 +74,9 @@ def outcomes(battles: Dataset) -> np.ndarray:
     return _array(battles, OUTCOMES)
 
 
-def taught(battles: Dataset) -> np.ndarray:
+def teacher_probabilities(battles: Dataset) -> np.ndarray:
     """Return a teacher's probabilities, (n_battles, 3) float64: A, B, tie; NaN where it predicted nothing."""
-    return _array(battles, TEACHER)
+    return _array(battles, TEACHER_COLUMNS)
 
 
 def _array(battles: Dataset, names: Sequence[str]) -> np.ndarray:
@@ -84,15 +84,15 @@ def _array(battles: Dataset, names: Sequence[str]) -> np.ndarray:
     return np.stack([np.asarray(columns[name][:], dtype=np.float64) for name in names], axis=1)
 
 
-def labelled(battles: Dataset) -> Dataset:
+def select_labelled(battles: Dataset) -> Dataset:
     """Return the battles that have outcomes."""
     known = ~np.isnan(outcomes(battles)).any(axis=1)
     return battles if known.all() else battles.select(np.flatnonzero(known))
 
 
 def with_column(battles: Dataset, name: str, values: np.ndarray) -> Dataset:
-    """Return the battles with other values, (n_battles,), in a column of `FEATURES`; all columns keep their places."""
-    replaced = battles.remove_columns(name).add_column(name, values, feature=FEATURES[name])
+    """Return the battles with other values, (n_battles,), in a column of `BATTLE_FEATURES`; the order stays."""
+    replaced = battles.remove_columns(name).add_column(name, values, feature=BATTLE_FEATURES[name])
     return replaced.select_columns(battles.column_names)
 
 
@@ -126,7 +126,7 @@ def validate(battles: Dataset, where: str) -> Dataset:
     """Return `battles` unchanged if they keep the contract of the table.
 
     Args:
-        battles: rows of `FEATURES`.
+        battles: rows of `BATTLE_FEATURES`.
         where: the name of the file or data set, for messages.
 
     Raises:
@@ -141,13 +141,13 @@ def validate(battles: Dataset, where: str) -> Dataset:
     _check_ids(table.column("id"), where)
     _check_turns(table, where)
     _check_outcomes(table, where)
-    _check_sums(_stacked(table, TEACHER), TEACHER, where, "predict the battles with the teacher again")
+    _check_sums(_stacked(table, TEACHER_COLUMNS), TEACHER_COLUMNS, where, "predict the battles with the teacher again")
     _check_weights(table.column("weight"), where)
     return battles
 
 
 def _check_texts(table: pa.Table, where: str) -> None:
-    for name in ("id", *TEXTS):
+    for name in ("id", *TEXT_COLUMNS):
         column = table.column(name)
         row = _first_true(pc.is_null(column))
         if row is None and name != "id":
@@ -175,7 +175,7 @@ def _check_ids(ids: pa.ChunkedArray, where: str) -> None:
 
 
 def _check_turns(table: pa.Table, where: str) -> None:
-    turns = {name: pc.list_value_length(table.column(name)) for name in TEXTS}
+    turns = {name: pc.list_value_length(table.column(name)) for name in TEXT_COLUMNS}
     for name in ("response_a", "response_b"):
         row = _first_true(pc.not_equal(turns["prompt"], turns[name]))
         if row is not None:
@@ -188,7 +188,7 @@ def _check_turns(table: pa.Table, where: str) -> None:
 def _check_outcomes(table: pa.Table, where: str) -> None:
     if all(table.column(name).null_count == len(table) for name in OUTCOMES):
         return
-    array, teacher = (_stacked(table, names) for names in (OUTCOMES, TEACHER))
+    array, teacher = (_stacked(table, names) for names in (OUTCOMES, TEACHER_COLUMNS))
     alone = np.isnan(array).all(axis=1) & np.isfinite(teacher).all(axis=1)  # the teacher's probabilities will do
     for name, values in zip(OUTCOMES, array.T, strict=True):
         bad = ~np.isfinite(values) & ~alone
@@ -227,10 +227,10 @@ def _first_true(mask: pa.ChunkedArray | pa.Array) -> int | None:
     return None if row < 0 else row
 
 
-DEFAULTS: dict[str, Any] = {
+COLUMN_DEFAULTS: dict[str, Any] = {
     "model_a": "",
     "model_b": "",
-    **dict.fromkeys([*OUTCOMES, *TEACHER]),
+    **dict.fromkeys([*OUTCOMES, *TEACHER_COLUMNS]),
     "weight": 1.0,
     "source": "",
     "group": -1,
@@ -239,9 +239,9 @@ DEFAULTS: dict[str, Any] = {
 """Values of the columns that a row need not have."""
 
 
-def from_rows(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Return an Arrow table of battles, `DEFAULTS` filled in; rows have at least an id and the three texts."""
-    return pa.Table.from_pylist([{**DEFAULTS, **row} for row in rows], schema=FEATURES.arrow_schema)
+def build_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Return an Arrow table of battles, `COLUMN_DEFAULTS` filled in; rows have at least an id and the three texts."""
+    return pa.Table.from_pylist([{**COLUMN_DEFAULTS, **row} for row in rows], schema=BATTLE_FEATURES.arrow_schema)
 
 
 def store(tables: Iterable[pa.Table], where: str) -> Dataset:
@@ -257,7 +257,7 @@ def store(tables: Iterable[pa.Table], where: str) -> Dataset:
     partial = folder / f".{uuid4().hex}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with ArrowWriter(path=str(partial), features=FEATURES) as writer:
+        with ArrowWriter(path=str(partial), features=BATTLE_FEATURES) as writer:
             for table in tables:
                 writer.write_table(table)
             writer.finalize()
@@ -280,6 +280,6 @@ def store(tables: Iterable[pa.Table], where: str) -> Dataset:
 
 def write_parquet(battles: Dataset, path: Path) -> None:
     """Write battles as a Parquet file, some thousand rows at a time."""
-    with pq.ParquetWriter(path, FEATURES.arrow_schema) as writer:
+    with pq.ParquetWriter(path, BATTLE_FEATURES.arrow_schema) as writer:
         for table in battles.with_format("arrow").iter(batch_size=5000):
             writer.write_table(table)

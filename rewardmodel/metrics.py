@@ -101,7 +101,7 @@ METRICS = {
 }
 """Metrics by their name in metrics.json; `log_loss_a` is that of the battles that A won, and so on."""
 
-SAMPLES = 1000
+BOOTSTRAP_SAMPLES = 1000
 """Bootstrap samples."""
 
 DRAWS_A_BLOCK = 20
@@ -113,7 +113,9 @@ def class_prior(true: np.ndarray) -> np.ndarray:
     return true.mean(axis=0)
 
 
-def bootstrap_means(terms: np.ndarray, groups: np.ndarray, samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
+def bootstrap_means(
+    terms: np.ndarray, groups: np.ndarray, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0
+) -> np.ndarray:
     """Return the means of columns when whole groups are drawn again, (samples, k) (Efron & Tibshirani 1993, ch. 13).
 
     Battles of one prompt are not independent, so groups are drawn, not rows.
@@ -127,7 +129,7 @@ def bootstrap_means(terms: np.ndarray, groups: np.ndarray, samples: int = SAMPLE
     _, members = np.unique(groups, return_inverse=True)
     sizes = np.bincount(members).astype(np.float64)
     sums = np.stack([np.bincount(members, column) for column in terms.T], axis=1)
-    draws = drawn_counts(len(sizes), samples, seed)
+    draws = draw_counts(len(sizes), samples, seed)
     means = np.empty((samples, terms.shape[1]))
     for start in range(0, samples, DRAWS_A_BLOCK):
         times = np.stack(list(islice(draws, DRAWS_A_BLOCK))).astype(np.float64)
@@ -137,14 +139,14 @@ def bootstrap_means(terms: np.ndarray, groups: np.ndarray, samples: int = SAMPLE
     return means
 
 
-def drawn_counts(groups: int, samples: int, seed: int) -> Iterator[np.ndarray]:
+def draw_counts(groups: int, samples: int, seed: int) -> Iterator[np.ndarray]:
     """Yield how often each group is drawn in each bootstrap sample, (groups,) int64."""
     random = np.random.default_rng(seed)
     for _ in range(samples):
         yield np.bincount(random.integers(groups, size=groups), minlength=groups)
 
 
-def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+def percentile_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """Return the percentile interval of bootstrap values, (samples,); draws in which it is not defined are left out."""
     tail = (1 - level) / 2
     low, high = np.nanquantile(values, [tail, 1 - tail])
@@ -156,7 +158,7 @@ def bootstrap_interval(
     predicted: np.ndarray,
     true: np.ndarray,
     groups: np.ndarray,
-    samples: int = SAMPLES,
+    samples: int = BOOTSTRAP_SAMPLES,
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
@@ -172,10 +174,10 @@ def bootstrap_interval(
         seed: of the draw.
     """
     means = bootstrap_means(_columns(metric.terms(predicted, true)), groups, samples, seed)
-    return interval(metric.of_mean(means), level)
+    return percentile_interval(metric.of_mean(means), level)
 
 
-def summary(predicted: np.ndarray, true: np.ndarray, groups: np.ndarray) -> dict[str, dict[str, float]]:
+def summarise(predicted: np.ndarray, true: np.ndarray, groups: np.ndarray) -> dict[str, dict[str, float]]:
     """Return every metric with its 95 % interval, clustered by group: name -> {value, low, high}.
 
     A metric of battles that are not there (no ties, none decided) is left out.
@@ -188,7 +190,7 @@ def summary(predicted: np.ndarray, true: np.ndarray, groups: np.ndarray) -> dict
         start += terms.shape[1]
         value = float(metric.of_mean(terms.mean(axis=0)))
         if np.isfinite(value):
-            low, high = interval(metric.of_mean(drawn))
+            low, high = percentile_interval(metric.of_mean(drawn))
             result[name] = {"value": value, "low": low, "high": high}
     return result
 
@@ -208,7 +210,7 @@ def paired_difference(first: np.ndarray, second: np.ndarray, true: np.ndarray, g
     """
     terms = log_loss_terms(first, true) - log_loss_terms(second, true)
     drawn = bootstrap_means(terms[:, None], groups)[:, 0]
-    low, high = interval(drawn)
+    low, high = percentile_interval(drawn)
     beyond = min((drawn <= 0).sum(), (drawn >= 0).sum())
     return {
         "value": float(terms.mean()),
@@ -218,7 +220,7 @@ def paired_difference(first: np.ndarray, second: np.ndarray, true: np.ndarray, g
     }
 
 
-def wilson(share: float, count: float, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(share: float, count: float, z: float = 1.959964) -> tuple[float, float]:
     """Return the 95 % interval of a share of `count` independent cases (Wilson 1927)."""
     centre = share + z * z / (2 * count)
     half = z * np.sqrt(share * (1 - share) / count + z * z / (4 * count * count))

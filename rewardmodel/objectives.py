@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rewardmodel.errors import InputError, nearest
 
-SHOWN = ([0, 1, 2], [1, 0, 2])
+ORDER_COLUMNS = ([0, 1, 2], [1, 0, 2])
 """Outcomes of the sequence that shows A first, and of the one that shows B first, in the words of the other."""
 
 
@@ -36,7 +36,7 @@ class Settings(Protocol):
     weight_cosine: float
 
 
-class Head(NamedTuple):
+class HeadShape(NamedTuple):
     """What a classification head reads and states.
 
     Attributes:
@@ -69,7 +69,7 @@ class Objective:
     """
 
     encoding: Literal["joint", "separate"]
-    head: Head
+    head: HeadShape
     loss: Callable[..., Tensor]
     link: Callable[[Tensor], Tensor]
     settings: tuple[str, ...]
@@ -80,7 +80,7 @@ class Objective:
         """Return probabilities (n, 3) float32 of A, B, tie; rows sum to 1."""
         return self.link(_floats(outputs)).softmax(dim=-1).float()
 
-    def orders(self, logits: Tensor) -> list[Tensor]:
+    def probabilities_by_order(self, logits: Tensor) -> list[Tensor]:
         """Return the probabilities, (n, 3) of A, B, tie, that each order states, A shown first before B shown first.
 
         Logits are those of the sequences of battles, (n, n_sequences, width). Separate objectives know no order.
@@ -88,7 +88,8 @@ class Objective:
         if self.encoding == "separate":
             return [self.probabilities(logits)]
         return [
-            self.probabilities(logits[:, number])[:, order] for number, order in enumerate(SHOWN[: logits.shape[1]])
+            self.probabilities(logits[:, number])[:, order]
+            for number, order in enumerate(ORDER_COLUMNS[: logits.shape[1]])
         ]
 
     def battle_losses(
@@ -101,17 +102,17 @@ class Objective:
         if self.encoding == "separate":
             return self.loss(logits, labels, settings, teacher)
         losses = []
-        for number, order in enumerate(SHOWN[: logits.shape[1]]):
+        for number, order in enumerate(ORDER_COLUMNS[: logits.shape[1]]):
             taught = None if teacher is None else teacher[:, order]
             losses.append(self.loss(logits[:, number], labels[:, order], settings, taught))
         return torch.stack(losses).mean(dim=0)
 
-    def counted(self, outcomes: Tensor) -> Tensor:
+    def denominators(self, outcomes: Tensor) -> Tensor:
         """Return what each battle adds to the denominator of a mean loss, (n,): 1, or its decided part."""
         return torch.ones_like(outcomes[:, 0]) if self.learns_ties else outcomes[:, :2].sum(dim=1)
 
 
-def joint(logits: Tensor) -> Tensor:
+def joint_link(logits: Tensor) -> Tensor:
     """Return the log-weights that a joint head states, (n, 3): its logits."""
     return logits
 
@@ -190,18 +191,20 @@ def bradley_terry(outputs: Tensor, outcomes: Tensor, settings: Settings, teacher
     return -(targets * logs).sum(dim=-1) + _centring(outputs, settings) * decided
 
 
-JOINT, SEPARATE = Head(3, 2, tie=False), Head(1, 1, tie=True)
+JOINT_HEAD, SEPARATE_HEAD = HeadShape(3, 2, tie=False), HeadShape(1, 1, tie=True)
 
 OBJECTIVES = {
-    "cross_entropy": Objective("joint", JOINT, cross_entropy, joint, ("label_smoothing",)),
+    "cross_entropy": Objective("joint", JOINT_HEAD, cross_entropy, joint_link, ("label_smoothing",)),
     "distillation": Objective(
-        "joint", JOINT, distillation, joint,
+        "joint", JOINT_HEAD, distillation, joint_link,
         ("label_smoothing", "temperature", "weight_votes", "weight_teacher", "weight_cosine"), teacher=True,
     ),
-    "rao_kupper": Objective("separate", SEPARATE, rao_kupper, rao_kupper_link, ("label_smoothing", "center_rewards")),
-    "davidson": Objective("separate", SEPARATE, davidson, davidson_link, ("label_smoothing", "center_rewards")),
+    "rao_kupper": Objective(
+        "separate", SEPARATE_HEAD, rao_kupper, rao_kupper_link, ("label_smoothing", "center_rewards")
+    ),
+    "davidson": Objective("separate", SEPARATE_HEAD, davidson, davidson_link, ("label_smoothing", "center_rewards")),
     "bradley_terry": Objective(
-        "separate", SEPARATE, bradley_terry, davidson_link, ("label_smoothing", "margin", "center_rewards"),
+        "separate", SEPARATE_HEAD, bradley_terry, davidson_link, ("label_smoothing", "margin", "center_rewards"),
         learns_ties=False,
     ),
 }  # fmt: skip

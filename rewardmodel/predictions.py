@@ -19,20 +19,20 @@ import pandas as pd
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from rewardmodel.battles import OUTCOMES, TEXTS, is_labelled, outcomes
+from rewardmodel.battles import OUTCOMES, TEXT_COLUMNS, is_labelled, outcomes
 from rewardmodel.errors import InputError
 from rewardmodel.files import atomic_path
-from rewardmodel.texts import SCRIPTS, characters_of, script_numbers
+from rewardmodel.texts import SCRIPTS, count_characters, detect_scripts
 
 logger = logging.getLogger(__name__)
 
 PROBABILITIES = ("p_model_a", "p_model_b", "p_tie")
 """Predicted probabilities, in the order of `OUTCOMES`."""
 
-BATTLE = ("id", "prompt_chars", "response_a_chars", "response_b_chars")
+IDENTITY_COLUMNS = ("id", "prompt_chars", "response_a_chars", "response_b_chars")
 """Columns by which a battle is known again; ids alone may be row numbers."""
 
-SEEN = "seen"
+SEEN_COLUMN = "seen"
 """Column that says whether the runs that predicted a battle had its group in training, where that is known."""
 
 MODELS = ("model_a", "model_b")
@@ -41,7 +41,7 @@ EXCERPT = 1_500
 """Characters of a text that the table keeps of labelled battles."""
 
 
-def predictions_table(battles: Dataset, as_given: np.ndarray, exchanged: np.ndarray | None = None) -> pd.DataFrame:
+def build_predictions(battles: Dataset, as_given: np.ndarray, exchanged: np.ndarray | None = None) -> pd.DataFrame:
     """Return the predictions table.
 
     Args:
@@ -50,8 +50,8 @@ def predictions_table(battles: Dataset, as_given: np.ndarray, exchanged: np.ndar
         exchanged: the same computed from swapped battles and swapped back, NaN where it was not; or None.
     """
     orders = {"ab": as_given} if exchanged is None else {"ab": as_given, "ba": exchanged}
-    stated = average(list(orders.values()))
-    stated = np.where(np.isnan(stated), average([as_given]), stated)
+    stated = average_probabilities(list(orders.values()))
+    stated = np.where(np.isnan(stated), average_probabilities([as_given]), stated)
     plain = battles.with_format(None)
     columns: dict[str, Any] = {name: np.asarray(plain[name][:]) for name in ("id", "group", "source", *MODELS)}
     columns |= dict(zip(OUTCOMES, outcomes(battles).T, strict=True))
@@ -64,20 +64,20 @@ def predictions_table(battles: Dataset, as_given: np.ndarray, exchanged: np.ndar
 def _text_columns(battles: Dataset) -> dict[str, Any]:
     found: dict[str, list] = defaultdict(list)
     shown = is_labelled(battles)
-    for table in battles.with_format("arrow").select_columns(list(TEXTS)).iter(batch_size=1000):
-        for name in TEXTS:
+    for table in battles.with_format("arrow").select_columns(list(TEXT_COLUMNS)).iter(batch_size=1000):
+        for name in TEXT_COLUMNS:
             column = table.column(name).combine_chunks()
-            found[f"{name}_chars"].append(characters_of(column))
+            found[f"{name}_chars"].append(count_characters(column))
             if name == "prompt":
                 found["turns"].append(pc.list_value_length(column).to_numpy())
-                found["script"].append(np.array(SCRIPTS)[script_numbers(column)])
+                found["script"].append(np.array(SCRIPTS)[detect_scripts(column)])
             if shown:
                 begun = pc.utf8_slice_codeunits(pc.binary_join(column, "\n\n"), 0, EXCERPT)
                 found[name].append(begun.to_numpy(zero_copy_only=False))
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
-def mean_table(tables: Sequence[pd.DataFrame], weights: Sequence[float]) -> pd.DataFrame:
+def average_tables(tables: Sequence[pd.DataFrame], weights: Sequence[float]) -> pd.DataFrame:
     """Return the weighted mean of predictions of the same battles, one row a battle.
 
     Args:
@@ -100,28 +100,28 @@ def mean_table(tables: Sequence[pd.DataFrame], weights: Sequence[float]) -> pd.D
     return result.assign(**means.mask(stacked[names].isna().groupby(level=0).any()))
 
 
-def average(probabilities: list[np.ndarray]) -> np.ndarray:
+def average_probabilities(probabilities: list[np.ndarray]) -> np.ndarray:
     """Return the mean of several (n_battles, 3) arrays as float64 rows that sum to 1."""
     mean = np.mean([array.astype(np.float64) for array in probabilities], axis=0)
     return mean / mean.sum(axis=1, keepdims=True)
 
 
-def with_floor(table: pd.DataFrame, probabilities: np.ndarray) -> pd.DataFrame:
+def with_baseline(table: pd.DataFrame, probabilities: np.ndarray) -> pd.DataFrame:
     """Return predictions with a floor's of the same battles, (n_battles, 3), beside, as `floor_*`."""
     return table.assign(**{f"floor_{name}": p for name, p in zip(PROBABILITIES, probabilities.T, strict=True)})
 
 
-def beside_floor(table: pd.DataFrame) -> np.ndarray:
+def stack_baseline(table: pd.DataFrame) -> np.ndarray:
     """Return what is predicted, and beside it what the floor predicts, (n_battles, 6) float64."""
     return np.hstack([predicted(table), predicted(table, "floor")])
 
 
-def in_both_orders(table: pd.DataFrame) -> np.ndarray:
+def has_both_orders(table: pd.DataFrame) -> np.ndarray:
     """Return which battles were predicted in both orders, (n_battles,) bool."""
     return table["ba_p_tie"].notna().to_numpy() if "ba_p_tie" in table else np.zeros(len(table), bool)
 
 
-def ruled(battles: Dataset, tie_if_same: float | None, win_if_other_empty: float | None) -> np.ndarray:
+def rule_probabilities(battles: Dataset, tie_if_same: float | None, win_if_other_empty: float | None) -> np.ndarray:
     """Return the probabilities that rules give without a model, (n_battles, 3) float64; NaN where no rule speaks.
 
     Args:
@@ -147,8 +147,8 @@ def ruled(battles: Dataset, tie_if_same: float | None, win_if_other_empty: float
     return result
 
 
-def overrule(table: pd.DataFrame, probabilities: np.ndarray) -> pd.DataFrame:
-    """Return predictions with what `ruled` gives in the place of what is stated in the end."""
+def apply_rules(table: pd.DataFrame, probabilities: np.ndarray) -> pd.DataFrame:
+    """Return predictions with what `rule_probabilities` gives in the place of what is stated in the end."""
     rows = ~np.isnan(probabilities[:, 0])
     if rows.any():
         logger.info("%d of %d battles are predicted by rule: same or empty responses", rows.sum(), len(table))
@@ -167,7 +167,7 @@ def true_outcomes(table: pd.DataFrame) -> np.ndarray:
     return table[list(OUTCOMES)].to_numpy(np.float64)
 
 
-def known_outcomes(table: pd.DataFrame, where: str = "predictions") -> np.ndarray:
+def require_outcomes(table: pd.DataFrame, where: str = "predictions") -> np.ndarray:
     """Return the true outcomes, (n_battles, 3) float64.
 
     Raises:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from rewardmodel.battles import FEATURES, TEACHER, taught
+from rewardmodel.battles import BATTLE_FEATURES, TEACHER_COLUMNS, teacher_probabilities
 from rewardmodel.config.loader import dump_recipe, load_recipe
 from rewardmodel.config.schema import Recipe
 from rewardmodel.errors import InputError
@@ -244,8 +244,13 @@ def data_fingerprint(battles: Dataset) -> str:
     A teacher's probabilities are in it where there are any.
     """
     digest = hashlib.sha256()
-    left_out = ["group", "fold", "source", *(() if np.isfinite(taught(battles)).any() else TEACHER)]
-    columns = [name for name in FEATURES if name not in left_out]
+    left_out = [
+        "group",
+        "fold",
+        "source",
+        *(() if np.isfinite(teacher_probabilities(battles)).any() else TEACHER_COLUMNS),
+    ]
+    columns = [name for name in BATTLE_FEATURES if name not in left_out]
     for batch in battles.with_format(None).select_columns(columns).iter(batch_size=1000):
         digest.update(json.dumps(batch, ensure_ascii=False).encode())
     return digest.hexdigest()[:16]

@@ -11,13 +11,13 @@ SCRIPTS = (
 """Scripts that are told apart, as Unicode names them; letters of others are `other`, and no letters are `none`."""
 
 
-def characters_of(column: pa.ListArray) -> np.ndarray:
+def count_characters(column: pa.ListArray) -> np.ndarray:
     """Return the characters of all turns of each battle, (n,) int64."""
     lengths = pc.utf8_length(column.flatten()).to_numpy()
     return np.bincount(pc.list_parent_indices(column), lengths, minlength=len(column)).astype(np.int64)
 
 
-def script_numbers(column: pa.ListArray) -> np.ndarray:
+def detect_scripts(column: pa.ListArray) -> np.ndarray:
     """Return where in `SCRIPTS` the script of most letters of each battle stands, (n,); kana make Han Japanese."""
     texts = pc.binary_join(column, "\n")
     han, kana, none = (SCRIPTS.index(name) for name in ("Han", "Japanese", "none"))

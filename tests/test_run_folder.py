@@ -5,7 +5,7 @@ import pytest
 from builders import from_columns
 from datasets import concatenate_datasets
 
-from rewardmodel.battles import OUTCOMES, TEACHER, swap
+from rewardmodel.battles import OUTCOMES, TEACHER_COLUMNS, swap
 from rewardmodel.config.loader import dump_recipe
 from rewardmodel.config.schema import DataConfig, InferenceConfig, PromptConfig, Recipe
 from rewardmodel.errors import InputError
@@ -296,8 +296,8 @@ def test_a_folder_below_a_file_is_refused(tmp_path):
 
 
 def test_fingerprint_changes_with_a_teacher_and_only_with_one():
-    teacher = dict(zip(TEACHER, [[0.5] * 3, [0.3] * 3, [0.2] * 3], strict=True))
-    other = {**teacher, TEACHER[0]: [0.3] * 3, TEACHER[1]: [0.5] * 3}
+    teacher = dict(zip(TEACHER_COLUMNS, [[0.5] * 3, [0.3] * 3, [0.2] * 3], strict=True))
+    other = {**teacher, TEACHER_COLUMNS[0]: [0.3] * 3, TEACHER_COLUMNS[1]: [0.5] * 3}
     assert data_fingerprint(battles_of()) == "ca59d751e27c0b8a"  # as runs have it that know of no teachers
     assert len({data_fingerprint(battles_of(**columns)) for columns in ({}, teacher, other)}) == 3
 

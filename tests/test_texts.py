@@ -2,23 +2,23 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rewardmodel.texts import SCRIPTS, characters_of, script_numbers
+from rewardmodel.texts import SCRIPTS, count_characters, detect_scripts
 
 COLUMN = pa.array([["abc"], ["你好", "ok"], ["при", ""], ["1"], ["", ""]])
 
 
 def scripts_of(*texts):
-    return np.array(SCRIPTS)[script_numbers(pa.array([[text] for text in texts]))].tolist()
+    return np.array(SCRIPTS)[detect_scripts(pa.array([[text] for text in texts]))].tolist()
 
 
 def test_characters_are_counted_over_all_turns():
-    assert characters_of(COLUMN).tolist() == [3, 4, 3, 1, 0]
+    assert count_characters(COLUMN).tolist() == [3, 4, 3, 1, 0]
 
 
 def test_a_slice_of_a_column_has_its_own_characters_and_scripts():
-    assert characters_of(COLUMN.slice(1, 2)).tolist() == [4, 3]
+    assert count_characters(COLUMN.slice(1, 2)).tolist() == [4, 3]
     assert (
-        script_numbers(COLUMN.slice(1, 2)).tolist() == script_numbers(pa.array([["你好", "ok"], ["при", ""]])).tolist()
+        detect_scripts(COLUMN.slice(1, 2)).tolist() == detect_scripts(pa.array([["你好", "ok"], ["при", ""]])).tolist()
     )
 
 
@@ -47,4 +47,4 @@ def test_the_script_is_the_one_of_most_letters(text, script):
 
 def test_no_battles_have_no_scripts():
     empty = pa.array([], pa.list_(pa.string()))
-    assert script_numbers(empty).tolist() == characters_of(empty).tolist() == []
+    assert detect_scripts(empty).tolist() == count_characters(empty).tolist() == []

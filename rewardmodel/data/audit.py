@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from rewardmodel.battles import OUTCOMES, TEXTS, outcomes
-from rewardmodel.data.duplicates import duplicates, near_duplicates, winner
-from rewardmodel.data.folds import CALIBRATION, HOLDOUT, TRAIN_ONLY, TRAIN_WITH, UNUSED
-from rewardmodel.metrics import wilson
-from rewardmodel.prompt.encoder import PromptEncoder, total
-from rewardmodel.prompt.truncation import LEAST_ROUND, Sizes, retention
-from rewardmodel.texts import SCRIPTS, characters_of, script_numbers
+from rewardmodel.battles import OUTCOMES, TEXT_COLUMNS, outcomes
+from rewardmodel.data.duplicates import find_duplicates, find_near_duplicates, winner_signs
+from rewardmodel.data.folds import CALIBRATION_FOLD, HOLDOUT_FOLD, TRAIN_ONLY, TRAIN_WITH, UNUSED
+from rewardmodel.metrics import wilson_interval
+from rewardmodel.prompt.encoder import PromptEncoder, sum_sizes
+from rewardmodel.prompt.truncation import MIN_ROUND_TOKENS, Sizes, measure_retention
+from rewardmodel.texts import SCRIPTS, count_characters, detect_scripts
 
 SAMPLE = 20_000
 """Battles, drawn with the seed, whose tokens are counted; all of them where there are fewer."""
@@ -24,7 +24,13 @@ MAX_LENGTHS = (512, 1024, 1536, 2048, 3072, 4096, 8192)
 
 PERCENTILES = (5, 25, 50, 75, 95, 99)
 
-PARTS = {TRAIN_ONLY: "train only", CALIBRATION: "calibration", HOLDOUT: "holdout", UNUSED: "unused", -1: "not dealt"}
+PARTS = {
+    TRAIN_ONLY: "train only",
+    CALIBRATION_FOLD: "calibration",
+    HOLDOUT_FOLD: "holdout",
+    UNUSED: "unused",
+    -1: "not dealt",
+}
 
 IMBALANCE, DEVIATION, LARGE_GROUP, FEW = 0.01, 0.02, 0.1, 50
 """What is told as wrong, beyond chance: a share of A's wins farther from one half; an outcome's share in a part farther
@@ -49,7 +55,7 @@ def audit(battles: Dataset, encoder: PromptEncoder | None = None, seed: int = 0)
         battles, outcome shares and their largest deviation from all battles' by fold and part; `tokens`.
     """
     survey, array = _survey(battles), outcomes(battles)
-    verdict = winner(array)
+    verdict = winner_signs(array)
     longer = np.sign(survey.characters[:, 1] - survey.characters[:, 2]) * verdict
     return {
         "battles": len(battles),
@@ -58,12 +64,12 @@ def audit(battles: Dataset, encoder: PromptEncoder | None = None, seed: int = 0)
         "position": _wins(verdict),
         "longer_response": _wins(longer),
         "turns": _turns(survey.turns),
-        "empty_turns": dict(zip(TEXTS, survey.empty.tolist(), strict=True)),
+        "empty_turns": dict(zip(TEXT_COLUMNS, survey.empty.tolist(), strict=True)),
         "scripts": survey.scripts,
-        "characters": {name: _percentiles(survey.characters[:, column]) for column, name in enumerate(TEXTS)},
+        "characters": {name: _percentiles(survey.characters[:, column]) for column, name in enumerate(TEXT_COLUMNS)},
         "groups": _groups(np.asarray(battles.with_format(None)["group"][:])),
-        "duplicates": duplicates(battles),
-        "near_duplicates": near_duplicates(battles),
+        "duplicates": find_duplicates(battles),
+        "near_duplicates": find_near_duplicates(battles),
         "parts": _parts(np.asarray(battles.with_format(None)["fold"][:]), array),
         "tokens": None if encoder is None else _tokens(battles, encoder, seed),
     }
@@ -83,14 +89,14 @@ class _Survey(NamedTuple):
 def _survey(battles: Dataset) -> _Survey:
     numbers: dict[str, int] = {}
     source, turns, characters, scripts = [], [], [], []
-    empty = np.zeros(len(TEXTS), np.int64)
-    for table in battles.with_format("arrow").select_columns([*TEXTS, "source"]).iter(batch_size=1000):
+    empty = np.zeros(len(TEXT_COLUMNS), np.int64)
+    for table in battles.with_format("arrow").select_columns([*TEXT_COLUMNS, "source"]).iter(batch_size=1000):
         source.append([numbers.setdefault(name, len(numbers)) for name in table.column("source").to_pylist()])
-        texts = [table.column(name).combine_chunks() for name in TEXTS]
+        texts = [table.column(name).combine_chunks() for name in TEXT_COLUMNS]
         turns.append(pc.list_value_length(texts[0]).to_numpy())
-        characters.append(np.stack([characters_of(column) for column in texts], axis=1))
+        characters.append(np.stack([count_characters(column) for column in texts], axis=1))
         empty += [pc.sum(pc.equal(pc.utf8_trim_whitespace(column.flatten()), "")).as_py() for column in texts]
-        scripts.append(script_numbers(texts[0]))
+        scripts.append(detect_scripts(texts[0]))
     share = np.bincount(np.concatenate(scripts), minlength=len(SCRIPTS)) / len(battles)
     ranked = sorted(zip(SCRIPTS, share.tolist(), strict=True), key=lambda item: -item[1])
     found = {name: here for name, here in ranked if here}
@@ -122,7 +128,7 @@ def _wins(sign: np.ndarray) -> dict[str, Any] | None:
     if not decided:
         return None
     share = won / decided
-    low, high = wilson(share, decided)
+    low, high = wilson_interval(share, decided)
     return {"decided": decided, "share": share, "low": low, "high": high, "balanced": low <= 0.5 <= high}
 
 
@@ -164,16 +170,16 @@ def _tokens(battles: Dataset, encoder: PromptEncoder, seed: int) -> dict[str, An
     """
     count = min(SAMPLE, len(battles))
     rows = np.sort(np.random.default_rng(seed).choice(len(battles), count, replace=False))
-    least = encoder.fixed(1).length + len(encoder.mark) + LEAST_ROUND
+    least = encoder.fixed_tokens(1).length + len(encoder.mark) + MIN_ROUND_TOKENS
     budgets = [length for length in sorted({*MAX_LENGTHS, encoder.max_length}) if length >= least]
-    sides = [TEXTS] if len(encoder.responses) > 1 else [(TEXTS[0], name) for name in TEXTS[1:]]
+    sides = [TEXT_COLUMNS] if len(encoder.responses) > 1 else [(TEXT_COLUMNS[0], name) for name in TEXT_COLUMNS[1:]]
     full, sequences, kept = [], [], []
-    for batch in battles.select(rows).with_format(None).select_columns(list(TEXTS)).iter(batch_size=500):
-        for each in zip(*(encoder.rounds(*(batch[name] for name in side)) for side in sides), strict=True):
+    for batch in battles.select(rows).with_format(None).select_columns(list(TEXT_COLUMNS)).iter(batch_size=500):
+        for each in zip(*(encoder.tokenize_rounds(*(batch[name] for name in side)) for side in sides), strict=True):
             sizes = [[tuple(map(len, texts)) for texts in rounds] for rounds in each]
-            totals = [total(rounds) for rounds in sizes]
+            totals = [sum_sizes(rounds) for rounds in sizes]
             full.append((totals[0][0], *(size for one in totals for size in one[1:])))
-            sequences += [sum(map(sum, rounds)) + encoder.fixed(len(rounds)).length for rounds in sizes]
+            sequences += [sum(map(sum, rounds)) + encoder.fixed_tokens(len(rounds)).length for rounds in sizes]
             stay = [_kept(encoder, rounds, budgets) for rounds in sizes]
             kept.append(np.dstack([np.min([one[..., 0] for one in stay], axis=0), *(one[..., 1:] for one in stay)]))
     sizes_of, stays, ways = np.array(full), np.array(kept), ("kept", "right_cut")
@@ -187,7 +193,7 @@ def _tokens(battles: Dataset, encoder: PromptEncoder, seed: int) -> dict[str, An
         "retention": [
             {
                 "max_length": length,
-                **{name: retention(sizes_of, stays[:, way, number]) for way, name in enumerate(ways)},
+                **{name: measure_retention(sizes_of, stays[:, way, number]) for way, name in enumerate(ways)},
             }
             for number, length in enumerate(budgets)
         ],
@@ -196,8 +202,8 @@ def _tokens(battles: Dataset, encoder: PromptEncoder, seed: int) -> dict[str, An
 
 def _kept(encoder: PromptEncoder, rounds: Sequence[Sizes], budgets: list[int]) -> np.ndarray:
     """Return the tokens of each text that stay, (2, n_budgets, n_texts) int64: by our truncation, by a right cut."""
-    ours = [encoder.total_kept(rounds, encoder.keep(rounds, length)) for length in budgets]
-    fixed, right, place = encoder.fixed(len(rounds)), np.zeros((len(budgets), len(rounds[0])), np.int64), 0
+    ours = [encoder.count_kept(rounds, encoder.fit_rounds(rounds, length)) for length in budgets]
+    fixed, right, place = encoder.fixed_tokens(len(rounds)), np.zeros((len(budgets), len(rounds[0])), np.int64), 0
     for before, (number, text) in zip(fixed.before, fixed.turns, strict=True):
         place += len(before)
         right[:, text] += np.clip(np.array(budgets) - place, 0, rounds[number][text])

@@ -12,7 +12,7 @@ from scipy.sparse.csgraph import connected_components
 from rewardmodel.battles import outcomes, with_column
 from rewardmodel.errors import InputError
 
-TRAIN_ONLY, CALIBRATION, HOLDOUT, UNUSED = -2, -3, -4, -5
+TRAIN_ONLY, CALIBRATION_FOLD, HOLDOUT_FOLD, UNUSED = -2, -3, -4, -5
 """Values of `fold` for battles that are in none: those that only train, two parts that never train, and battles that
 only train but share a group with one of these."""
 
@@ -44,10 +44,10 @@ def content_keys(battles: Dataset) -> np.ndarray:
     The keys are of the prompt, and of the pair of responses; a trivial pair's is the prompt's again.
     """
     keys = np.empty((len(battles), 2), np.uint64)
-    for row, (prompt, first, second) in enumerate(normalised(battles)):
-        keys[row] = key(b"prompt", prompt)
+    for row, (prompt, first, second) in enumerate(normalise_texts(battles)):
+        keys[row] = hash_texts(b"prompt", prompt)
         if len(first) + len(second) >= TRIVIAL_RESPONSES:
-            keys[row, 1] = key(b"pair", min(first, second), max(first, second))
+            keys[row, 1] = hash_texts(b"pair", min(first, second), max(first, second))
     return keys
 
 
@@ -56,14 +56,15 @@ def assign_folds(
 ) -> Dataset:
     """Return the battles with `fold`: whole groups, outcomes and sources alike, whatever the row order.
 
-    `fold` is 0 to folds - 1, or `CALIBRATION` or `HOLDOUT` for the shares that are asked for. Battles that came as
-    `TRAIN_ONLY` are never judged: they stay so, or become `TRAIN_WITH` - k or `UNUSED` with the group that they share.
+    `fold` is 0 to folds - 1, or `CALIBRATION_FOLD` or `HOLDOUT_FOLD` for the shares that are asked for. Battles that
+    came as `TRAIN_ONLY` are never judged: they stay so, or become `TRAIN_WITH` - k or `UNUSED` with the group that
+    they share.
 
     Raises:
         InputError: fewer than two folds, shares that leave nothing to train on or are less than a group, or fewer
             groups than parts.
     """
-    parts, shares = part_shares(folds, calibration, holdout)
+    parts, shares = plan_parts(folds, calibration, holdout)
     plain = battles.with_format(None)
     groups = np.asarray(plain["group"][:])
     before = np.asarray(plain["fold"][:])
@@ -77,7 +78,7 @@ def assign_folds(
     part_of_group = parts[_deal(group, _strata(battles, judged), shares, np.random.default_rng(seed))]
     for part, share in zip(parts, shares, strict=True):
         if part not in part_of_group:
-            name = {CALIBRATION: "data.calibration", HOLDOUT: "data.holdout"}.get(int(part), "data.folds")
+            name = {CALIBRATION_FOLD: "data.calibration", HOLDOUT_FOLD: "data.holdout"}.get(int(part), "data.folds")
             raise InputError(f"{name}: {share:g} of {len(judged)} battles is less than a prompt; ask for more")
     place = np.searchsorted(distinct, groups).clip(max=len(distinct) - 1)
     there = part_of_group[place]
@@ -86,13 +87,13 @@ def assign_folds(
     return with_column(battles, "fold", fold.astype(np.int32))
 
 
-def trains(fold: np.ndarray, held_out: int) -> np.ndarray:
+def train_mask(fold: np.ndarray, held_out: int) -> np.ndarray:
     """Return which battles, by their `fold`, train while one fold is held out, (n_battles,) bool."""
     others = (fold >= 0) & (fold != held_out)
     return others | (fold == TRAIN_ONLY) | ((fold <= TRAIN_WITH) & (fold != TRAIN_WITH - held_out))
 
 
-def limit(battles: Dataset, count: int, seed: int = 0) -> Dataset:
+def limit_battles(battles: Dataset, count: int, seed: int = 0) -> Dataset:
     """Return whole groups, drawn with `seed`, until there are at least `count` battles; rows keep their order."""
     groups = np.asarray(battles.with_format(None)["group"][:])
     sizes = np.bincount(groups)
@@ -101,7 +102,7 @@ def limit(battles: Dataset, count: int, seed: int = 0) -> Dataset:
     return battles.select(np.flatnonzero(np.isin(groups, drawn[:enough])))
 
 
-def part_shares(folds: int, calibration: float, holdout: float) -> tuple[np.ndarray, np.ndarray]:
+def plan_parts(folds: int, calibration: float, holdout: float) -> tuple[np.ndarray, np.ndarray]:
     """Return the values of `fold` that are dealt, the folds first, and the share of the battles that each should have.
 
     Raises:
@@ -112,7 +113,7 @@ def part_shares(folds: int, calibration: float, holdout: float) -> tuple[np.ndar
     for name, share in (("calibration", calibration), ("holdout", holdout)):
         if not 0 <= share < 1 or calibration + holdout >= 1:
             raise InputError(f"data.{name}: {share}; give a share from 0 to 1 that leaves battles to train on")
-    kept = [(part, share) for part, share in ((CALIBRATION, calibration), (HOLDOUT, holdout)) if share]
+    kept = [(part, share) for part, share in ((CALIBRATION_FOLD, calibration), (HOLDOUT_FOLD, holdout)) if share]
     dealt = [(fold, (1 - calibration - holdout) / folds) for fold in range(folds)] + kept
     return np.array([part for part, _ in dealt]), np.array([share for _, share in dealt])
 
@@ -165,7 +166,7 @@ def _deal(group: np.ndarray, stratum: np.ndarray, shares: np.ndarray, random: np
     return part
 
 
-def normalised(battles: Dataset) -> Iterator[tuple[bytes, bytes, bytes]]:
+def normalise_texts(battles: Dataset) -> Iterator[tuple[bytes, bytes, bytes]]:
     """Yield prompt and both responses of each battle as they are compared: normalised turns in UTF-8, joined by NUL."""
     columns = battles.with_format(None).select_columns(["prompt", "response_a", "response_b"])
     for batch in columns.iter(batch_size=1000):
@@ -179,7 +180,7 @@ def _normalise(text: str) -> bytes:
     return plain.lower().encode().translate(None, b" \t\n\r\v\f")
 
 
-def key(*parts: bytes) -> int:
+def hash_texts(*parts: bytes) -> int:
     """Return a 64-bit hash of texts."""
     digest = hashlib.blake2b(b"\0\0".join(parts), digest_size=8).digest()
     return int.from_bytes(digest, "big")

@@ -6,17 +6,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import Dataset
 
-from rewardmodel.battles import outcomes, taught, with_column
+from rewardmodel.battles import outcomes, teacher_probabilities, with_column
 from rewardmodel.config.schema import DataConfig
 from rewardmodel.data.folds import (
-    CALIBRATION,
-    HOLDOUT,
+    CALIBRATION_FOLD,
+    HOLDOUT_FOLD,
     TRAIN_ONLY,
     assign_folds,
     assign_groups,
     content_keys,
-    limit,
-    trains,
+    limit_battles,
+    train_mask,
 )
 from rewardmodel.data.formats import read_battles
 from rewardmodel.errors import InputError
@@ -55,7 +55,7 @@ def load_battles(data: DataConfig, battles: Any = None) -> Dataset:
     battles = read_battles(data.train if battles is None else battles, seed=data.seed)
     battles = assign_groups(_unlabelled_only_train(battles))
     if data.limit is not None:
-        battles = limit(battles, data.limit, data.seed)
+        battles = limit_battles(battles, data.limit, data.seed)
     return assign_folds(battles, data.folds, data.seed, data.calibration, data.holdout)
 
 
@@ -64,7 +64,7 @@ def _unlabelled_only_train(battles: Dataset) -> Dataset:
     unlabelled = np.isnan(outcomes(battles)).any(axis=1)
     if not unlabelled.any():
         return battles
-    untaught = unlabelled & np.isnan(taught(battles)).any(axis=1)
+    untaught = unlabelled & np.isnan(teacher_probabilities(battles)).any(axis=1)
     if untaught.any():
         raise InputError(
             f"data.train: {battles[int(untaught.argmax())]['source']} has no outcomes (winner_model_a, winner_model_b, "
@@ -78,7 +78,7 @@ def _unlabelled_only_train(battles: Dataset) -> Dataset:
     return with_column(battles, "fold", np.where(unlabelled & (fold == -1), np.int32(TRAIN_ONLY), fold))
 
 
-def fingerprints(parts: Parts) -> dict[str, str]:
+def fingerprint_parts(parts: Parts) -> dict[str, str]:
     """Return the digests by which a run knows its battles again."""
     return {"training": data_fingerprint(parts.training), "validation": data_fingerprint(parts.validation)}
 
@@ -87,7 +87,7 @@ def split(battles: Dataset, fold: int | None) -> Parts:
     """Return dealt battles by part, with one fold for validation; or with all, where each trains for the others."""
     dealt = np.asarray(battles.with_format(None)["fold"][:])
     judged = dealt >= 0 if fold is None else dealt == fold
-    masks = (trains(dealt, -1 if fold is None else fold), judged, dealt == CALIBRATION, dealt == HOLDOUT)
+    masks = (train_mask(dealt, -1 if fold is None else fold), judged, dealt == CALIBRATION_FOLD, dealt == HOLDOUT_FOLD)
     return Parts(*(battles.select(np.flatnonzero(mask)) for mask in masks))
 
 
@@ -97,7 +97,7 @@ def write_training_keys(run: Path, battles: Dataset) -> None:
         np.save(file, np.unique(content_keys(battles)))
 
 
-def trained_on(runs: list[Path], battles: Dataset) -> np.ndarray | None:
+def find_seen_battles(runs: list[Path], battles: Dataset) -> np.ndarray | None:
     """Return which battles share a group with a run's training battles, (n_runs, n_battles) bool.
 
     Args:

@@ -9,10 +9,18 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
-from rewardmodel.battles import OUTCOMES, TEACHER, TEXTS, outcomes, taught, validate, with_column
+from rewardmodel.battles import (
+    OUTCOMES,
+    TEACHER_COLUMNS,
+    TEXT_COLUMNS,
+    outcomes,
+    teacher_probabilities,
+    validate,
+    with_column,
+)
 from rewardmodel.errors import InputError
-from rewardmodel.predictions import BATTLE, SEEN, predicted, read_predictions
-from rewardmodel.texts import characters_of
+from rewardmodel.predictions import IDENTITY_COLUMNS, SEEN_COLUMN, predicted, read_predictions
+from rewardmodel.texts import count_characters
 
 
 def with_teacher(battles: Dataset, path: Path, prefix: str = "") -> Dataset:
@@ -27,7 +35,7 @@ def with_teacher(battles: Dataset, path: Path, prefix: str = "") -> Dataset:
         InputError: no predictions, a battle that is not among them, or one whose group the teacher trained on.
     """
     table = read_predictions(path)
-    for name in (*BATTLE, SEEN):
+    for name in (*IDENTITY_COLUMNS, SEEN_COLUMN):
         if name not in table:
             raise InputError(
                 f"{path}: column '{name}' is missing, which a teacher needs; predict with `rewardmodel predict` and "
@@ -40,17 +48,18 @@ def with_teacher(battles: Dataset, path: Path, prefix: str = "") -> Dataset:
     if (place < 0).any():
         raise InputError(f"{path}: no prediction of battle '{ids[place < 0][0]}'; predict the whole file again")
     table = table.iloc[place]
-    other = (table[list(BATTLE[1:])].to_numpy() != _characters(battles)).any(axis=1)
+    other = (table[list(IDENTITY_COLUMNS[1:])].to_numpy() != _characters(battles)).any(axis=1)
     if other.any():
         raise InputError(
             f"{path}: battle '{ids[other][0]}' there has texts of other lengths; predict this file with the teacher"
         )
-    if (seen := table[SEEN].to_numpy(bool)).any():
+    if (seen := table[SEEN_COLUMN].to_numpy(bool)).any():
         raise InputError(
             f"{path}: the teacher trained on the prompts or responses of {seen.sum()} of {len(seen)} battles (column "
-            f"'{SEEN}', first '{ids[seen][0]}'); predict with the k-fold run, each battle by folds that did not see it"
+            f"'{SEEN_COLUMN}', first '{ids[seen][0]}'); predict with the k-fold run, each battle by folds that did not "
+            "see it"
         )
-    for name, values in zip(TEACHER, predicted(table).T, strict=True):
+    for name, values in zip(TEACHER_COLUMNS, predicted(table).T, strict=True):
         battles = with_column(battles, name, values)
     return validate(battles, str(path))
 
@@ -58,18 +67,18 @@ def with_teacher(battles: Dataset, path: Path, prefix: str = "") -> Dataset:
 def _characters(battles: Dataset) -> np.ndarray:
     """Return the characters of prompt, A and B, (n_battles, 3) int64."""
     parts = []
-    for batch in battles.with_format("arrow").select_columns(list(TEXTS)).iter(batch_size=1000):
-        parts.append(np.stack([characters_of(batch.column(name).combine_chunks()) for name in TEXTS], axis=1))
+    for batch in battles.with_format("arrow").select_columns(list(TEXT_COLUMNS)).iter(batch_size=1000):
+        parts.append(np.stack([count_characters(batch.column(name).combine_chunks()) for name in TEXT_COLUMNS], axis=1))
     return np.concatenate(parts)
 
 
-def check_taught(battles: Dataset, objective: str, reads_teacher: bool) -> None:
+def check_teacher(battles: Dataset, objective: str, reads_teacher: bool) -> None:
     """Raise unless the training battles have what their objective learns from, and nothing that it leaves unread.
 
     Raises:
         InputError: an objective that reads a teacher, and no battle has one; or another, and labelled battles have.
     """
-    has_teacher = np.isfinite(taught(battles)).all(axis=1)
+    has_teacher = np.isfinite(teacher_probabilities(battles)).all(axis=1)
     if reads_teacher and not has_teacher.any():
         raise InputError(
             f"objective.name: {objective} learns from a teacher, but no training battle has one; give a source its "
@@ -86,7 +95,7 @@ def check_taught(battles: Dataset, objective: str, reads_teacher: bool) -> None:
 
 def with_soft_outcomes(battles: Dataset) -> Dataset:
     """Return the battles, those without an outcome with the teacher's probabilities for one."""
-    known, teacher = outcomes(battles), taught(battles)
+    known, teacher = outcomes(battles), teacher_probabilities(battles)
     alone = np.isnan(known).any(axis=1)
     if not alone.any():
         return battles

@@ -8,9 +8,9 @@ from rewardmodel.battles import OUTCOMES
 from rewardmodel.config.schema import PromptConfig
 from rewardmodel.data import audit as module
 from rewardmodel.data.audit import audit, format_audit
-from rewardmodel.data.folds import CALIBRATION, HOLDOUT, TRAIN_ONLY, assign_folds, assign_groups
+from rewardmodel.data.folds import CALIBRATION_FOLD, HOLDOUT_FOLD, TRAIN_ONLY, assign_folds, assign_groups
 from rewardmodel.prompt.encoder import PromptEncoder
-from rewardmodel.prompt.template import JOINT, TEMPLATES
+from rewardmodel.prompt.template import JOINT_RESPONSES, TEMPLATES
 
 A, B, TIE = np.eye(3).tolist()
 TOKENIZER = make_tokenizer()
@@ -153,7 +153,7 @@ def test_a_group_of_many_battles_is_told():
 
 
 def test_parts_and_how_far_their_outcomes_are_off():
-    folds = [0, 0, 1, 1, CALIBRATION, HOLDOUT, TRAIN_ONLY, -1]
+    folds = [0, 0, 1, 1, CALIBRATION_FOLD, HOLDOUT_FOLD, TRAIN_ONLY, -1]
     parts = audit(numbered(8, [A, A, A, B, B, B, TIE, TIE], fold=folds))["parts"]
     assert list(parts) == ["fold 0", "fold 1", "not dealt", "train only", "calibration", "holdout"]
     assert parts["fold 1"]["battles"] == 2
@@ -241,7 +241,7 @@ def test_retention_is_that_of_the_encoder_at_each_budget(truncation):
         made = encoder(max_length=row["max_length"], truncation=truncation)
         encoded = list(made(*(battles[name][:] for name in ("prompt", "response_a", "response_b"))))
         full, kept = (np.array([getattr(one, name) for one in encoded]) for name in ("full", "kept"))
-        assert row["kept"] == pytest.approx(module.retention(full, kept))
+        assert row["kept"] == pytest.approx(module.measure_retention(full, kept))
 
 
 def test_right_cut_keeps_what_stands_in_the_first_tokens_of_the_whole_layout():
@@ -249,21 +249,21 @@ def test_right_cut_keeps_what_stands_in_the_first_tokens_of_the_whole_layout():
     tokens = audit(battles, encoder())["tokens"]
     names = ("prompt", "response_a", "response_b")
     full, kept = [], []
-    for rounds in whole.rounds(*(battles[name][:] for name in names)):
-        fixed = whole.fixed(len(rounds))
+    for rounds in whole.tokenize_rounds(*(battles[name][:] for name in names)):
+        fixed = whole.fixed_tokens(len(rounds))
         marks = []  # of each token of the layout, the text that it belongs to, or -1
         for before, (number, text) in zip(fixed.before, fixed.turns, strict=True):
             marks += [-1] * len(before) + [text] * len(rounds[number][text])
         full.append([marks.count(text) for text in range(3)])
         kept.append([marks[:512].count(text) for text in range(3)])
     (row,) = (row for row in tokens["retention"] if row["max_length"] == 512)
-    assert row["right_cut"] == pytest.approx(module.retention(np.array(full), np.array(kept)))
+    assert row["right_cut"] == pytest.approx(module.measure_retention(np.array(full), np.array(kept)))
 
 
 def test_responses_that_are_encoded_alone_make_two_sequences_a_battle():
     template = "{% for round in rounds %}<P>{{ round.prompt }}<R>{{ round.response }}{% endfor %}"
     made = encoder(template, max_length=200)
-    assert made.responses != JOINT
+    assert made.responses != JOINT_RESPONSES
     battles = battles_of([["p " * 100], ["p"]], [["a " * 300], ["a"]], [["b " * 4], ["b"]])
     tokens = audit(battles, made)["tokens"]
     columns = [battles[name][:] for name in ("prompt", "response_a", "response_b")]
@@ -272,7 +272,7 @@ def test_responses_that_are_encoded_alone_make_two_sequences_a_battle():
     kept = np.array([[min(a.kept[0], b.kept[0]), a.kept[1], b.kept[1]] for a, b in zip(*sides, strict=True)])
     row = tokens["retention"][0]
     assert row["max_length"] == 200
-    assert row["kept"] == pytest.approx(module.retention(full, kept))
+    assert row["kept"] == pytest.approx(module.measure_retention(full, kept))
     assert row["kept"]["battles_cut"] == 0.5
     whole = encoder(template, max_length=100_000)
     lengths = [len(one.input_ids) for column in columns[1:] for one in whole(columns[0], column)]
@@ -282,7 +282,7 @@ def test_responses_that_are_encoded_alone_make_two_sequences_a_battle():
 def test_budgets_that_the_template_does_not_fit_into_are_left_out():
     turns = "{{ r.prompt }}|{{ r.response_a }}|{{ r.response_b }}"
     made = encoder(f"{{% for r in rounds %}}{'long instruction ' * 60}{turns}{{% endfor %}}", max_length=8192)
-    least = made.fixed(1).length
+    least = made.fixed_tokens(1).length
     found = [row["max_length"] for row in audit(numbered(2), made)["tokens"]["retention"]]
     assert found == [length for length in module.MAX_LENGTHS if length > least + 60]
     assert 512 not in found

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewardmodel.battles import FEATURES, OUTCOMES, TEACHER, TEXTS, is_labelled, outcomes, swap, weights
+from rewardmodel.battles import (
+    BATTLE_FEATURES,
+    OUTCOMES,
+    TEACHER_COLUMNS,
+    TEXT_COLUMNS,
+    is_labelled,
+    outcomes,
+    swap,
+    weights,
+)
 from rewardmodel.config.schema import Source
 from rewardmodel.data import formats
 from rewardmodel.data import readers as sources
@@ -55,11 +64,11 @@ def test_labelled_competition_file_is_read_as_it_stands(tmp_path):
         '53567,llama,llama,"[""Why?""]","[""So""]","[""Thus""]",0,0,1\n'
     )
     battles = read_battles(write(tmp_path, content))
-    assert battles.features == FEATURES
+    assert battles.features == BATTLE_FEATURES
     assert is_labelled(battles)
     assert outcomes(battles).tolist() == [[0, 1, 0], [0, 0, 1]]
     assert battles[0] == {
-        **dict.fromkeys(TEACHER),
+        **dict.fromkeys(TEACHER_COLUMNS),
         **{
             "id": "0030192",
             "prompt": ["Hi", "More?"],
@@ -352,7 +361,7 @@ def test_file_whose_outcome_cells_are_all_blank_is_unlabelled(tmp_path):
 def test_weights_are_read(tmp_path):
     rows = [{**GOOD, "weight": "0.25"}, {**GOOD, "id": "2", "weight": "3"}]
     battles = read_battles(write(tmp_path, csv_text(rows)))
-    assert battles.features == FEATURES
+    assert battles.features == BATTLE_FEATURES
     assert weights(battles).tolist() == [0.25, 3]
     frame = pd.DataFrame(rows).astype({"weight": float})
     assert weights(read_battles(frame)).tolist() == [0.25, 3]
@@ -445,7 +454,7 @@ def test_missing_model_of_a_data_frame_is_empty_and_missing_id_is_refused(absent
 
 
 def texts_of(battle):
-    return [battle[name] for name in TEXTS]
+    return [battle[name] for name in TEXT_COLUMNS]
 
 
 def outcome_of(battle):
@@ -465,12 +474,12 @@ def test_file_of_plain_strings_has_one_turn_each(tmp_path, caplog):
 
 
 def test_texts_are_json_where_most_of_the_first_are_and_the_others_are_named(tmp_path):
-    rows = [{"id": 1, **dict.fromkeys(TEXTS, "plain")}, *({**GOOD, "id": number} for number in (2, 3))]
+    rows = [{"id": 1, **dict.fromkeys(TEXT_COLUMNS, "plain")}, *({**GOOD, "id": number} for number in (2, 3))]
     assert "row 1, column 'prompt': 'plain' is not a JSON list" in message_of(write(tmp_path, csv_text(rows)))
 
 
 def test_plain_answers_may_look_like_json_lists(tmp_path):
-    rows = [{"id": number, **dict.fromkeys(TEXTS, "plain")} for number in range(9)]
+    rows = [{"id": number, **dict.fromkeys(TEXT_COLUMNS, "plain")} for number in range(9)]
     rows[4]["response_a"] = '["red", "blue"]'
     assert read_battles(write(tmp_path, csv_text(rows)))["response_a"][4] == ['["red", "blue"]']
 
