@@ -4,6 +4,7 @@ Every later stage may rely on it: ids are unique, turns line up, and outcomes ar
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -59,6 +60,10 @@ _SWAPPED = {
     "teacher_model_a": "teacher_model_b",
     "teacher_model_b": "teacher_model_a",
 }
+
+_NAMED = ("Latin", "Han", "Japanese", "Hangul", "Cyrillic", "Arabic", "Devanagari", "Hebrew", "Thai", "Greek")
+SCRIPTS = (*_NAMED, "other", "none")
+"""Scripts that are told apart, as Unicode names them; letters of others are `other`, and no letters are `none`."""
 
 OUTCOME_TOLERANCE = 1e-3
 """How far from 1 the three outcomes of a battle may sum."""
@@ -283,3 +288,43 @@ def write_parquet(battles: Dataset, path: Path) -> None:
     with pq.ParquetWriter(path, BATTLE_FEATURES.arrow_schema) as writer:
         for table in battles.with_format("arrow").iter(batch_size=5000):
             writer.write_table(table)
+
+
+def data_fingerprint(battles: Dataset) -> str:
+    """Return a digest of battles in their order, the same in whatever file they stand and however they are split.
+
+    A teacher's probabilities are in it where there are any.
+    """
+    digest = hashlib.sha256()
+    left_out = [
+        "group",
+        "fold",
+        "source",
+        *(() if np.isfinite(teacher_probabilities(battles)).any() else TEACHER_COLUMNS),
+    ]
+    columns = [name for name in BATTLE_FEATURES if name not in left_out]
+    for batch in battles.with_format(None).select_columns(columns).iter(batch_size=1000):
+        digest.update(json.dumps(batch, ensure_ascii=False).encode())
+    return digest.hexdigest()[:16]
+
+
+def count_characters(column: pa.ListArray) -> np.ndarray:
+    """Return the characters of all turns of each battle, (n,) int64."""
+    lengths = pc.utf8_length(column.flatten()).to_numpy()
+    return np.bincount(pc.list_parent_indices(column), lengths, minlength=len(column)).astype(np.int64)
+
+
+def detect_scripts(column: pa.ListArray) -> np.ndarray:
+    """Return where in `SCRIPTS` the script of most letters of each battle stands, (n,); kana make Han Japanese."""
+    texts = pc.binary_join(column, "\n")
+    han, kana, none = (SCRIPTS.index(name) for name in ("Han", "Japanese", "none"))
+    latin = pc.match_substring_regex(texts, "[A-Za-z]").to_numpy(zero_copy_only=False)
+    script = np.where(latin, SCRIPTS.index("Latin"), none)
+    mixed = pc.invert(pc.string_is_ascii(texts))
+    named = [r"\p{Hiragana}\p{Katakana}" if name == "Japanese" else rf"\p{{{name}}}" for name in _NAMED]
+    classes = [*(f"[{one}]" for one in named), rf"[^{''.join(named)}\P{{L}}]"]
+    counts = np.stack([pc.count_substring_regex(texts.filter(mixed), one).to_numpy() for one in classes], axis=1)
+    counts[:, kana] += np.where(counts[:, kana] > 0, counts[:, han], 0)
+    counts[counts[:, kana] > 0, han] = 0
+    script[mixed.to_numpy(zero_copy_only=False)] = np.where(counts.any(axis=1), counts.argmax(axis=1), none)
+    return script

@@ -19,10 +19,9 @@ import pandas as pd
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from rewardmodel.battles import OUTCOMES, TEXT_COLUMNS, is_labelled, outcomes
+from rewardmodel.battles import OUTCOMES, SCRIPTS, TEXT_COLUMNS, count_characters, detect_scripts, is_labelled, outcomes
 from rewardmodel.errors import InputError
 from rewardmodel.files import atomic_path
-from rewardmodel.texts import SCRIPTS, count_characters, detect_scripts
 
 logger = logging.getLogger(__name__)
 

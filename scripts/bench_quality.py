@@ -145,8 +145,7 @@ def levers(options: argparse.Namespace) -> dict[str, tuple[Any, dict[str, Any]]]
 
 def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Return the figures of every lever for one dealing of folds."""
-    from rewardmodel.battles import outcomes
-    from rewardmodel.run_folder import data_fingerprint
+    from rewardmodel.battles import data_fingerprint, outcomes
 
     battles = dealt(options, seed)
     sources = np.asarray(battles["source"][:])

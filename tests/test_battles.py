@@ -1,4 +1,7 @@
+import json
+
 import numpy as np
+import pyarrow as pa
 import pytest
 from builders import from_columns
 from datasets import Dataset, concatenate_datasets
@@ -9,8 +12,12 @@ from rewardmodel.battles import (
     AUGMENTATIONS,
     BATTLE_FEATURES,
     OUTCOMES,
+    SCRIPTS,
     TEACHER_COLUMNS,
     build_table,
+    count_characters,
+    data_fingerprint,
+    detect_scripts,
     is_labelled,
     outcomes,
     select_labelled,
@@ -393,3 +400,113 @@ def test_a_column_is_replaced_in_its_place():
     assert battles.column_names == list(BATTLE_FEATURES)
     assert battles["fold"][:] == [3, 4, 5]
     assert battles["id"][:] == battles_of()["id"][:]
+
+
+def one_turn_battles(count=3, source="made", **columns):
+    given = {
+        "id": [str(row) for row in range(count)],
+        "prompt": [[f"prompt {row}"] for row in range(count)],
+        "response_a": [[f"first {row}"] for row in range(count)],
+        "response_b": [[f"second {row} für 猫"] for row in range(count)],
+        **dict(zip(OUTCOMES, [[1.0] * count, [0.0] * count, [0.0] * count], strict=True)),
+    }
+    return from_columns(given | columns, source)
+
+
+def test_fingerprint_is_16_hexadecimal_digits():
+    fingerprint = data_fingerprint(one_turn_battles())
+    assert len(fingerprint) == 16
+    int(fingerprint, 16)
+
+
+def test_fingerprint_does_not_depend_on_source_group_or_fold():
+    same = one_turn_battles(source="another file", group=[4, 5, 6], fold=[0, 1, 2])
+    assert data_fingerprint(same) == data_fingerprint(one_turn_battles())
+
+
+def test_fingerprint_does_not_depend_on_how_the_rows_are_stored():
+    battles = one_turn_battles(2500)
+    parts = concatenate_datasets([battles.select(range(700)), battles.select(range(700, 2500))])
+    backwards = battles.select(range(2499, -1, -1)).select(range(2499, -1, -1))
+    expected = data_fingerprint(battles)
+    assert data_fingerprint(parts) == expected
+    assert data_fingerprint(backwards) == expected
+    assert data_fingerprint(battles.with_format("numpy")) == expected
+
+
+CHANGES = {
+    "id": {"id": ["0", "1", "3"]},
+    "text": {"response_b": [["second 0 für 猫"], ["second 1 für 猫"], ["second 2 fur 猫"]]},
+    "turns": {"prompt": [["prompt 0", ""], ["prompt 1"], ["prompt 2"]]},
+    "outcome": {"winner_model_a": [1.0, 1, 0], "winner_tie": [0.0, 0, 1]},
+    "no outcomes": {name: [None] * 3 for name in OUTCOMES},
+}
+
+
+@pytest.mark.parametrize("columns", CHANGES.values(), ids=CHANGES)
+def test_fingerprint_changes_with_every_id_text_and_outcome(columns):
+    assert data_fingerprint(one_turn_battles(**columns)) != data_fingerprint(one_turn_battles())
+
+
+def test_fingerprint_changes_when_a_and_b_are_exchanged():
+    assert data_fingerprint(swap(one_turn_battles())) != data_fingerprint(one_turn_battles())
+
+
+def test_fingerprint_does_not_depend_on_the_order_of_columns():
+    battles = one_turn_battles()
+    reordered = battles.select_columns(battles.column_names[::-1])
+    assert json.dumps(reordered[0], sort_keys=True) == json.dumps(battles[0], sort_keys=True)
+    assert data_fingerprint(reordered) == data_fingerprint(battles)
+
+
+def test_fingerprint_changes_with_a_teacher_and_only_with_one():
+    teacher = dict(zip(TEACHER_COLUMNS, [[0.5] * 3, [0.3] * 3, [0.2] * 3], strict=True))
+    other = {**teacher, TEACHER_COLUMNS[0]: [0.3] * 3, TEACHER_COLUMNS[1]: [0.5] * 3}
+    assert data_fingerprint(one_turn_battles()) == "ca59d751e27c0b8a"  # as runs have it that know of no teachers
+    assert len({data_fingerprint(one_turn_battles(**columns)) for columns in ({}, teacher, other)}) == 3
+
+
+COLUMN = pa.array([["abc"], ["你好", "ok"], ["при", ""], ["1"], ["", ""]])
+
+
+def scripts_of(*texts):
+    return np.array(SCRIPTS)[detect_scripts(pa.array([[text] for text in texts]))].tolist()
+
+
+def test_characters_are_counted_over_all_turns():
+    assert count_characters(COLUMN).tolist() == [3, 4, 3, 1, 0]
+
+
+def test_a_slice_of_a_column_has_its_own_characters_and_scripts():
+    assert count_characters(COLUMN.slice(1, 2)).tolist() == [4, 3]
+    assert (
+        detect_scripts(COLUMN.slice(1, 2)).tolist() == detect_scripts(pa.array([["你好", "ok"], ["при", ""]])).tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "script"),
+    [
+        ("Hello, world", "Latin"),
+        ("Привет, world", "Cyrillic"),
+        ("你好 ok", "Latin"),
+        ("你好吗 ok", "Han"),
+        ("日本語です", "Japanese"),
+        ("안녕하세요", "Hangul"),
+        ("مرحبا", "Arabic"),
+        ("नमस्ते", "Devanagari"),
+        ("שלום", "Hebrew"),
+        ("สวัสดี", "Thai"),
+        ("Καλημέρα", "Greek"),
+        ("ամենաշատ", "other"),
+        ("12 + 30 = ?", "none"),
+        ("", "none"),
+    ],
+)
+def test_the_script_is_the_one_of_most_letters(text, script):
+    assert scripts_of(text) == [script]
+
+
+def test_no_battles_have_no_scripts():
+    empty = pa.array([], pa.list_(pa.string()))
+    assert detect_scripts(empty).tolist() == count_characters(empty).tolist() == []

@@ -8,13 +8,12 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from rewardmodel.battles import OUTCOMES, TEXT_COLUMNS, outcomes
+from rewardmodel.battles import OUTCOMES, SCRIPTS, TEXT_COLUMNS, count_characters, detect_scripts, outcomes
 from rewardmodel.data.duplicates import find_duplicates, find_near_duplicates, winner_signs
 from rewardmodel.data.folds import CALIBRATION_FOLD, HOLDOUT_FOLD, TRAIN_ONLY, TRAIN_WITH, UNUSED
 from rewardmodel.metrics import wilson_interval
 from rewardmodel.prompt.encoder import PromptEncoder, sum_sizes
 from rewardmodel.prompt.truncation import MIN_ROUND_TOKENS, Sizes, measure_retention
-from rewardmodel.texts import SCRIPTS, count_characters, detect_scripts
 
 SAMPLE = 20_000
 """Battles, drawn with the seed, whose tokens are counted; all of them where there are fewer."""

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import Dataset
 
-from rewardmodel.battles import outcomes, teacher_probabilities, with_column
+from rewardmodel.battles import data_fingerprint, outcomes, teacher_probabilities, with_column
 from rewardmodel.config.schema import DataConfig
 from rewardmodel.data.folds import (
     CALIBRATION_FOLD,
@@ -21,7 +21,7 @@ from rewardmodel.data.folds import (
 from rewardmodel.data.formats import read_battles
 from rewardmodel.errors import InputError
 from rewardmodel.files import atomic_path
-from rewardmodel.run_folder import RunFolder, data_fingerprint
+from rewardmodel.run_folder import RunFolder
 
 
 class Parts(NamedTuple):

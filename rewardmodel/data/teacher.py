@@ -13,6 +13,7 @@ from rewardmodel.battles import (
     OUTCOMES,
     TEACHER_COLUMNS,
     TEXT_COLUMNS,
+    count_characters,
     outcomes,
     teacher_probabilities,
     validate,
@@ -20,7 +21,6 @@ from rewardmodel.battles import (
 )
 from rewardmodel.errors import InputError
 from rewardmodel.predictions import IDENTITY_COLUMNS, SEEN_COLUMN, predicted, read_predictions
-from rewardmodel.texts import count_characters
 
 
 def with_teacher(battles: Dataset, path: Path, prefix: str = "") -> Dataset:
