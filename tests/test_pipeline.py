@@ -237,7 +237,7 @@ def test_prepared_battles_train_like_the_file_they_came_from(recipe, tmp_path):
 def test_prepare_without_a_tokenizer_tells_the_rest(recipe, tmp_path, caplog):
     missing = dataclasses.replace(recipe, model=ModelConfig("nobody/nothing"))
     facts = pipeline.prepare(missing, tmp_path)
-    assert "no tokenizer, so nothing about tokens: model.model_name_or_path: hub id 'nobody/nothing'" in caplog.text
+    assert "no tokenizer, so tokens are not counted: model.model_name_or_path: hub id 'nobody/nothing'" in caplog.text
     assert facts["battles"] == 48
 
 

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "predictions": {"battles", "errors", "files"},
     "run_folder": {"battles", "config", "errors", "files"},
     "prompt": {"battles", "config", "errors", "files"},
-    "data": GROUND | TABLES | {"prompt"},
+    "data": GROUND | TABLES,
     "evaluation": GROUND | TABLES | {"data"},
     "model": GROUND | TABLES | {"prompt"},
     "training": GROUND | TABLES | {"data", "prompt", "model"},
