@@ -209,10 +209,22 @@ BAD = {
         "row 2",
         [*OUTCOMES, "-1, 1, 1"],
     ),
-    "NaN in one cell": ({"winner_tie": [0, float("nan"), 1]}, "row 2", ["column 'winner_tie'", "no number"]),
-    "null in one cell": ({"winner_model_b": [0, 1, None]}, "row 3", ["column 'winner_model_b'", "no number"]),
-    "null in one column": ({"winner_tie": [None] * 3}, "row 1", ["column 'winner_tie'", "no number"]),
-    "infinite": ({"winner_model_a": [float("inf"), 0, 0]}, "row 1", ["column 'winner_model_a'", "no number"]),
+    "NaN in one cell": (
+        {"winner_tie": [0, float("nan"), 1]},
+        "row 2",
+        ["column 'winner_tie'", "missing, NaN or infinite"],
+    ),
+    "null in one cell": (
+        {"winner_model_b": [0, 1, None]},
+        "row 3",
+        ["column 'winner_model_b'", "missing, NaN or infinite"],
+    ),
+    "null in one column": ({"winner_tie": [None] * 3}, "row 1", ["column 'winner_tie'", "missing, NaN or infinite"]),
+    "infinite": (
+        {"winner_model_a": [float("inf"), 0, 0]},
+        "row 1",
+        ["column 'winner_model_a'", "missing, NaN or infinite"],
+    ),
 }
 
 
@@ -348,7 +360,9 @@ def test_cache_folder_that_cannot_be_written_is_refused_in_one_line(cache, monke
     monkeypatch.setattr("rewardmodel.battles.ArrowWriter", refuse)
     with pytest.raises(InputError) as caught:
         store([build_table(numbered(1))], "file")
-    reason = "cannot be written ([Errno 13] Permission denied); set REWARDMODEL_CACHE to a folder with room"
+    reason = (
+        "cannot be written ([Errno 13] Permission denied); set REWARDMODEL_CACHE to a writable folder with free space"
+    )
     assert str(caught.value) == f"{cache}: {reason}"
 
 
@@ -381,7 +395,9 @@ def test_battles_without_an_outcome_may_stand_among_others_if_a_teacher_predicte
     assert not is_labelled(battles)
     assert is_labelled(battles.select([1]))
     assert select_labelled(battles)["id"][:] == ["id1"]
-    with pytest.raises(InputError, match=r"mixed: row 1, column 'winner_model_a': no number; label every battle"):
+    with pytest.raises(
+        InputError, match=r"mixed: row 1, column 'winner_model_a': missing, NaN or infinite; label every battle"
+    ):
         validate(battles_of(**HALF_LABELLED), "mixed")
 
 

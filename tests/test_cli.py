@@ -176,7 +176,7 @@ BAD_BATTLES = {
     "two winners": (two_winners, ["row 6, columns winner_model_a, winner_model_b, winner_tie", "1, 1, 0"]),
     "half labelled": (
         half_labelled,
-        ["row 1, column 'winner_tie'", "no number; label every battle of a file, or none"],
+        ["row 1, column 'winner_tie'", "missing, NaN or infinite; label every battle of a file, or none"],
     ),
     "too few prompts": (lambda f: f.head(8), ["data.folds: 4 parts need as many different prompts"]),
     "unlabelled": (lambda f: f.drop(columns=list(OUTCOMES)), ["data.train: ", "has no outcomes"]),

@@ -320,7 +320,7 @@ BAD_FILES = {
         f"{LABELLED}\n{ROW},yes,0,0\n",
         ["row 1, column 'winner_model_a'", "'yes' is no number"],
     ),
-    "nan for an outcome": (f"{LABELLED}\n{ROW},1,0,nan\n", ["row 1, column 'winner_tie'", "no number"]),
+    "nan for an outcome": (f"{LABELLED}\n{ROW},1,0,nan\n", ["row 1, column 'winner_tie'", "NaN"]),
     "empty id": (f"{HEADER}\n{ROW}\n{ROW.replace('1,', ' ,', 1)}\n", ["row 2, column 'id'", "empty"]),
     "too few fields": (f"{HEADER}\n{ROW}\n2,x\n", ["row 2 (line 3)", "2 fields", "header has 4"]),
     "too many fields": (f"{HEADER}\n{ROW},,\n", ["row 1 (line 2)", "6 fields", "header has 4"]),
@@ -330,15 +330,15 @@ BAD_FILES = {
     "latin-1": (f"{HEADER}\n1,für,,\n".encode("latin-1"), ["row 1, column 'prompt': byte 0xfc is not UTF-8; save"]),
     "partly labelled": (
         f"{LABELLED}\n{ROW},1,0,0\n{ROW.replace('1,', '2,', 1)},,,\n",
-        ["row 2, column 'winner_model_a': no number; label every battle of a file, or none"],
+        ["row 2, column 'winner_model_a': missing, NaN or infinite; label every battle of a file, or none"],
     ),
     "partly labelled row": (
         f"{LABELLED}\n{ROW},1,0,0\n{ROW.replace('1,', '2,', 1)},1,,0\n",
-        ["row 2, column 'winner_model_b': no number; label every battle of a file, or none"],
+        ["row 2, column 'winner_model_b': missing, NaN or infinite; label every battle of a file, or none"],
     ),
     "one outcome column blank": (
         f"{LABELLED}\n{ROW},1,0,\n",
-        ["row 1, column 'winner_tie': no number; label every battle of a file, or none"],
+        ["row 1, column 'winner_tie': missing, NaN or infinite; label every battle of a file, or none"],
     ),
 }
 
@@ -879,7 +879,9 @@ def test_labelled_and_unlabelled_sources_do_not_mix(tmp_path):
         write(tmp_path, csv_text([{**GOOD, "winner": "tie"}]), "one.csv"),
         write(tmp_path, csv_text([GOOD]), "two.csv"),
     ]
-    assert message_of(paths).startswith("one + two: row 2, column 'winner_model_a': no number; label every battle")
+    assert message_of(paths).startswith(
+        "one + two: row 2, column 'winner_model_a': missing, NaN or infinite; label every battle"
+    )
 
 
 def test_list_without_sources_is_refused_in_one_line():
