@@ -432,7 +432,7 @@ def test_fit_tie_refuses_what_it_cannot_fit():
     for bad in ((good[0][:0], good[1][:0]), (good[0][:, :1], good[1]), (good[0], good[1][:1]), (good[0][0], good[1])):
         with pytest.raises(InputError, match="of the same battles"):
             fit_tie(*bad)
-    with pytest.raises(InputError, match="not all are finite"):
+    with pytest.raises(InputError, match="some are NaN or infinite"):
         fit_tie(good[0] + np.nan, good[1])
 
 

@@ -144,7 +144,7 @@ def test_file_that_is_no_parquet_is_refused(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(InputError) as caught:
         read_predictions(path)
-    assert str(caught.value).startswith(f"{path}: no predictions can be read there")
+    assert str(caught.value).startswith(f"{path}: cannot be read as predictions")
     assert "\n" not in str(caught.value)
 
 
@@ -212,11 +212,11 @@ def test_ids_of_the_sample_are_text_even_where_all_are_numbers(tmp_path):
 
 BAD_SAMPLES = {
     "an id more": (SUBMISSION_HEADER, [*IDS, "new"], "id 'new' is not among the battles to predict"),
-    "an id less": (SUBMISSION_HEADER, IDS[1:], "id '007' is to be predicted, but is not there"),
+    "an id less": (SUBMISSION_HEADER, IDS[1:], "id '007' is missing, but is to be predicted"),
     "an id without its zeros": (
         SUBMISSION_HEADER,
         ["7", *IDS[1:]],
-        "id '007' is to be predicted, but is not there",
+        "id '007' is missing, but is to be predicted",
     ),
     "a column less": ("id,winner_model_a,winner_model_b", IDS, "columns "),
     "another order": ("id,winner_model_b,winner_model_a,winner_tie", IDS, "columns "),
@@ -263,7 +263,7 @@ def test_sample_submission_that_cannot_be_read_is_refused(tmp_path, content):
     sample = tmp_path / "sample_submission.csv"
     if content is not None:
         sample.write_bytes(content)
-    with pytest.raises(InputError, match=r"no sample submission can be read there"):
+    with pytest.raises(InputError, match=r"cannot be read as a sample submission"):
         check_sample(sample, IDS)
 
 
@@ -361,8 +361,10 @@ def test_rules_speak_of_same_and_of_empty_responses(same, empty, expected):
 def test_rules_take_the_place_of_what_is_stated_in_the_end_alone(caplog):
     caplog.set_level("INFO", "rewardmodel")
     table = table_of()
-    found = apply_rules(table.copy(), np.array([NONE, TIE, NONE, A]))
+    before = table.copy()
+    found = apply_rules(table, np.array([NONE, TIE, NONE, A]))
     np.testing.assert_array_equal(predicted(found), [predicted(table)[0], TIE, predicted(table)[2], A])
     for order in ("ab", "ba"):
         np.testing.assert_array_equal(predicted(found, order), predicted(table, order))
-    assert "2 of 4 battles are predicted by rule" in caplog.text
+    assert "2 of 4 battles are predicted by a rule" in caplog.text
+    pd.testing.assert_frame_equal(table, before)

@@ -115,7 +115,7 @@ def _renamed(raw: RawRows, mapping: Mapping[str, str | None]) -> RawRows:
         if count > 1 and (name in KNOWN_COLUMNS or name in mapping.values())
     ]
     if twice:
-        raise InputError(f"{raw.where}: column '{twice[0]}' is there twice; keep one of them")
+        raise InputError(f"{raw.where}: column '{twice[0]}' occurs twice; keep one of them")
     if not mapping:
         return raw
     taken = {ours: theirs for ours, theirs in mapping.items() if theirs is not None}

@@ -211,7 +211,7 @@ def _read_parquet(file: IO[bytes], asked: ReadRequest) -> RawRows:
     names = table.schema_arrow.names
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        raise InputError(f"{asked.where}: column '{twice[0]}' is there twice; keep one of them")
+        raise InputError(f"{asked.where}: column '{twice[0]}' occurs twice; keep one of them")
     batches = table.iter_batches(PARQUET_ROWS, columns=[name for name in names if name in asked.wanted])
     return _rows((row for batch in batches for row in batch.to_pylist()), asked.where, names)
 

@@ -43,7 +43,7 @@ def with_teacher(battles: Dataset, path: Path, prefix: str = "") -> Dataset:
             )
     ids = pd.Index([name.removeprefix(prefix) for name in battles["id"]])
     if table["id"].duplicated().any():
-        raise InputError(f"{path}: id '{table['id'][table['id'].duplicated()].iloc[0]}' is there twice; keep one")
+        raise InputError(f"{path}: id '{table['id'][table['id'].duplicated()].iloc[0]}' occurs twice; keep one")
     place = pd.Index(table["id"]).get_indexer(ids)
     if (place < 0).any():
         raise InputError(f"{path}: no prediction of battle '{ids[place < 0][0]}'; predict the whole file again")

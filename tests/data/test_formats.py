@@ -290,8 +290,8 @@ BAD_FILES = {
         f'{HEADER}\n1,[],"[""a"",""b""]","[""b""]"\n',
         ["row 1, column 'response_b'", "1 turns", "has 2"],
     ),
-    "column twice": (f"{HEADER},prompt\n{ROW},[]\n", ["column 'prompt' is there twice"]),
-    "outcome column twice": (f"{LABELLED},winner_tie\n{ROW},1,0,0,0\n", ["column 'winner_tie' is there twice"]),
+    "column twice": (f"{HEADER},prompt\n{ROW},[]\n", ["column 'prompt' occurs twice"]),
+    "outcome column twice": (f"{LABELLED},winner_tie\n{ROW},1,0,0,0\n", ["column 'winner_tie' occurs twice"]),
     "blank lines only": ("\n\r\n\n", ["the file is empty"]),
     "weight of 0": (f"{HEADER},weight\n{ROW},0\n", ["row 1, column 'weight'", "0.0; give a number above 0"]),
     "negative weight": (
@@ -384,7 +384,7 @@ def test_other_columns_may_be_there_twice(tmp_path):
 
 def test_data_frame_with_a_column_twice_is_refused():
     frame = pd.DataFrame([[*GOOD.values(), "[]"]], columns=[*GOOD, "prompt"])
-    assert message_of(frame).startswith("data frame: column 'prompt' is there twice")
+    assert message_of(frame).startswith("data frame: column 'prompt' occurs twice")
 
 
 @pytest.mark.parametrize("before", ["\n", "\r\n\r\n", "\ufeff\n"])
@@ -835,7 +835,7 @@ def test_wrong_mapping_is_refused_and_the_nearest_name_is_said(tmp_path, columns
 
 def test_mapped_column_that_is_there_twice_is_refused(tmp_path):
     path = write(tmp_path, "id,question,question,response_a,response_b\n1,[],[],[],[]\n")
-    assert "column 'question' is there twice" in message_of(Source(str(path), columns={"prompt": "question"}))
+    assert "column 'question' occurs twice" in message_of(Source(str(path), columns={"prompt": "question"}))
 
 
 def test_format_may_be_named(tmp_path):

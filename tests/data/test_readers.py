@@ -205,7 +205,7 @@ def test_parquet_without_rows_has_no_battles(tmp_path):
 def test_parquet_with_a_column_twice_is_refused(tmp_path):
     table = pa.table([["1"], ["2"]], names=["prompt", "prompt"])
     pq.write_table(table, tmp_path / "b.parquet")
-    assert "column 'prompt' is there twice; keep one of them" in message_of(tmp_path / "b.parquet")
+    assert "column 'prompt' occurs twice; keep one of them" in message_of(tmp_path / "b.parquet")
 
 
 def test_parquet_column_that_nobody_reads_may_hold_anything(tmp_path):

@@ -57,7 +57,7 @@ REFUSED = {
         lambda table: table.assign(response_b_chars=table["response_b_chars"] + 1),
         "battle '0000' there has texts of other lengths; predict this file",
     ),
-    "twice": (lambda table: pd.concat([table, table[3:4]]), "id '0003' is there twice"),
+    "twice": (lambda table: pd.concat([table, table[3:4]]), "id '0003' occurs twice"),
     "no number": (
         lambda table: table.assign(p_tie=[np.nan, *table["p_tie"][1:]]),
         "row 1, columns teacher_model_a, teacher_model_b, teacher_tie: .*nan are not probabilities",
@@ -78,7 +78,7 @@ def test_predictions_that_cannot_teach_are_refused_in_one_line(fault, unlabelled
 
 
 def test_a_teacher_that_is_not_there_is_refused(unlabelled, tmp_path):
-    with pytest.raises(InputError, match=r"nowhere\.parquet: no predictions can be read there"):
+    with pytest.raises(InputError, match=r"nowhere\.parquet: cannot be read as predictions"):
         with_teacher(unlabelled, tmp_path / "nowhere.parquet")
 
 

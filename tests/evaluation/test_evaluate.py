@@ -108,7 +108,7 @@ def test_predictions_file_is_evaluated_and_nothing_written(tmp_path, table):
 
 @pytest.mark.parametrize("name", ["", "absent.parquet"], ids=["folder without a run", "no file"])
 def test_missing_predictions_are_refused_and_nothing_written(tmp_path, name):
-    with pytest.raises(InputError, match=r"no predictions can be read there"):
+    with pytest.raises(InputError, match=r"cannot be read as predictions"):
         evaluate(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
