@@ -108,7 +108,7 @@ def test_unlabelled_battles_are_refused(data, frame):
         ({"calibration": 1.0}, "data.calibration: 1.0; give a share"),
         ({"calibration": 0.5, "holdout": 0.5}, "data.calibration: 0.5; give a share from 0 to 1 that leaves battles"),
         ({"holdout": -0.1}, "data.holdout: -0.1; give a share"),
-        ({"holdout": 0.02}, "data.holdout: 0.02 of 48 battles is less than a prompt"),
+        ({"holdout": 0.02}, "data.holdout: 0.02 of 48 battles is less than one prompt"),
         ({"seed": -1}, "data.seed: -1; give a number from 0"),
     ],
 )
@@ -169,7 +169,7 @@ def test_labelled_battles_are_dealt_as_without_the_others(data, taught_source):
 
 
 def test_validation_needs_battles_with_outcomes_of_their_own(data, taught_source):
-    with pytest.raises(InputError, match=r"^data\.train: no battle has an outcome of its own to validate on"):
+    with pytest.raises(InputError, match=r"^data\.train: no battle has an outcome, so there is nothing to validate on"):
         parts_of(data, train=taught_source)
 
 

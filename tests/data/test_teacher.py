@@ -49,13 +49,13 @@ def test_ids_are_compared_without_the_name_of_their_source(unlabelled, predictio
 REFUSED = {
     "seen": (
         lambda table: table.assign(**{SEEN_COLUMN: table["id"].isin(["0030", "0031"])}),
-        r"trained on the prompts or responses of 2 of 48 battles \(column 'seen', first '0030'\); predict with the k",
+        r"trained on the prompts or responses of 2 of 48 battles \(column 'seen', first '0030'\); predict with a k",
     ),
     "missing": (lambda table: table.drop(index=[7, 9]), "no prediction of battle '0013'; predict the whole file again"),
     "no provenance": (lambda table: table.drop(columns=SEEN_COLUMN), "column 'seen' is missing"),
     "another file": (
         lambda table: table.assign(response_b_chars=table["response_b_chars"] + 1),
-        "battle '0000' there has texts of other lengths; predict this file",
+        "battle '0000': its texts have other lengths than in the predictions; predict this file",
     ),
     "twice": (lambda table: pd.concat([table, table[3:4]]), "id '0003' occurs twice"),
     "no number": (
