@@ -17,13 +17,13 @@ from datasets import Dataset
 
 from rewardmodel.config.loader import dump_recipe
 from rewardmodel.config.schema import Recipe
-from rewardmodel.data.splits import fingerprints, load_battles, split
+from rewardmodel.data.splits import fingerprint_parts, load_battles, split
 from rewardmodel.distributed import is_main, wait_for_all
 from rewardmodel.errors import InputError
 from rewardmodel.evaluation.report import report
 from rewardmodel.files import clear, write_text
 from rewardmodel.pipeline import run
-from rewardmodel.predictions import mean_table, read_predictions, write_predictions
+from rewardmodel.predictions import average_tables, read_predictions, write_predictions
 from rewardmodel.run_folder import RunFolder, check_run, check_same_inputs, fold_folder, write_environment
 from rewardmodel.training.train import with_source
 
@@ -105,7 +105,7 @@ def _train(
     own = RunFolder(folder)
     written = (own.validation, own.baselines, own.report, *([own.blend_baseline] if whole.inference.blend else []))
     if resume and all(path.is_file() for path in written):
-        check_same_inputs(folder, {"data": fingerprints(parts)})
+        check_same_inputs(folder, {"data": fingerprint_parts(parts)})
         logger.info("%s: done", folder)
         return folder
 
@@ -151,9 +151,9 @@ def gather(recipe: Recipe, battles: Dataset) -> None:
     write_predictions(_in_order(floors, ids, folder), RunFolder(folder).baselines)
     if len(parts.calibration):
         kept = [read_predictions(RunFolder(one).calibration) for one in folders]
-        write_predictions(mean_table(kept, [1.0] * len(kept)), RunFolder(folder).calibration)
+        write_predictions(average_tables(kept, [1.0] * len(kept)), RunFolder(folder).calibration)
     compute = {one.name: environment["compute"] for one, environment in zip(folders, environments, strict=True)}
-    facts = {"data": fingerprints(parts), "backbone": environments[0]["backbone"], "compute": compute}
+    facts = {"data": fingerprint_parts(parts), "backbone": environments[0]["backbone"], "compute": compute}
     write_text(RunFolder(folder).recipe, dump_recipe(recipe))
     write_environment(folder, facts)
     report(folder)

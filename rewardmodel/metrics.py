@@ -1,7 +1,7 @@
-"""Predicted and true outcome arrays in, log loss and its companions with intervals out; NumPy only.
+"""Log loss and other metrics of predicted and true outcomes, with bootstrap intervals; NumPy only.
 
-Arrays are (n_battles, 3) float: A wins, B wins, tie. True outcomes may be soft (probabilities).
-Each metric is a function of the mean over battles of per-battle terms, so that a bootstrap needs one pass.
+Arrays are (n_battles, 3) float: A wins, B wins, tie. True outcomes may be soft (probabilities). Every metric is a
+function of the mean of per-battle terms, so that one bootstrap of these means serves all metrics.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,10 +15,10 @@ ECE_BINS = 15
 
 
 def log_loss_terms(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """Return the cross-entropy of each battle in nats, (n_battles,), the competition's score.
+    """Return the cross-entropy of each battle in nats, (n_battles,); its mean is the competition's score.
 
-    Rows are normalised, then probabilities are clipped to the machine epsilon of their dtype (`eps="auto"`);
-    with hard outcomes the mean equals scikit-learn's `log_loss`.
+    Rows are normalised, then clipped to [eps, 1 - eps], eps of their dtype (`eps="auto"`); for hard outcomes the mean
+    equals scikit-learn's `log_loss`.
     """
     epsilon = np.finfo(predicted.dtype).eps
     normalised = predicted / predicted.sum(axis=1, keepdims=True)
@@ -26,17 +26,17 @@ def log_loss_terms(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
 
 
 def brier_terms(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """Return the squared distance of the three probabilities from the outcome, (n_battles,), 0 to 2 (Brier 1950)."""
+    """Return the squared error summed over the three outcomes, (n_battles,), 0 to 2 (Brier 1950)."""
     return ((predicted - true) ** 2).sum(axis=1)
 
 
 def accuracy_terms(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """Return 1.0 where the likeliest outcome is the true one, (n_battles,); ties count as a class."""
+    """Return 1.0 where the likeliest of the three outcomes is the true one, else 0.0, (n_battles,)."""
     return (predicted.argmax(axis=1) == true.argmax(axis=1)).astype(np.float64)
 
 
 def calibration_terms(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """Return confidence minus hit in the column of the battle's confidence bin, (n_battles, ECE_BINS)."""
+    """Return confidence minus accuracy in the column of the battle's confidence bin, else 0, (n_battles, ECE_BINS)."""
     confidence = predicted.max(axis=1)
     terms = np.zeros((len(predicted), ECE_BINS))
     bins = np.minimum((confidence * ECE_BINS).astype(int), ECE_BINS - 1)
@@ -46,7 +46,12 @@ def calibration_terms(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Metric:
-    """Per-battle terms, (n_battles,) or (n_battles, k), and what their mean (..., k) becomes."""
+    """A function of the mean over battles of per-battle terms.
+
+    Attributes:
+        terms: (predicted, true) -> (n_battles,) or (n_battles, k).
+        of_mean: means of the terms, (..., k) -> values of the metric, (...).
+    """
 
     terms: Callable[[np.ndarray, np.ndarray], np.ndarray]
     of_mean: Callable[[np.ndarray], np.ndarray] = lambda mean: mean[..., 0]
@@ -57,7 +62,7 @@ class Metric:
 
 
 def decided_terms(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """Return (hit, 1) for battles that were decided, else (0, 0), (n_battles, 2); equal chances are half a hit."""
+    """Return (hit, 1) for battles with a winner, else (0, 0), (n_battles, 2); P(A) = P(B) counts as half a hit."""
     lead, won = predicted[:, 0] - predicted[:, 1], true[:, 0] - true[:, 1]
     decided = true[:, :2].max(axis=1) > true[:, 2]
     hit = np.where(lead == 0, 0.5, np.sign(lead) == np.sign(won))
@@ -65,7 +70,7 @@ def decided_terms(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
 
 
 def class_terms(outcome: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """Return the terms of the log loss of one outcome: (its part of the cross-entropy, its share), (n_battles, 2)."""
+    """Return the terms of the log loss of one outcome: (its part of the cross-entropy, its weight), (n_battles, 2)."""
 
     def terms(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
         only = np.zeros_like(true)
@@ -84,10 +89,10 @@ log_loss = Metric(log_loss_terms)
 brier = Metric(brier_terms)
 accuracy = Metric(accuracy_terms)
 accuracy_decided = Metric(decided_terms, _ratio)
-"""How often the more likely winner won, over the battles that somebody won."""
+"""Accuracy of the more likely winner, over the battles that have a winner."""
 
 expected_calibration_error = Metric(calibration_terms, lambda mean: np.abs(mean).sum(axis=-1))
-"""Mean gap between confidence and hit rate over the bins, weighted by their battles (Guo et al. 2017)."""
+"""Mean of |confidence - accuracy| over `ECE_BINS` bins, weighted by their battles (Guo et al. 2017)."""
 
 METRICS = {
     "log_loss": log_loss,
@@ -99,53 +104,53 @@ METRICS = {
     "log_loss_tie": Metric(class_terms(2), _ratio),
     "expected_calibration_error": expected_calibration_error,
 }
-"""Metrics by their name in metrics.json; `log_loss_a` is that of the battles that A won, and so on."""
+"""Metrics by their name in metrics.json; `log_loss_a` is the log loss of the battles that A won, and so on."""
 
-SAMPLES = 1000
+BOOTSTRAP_SAMPLES = 1000
 """Bootstrap samples."""
-
-DRAWS_A_BLOCK = 20
-"""Bootstrap samples that are in memory at a time."""
 
 
 def class_prior(true: np.ndarray) -> np.ndarray:
-    """Return the outcome shares, (3,): what a model that reads nothing would answer."""
+    """Return the mean outcome, (3,): the best prediction that is the same for all battles."""
     return true.mean(axis=0)
 
 
-def bootstrap_means(terms: np.ndarray, groups: np.ndarray, samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
-    """Return the means of columns when whole groups are drawn again, (samples, k) (Efron & Tibshirani 1993, ch. 13).
+def bootstrap_means(
+    terms: np.ndarray, groups: np.ndarray, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0
+) -> np.ndarray:
+    """Return the bootstrap means of columns, (samples, k), resampling whole groups (Efron & Tibshirani 1993, ch. 13).
 
-    Battles of one prompt are not independent, so groups are drawn, not rows.
+    Battles of one prompt are not independent, so groups are resampled, not battles.
 
     Args:
         terms: (n_battles, k) float64.
         groups: (n_battles,) integer labels.
-        samples: how many draws.
-        seed: of the draws.
+        samples: number of bootstrap samples.
+        seed: of the random generator.
     """
     _, members = np.unique(groups, return_inverse=True)
     sizes = np.bincount(members).astype(np.float64)
     sums = np.stack([np.bincount(members, column) for column in terms.T], axis=1)
-    draws = drawn_counts(len(sizes), samples, seed)
+    draws = draw_counts(len(sizes), samples, seed)
     means = np.empty((samples, terms.shape[1]))
-    for start in range(0, samples, DRAWS_A_BLOCK):
-        times = np.stack(list(islice(draws, DRAWS_A_BLOCK))).astype(np.float64)
-        # einsum instead of @: the threads of a BLAS stumble over those of a training run beside it
-        mean = np.einsum("sg,gk->sk", times, sums) / np.einsum("sg,g->s", times, sizes)[:, None]
-        means[start : start + DRAWS_A_BLOCK] = mean
+    block = 20  # samples in memory at a time
+    for start in range(0, samples, block):
+        counts = np.stack(list(islice(draws, block))).astype(np.float64)
+        # einsum instead of @: BLAS threads are slowed down by those of a training run on the same cores
+        mean = np.einsum("sg,gk->sk", counts, sums) / np.einsum("sg,g->s", counts, sizes)[:, None]
+        means[start : start + block] = mean
     return means
 
 
-def drawn_counts(groups: int, samples: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield how often each group is drawn in each bootstrap sample, (groups,) int64."""
+def draw_counts(groups: int, samples: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield, for each bootstrap sample, how often each group is in it, (groups,) int64."""
     random = np.random.default_rng(seed)
     for _ in range(samples):
         yield np.bincount(random.integers(groups, size=groups), minlength=groups)
 
 
-def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Return the percentile interval of bootstrap values, (samples,); draws in which it is not defined are left out."""
+def percentile_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Return the percentile interval of bootstrap values, (samples,), without samples where the metric is undefined."""
     tail = (1 - level) / 2
     low, high = np.nanquantile(values, [tail, 1 - tail])
     return float(low), float(high)
@@ -156,29 +161,29 @@ def bootstrap_interval(
     predicted: np.ndarray,
     true: np.ndarray,
     groups: np.ndarray,
-    samples: int = SAMPLES,
+    samples: int = BOOTSTRAP_SAMPLES,
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Return the percentile interval of a metric, clustered by group.
+    """Return the bootstrap percentile interval of a metric, resampling whole groups.
 
     Args:
         metric: an entry of `METRICS`.
         predicted: (n_battles, 3).
         true: (n_battles, 3).
         groups: (n_battles,) integer labels.
-        samples: bootstrap samples.
+        samples: number of bootstrap samples.
         level: coverage, 0 to 1.
-        seed: of the draw.
+        seed: of the random generator.
     """
     means = bootstrap_means(_columns(metric.terms(predicted, true)), groups, samples, seed)
-    return interval(metric.of_mean(means), level)
+    return percentile_interval(metric.of_mean(means), level)
 
 
-def summary(predicted: np.ndarray, true: np.ndarray, groups: np.ndarray) -> dict[str, dict[str, float]]:
-    """Return every metric with its 95 % interval, clustered by group: name -> {value, low, high}.
+def summarise(predicted: np.ndarray, true: np.ndarray, groups: np.ndarray) -> dict[str, dict[str, float]]:
+    """Return every metric with its 95 % interval, resampling whole groups: name -> {value, low, high}.
 
-    A metric of battles that are not there (no ties, none decided) is left out.
+    Metrics that are undefined are left out (`log_loss_tie` without ties, `accuracy_decided` without winners).
     """
     columns = {name: _columns(metric.terms(predicted, true)) for name, metric in METRICS.items()}
     means = bootstrap_means(np.concatenate(list(columns.values()), axis=1), groups)
@@ -188,7 +193,7 @@ def summary(predicted: np.ndarray, true: np.ndarray, groups: np.ndarray) -> dict
         start += terms.shape[1]
         value = float(metric.of_mean(terms.mean(axis=0)))
         if np.isfinite(value):
-            low, high = interval(metric.of_mean(drawn))
+            low, high = percentile_interval(metric.of_mean(drawn))
             result[name] = {"value": value, "low": low, "high": high}
     return result
 
@@ -200,15 +205,15 @@ def paired_difference(first: np.ndarray, second: np.ndarray, true: np.ndarray, g
         first: (n_battles, 3) predicted probabilities.
         second: the same of another model.
         true: (n_battles, 3).
-        groups: (n_battles,) integer labels, drawn as wholes.
+        groups: (n_battles,) integer labels; whole groups are resampled.
 
     Returns:
-        `value` (negative: `first` is better), `low`, `high`, and `p`, two-sided: how seldom a difference of either
-        sign would be drawn if there were none (Efron & Tibshirani 1993, ch. 15).
+        `value` (negative: `first` is better), `low`, `high`, and the two-sided bootstrap p-value `p` of the hypothesis
+        that there is no difference (Efron & Tibshirani 1993, ch. 15).
     """
     terms = log_loss_terms(first, true) - log_loss_terms(second, true)
     drawn = bootstrap_means(terms[:, None], groups)[:, 0]
-    low, high = interval(drawn)
+    low, high = percentile_interval(drawn)
     beyond = min((drawn <= 0).sum(), (drawn >= 0).sum())
     return {
         "value": float(terms.mean()),
@@ -218,8 +223,8 @@ def paired_difference(first: np.ndarray, second: np.ndarray, true: np.ndarray, g
     }
 
 
-def wilson(share: float, count: float, z: float = 1.959964) -> tuple[float, float]:
-    """Return the 95 % interval of a share of `count` independent cases (Wilson 1927)."""
+def wilson_interval(share: float, count: float, z: float = 1.959964) -> tuple[float, float]:
+    """Return the score interval of a share among `count` independent cases, 95 % by default (Wilson 1927)."""
     centre = share + z * z / (2 * count)
     half = z * np.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return float((centre - half) / (1 + z * z / count)), float((centre + half) / (1 + z * z / count))

@@ -1,10 +1,11 @@
-"""Head outputs and outcome probabilities in, a loss a battle and predicted probabilities out, for each objective.
+"""Objectives: what a head's outputs mean (the link), and how they are learnt from outcomes (the loss).
 
-An objective is one entry of `OBJECTIVES`. Its link turns head outputs into three log-weights, of A, B and a tie, whose
-softmax is what the model states; its loss says how that is learnt. Outputs are joint, (n, 3), the log-weights
-themselves, or separate, (n, 2, 2): response A, response B; each its reward and the tie parameter t of the battle. d is
-the reward of A less that of B. Half precision is computed in float32, float64 stays float64, and everything is finite
-up to |d| = 1e4 at least.
+Each entry of `OBJECTIVES` has a link, which turns head outputs into log-weights of A, B and tie, whose softmax is the
+prediction, and a loss per battle. Two kinds of head outputs:
+- joint, (n, 3): the log-weights themselves, from one sequence with both responses;
+- separate, (n, 2, 2): for response A and response B, each (reward, tie parameter t of the battle).
+Below, d is the reward of A minus the reward of B. Half precision is computed in float32, float64 stays float64, and
+losses, gradients and probabilities are finite at least up to |d| = 1e4.
 """
 
 import math
@@ -20,12 +21,13 @@ from torch import Tensor
 
 from rewardmodel.errors import InputError, nearest
 
-SHOWN = ([0, 1, 2], [1, 0, 2])
-"""Outcomes of the sequence that shows A first, and of the one that shows B first, in the words of the other."""
+ORDER_COLUMNS = ([0, 1, 2], [1, 0, 2])
+"""Outcome columns for the sequence that shows A first, and for the one that shows B first. Where B is first, "A wins"
+is the second column of the head's outputs: `outputs[:, ORDER_COLUMNS[1]]` has the battle's own A, B, tie."""
 
 
 class Settings(Protocol):
-    """What losses read of the recipe's `objective` section, where the fields are documented."""
+    """The fields of the recipe's `objective` section that losses read; documented in `config.schema`."""
 
     label_smoothing: float
     margin: float
@@ -36,14 +38,14 @@ class Settings(Protocol):
     weight_cosine: float
 
 
-class Head(NamedTuple):
-    """What a classification head reads and states.
+class HeadShape(NamedTuple):
+    """The outputs of a classification head.
 
     Attributes:
-        num_labels: outputs for a sequence: 3 outcomes, or 1 reward.
-        responses: how many of them are in a sequence.
-        tie: whether it carries the tie parameter besides.
-        pairs: whether that depends on both responses of a battle, and is no mere number.
+        num_labels: outputs per sequence: 3 outcomes, or 1 reward.
+        responses: responses per sequence.
+        tie: whether the head also outputs the tie parameter.
+        pairs: whether the tie parameter is computed from both responses of a battle, instead of being one number.
     """
 
     num_labels: int
@@ -57,19 +59,19 @@ class Objective:
     """One way to learn from outcomes.
 
     Attributes:
-        encoding: whether a sequence holds both responses ("joint") or one of them ("separate").
-        head: its shape; start a tie parameter at `initial_tie`.
+        encoding: whether a sequence has both responses ("joint") or one of them ("separate").
+        head: the head's outputs; initialise a tie parameter with `initial_tie`.
         loss: (outputs, outcomes (n, 3) of A, B, tie, settings, teacher (n, 3) or None) -> (n,) loss of each battle in
             nats; float32 or float64.
         link: head outputs, float32 or float64 -> (n, 3) log-weights of A, B, tie.
         settings: fields of `Settings` that the loss reads.
         teacher: whether the loss reads a teacher's probabilities.
-        learns_ties: whether the loss reads ties. If not, it leaves the tie parameter alone: freeze it, and set it to
-            `fit_tie` after training.
+        learns_ties: whether the loss depends on ties. If not, the tie parameter has no gradient: freeze it, and set it
+            to `fit_tie` after training.
     """
 
     encoding: Literal["joint", "separate"]
-    head: Head
+    head: HeadShape
     loss: Callable[..., Tensor]
     link: Callable[[Tensor], Tensor]
     settings: tuple[str, ...]
@@ -80,47 +82,58 @@ class Objective:
         """Return probabilities (n, 3) float32 of A, B, tie; rows sum to 1."""
         return self.link(_floats(outputs)).softmax(dim=-1).float()
 
-    def orders(self, logits: Tensor) -> list[Tensor]:
-        """Return the probabilities, (n, 3) of A, B, tie, that each order states, A shown first before B shown first.
+    def probabilities_by_order(self, logits: Tensor) -> list[Tensor]:
+        """Return the predictions of each order of the responses, (n, 3) of the battle's own A, B, tie each.
 
-        Logits are those of the sequences of battles, (n, n_sequences, width). Separate objectives know no order.
+        Args:
+            logits: (n, n_sequences, width) of the sequences of each battle; in joint encoding first the one that shows
+                A first, then, if there are two, the one that shows B first.
+
+        Returns:
+            One array per order; separate encoding has no order, so one array.
         """
         if self.encoding == "separate":
             return [self.probabilities(logits)]
         return [
-            self.probabilities(logits[:, number])[:, order] for number, order in enumerate(SHOWN[: logits.shape[1]])
+            self.probabilities(logits[:, number])[:, order]
+            for number, order in enumerate(ORDER_COLUMNS[: logits.shape[1]])
         ]
 
     def battle_losses(
         self, logits: Tensor, labels: Tensor, settings: Settings, teacher: Tensor | None = None
     ) -> Tensor:
-        """Return the loss of each battle, (n,), of the logits of its sequences, (n, n_sequences, width).
+        """Return the loss of each battle, (n,); with both orders, the mean of their losses.
 
-        Of several orders it is the mean. Labels and the teacher's probabilities are (n, 3) of A, B, tie.
+        Args:
+            logits: (n, n_sequences, width), as for `probabilities_by_order`.
+            labels: (n, 3) probabilities of A, B, tie.
+            settings: the recipe's `objective` section.
+            teacher: (n, 3) probabilities of A, B, tie, NaN where unknown, or None.
         """
         if self.encoding == "separate":
             return self.loss(logits, labels, settings, teacher)
         losses = []
-        for number, order in enumerate(SHOWN[: logits.shape[1]]):
-            taught = None if teacher is None else teacher[:, order]
-            losses.append(self.loss(logits[:, number], labels[:, order], settings, taught))
+        for number, order in enumerate(ORDER_COLUMNS[: logits.shape[1]]):
+            soft = None if teacher is None else teacher[:, order]
+            losses.append(self.loss(logits[:, number], labels[:, order], settings, soft))
         return torch.stack(losses).mean(dim=0)
 
-    def counted(self, outcomes: Tensor) -> Tensor:
-        """Return what each battle adds to the denominator of a mean loss, (n,): 1, or its decided part."""
+    def denominators(self, outcomes: Tensor) -> Tensor:
+        """Return each battle's share in the denominator of the mean loss, (n,): 1, or P(A wins) + P(B wins)."""
         return torch.ones_like(outcomes[:, 0]) if self.learns_ties else outcomes[:, :2].sum(dim=1)
 
 
-def joint(logits: Tensor) -> Tensor:
-    """Return the log-weights that a joint head states, (n, 3): its logits."""
+def joint_link(logits: Tensor) -> Tensor:
+    """Return the log-weights of joint outputs, (n, 3): the logits themselves."""
     return logits
 
 
 def rao_kupper_link(outputs: Tensor) -> Tensor:
-    """Return log-probabilities (n, 3) of outputs (n, 2, 2) (Rao & Kupper 1967).
+    """Return log-probabilities (n, 3) of separate outputs (n, 2, 2) (Rao & Kupper 1967).
 
-    P(A) = sigmoid(d - eta), P(B) = sigmoid(-d - eta), P(tie) = (theta^2 - 1) P(A) P(B), which is the rest. As theta =
-    exp(eta) = 1 + exp(t), any t will do, eta = softplus(t), and theta^2 - 1 = exp(t) (2 + exp(t)) cancels nothing.
+    P(A) = sigmoid(d - eta), P(B) = sigmoid(-d - eta), P(tie) = 1 - P(A) - P(B) = (theta^2 - 1) P(A) P(B), with
+    theta = exp(eta) = 1 + exp(t): every t is valid, eta = softplus(t), and theta^2 - 1 = exp(t) (2 + exp(t)) is
+    computed without cancellation.
     """
     lead, tie = _lead_and_tie(outputs)
     threshold = -F.logsigmoid(-tie)
@@ -129,57 +142,56 @@ def rao_kupper_link(outputs: Tensor) -> Tensor:
 
 
 def davidson_link(outputs: Tensor) -> Tensor:
-    """Return log-weights (n, 3) of outputs (n, 2, 2): d/2, -d/2, t (Davidson 1970, with nu = exp(t))."""
+    """Return log-weights (n, 3) of separate outputs (n, 2, 2): d/2, -d/2, t (Davidson 1970, with nu = exp(t))."""
     lead, tie = _lead_and_tie(outputs)
     return torch.stack([lead / 2, -lead / 2, tie], dim=-1)
 
 
 def cross_entropy(outputs: Tensor, outcomes: Tensor, settings: Settings, teacher: Tensor | None = None) -> Tensor:
-    """Return the cross-entropy of joint logits with the outcomes."""
+    """Return the cross-entropy of joint logits and outcomes, (n,), with label smoothing."""
     logits = _floats(outputs)
     return F.cross_entropy(logits, outcomes.to(logits), reduction="none", label_smoothing=settings.label_smoothing)
 
 
 def distillation(outputs: Tensor, outcomes: Tensor, settings: Settings, teacher: Tensor | None = None) -> Tensor:
-    """Return how far joint logits are from the votes and from a teacher.
+    """Return the loss of joint logits against the votes and a teacher, (n,).
 
-    weight_votes * cross-entropy + weight_teacher * T^2 * KL(teacher || student), both at temperature T, as T^2 keeps
-    the gradient's size (Hinton, Vinyals & Dean 2015), + weight_cosine * (1 - cosine of the two at temperature 1). A
-    battle whose row of `teacher` holds NaN has the votes' term alone, one whose outcomes do has the teacher's alone.
+    weight_votes * cross-entropy + weight_teacher * T^2 * KL(teacher || student), both at temperature T (T^2 keeps the
+    size of the gradient; Hinton, Vinyals & Dean 2015), + weight_cosine * (1 - cosine similarity of the probabilities
+    at temperature 1). A battle without a teacher (NaN) has the first term only, one without votes the other two.
     """
     logits, temperature = _floats(outputs), settings.temperature
-    votes, voted = _known(outcomes.to(logits))
-    losses = settings.weight_votes * cross_entropy(logits, votes, settings) * voted
+    votes, has_votes = _fill_unknown(outcomes.to(logits))
+    losses = settings.weight_votes * cross_entropy(logits, votes, settings) * has_votes
     if teacher is None:
         return losses
-    taught_by, taught = _known(teacher.to(logits))
-    soft = (taught_by.log() / temperature).softmax(dim=-1)
-    divergence = F.kl_div((logits / temperature).log_softmax(dim=-1), soft, reduction="none").sum(dim=-1)
-    cosine = F.cosine_similarity(logits.softmax(dim=-1), taught_by, dim=-1)
-    lesson = settings.weight_teacher * temperature**2 * divergence + settings.weight_cosine * (1 - cosine)
-    return losses + lesson * taught
+    soft_labels, has_teacher = _fill_unknown(teacher.to(logits))
+    softened = (soft_labels.log() / temperature).softmax(dim=-1)
+    divergence = F.kl_div((logits / temperature).log_softmax(dim=-1), softened, reduction="none").sum(dim=-1)
+    cosine = F.cosine_similarity(logits.softmax(dim=-1), soft_labels, dim=-1)
+    teacher_losses = settings.weight_teacher * temperature**2 * divergence + settings.weight_cosine * (1 - cosine)
+    return losses + teacher_losses * has_teacher
 
 
 def rao_kupper(outputs: Tensor, outcomes: Tensor, settings: Settings, teacher: Tensor | None = None) -> Tensor:
-    """Return the cross-entropy of Rao & Kupper's probabilities with the outcomes, centred."""
+    """Return the cross-entropy of Rao & Kupper's probabilities and the outcomes, (n,), plus the centring penalty."""
     outputs = _floats(outputs)
-    return cross_entropy(rao_kupper_link(outputs), outcomes, settings) + _centring(outputs, settings)
+    return cross_entropy(rao_kupper_link(outputs), outcomes, settings) + _centring_penalty(outputs, settings)
 
 
 def davidson(outputs: Tensor, outcomes: Tensor, settings: Settings, teacher: Tensor | None = None) -> Tensor:
-    """Return the cross-entropy of Davidson's probabilities with the outcomes, centred."""
+    """Return the cross-entropy of Davidson's probabilities and the outcomes, (n,), plus the centring penalty."""
     outputs = _floats(outputs)
-    return cross_entropy(davidson_link(outputs), outcomes, settings) + _centring(outputs, settings)
+    return cross_entropy(davidson_link(outputs), outcomes, settings) + _centring_penalty(outputs, settings)
 
 
 def bradley_terry(outputs: Tensor, outcomes: Tensor, settings: Settings, teacher: Tensor | None = None) -> Tensor:
-    """Return -log sigmoid(d - margin) for A, of -d for B, by their outcomes (Bradley & Terry 1952).
+    """Return -log sigmoid(d - margin) where A won, -log sigmoid(-d - margin) where B won (Bradley & Terry 1952).
 
-    Its link is Davidson's, at which P(A) / P(B) stays exp(d), as it was learnt.
-
-    The margin is that of Llama 2 (Touvron et al. 2023, eq. 2), the same for all battles. Only here: Rao & Kupper's
-    threshold is such a margin already, a learnt one that makes room for ties. A tie's loss is 0; smoothing is over A
-    and B. Everything is times the decided part of the outcome, centring too.
+    Ties have loss 0: everything, the centring penalty included, is multiplied by P(A wins) + P(B wins). Label smoothing
+    is over A and B. The link is Davidson's, for which P(A) / P(B) = exp(d), as learnt. The margin is that of Llama 2
+    (Touvron et al. 2023, eq. 2), the same for all battles; other objectives have none, because Rao & Kupper's threshold
+    is a learnt margin already.
     """
     outputs = _floats(outputs)
     lead, _ = _lead_and_tie(outputs)
@@ -187,43 +199,58 @@ def bradley_terry(outputs: Tensor, outcomes: Tensor, settings: Settings, teacher
     decided = votes.sum(dim=1)
     targets = torch.lerp(votes, decided[:, None] / 2, settings.label_smoothing)
     logs = F.logsigmoid(torch.stack([lead, -lead], dim=-1) - settings.margin)
-    return -(targets * logs).sum(dim=-1) + _centring(outputs, settings) * decided
+    return -(targets * logs).sum(dim=-1) + _centring_penalty(outputs, settings) * decided
 
 
-JOINT, SEPARATE = Head(3, 2, tie=False), Head(1, 1, tie=True)
+JOINT_HEAD = HeadShape(num_labels=3, responses=2, tie=False)
+SEPARATE_HEAD = HeadShape(num_labels=1, responses=1, tie=True)
 
 OBJECTIVES = {
-    "cross_entropy": Objective("joint", JOINT, cross_entropy, joint, ("label_smoothing",)),
+    "cross_entropy": Objective("joint", JOINT_HEAD, cross_entropy, joint_link, ("label_smoothing",)),
     "distillation": Objective(
-        "joint", JOINT, distillation, joint,
-        ("label_smoothing", "temperature", "weight_votes", "weight_teacher", "weight_cosine"), teacher=True,
+        "joint",
+        JOINT_HEAD,
+        distillation,
+        joint_link,
+        ("label_smoothing", "temperature", "weight_votes", "weight_teacher", "weight_cosine"),
+        teacher=True,
     ),
-    "rao_kupper": Objective("separate", SEPARATE, rao_kupper, rao_kupper_link, ("label_smoothing", "center_rewards")),
-    "davidson": Objective("separate", SEPARATE, davidson, davidson_link, ("label_smoothing", "center_rewards")),
+    "rao_kupper": Objective(
+        "separate", SEPARATE_HEAD, rao_kupper, rao_kupper_link, ("label_smoothing", "center_rewards")
+    ),
+    "davidson": Objective("separate", SEPARATE_HEAD, davidson, davidson_link, ("label_smoothing", "center_rewards")),
     "bradley_terry": Objective(
-        "separate", SEPARATE, bradley_terry, davidson_link, ("label_smoothing", "margin", "center_rewards"),
+        "separate",
+        SEPARATE_HEAD,
+        bradley_terry,
+        davidson_link,
+        ("label_smoothing", "margin", "center_rewards"),
         learns_ties=False,
     ),
-}  # fmt: skip
+}
 """Objectives by the recipe's `objective.name`."""
 
-RANGES = dict.fromkeys(Settings.__annotations__, (0.0, math.inf))
-RANGES |= {"label_smoothing": (0.0, 1.0), "temperature": (0.01, math.inf)}
-"""The least value of each setting, and what it stays below."""
+_SETTING_RANGES = dict.fromkeys(Settings.__annotations__, (0.0, math.inf))
+_SETTING_RANGES |= {"label_smoothing": (0.0, 1.0), "temperature": (0.01, math.inf)}
+"""The least value of each setting (inclusive), and its upper bound (exclusive)."""
 
 
 def find_objective(config: Any) -> Objective:
-    """Return the objective that the recipe's `objective` section asks for, a dataclass with a `name` and `Settings`.
+    """Return the objective that the recipe's `objective` section names.
+
+    Args:
+        config: a dataclass with a `name` and the fields of `Settings`.
 
     Raises:
-        InputError: an unknown name, a setting out of its range, or one that is set and that this objective never reads.
+        InputError: an unknown name, a setting out of range, or a setting that is not at its default and that the
+            objective does not read.
     """
     name = config.name
     if name not in OBJECTIVES:
         raise InputError(f"objective.name: no objective '{name}'{nearest(name, OBJECTIVES)}")
-    defaults = {field.name: field.default for field in fields(config) if field.name in RANGES}
+    defaults = {field.name: field.default for field in fields(config) if field.name in _SETTING_RANGES}
     for key, default in defaults.items():
-        value, (least, below) = getattr(config, key), RANGES[key]
+        value, (least, below) = getattr(config, key), _SETTING_RANGES[key]
         if not least <= value < below:
             raise InputError(f"objective.{key}: {value}; give at least {least} and less than {below}")
         readers = [reader for reader, objective in OBJECTIVES.items() if key in objective.settings]
@@ -233,12 +260,13 @@ def find_objective(config: Any) -> Objective:
 
 
 def initial_tie(share: float) -> float:
-    """Return the tie parameter at which equal rewards give P(tie) = share: log(2 share / (1 - share)), for either link.
+    """Return the tie parameter t for which equal rewards give P(tie) = share: log(2 share / (1 - share)).
 
-    At d = 0, Rao & Kupper's is tanh(eta / 2), Davidson's nu / (2 + nu). Shares are clipped to 1e-4 and 1 - 1e-4.
+    It holds for both links: at d = 0, P(tie) is tanh(eta / 2) for Rao & Kupper and nu / (2 + nu) for Davidson. Shares
+    are clipped to [1e-4, 1 - 1e-4].
 
     Raises:
-        InputError: `share` is not within 0 and 1.
+        InputError: `share` is not between 0 and 1.
     """
     if not 0 <= share <= 1:
         raise InputError(f"share of ties: {share}; give one from 0 to 1")
@@ -249,10 +277,10 @@ def initial_tie(share: float) -> float:
 def fit_tie(
     rewards: np.ndarray, outcomes: np.ndarray, link: Callable[[Tensor], Tensor] = OBJECTIVES["bradley_terry"].link
 ) -> float:
-    """Return the tie parameter with the least log loss at given rewards.
+    """Return the tie parameter that minimises the log loss for given rewards.
 
-    It is convex in eta (Davidson: in t), so bounded search finds the least. Without a tie that is the lower bound,
-    `initial_tie(0)`; with ties alone, a finite value at which each is almost sure.
+    The log loss is convex in eta (Davidson: in t), so a bounded search finds the minimum. Without any tie that is the
+    lower bound, `initial_tie(0)`; with nothing but ties, a finite value at which P(tie) is almost 1.
 
     Args:
         rewards: (n, 2) of response A, response B, finite.
@@ -260,14 +288,14 @@ def fit_tie(
         link: of the objective.
 
     Raises:
-        InputError: no battles, other shapes, or values that are not finite.
+        InputError: no battles, wrong shapes, or values that are NaN or infinite.
     """
     values, true = (torch.from_numpy(np.asarray(array, dtype=np.float64)) for array in (rewards, outcomes))
     shapes = tuple(values.shape), tuple(true.shape)
     if not values.numel() or shapes != ((len(values), 2), (len(values), 3)):
         raise InputError(f"rewards and outcomes of shapes {shapes}: give (n, 2) and (n, 3) of the same battles")
     if not (values.isfinite().all() and true.isfinite().all()):
-        raise InputError("rewards or outcomes: not all are finite; leave battles without either out")
+        raise InputError("rewards or outcomes: some are NaN or infinite; leave out battles without them")
 
     def log_loss(tie: float) -> float:
         outputs = torch.stack([values, torch.full_like(values, tie)], dim=-1)
@@ -278,19 +306,21 @@ def fit_tie(
 
 
 def _floats(outputs: Tensor) -> Tensor:
+    """Return outputs in float32, or in float64 if they are that."""
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
 def _lead_and_tie(outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return d and t of separate outputs, (n,) each; both responses carry the same t up to rounding."""
     return outputs[:, 0, 0] - outputs[:, 1, 0], outputs[..., 1].mean(dim=1)
 
 
-def _centring(outputs: Tensor, settings: Settings) -> Tensor:
-    """Return center_rewards times the squared sum of a battle's rewards, (n,) (Eisenstein et al. 2023)."""
+def _centring_penalty(outputs: Tensor, settings: Settings) -> Tensor:
+    """Return center_rewards * (reward of A + reward of B)^2, (n,) (Eisenstein et al. 2023)."""
     return settings.center_rewards * outputs[..., 0].sum(dim=1) ** 2
 
 
-def _known(probabilities: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows with any that holds NaN made even, so that no gradient is NaN, and whether a row is known."""
+def _fill_unknown(probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace rows with NaN by 1/3 each, so that gradients are finite; also return which rows were known, (n,) bool."""
     known = ~probabilities.isnan().any(dim=-1)
     return probabilities.where(known[:, None], torch.full_like(probabilities, 1 / 3)), known

@@ -22,8 +22,9 @@ from rewardmodel.inference.predict import apply_recipe_rules, predict_with, read
 from rewardmodel.model.loading import load_predictor, load_tokenizer
 from rewardmodel.model.weights import fetch_backbone
 from rewardmodel.objectives import find_objective
-from rewardmodel.predictions import check_sample, with_floor, write_predictions, write_submission
+from rewardmodel.predictions import check_sample, with_baseline, write_predictions, write_submission
 from rewardmodel.prompt.encoder import PromptEncoder
+from rewardmodel.prompt.token_counts import count_tokens
 from rewardmodel.run_folder import RunFolder
 from rewardmodel.training.train import train
 
@@ -80,14 +81,14 @@ def run(
         save(floor, files.blend_baseline)
         write_predictions(predictions(floors, parts.validation), files.baselines)
         if "calibration" in tables:
-            beside = with_floor(tables["calibration"], predict_each([floor], parts.calibration)[0])
+            beside = with_baseline(tables["calibration"], predict_each([floor], parts.calibration)[0])
             write_predictions(beside, files.calibration)
         report(folder)
         if test is not None:
             submitted = tables["test"]
             calibration = read_calibration(folder, recipe)
             if calibration.blends:
-                submitted = with_floor(submitted, predict_each([floor], test)[0])
+                submitted = with_baseline(submitted, predict_each([floor], test)[0])
             submitted = apply_recipe_rules(calibration.apply(submitted), recipe, test)
             write_predictions(submitted, files.predictions)
             write_submission(submitted, files.submission)
@@ -113,10 +114,11 @@ def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
         backbone = fetch_backbone(recipe.model.model_name_or_path, recipe.model.model_revision, weights=False)
         encoding = find_objective(recipe.objective).encoding
         encoder = PromptEncoder(load_tokenizer(backbone), recipe.prompt, encoding)
-    except InputError as error:  # a licence not accepted yet, or no network: the rest can be told all the same
-        logger.warning("no tokenizer, so nothing about tokens: %s", error)
-        encoder = None
-    facts = audit(battles, encoder, recipe.data.seed)
+        tokens = count_tokens(battles, encoder, recipe.data.seed)
+    except InputError as error:  # a licence that is not accepted yet, or no network: the rest can be audited anyway
+        logger.warning("no tokenizer, so tokens are not counted: %s", error)
+        tokens = None
+    facts = audit(battles, tokens)
     with atomic_path(folder / BATTLES) as partial:
         write_parquet(battles, partial)
     write_json(folder / AUDIT, facts)

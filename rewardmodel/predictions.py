@@ -1,11 +1,15 @@
-"""The predictions table: probabilities of both orders and their mean in, a parquet file and submission.csv out.
+"""The predictions table: one row per battle, in the order of the battles, as a DataFrame and a Parquet file.
 
-Columns, one battle a row, in the order of the battles: `id`, `group`, `source`, `model_a`, `model_b`, the true outcomes
-(null where unknown), `p_model_a, p_model_b, p_tie` (what is predicted), the same of each order that was computed:
-`ab_*` as given, `ba_*` with the responses exchanged (all of them speak of the battle's own A and B; NaN where the time
-was up), `floor_*` by the floor that a run blends with (where it was asked), and what audits ask of the texts: `turns`,
-`script`, and `prompt_chars`, `response_a_chars`, `response_b_chars`. Labelled battles also have the beginnings of their
-texts, for people to read.
+Columns:
+    id, group, source, model_a, model_b: of the battle.
+    winner_model_a, winner_model_b, winner_tie: the true outcome, null where unknown.
+    p_model_a, p_model_b, p_tie: the prediction.
+    ab_p_model_a, ...: the same with the responses in the given order; ba_p_model_a, ...: with A and B exchanged, and
+        the result exchanged back; NaN for battles that the time limit left out.
+    floor_p_model_a, ...: predicted by the baseline that the run blends with, if it blends.
+    turns, script, prompt_chars, response_a_chars, response_b_chars: for the audits of bias.
+    prompt, response_a, response_b: the first characters of the texts, in tables of labelled battles, for the report.
+    seen: whether the battle's group was in the training data, where that is known.
 """
 
 import logging
@@ -19,74 +23,74 @@ import pandas as pd
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from rewardmodel.battles import OUTCOMES, TEXTS, is_labelled, outcomes
+from rewardmodel.battles import OUTCOMES, SCRIPTS, TEXT_COLUMNS, count_characters, detect_scripts, is_labelled, outcomes
 from rewardmodel.errors import InputError
 from rewardmodel.files import atomic_path
-from rewardmodel.texts import SCRIPTS, characters_of, script_numbers
 
 logger = logging.getLogger(__name__)
 
 PROBABILITIES = ("p_model_a", "p_model_b", "p_tie")
-"""Predicted probabilities, in the order of `OUTCOMES`."""
+"""Columns of the prediction, in the order of `OUTCOMES`."""
 
-BATTLE = ("id", "prompt_chars", "response_a_chars", "response_b_chars")
-"""Columns by which a battle is known again; ids alone may be row numbers."""
+IDENTITY_COLUMNS = ("id", "prompt_chars", "response_a_chars", "response_b_chars")
+"""Columns that identify a battle across tables; an id alone may be just a row number."""
 
-SEEN = "seen"
-"""Column that says whether the runs that predicted a battle had its group in training, where that is known."""
+SEEN_COLUMN = "seen"
+"""Column that says whether the battle's group was in the training data of a run that predicted it."""
 
-MODELS = ("model_a", "model_b")
-
-EXCERPT = 1_500
-"""Characters of a text that the table keeps of labelled battles."""
+_EXCERPT_CHARS = 1_500
+"""Characters of each text that the table of labelled battles keeps."""
 
 
-def predictions_table(battles: Dataset, as_given: np.ndarray, exchanged: np.ndarray | None = None) -> pd.DataFrame:
-    """Return the predictions table.
+def build_predictions(battles: Dataset, as_given: np.ndarray, exchanged: np.ndarray | None = None) -> pd.DataFrame:
+    """Return the predictions table of some battles.
 
     Args:
-        battles: the battles, n_battles.
-        as_given: (n_battles, 3) float: A, B, tie with the responses in the order given.
-        exchanged: the same computed from swapped battles and swapped back, NaN where it was not; or None.
+        battles: n_battles rows.
+        as_given: (n_battles, 3) float: A, B, tie, predicted with the responses in the given order.
+        exchanged: the same predicted from swapped battles and swapped back, NaN where it was not computed; default:
+            only the given order was.
     """
     orders = {"ab": as_given} if exchanged is None else {"ab": as_given, "ba": exchanged}
-    stated = average(list(orders.values()))
-    stated = np.where(np.isnan(stated), average([as_given]), stated)
+    mean = average_probabilities(list(orders.values()))
+    mean = np.where(np.isnan(mean), average_probabilities([as_given]), mean)
     plain = battles.with_format(None)
-    columns: dict[str, Any] = {name: np.asarray(plain[name][:]) for name in ("id", "group", "source", *MODELS)}
+    names = ("id", "group", "source", "model_a", "model_b")
+    columns: dict[str, Any] = {name: np.asarray(plain[name][:]) for name in names}
     columns |= dict(zip(OUTCOMES, outcomes(battles).T, strict=True))
-    columns |= dict(zip(PROBABILITIES, stated.T, strict=True))
+    columns |= dict(zip(PROBABILITIES, mean.T, strict=True))
     for order, probabilities in orders.items():
         columns |= {f"{order}_{name}": p for name, p in zip(PROBABILITIES, probabilities.T, strict=True)}
     return pd.DataFrame(columns | _text_columns(battles))
 
 
 def _text_columns(battles: Dataset) -> dict[str, Any]:
+    """Return the text statistics by column, each (n_battles,), and excerpts of the texts of labelled battles."""
     found: dict[str, list] = defaultdict(list)
-    shown = is_labelled(battles)
-    for table in battles.with_format("arrow").select_columns(list(TEXTS)).iter(batch_size=1000):
-        for name in TEXTS:
+    with_excerpts = is_labelled(battles)
+    for table in battles.with_format("arrow").select_columns(list(TEXT_COLUMNS)).iter(batch_size=1000):
+        for name in TEXT_COLUMNS:
             column = table.column(name).combine_chunks()
-            found[f"{name}_chars"].append(characters_of(column))
+            found[f"{name}_chars"].append(count_characters(column))
             if name == "prompt":
                 found["turns"].append(pc.list_value_length(column).to_numpy())
-                found["script"].append(np.array(SCRIPTS)[script_numbers(column)])
-            if shown:
-                begun = pc.utf8_slice_codeunits(pc.binary_join(column, "\n\n"), 0, EXCERPT)
-                found[name].append(begun.to_numpy(zero_copy_only=False))
+                found["script"].append(np.array(SCRIPTS)[detect_scripts(column)])
+            if with_excerpts:
+                excerpt = pc.utf8_slice_codeunits(pc.binary_join(column, "\n\n"), 0, _EXCERPT_CHARS)
+                found[name].append(excerpt.to_numpy(zero_copy_only=False))
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
-def mean_table(tables: Sequence[pd.DataFrame], weights: Sequence[float]) -> pd.DataFrame:
-    """Return the weighted mean of predictions of the same battles, one row a battle.
+def average_tables(tables: Sequence[pd.DataFrame], weights: Sequence[float]) -> pd.DataFrame:
+    """Return the weighted mean of several models' predictions, one row per battle.
 
     Args:
-        tables: predictions whose index is the battle's number; each of all battles, or of some.
-        weights: of each table, above 0; a battle's mean is over the tables that it is in.
+        tables: each indexed by battle number; a table may hold all battles or some of them (k-fold runs).
+        weights: of each table, above 0; the mean of a battle is over the tables that contain it.
 
     Returns:
-        The table, by the battle's number; of an order (`ab_*`, `ba_*`) only where all tables have it, and NaN for
-        battles that it is NaN for in one of theirs.
+        A table indexed by battle number. Columns of an order (`ab_*`, `ba_*`) are there only if all tables have them,
+        and are NaN for battles that are NaN in one of their tables.
     """
     if len(tables) == 1:
         return tables[0]
@@ -100,34 +104,35 @@ def mean_table(tables: Sequence[pd.DataFrame], weights: Sequence[float]) -> pd.D
     return result.assign(**means.mask(stacked[names].isna().groupby(level=0).any()))
 
 
-def average(probabilities: list[np.ndarray]) -> np.ndarray:
-    """Return the mean of several (n_battles, 3) arrays as float64 rows that sum to 1."""
+def average_probabilities(probabilities: list[np.ndarray]) -> np.ndarray:
+    """Return the mean of several (n_battles, 3) arrays of probabilities, float64, rows normalised to sum 1."""
     mean = np.mean([array.astype(np.float64) for array in probabilities], axis=0)
     return mean / mean.sum(axis=1, keepdims=True)
 
 
-def with_floor(table: pd.DataFrame, probabilities: np.ndarray) -> pd.DataFrame:
-    """Return predictions with a floor's of the same battles, (n_battles, 3), beside, as `floor_*`."""
+def with_baseline(table: pd.DataFrame, probabilities: np.ndarray) -> pd.DataFrame:
+    """Return the table with a baseline's probabilities of the same battles, (n_battles, 3), added as `floor_*`."""
     return table.assign(**{f"floor_{name}": p for name, p in zip(PROBABILITIES, probabilities.T, strict=True)})
 
 
-def beside_floor(table: pd.DataFrame) -> np.ndarray:
-    """Return what is predicted, and beside it what the floor predicts, (n_battles, 6) float64."""
+def stack_baseline(table: pd.DataFrame) -> np.ndarray:
+    """Return the predictions and the baseline's, (n_battles, 6) float64: A, B, tie of each; the inputs of a blend."""
     return np.hstack([predicted(table), predicted(table, "floor")])
 
 
-def in_both_orders(table: pd.DataFrame) -> np.ndarray:
+def has_both_orders(table: pd.DataFrame) -> np.ndarray:
     """Return which battles were predicted in both orders, (n_battles,) bool."""
     return table["ba_p_tie"].notna().to_numpy() if "ba_p_tie" in table else np.zeros(len(table), bool)
 
 
-def ruled(battles: Dataset, tie_if_same: float | None, win_if_other_empty: float | None) -> np.ndarray:
-    """Return the probabilities that rules give without a model, (n_battles, 3) float64; NaN where no rule speaks.
+def rule_probabilities(battles: Dataset, tie_if_same: float | None, win_if_other_empty: float | None) -> np.ndarray:
+    """Return the probabilities that rules assign without a model, (n_battles, 3) float64; NaN where no rule applies.
 
     Args:
-        battles: the battles; white space at the ends of turns does not count.
-        tie_if_same: P(tie) where both responses are the same, or both empty; A and B share the rest.
-        win_if_other_empty: P(win) of a response beside one without text; that one and the tie share the rest.
+        battles: n_battles rows; leading and trailing white space of turns is ignored.
+        tie_if_same: P(tie) if both responses are equal or both empty, A and B share the rest; None: no such rule.
+        win_if_other_empty: P(win) of the response with text if the other has none, that one and the tie share the
+            rest; None: no such rule.
     """
     result = np.full((len(battles), 3), np.nan)
     if tie_if_same is None and win_if_other_empty is None:
@@ -147,31 +152,42 @@ def ruled(battles: Dataset, tie_if_same: float | None, win_if_other_empty: float
     return result
 
 
-def overrule(table: pd.DataFrame, probabilities: np.ndarray) -> pd.DataFrame:
-    """Return predictions with what `ruled` gives in the place of what is stated in the end."""
+def apply_rules(table: pd.DataFrame, probabilities: np.ndarray) -> pd.DataFrame:
+    """Return a copy of the table whose predictions are replaced where a rule applies.
+
+    Args:
+        table: n_battles rows.
+        probabilities: (n_battles, 3), what `rule_probabilities` returned.
+    """
     rows = ~np.isnan(probabilities[:, 0])
     if rows.any():
-        logger.info("%d of %d battles are predicted by rule: same or empty responses", rows.sum(), len(table))
+        logger.info("%d of %d battles are predicted by a rule: equal or empty responses", rows.sum(), len(table))
+        table = table.copy()
         table.loc[rows, list(PROBABILITIES)] = probabilities[rows]
     return table
 
 
 def predicted(table: pd.DataFrame, order: str = "") -> np.ndarray:
-    """Return the predicted probabilities, (n_battles, 3) float64; `order` `ab`, `ba` or `floor` gives those alone."""
+    """Return predicted probabilities, (n_battles, 3) float64: A, B, tie.
+
+    Args:
+        table: the predictions table.
+        order: prefix of the columns: `ab` or `ba` for one order, `floor` for the baseline; default: the prediction.
+    """
     prefix = f"{order}_" if order else ""
     return table[[prefix + name for name in PROBABILITIES]].to_numpy(np.float64)
 
 
 def true_outcomes(table: pd.DataFrame) -> np.ndarray:
-    """Return the true outcomes, (n_battles, 3) float64; NaN where unknown."""
+    """Return the true outcomes, (n_battles, 3) float64: A, B, tie; NaN where unknown."""
     return table[list(OUTCOMES)].to_numpy(np.float64)
 
 
-def known_outcomes(table: pd.DataFrame, where: str = "predictions") -> np.ndarray:
-    """Return the true outcomes, (n_battles, 3) float64.
+def require_outcomes(table: pd.DataFrame, where: str = "predictions") -> np.ndarray:
+    """Return the true outcomes, (n_battles, 3) float64: A, B, tie.
 
     Raises:
-        InputError: there are none, or they are not known.
+        InputError: the table is empty, or an outcome is unknown; `where` names the table in the message.
     """
     true = true_outcomes(table)
     if not len(true) or np.isnan(true).any():
@@ -180,26 +196,26 @@ def known_outcomes(table: pd.DataFrame, where: str = "predictions") -> np.ndarra
 
 
 def write_predictions(table: pd.DataFrame, path: Path) -> None:
-    """Write the table as parquet, whole or not at all."""
+    """Write the table as a Parquet file, atomically."""
     with atomic_path(path) as partial:
         table.to_parquet(partial, index=False)
 
 
 def read_predictions(path: Path) -> pd.DataFrame:
-    """Return a predictions table.
+    """Return the predictions table of a Parquet file.
 
     Raises:
-        InputError: no such file, or not such a table.
+        InputError: there is no such file, it cannot be read, or a column is missing.
     """
     try:
         table = pd.read_parquet(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no predictions can be read there; give a predictions.parquet of a run") from error
+        raise InputError(f"{path}: cannot be read as predictions; give a predictions.parquet of a run") from error
     return check_columns(table, str(path))
 
 
 def check_columns(table: pd.DataFrame, where: str) -> pd.DataFrame:
-    """Return a predictions table, or raise InputError if a column that every one has is missing."""
+    """Return the table, or raise InputError if a column that every predictions table has is missing."""
     missing = [name for name in ("id", "group", *OUTCOMES, *PROBABILITIES) if name not in table]
     if missing:
         raise InputError(f"{where}: column '{missing[0]}' is missing; give a predictions.parquet of a run")
@@ -207,12 +223,7 @@ def check_columns(table: pd.DataFrame, where: str) -> pd.DataFrame:
 
 
 def write_submission(table: pd.DataFrame, path: Path) -> None:
-    """Write submission.csv: `id` and the three outcome columns, in the table's order, rows summing to 1.
-
-    Args:
-        table: predictions.
-        path: the file to write, whole or not at all.
-    """
+    """Write a submission as CSV, atomically: `id` and the three outcome columns, in the order of the table."""
     submission = pd.DataFrame(predicted(table), columns=list(OUTCOMES))
     submission.insert(0, "id", table["id"].to_numpy())
     with atomic_path(path) as partial:
@@ -220,23 +231,23 @@ def write_submission(table: pd.DataFrame, path: Path) -> None:
 
 
 def check_sample(sample: Path, ids: Iterable[str]) -> None:
-    """Raise unless a sample submission has the columns of a submission and these ids.
+    """Raise unless a sample submission has the columns of a submission and exactly these ids.
 
     Raises:
-        InputError: it cannot be read, has other columns, or other ids.
+        InputError: it cannot be read, or its columns or ids differ.
     """
     try:
         expected = pd.read_csv(sample, dtype={"id": "str"}, keep_default_na=False)
     except (OSError, ValueError) as error:
-        raise InputError(f"{sample}: no sample submission can be read there; give a CSV file") from error
+        raise InputError(f"{sample}: cannot be read as a sample submission; give a CSV file") from error
     columns = ["id", *OUTCOMES]
     if list(expected.columns) != columns:
         raise InputError(f"{sample}: columns {list(expected.columns)}, but a submission has {columns}")
     here, there = set(ids), set(expected["id"])
     twice = expected["id"][expected["id"].duplicated()]
     if len(twice):
-        raise InputError(f"{sample}: id '{twice.iloc[0]}' is there twice; keep one of them")
+        raise InputError(f"{sample}: id '{twice.iloc[0]}' occurs twice; keep one of them")
     if here != there:
         name = sorted(here ^ there)[0]
-        side = "is not among the battles to predict" if name in there else "is to be predicted, but is not there"
+        side = "is not among the battles to predict" if name in there else "is missing, but is to be predicted"
         raise InputError(f"{sample}: id '{name}' {side}; give the sample submission of the same test file")

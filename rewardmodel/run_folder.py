@@ -4,7 +4,6 @@ Besides the files of `RunFolder` it holds, while training, checkpoint-N/ (states
 fold-0/, fold-1/, ...: the run of each fold, next to the out-of-fold predictions of all of them.
 """
 
-import hashlib
 import json
 import platform
 from collections.abc import Callable
@@ -13,10 +12,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from datasets import Dataset
-
-from rewardmodel.battles import FEATURES, TEACHER, taught
 from rewardmodel.config.loader import dump_recipe, load_recipe
 from rewardmodel.config.schema import Recipe
 from rewardmodel.errors import InputError
@@ -236,19 +231,6 @@ def last_checkpoint(folder: Path) -> Path | None:
             continue
         return path
     return None
-
-
-def data_fingerprint(battles: Dataset) -> str:
-    """Return a digest of battles in their order, the same in whatever file they stand and however they are split.
-
-    A teacher's probabilities are in it where there are any.
-    """
-    digest = hashlib.sha256()
-    left_out = ["group", "fold", "source", *(() if np.isfinite(taught(battles)).any() else TEACHER)]
-    columns = [name for name in FEATURES if name not in left_out]
-    for batch in battles.with_format(None).select_columns(columns).iter(batch_size=1000):
-        digest.update(json.dumps(batch, ensure_ascii=False).encode())
-    return digest.hexdigest()[:16]
 
 
 def check_same_inputs(folder: Path, facts: dict[str, Any]) -> None:

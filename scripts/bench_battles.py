@@ -78,14 +78,14 @@ def tokenise(path: str, how: str, backbone: str) -> dict:
     from rewardmodel.config.schema import PromptConfig
     from rewardmodel.data.formats import read_battles
     from rewardmodel.model.loading import load_tokenizer
-    from rewardmodel.prompt.tokenization import retention, tokenize
+    from rewardmodel.prompt.tokenization import measure_row_retention, tokenize
 
     tokenizer = load_tokenizer(Path(backbone))
     battles = read_battles(path)
     found = {}
     if how == "ours":
         start = time.perf_counter()
-        found = retention(tokenize(battles, tokenizer, PromptConfig(max_length=1024)))
+        found = measure_row_retention(tokenize(battles, tokenizer, PromptConfig(max_length=1024)))
     else:
         texts = battles.map(joined, batched=True, remove_columns=battles.column_names)
         start = time.perf_counter()

@@ -181,7 +181,7 @@ def _rows(texts: list, lengths: np.ndarray, kept: np.ndarray, outcomes: np.ndarr
     """Return rewardmodel's rows of battles made of ids: prompt, A, B, in the order given."""
     from datasets import Dataset
 
-    from rewardmodel.prompt.tokenization import ROWS
+    from rewardmodel.prompt.tokenization import TOKEN_ROW_FEATURES
 
     _, first, second = order
     parts = [[text[number] for number in (3, 0, 4, first, 5, second, 6)] for text in texts]
@@ -198,7 +198,7 @@ def _rows(texts: list, lengths: np.ndarray, kept: np.ndarray, outcomes: np.ndarr
         "teacher": np.full((len(parts), 3), np.nan),
         "weight": np.ones(len(parts)),
     }
-    return Dataset.from_dict({name: columns[name] for name in ROWS}, features=ROWS)
+    return Dataset.from_dict({name: columns[name] for name in TOKEN_ROW_FEATURES}, features=TOKEN_ROW_FEATURES)
 
 
 def merged(given: Any, swapped: Any) -> Any:
@@ -207,14 +207,14 @@ def merged(given: Any, swapped: Any) -> Any:
 
     from datasets import Dataset
 
-    from rewardmodel.prompt.tokenization import ROWS, merge
+    from rewardmodel.prompt.tokenization import TOKEN_ROW_FEATURES, pack_sequences
 
     def battle(*rows: dict) -> dict:
         of = ("input_ids", "segment_ids")
-        one = merge([SimpleNamespace(**{name: np.asarray(row[name]) for name in of}) for row in rows])
+        one = pack_sequences([SimpleNamespace(**{name: np.asarray(row[name]) for name in of}) for row in rows])
         return rows[0] | one._asdict() | {"length": len(one.input_ids)}
 
-    return Dataset.from_list([battle(*rows) for rows in zip(given, swapped, strict=True)], features=ROWS)
+    return Dataset.from_list([battle(*rows) for rows in zip(given, swapped, strict=True)], features=TOKEN_ROW_FEATURES)
 
 
 def compare(script: str, options: argparse.Namespace) -> None:

@@ -105,8 +105,8 @@ def recipes(options: argparse.Namespace, folder: Path, seed: int) -> dict[str, A
 def measure(options: argparse.Namespace, folder: Path, seed: int) -> dict[str, Any]:
     """Train the teacher and its students, and return what each reaches on the held-out battles."""
     from rewardmodel import read_battles, train
-    from rewardmodel.data.splits import trained_on
-    from rewardmodel.metrics import paired_difference, summary
+    from rewardmodel.data.splits import find_seen_battles
+    from rewardmodel.metrics import paired_difference, summarise
     from rewardmodel.predictions import predicted, true_outcomes
 
     parts = dealt(options, folder, seed)
@@ -116,11 +116,11 @@ def measure(options: argparse.Namespace, folder: Path, seed: int) -> dict[str, A
         run, trained = train(recipe)
         if name == "teacher":
             new = read_battles(str(folder / "new.parquet"), role="test")
-            seen = trained_on([run], new)[0]
+            seen = find_seen_battles([run], new)[0]
             write_pseudo_labels(predictions(run, recipe, new).assign(seen=seen), parts["new"], folder)
         tables[name] = predictions(run, recipe, parts["held_out"])
         seconds = round(time.perf_counter() - start)
-        found = summary(predicted(tables[name]), true_outcomes(tables[name]), tables[name]["group"].to_numpy())
+        found = summarise(predicted(tables[name]), true_outcomes(tables[name]), tables[name]["group"].to_numpy())
         figures["models"][name] = {
             "trained_on": len(trained.training),
             "log_loss": {key: round(value, 4) for key, value in found["log_loss"].items()},

@@ -82,8 +82,8 @@ def length(backbone: str, tokens: str) -> dict:
 
     from rewardmodel.model.forward import row_logits
     from rewardmodel.model.loading import build_model
-    from rewardmodel.objectives import JOINT
-    from rewardmodel.prompt.tokenization import ROWS
+    from rewardmodel.objectives import JOINT_HEAD
+    from rewardmodel.prompt.tokenization import TOKEN_ROW_FEATURES
     from rewardmodel.training.arguments import training_arguments
     from rewardmodel.training.trainer import PreferenceTrainer
 
@@ -97,9 +97,12 @@ def length(backbone: str, tokens: str) -> dict:
     ]
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe_of(backbone, folder, {})
-        model, tokenizer = build_model(resolve_backbone(recipe.model), JOINT, seed=0)
+        model, tokenizer = build_model(resolve_backbone(recipe.model), JOINT_HEAD, seed=0)
         args = training_arguments(recipe, torch.float32, torch.device("cpu"))
-        data, given = Dataset.from_list(rows, features=ROWS), (recipe.objective, torch.float32, (TOKENS, TOKENS))
+        data, given = (
+            Dataset.from_list(rows, features=TOKEN_ROW_FEATURES),
+            (recipe.objective, torch.float32, (TOKENS, TOKENS)),
+        )
         PreferenceTrainer(model, args, data.select(range(8)), None, tokenizer, *given).train()
         trainer = PreferenceTrainer(model, args, data, None, tokenizer, *given)
         start = time.perf_counter()

@@ -42,7 +42,7 @@ def ours(plan: Plan) -> Predicts:
         if not budget:
             budget.append(forward_budget(model, plan.rows("both")[1], tokenizer.pad_token_id, plan.dtype))
         logits = row_logits(model, rows["both"], tokenizer.pad_token_id, plan.dtype, budget[0])
-        return [order.numpy() for order in objective.orders(torch.from_numpy(logits))]
+        return [order.numpy() for order in objective.probabilities_by_order(torch.from_numpy(logits))]
 
     return model, predict
 

@@ -89,12 +89,12 @@ def judged(
 ) -> dict[str, Any]:
     """Return the figures of the mean of predictions by order, (orders, n, 3), beside the floor's and the recipe's."""
     from rewardmodel.evaluation.calibration import BLEND, cross_fit
-    from rewardmodel.metrics import log_loss, paired_difference, summary
+    from rewardmodel.metrics import log_loss, paired_difference, summarise
 
     predicted = orders.mean(axis=0)
     blended = cross_fit(BLEND, np.concatenate([predicted, floor], axis=1), true, groups)
     calibrated = cross_fit("vector", predicted, true, groups)
-    found = summary(predicted, true, groups)
+    found = summarise(predicted, true, groups)
     return {
         **{name: rounded(found[name]) for name in ("log_loss", "accuracy")},
         "to_floor": rounded(paired_difference(predicted, floor, true, groups)),
@@ -117,9 +117,9 @@ def rounded(figures: dict[str, float]) -> dict[str, float]:
 def sliced(battles: Any, predicted: np.ndarray) -> dict[str, Any]:
     """Return the log loss by kind of battle: where it is lost."""
     from rewardmodel import evaluate
-    from rewardmodel.predictions import predictions_table
+    from rewardmodel.predictions import build_predictions
 
-    table = predictions_table(battles, predicted)
+    table = build_predictions(battles, predicted)
     found = evaluate(table)["slices"]
     return {
         kind: {one["name"]: {"battles": one["battles"], **rounded(one["log_loss"])} for one in slices}
@@ -145,8 +145,7 @@ def levers(options: argparse.Namespace) -> dict[str, tuple[Any, dict[str, Any]]]
 
 def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Return the figures of every lever for one dealing of folds."""
-    from rewardmodel.battles import outcomes
-    from rewardmodel.run_folder import data_fingerprint
+    from rewardmodel.battles import data_fingerprint, outcomes
 
     battles = dealt(options, seed)
     sources = np.asarray(battles["source"][:])
@@ -201,9 +200,9 @@ def predictions(
 
 def judged_floor(predicted: np.ndarray, true: np.ndarray, groups: np.ndarray) -> dict[str, float]:
     """Return a floor's log loss."""
-    from rewardmodel.metrics import summary
+    from rewardmodel.metrics import summarise
 
-    return rounded(summary(predicted, true, groups)["log_loss"])
+    return rounded(summarise(predicted, true, groups)["log_loss"])
 
 
 def over_seeds(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:

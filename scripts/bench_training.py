@@ -137,16 +137,16 @@ def shared(rows: Any) -> Any:
     """Return the decided battles as rewardmodel's rows of both sequences of TRL's pairs, the prompt once."""
     from datasets import Dataset
 
-    from rewardmodel.prompt.tokenization import ROWS, merge
+    from rewardmodel.prompt.tokenization import TOKEN_ROW_FEATURES, pack_sequences
 
     def alone(row: dict, segment: int) -> Any:
         kept = [number for number, of in enumerate(row["segment_ids"]) if of != 3 - segment]
         ids, of = (np.array(row[name])[kept] for name in ("input_ids", "segment_ids"))
         return SimpleNamespace(input_ids=ids, segment_ids=of)
 
-    merged = [(row, merge([alone(row, 1), alone(row, 2)])) for row in rows if row["labels"][2] < 0.5]
+    merged = [(row, pack_sequences([alone(row, 1), alone(row, 2)])) for row in rows if row["labels"][2] < 0.5]
     battles = [row | one._asdict() | {"length": len(one.input_ids)} for row, one in merged]
-    return Dataset.from_list(battles, features=ROWS)
+    return Dataset.from_list(battles, features=TOKEN_ROW_FEATURES)
 
 
 COMPETITORS: dict[str, Callable[[Plan], Trained]] = {"ours": ours, "trainer": trainer, "separate": separate, "trl": trl}

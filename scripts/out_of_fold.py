@@ -38,7 +38,7 @@ class Consistent(Objective):
 
     def battle_losses(self, logits: Tensor, labels: Tensor, settings: Any, teacher: Tensor | None = None) -> Tensor:
         """Return the loss of each battle, (n,), of logits (n, 2, 3)."""
-        first, second = self.orders(logits)
+        first, second = self.probabilities_by_order(logits)
         apart = (first - second).square().sum(dim=1)
         return super().battle_losses(logits, labels, settings, teacher) + self.consistency * apart
 
@@ -89,14 +89,14 @@ def read(recipe: Any, battles: Any) -> Read:
 
 def shown(recipe: Any, objective: Objective, given: Read) -> Read:
     """Return the orders of joint sequences that training sees: both, or one, in whose words the outcome is."""
-    from rewardmodel.objectives import SHOWN
+    from rewardmodel.objectives import ORDER_COLUMNS
 
     swaps = recipe.data.swap_augmentation
     if objective.encoding == "separate" or swaps == "both":
         return given
     count = len(given.labels)
     order = np.random.default_rng(0).integers(0, 2 if swaps == "random" else 1, count)
-    labels = np.take_along_axis(given.labels, np.array(SHOWN)[order], axis=1)
+    labels = np.take_along_axis(given.labels, np.array(ORDER_COLUMNS)[order], axis=1)
     return given._replace(features=given.features[np.arange(count), order][:, None], labels=labels)
 
 
@@ -129,21 +129,21 @@ def fitted_out_of_fold(
 
     Those of folds that are not asked for are NaN.
     """
-    from rewardmodel.data.folds import trains
+    from rewardmodel.data.folds import train_mask
     from rewardmodel.model.features import layer_logits
 
     objective = objective_of(recipe, changes)
     learnt, bags = shown(recipe, objective, given), changes.get("bags", 1)
     result = np.full((1 if objective.encoding == "separate" else 2, len(given.labels), 3), np.nan)
     for number in folds:
-        training = np.flatnonzero(trains(dealing.fold, number) & (given.weight > 0))
+        training = np.flatnonzero(train_mask(dealing.fold, number) & (given.weight > 0))
         own = dealing.arena & (dealing.fold == number)
         result[:, own] = 0
         for bag in range(bags):
             drawn = training if bags == 1 else by_group(dealing.group, training, bag)
             some = Read(*(part[drawn] for part in learnt))
             layer = fitted(recipe, objective, some, dealing.group[drawn])
-            orders = objective.orders(torch.from_numpy(layer_logits(layer, given.features[own])))
+            orders = objective.probabilities_by_order(torch.from_numpy(layer_logits(layer, given.features[own])))
             result[:, own] += np.stack([order.numpy() for order in orders]) / bags
     return result[:, dealing.arena]
 

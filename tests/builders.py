@@ -152,11 +152,13 @@ def from_columns(columns, source: str):
     """Return battles in memory of columns by name, the others at their defaults."""
     from datasets import Dataset
 
-    from rewardmodel.battles import DEFAULTS, FEATURES
+    from rewardmodel.battles import BATTLE_FEATURES, COLUMN_DEFAULTS
 
     count = len(columns["id"])
-    defaults = {name: [value] * count for name, value in {**DEFAULTS, "source": source}.items()}
-    return Dataset.from_dict({name: columns.get(name, defaults.get(name)) for name in FEATURES}, features=FEATURES)
+    defaults = {name: [value] * count for name, value in {**COLUMN_DEFAULTS, "source": source}.items()}
+    return Dataset.from_dict(
+        {name: columns.get(name, defaults.get(name)) for name in BATTLE_FEATURES}, features=BATTLE_FEATURES
+    )
 
 
 OWN = """\
@@ -331,10 +333,10 @@ def drawn(count, seed=0, soft=False):
 
 
 def changed(battles, **columns):
-    from rewardmodel.battles import FEATURES
+    from rewardmodel.battles import BATTLE_FEATURES
 
     data = battles.to_dict() | columns
-    return type(battles).from_dict(data, features=FEATURES)
+    return type(battles).from_dict(data, features=BATTLE_FEATURES)
 
 
 def with_trainer(recipe, **keys):
@@ -345,12 +347,12 @@ def make_trainer(recipe, training, validation):
     import torch
 
     from rewardmodel.model.loading import build_model
-    from rewardmodel.objectives import JOINT
+    from rewardmodel.objectives import JOINT_HEAD
     from rewardmodel.prompt.tokenization import tokenize
     from rewardmodel.training.arguments import training_arguments
     from rewardmodel.training.trainer import PreferenceTrainer
 
-    model, tokenizer = build_model(resolve_backbone(recipe.model), JOINT, seed=0)
+    model, tokenizer = build_model(resolve_backbone(recipe.model), JOINT_HEAD, seed=0)
     rows = [tokenize(battles, tokenizer, recipe.prompt) for battles in (training, validation)]
     args = training_arguments(recipe, torch.float32, torch.device("cpu"))
     tokens = (recipe.trainer["micro_batch_tokens"], None)

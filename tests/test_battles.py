@@ -1,4 +1,7 @@
+import json
+
 import numpy as np
+import pyarrow as pa
 import pytest
 from builders import from_columns
 from datasets import Dataset, concatenate_datasets
@@ -7,17 +10,21 @@ from hypothesis import strategies as st
 
 from rewardmodel.battles import (
     AUGMENTATIONS,
-    FEATURES,
+    BATTLE_FEATURES,
     OUTCOMES,
-    TEACHER,
-    from_rows,
+    SCRIPTS,
+    TEACHER_COLUMNS,
+    build_table,
+    count_characters,
+    data_fingerprint,
+    detect_scripts,
     is_labelled,
-    labelled,
     outcomes,
+    select_labelled,
     store,
     swap,
     swap_randomly,
-    taught,
+    teacher_probabilities,
     validate,
     weights,
     with_column,
@@ -77,8 +84,8 @@ def test_swap_exchanges_responses_models_and_outcomes_only(drawn):
 
 def test_swap_keeps_columns_their_order_and_types():
     swapped = swap(battles_of())
-    assert swapped.column_names == list(FEATURES)
-    assert swapped.features == FEATURES
+    assert swapped.column_names == list(BATTLE_FEATURES)
+    assert swapped.features == BATTLE_FEATURES
 
 
 def test_swap_exchanges_outcome_columns_and_leaves_ties():
@@ -159,10 +166,10 @@ ROW = {"id": "1", "prompt": ["p"], "response_a": ["a"], "response_b": ["b"]}
 
 
 def test_from_rows_fills_what_is_absent():
-    assert from_rows([ROW]).to_pylist() == [
+    assert build_table([ROW]).to_pylist() == [
         {
             **ROW,
-            **{"model_a": "", "model_b": "", **dict.fromkeys([*OUTCOMES, *TEACHER])},
+            **{"model_a": "", "model_b": "", **dict.fromkeys([*OUTCOMES, *TEACHER_COLUMNS])},
             **{"weight": 1.0, "source": "", "group": -1, "fold": -1},
         }
     ]
@@ -202,10 +209,22 @@ BAD = {
         "row 2",
         [*OUTCOMES, "-1, 1, 1"],
     ),
-    "NaN in one cell": ({"winner_tie": [0, float("nan"), 1]}, "row 2", ["column 'winner_tie'", "no number"]),
-    "null in one cell": ({"winner_model_b": [0, 1, None]}, "row 3", ["column 'winner_model_b'", "no number"]),
-    "null in one column": ({"winner_tie": [None] * 3}, "row 1", ["column 'winner_tie'", "no number"]),
-    "infinite": ({"winner_model_a": [float("inf"), 0, 0]}, "row 1", ["column 'winner_model_a'", "no number"]),
+    "NaN in one cell": (
+        {"winner_tie": [0, float("nan"), 1]},
+        "row 2",
+        ["column 'winner_tie'", "missing, NaN or infinite"],
+    ),
+    "null in one cell": (
+        {"winner_model_b": [0, 1, None]},
+        "row 3",
+        ["column 'winner_model_b'", "missing, NaN or infinite"],
+    ),
+    "null in one column": ({"winner_tie": [None] * 3}, "row 1", ["column 'winner_tie'", "missing, NaN or infinite"]),
+    "infinite": (
+        {"winner_model_a": [float("inf"), 0, 0]},
+        "row 1",
+        ["column 'winner_model_a'", "missing, NaN or infinite"],
+    ),
 }
 
 
@@ -233,7 +252,7 @@ def test_validate_counts_rows_as_selected():
 
 def test_validate_refuses_an_empty_table():
     with pytest.raises(InputError, match=r"^file.csv: no battles"):
-        validate(Dataset.from_dict({name: [] for name in FEATURES}, features=FEATURES), "file.csv")
+        validate(Dataset.from_dict({name: [] for name in BATTLE_FEATURES}, features=BATTLE_FEATURES), "file.csv")
 
 
 @pytest.mark.parametrize(
@@ -267,25 +286,25 @@ def numbered(count):
 
 
 def test_stored_battles_are_the_tables_one_after_the_other(cache):
-    battles = store([from_rows(numbered(5)[:2]), from_rows(numbered(5)[2:])], "file")
-    assert battles.to_list() == from_rows(numbered(5)).to_pylist()
-    assert battles.features == FEATURES
+    battles = store([build_table(numbered(5)[:2]), build_table(numbered(5)[2:])], "file")
+    assert battles.to_list() == build_table(numbered(5)).to_pylist()
+    assert battles.features == BATTLE_FEATURES
 
 
 def test_stored_battles_are_one_file_named_by_the_fingerprint(cache):
-    battles = store([from_rows(numbered(2))], "file")
+    battles = store([build_table(numbered(2))], "file")
     assert [entry["filename"] for entry in battles.cache_files] == [str(cache / f"{battles._fingerprint}.arrow")]
     assert files_in(cache) == [f"{battles._fingerprint}.arrow"]
 
 
 def test_same_battles_are_stored_once_and_have_one_fingerprint(cache):
-    once, again = (store([from_rows(numbered(3))], "file") for _ in range(2))
+    once, again = (store([build_table(numbered(3))], "file") for _ in range(2))
     assert once._fingerprint == again._fingerprint
     assert len(files_in(cache)) == 1
 
 
 def test_other_battles_have_another_file_and_fingerprint(cache):
-    some, more = (store([from_rows(numbered(count))], "file") for count in (2, 3))
+    some, more = (store([build_table(numbered(count))], "file") for count in (2, 3))
     assert some._fingerprint != more._fingerprint
     assert len(files_in(cache)) == 2
 
@@ -299,20 +318,20 @@ def test_same_battles_out_of_csv_and_parquet_are_stored_once(cache, tmp_path, fr
 
 
 def test_battles_stay_readable_when_the_same_are_stored_again(cache):
-    first = store([from_rows(numbered(2))], "file")
-    store([from_rows(numbered(2))], "file")
+    first = store([build_table(numbered(2))], "file")
+    store([build_table(numbered(2))], "file")
     assert first["id"][:] == ["0", "1"]
 
 
 def test_nothing_stays_of_battles_that_are_refused(cache):
     with pytest.raises(InputError, match=r"^file: row 2, column 'id'"):
-        store([from_rows([ROW, ROW])], "file")
+        store([build_table([ROW, ROW])], "file")
     assert files_in(cache) == []
 
 
 def test_nothing_stays_where_a_row_is_refused_on_the_way(cache):
     def tables():
-        yield from_rows(numbered(2))
+        yield build_table(numbered(2))
         raise InputError("file: row 3: bad")
 
     with pytest.raises(InputError, match=r"^file: row 3: bad$"):
@@ -330,7 +349,7 @@ def test_nothing_stays_of_a_file_with_a_bad_row(cache, tmp_path, frame):
 
 def test_storing_no_battles_is_refused_and_leaves_nothing(cache):
     with pytest.raises(InputError, match=r"^file: no battles"):
-        store([from_rows([])], "file")
+        store([build_table([])], "file")
     assert files_in(cache) == []
 
 
@@ -340,8 +359,10 @@ def test_cache_folder_that_cannot_be_written_is_refused_in_one_line(cache, monke
 
     monkeypatch.setattr("rewardmodel.battles.ArrowWriter", refuse)
     with pytest.raises(InputError) as caught:
-        store([from_rows(numbered(1))], "file")
-    reason = "cannot be written ([Errno 13] Permission denied); set REWARDMODEL_CACHE to a folder with room"
+        store([build_table(numbered(1))], "file")
+    reason = (
+        "cannot be written ([Errno 13] Permission denied); set REWARDMODEL_CACHE to a writable folder with free space"
+    )
     assert str(caught.value) == f"{cache}: {reason}"
 
 
@@ -349,7 +370,7 @@ def test_cache_folder_that_is_a_file_is_refused_in_one_line(tmp_path, monkeypatc
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("REWARDMODEL_CACHE", str(tmp_path / "file"))
     with pytest.raises(InputError, match="cannot be written"):
-        store([from_rows(numbered(1))], "file")
+        store([build_table(numbered(1))], "file")
 
 
 TAUGHT = {"teacher_model_a": [0.5, None, 0.1], "teacher_model_b": [0.3, None, 0.7], "teacher_tie": [0.2, None, 0.2]}
@@ -363,9 +384,9 @@ HALF_LABELLED = {
 def test_a_teachers_probabilities_are_nan_where_there_are_none_and_swap_with_the_responses():
     battles = battles_of(**TAUGHT)
     expected = np.array([[0.5, 0.3, 0.2], [np.nan] * 3, [0.1, 0.7, 0.2]])
-    np.testing.assert_array_equal(taught(battles), expected)
-    np.testing.assert_array_equal(taught(swap(battles)), expected[:, [1, 0, 2]])
-    assert np.isnan(taught(battles_of())).all()
+    np.testing.assert_array_equal(teacher_probabilities(battles), expected)
+    np.testing.assert_array_equal(teacher_probabilities(swap(battles)), expected[:, [1, 0, 2]])
+    assert np.isnan(teacher_probabilities(battles_of())).all()
 
 
 def test_battles_without_an_outcome_may_stand_among_others_if_a_teacher_predicted_them():
@@ -373,8 +394,10 @@ def test_battles_without_an_outcome_may_stand_among_others_if_a_teacher_predicte
     assert validate(battles, "mixed") is battles
     assert not is_labelled(battles)
     assert is_labelled(battles.select([1]))
-    assert labelled(battles)["id"][:] == ["id1"]
-    with pytest.raises(InputError, match=r"mixed: row 1, column 'winner_model_a': no number; label every battle"):
+    assert select_labelled(battles)["id"][:] == ["id1"]
+    with pytest.raises(
+        InputError, match=r"mixed: row 1, column 'winner_model_a': missing, NaN or infinite; label every battle"
+    ):
         validate(battles_of(**HALF_LABELLED), "mixed")
 
 
@@ -389,7 +412,117 @@ def test_a_teachers_probabilities_that_are_none_are_refused(name, values):
 
 def test_a_column_is_replaced_in_its_place():
     battles = with_column(battles_of(), "fold", np.array([3, 4, 5]))
-    assert battles.features == FEATURES
-    assert battles.column_names == list(FEATURES)
+    assert battles.features == BATTLE_FEATURES
+    assert battles.column_names == list(BATTLE_FEATURES)
     assert battles["fold"][:] == [3, 4, 5]
     assert battles["id"][:] == battles_of()["id"][:]
+
+
+def one_turn_battles(count=3, source="made", **columns):
+    given = {
+        "id": [str(row) for row in range(count)],
+        "prompt": [[f"prompt {row}"] for row in range(count)],
+        "response_a": [[f"first {row}"] for row in range(count)],
+        "response_b": [[f"second {row} für 猫"] for row in range(count)],
+        **dict(zip(OUTCOMES, [[1.0] * count, [0.0] * count, [0.0] * count], strict=True)),
+    }
+    return from_columns(given | columns, source)
+
+
+def test_fingerprint_is_16_hexadecimal_digits():
+    fingerprint = data_fingerprint(one_turn_battles())
+    assert len(fingerprint) == 16
+    int(fingerprint, 16)
+
+
+def test_fingerprint_does_not_depend_on_source_group_or_fold():
+    same = one_turn_battles(source="another file", group=[4, 5, 6], fold=[0, 1, 2])
+    assert data_fingerprint(same) == data_fingerprint(one_turn_battles())
+
+
+def test_fingerprint_does_not_depend_on_how_the_rows_are_stored():
+    battles = one_turn_battles(2500)
+    parts = concatenate_datasets([battles.select(range(700)), battles.select(range(700, 2500))])
+    backwards = battles.select(range(2499, -1, -1)).select(range(2499, -1, -1))
+    expected = data_fingerprint(battles)
+    assert data_fingerprint(parts) == expected
+    assert data_fingerprint(backwards) == expected
+    assert data_fingerprint(battles.with_format("numpy")) == expected
+
+
+CHANGES = {
+    "id": {"id": ["0", "1", "3"]},
+    "text": {"response_b": [["second 0 für 猫"], ["second 1 für 猫"], ["second 2 fur 猫"]]},
+    "turns": {"prompt": [["prompt 0", ""], ["prompt 1"], ["prompt 2"]]},
+    "outcome": {"winner_model_a": [1.0, 1, 0], "winner_tie": [0.0, 0, 1]},
+    "no outcomes": {name: [None] * 3 for name in OUTCOMES},
+}
+
+
+@pytest.mark.parametrize("columns", CHANGES.values(), ids=CHANGES)
+def test_fingerprint_changes_with_every_id_text_and_outcome(columns):
+    assert data_fingerprint(one_turn_battles(**columns)) != data_fingerprint(one_turn_battles())
+
+
+def test_fingerprint_changes_when_a_and_b_are_exchanged():
+    assert data_fingerprint(swap(one_turn_battles())) != data_fingerprint(one_turn_battles())
+
+
+def test_fingerprint_does_not_depend_on_the_order_of_columns():
+    battles = one_turn_battles()
+    reordered = battles.select_columns(battles.column_names[::-1])
+    assert json.dumps(reordered[0], sort_keys=True) == json.dumps(battles[0], sort_keys=True)
+    assert data_fingerprint(reordered) == data_fingerprint(battles)
+
+
+def test_fingerprint_changes_with_a_teacher_and_only_with_one():
+    teacher = dict(zip(TEACHER_COLUMNS, [[0.5] * 3, [0.3] * 3, [0.2] * 3], strict=True))
+    other = {**teacher, TEACHER_COLUMNS[0]: [0.3] * 3, TEACHER_COLUMNS[1]: [0.5] * 3}
+    assert data_fingerprint(one_turn_battles()) == "ca59d751e27c0b8a"  # as runs have it that know of no teachers
+    assert len({data_fingerprint(one_turn_battles(**columns)) for columns in ({}, teacher, other)}) == 3
+
+
+COLUMN = pa.array([["abc"], ["你好", "ok"], ["при", ""], ["1"], ["", ""]])
+
+
+def scripts_of(*texts):
+    return np.array(SCRIPTS)[detect_scripts(pa.array([[text] for text in texts]))].tolist()
+
+
+def test_characters_are_counted_over_all_turns():
+    assert count_characters(COLUMN).tolist() == [3, 4, 3, 1, 0]
+
+
+def test_a_slice_of_a_column_has_its_own_characters_and_scripts():
+    assert count_characters(COLUMN.slice(1, 2)).tolist() == [4, 3]
+    assert (
+        detect_scripts(COLUMN.slice(1, 2)).tolist() == detect_scripts(pa.array([["你好", "ok"], ["при", ""]])).tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "script"),
+    [
+        ("Hello, world", "Latin"),
+        ("Привет, world", "Cyrillic"),
+        ("你好 ok", "Latin"),
+        ("你好吗 ok", "Han"),
+        ("日本語です", "Japanese"),
+        ("안녕하세요", "Hangul"),
+        ("مرحبا", "Arabic"),
+        ("नमस्ते", "Devanagari"),
+        ("שלום", "Hebrew"),
+        ("สวัสดี", "Thai"),
+        ("Καλημέρα", "Greek"),
+        ("ամենաշատ", "other"),
+        ("12 + 30 = ?", "none"),
+        ("", "none"),
+    ],
+)
+def test_the_script_is_the_one_of_most_letters(text, script):
+    assert scripts_of(text) == [script]
+
+
+def test_no_battles_have_no_scripts():
+    empty = pa.array([], pa.list_(pa.string()))
+    assert detect_scripts(empty).tolist() == count_characters(empty).tolist() == []

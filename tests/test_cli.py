@@ -176,7 +176,7 @@ BAD_BATTLES = {
     "two winners": (two_winners, ["row 6, columns winner_model_a, winner_model_b, winner_tie", "1, 1, 0"]),
     "half labelled": (
         half_labelled,
-        ["row 1, column 'winner_tie'", "no number; label every battle of a file, or none"],
+        ["row 1, column 'winner_tie'", "missing, NaN or infinite; label every battle of a file, or none"],
     ),
     "too few prompts": (lambda f: f.head(8), ["data.folds: 4 parts need as many different prompts"]),
     "unlabelled": (lambda f: f.drop(columns=list(OUTCOMES)), ["data.train: ", "has no outcomes"]),
@@ -467,7 +467,7 @@ def test_predict_compares_the_ids_with_a_sample_submission(run_folder, test_file
         patch.setattr(inference, "predict", lambda *_: pytest.fail("predicted before the ids were compared"))
         assert main(arguments) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"error: {sample}: id '{ids[11]}' is to be predicted, but is not there")
+    assert error.startswith(f"error: {sample}: id '{ids[11]}' is missing, but is to be predicted")
     assert not output.exists()
     write_csv(rows, sample)
     assert main(arguments) == 0
@@ -506,8 +506,8 @@ def test_evaluate_prints_the_log_loss_of_a_run_and_of_a_file(run_folder, tmp_pat
 
 
 def test_evaluate_refuses_what_it_cannot_measure(refusal, run_folder, test_file, tmp_path, capsys):
-    assert "no predictions can be read there" in refusal("evaluate", tmp_path)
-    assert "no predictions can be read there" in refusal("evaluate", test_file)
+    assert "cannot be read as predictions" in refusal("evaluate", tmp_path)
+    assert "cannot be read as predictions" in refusal("evaluate", test_file)
     main(["predict", str(run_folder), str(test_file), "--output", str(tmp_path / "x.parquet")])
     capsys.readouterr()
     assert "outcomes of these battles are not known" in refusal("evaluate", tmp_path / "x.parquet")

@@ -24,7 +24,7 @@ from rewardmodel.config.schema import (
     Source,
 )
 from rewardmodel.data.formats import read_battles
-from rewardmodel.data.splits import load_battles, split, trained_on
+from rewardmodel.data.splits import find_seen_battles, load_battles, split
 from rewardmodel.errors import InputError
 from rewardmodel.evaluation.baselines import baseline
 from rewardmodel.evaluation.calibration import load
@@ -144,7 +144,7 @@ def test_no_battle_is_predicted_by_a_fold_that_trained_on_its_group(finished):
     group, fold = (np.array(battles[name][:]) for name in ("group", "fold"))
     assert group[0] == group[21]
     assert group[5] == group[32]
-    seen = trained_on([fold_folder(folder, number) for number in range(FOLDS)], battles)
+    seen = find_seen_battles([fold_folder(folder, number) for number in range(FOLDS)], battles)
     np.testing.assert_array_equal(seen, fold != np.arange(FOLDS)[:, None])
 
 
@@ -454,7 +454,7 @@ def test_a_student_learns_from_out_of_fold_labels_and_from_battles_without_votes
     folder, parts = train(student)
     assert set(parts.training["source"]) == {"train", "new"}
     assert set(parts.validation["source"]) == {"train"}
-    assert trained_on([folder], split(load_battles(student.data), 0).training).all()
+    assert find_seen_battles([folder], split(load_battles(student.data), 0).training).all()
     assert load_run_recipe(folder).data.train == sources
 
 

@@ -19,7 +19,7 @@ from rewardmodel.metrics import (
     log_loss,
     log_loss_terms,
     paired_difference,
-    summary,
+    summarise,
 )
 
 A, B, TIE = np.eye(3)
@@ -216,7 +216,7 @@ def test_bootstrap_is_deterministic_by_seed():
 def test_summary_has_every_metric_with_its_interval():
     predicted, true = random_predictions(60)
     groups = np.repeat(np.arange(20), 3)
-    result = summary(predicted, true, groups)
+    result = summarise(predicted, true, groups)
     assert list(result) == list(METRICS)
     for name, entry in result.items():
         low, high = bootstrap_interval(METRICS[name], predicted, true, groups)
@@ -227,15 +227,15 @@ def test_summary_has_every_metric_with_its_interval():
 
 @pytest.mark.parametrize("name", ["log_loss", "brier", "accuracy"])
 def test_summary_value_lies_in_its_interval(name):
-    entry = summary(*random_predictions(200), np.arange(200))[name]
+    entry = summarise(*random_predictions(200), np.arange(200))[name]
     assert entry["low"] < entry["value"] < entry["high"]
 
 
 def test_a_metric_of_battles_that_are_not_there_is_left_out():
     predicted, true = np.full((4, 3), 1 / 3), np.array([A, A, A, A])
-    assert set(METRICS) - set(summary(predicted, true, np.arange(4))) == {"log_loss_b", "log_loss_tie"}
+    assert set(METRICS) - set(summarise(predicted, true, np.arange(4))) == {"log_loss_b", "log_loss_tie"}
     ties = np.array([TIE, TIE, TIE, TIE])
-    assert "accuracy_decided" not in summary(predicted, ties, np.arange(4))
+    assert "accuracy_decided" not in summarise(predicted, ties, np.arange(4))
 
 
 def test_accuracy_on_decided_battles_leaves_ties_out_and_reads_who_is_ahead():

@@ -11,7 +11,7 @@ from rewardmodel.config.schema import ObjectiveConfig
 from rewardmodel.errors import InputError
 from rewardmodel.objectives import (
     OBJECTIVES,
-    Head,
+    HeadShape,
     davidson_link,
     find_objective,
     fit_tie,
@@ -149,8 +149,8 @@ def test_gradients_are_those_of_the_loss(name):
 def test_entries_say_what_the_head_must_be(name):
     objective = OBJECTIVES[name]
     assert (objective.encoding, objective.head) in {
-        ("joint", Head(3, 2, tie=False)),
-        ("separate", Head(1, 1, tie=True)),
+        ("joint", HeadShape(3, 2, tie=False)),
+        ("separate", HeadShape(1, 1, tie=True)),
     }
     assert objective.teacher == ("weight_teacher" in objective.settings)
 
@@ -266,12 +266,12 @@ def test_bradley_terry_leaves_ties_out_of_loss_gradient_and_mean():
     assert loss[1] == 0
     assert (outputs.grad[1] == 0).all()
     assert (outputs.grad[..., 1] == 0).all()
-    assert torch.equal(objective.counted(outcomes), outcomes[:, 0] + outcomes[:, 1])
+    assert torch.equal(objective.denominators(outcomes), outcomes[:, 0] + outcomes[:, 1])
 
 
 @pytest.mark.parametrize("name", [name for name, objective in OBJECTIVES.items() if objective.learns_ties])
 def test_others_count_every_battle_once(name):
-    assert OBJECTIVES[name].counted(torch.cat([A, TIE])).tolist() == [1, 1]
+    assert OBJECTIVES[name].denominators(torch.cat([A, TIE])).tolist() == [1, 1]
     outputs, _, _ = outputs_of(name, count=1)
     OBJECTIVES[name].loss(outputs.requires_grad_(), TIE, PLAIN).sum().backward()
     assert (outputs.grad != 0).any()
@@ -368,7 +368,9 @@ def fitted(objective, pairs, outcomes, items=6):
 
     def closure():
         optimizer.zero_grad()
-        loss = objective.loss(heads(strengths, pairs, tie), outcomes, PLAIN).sum() / objective.counted(outcomes).sum()
+        loss = (
+            objective.loss(heads(strengths, pairs, tie), outcomes, PLAIN).sum() / objective.denominators(outcomes).sum()
+        )
         loss.backward()
         return loss
 
@@ -430,7 +432,7 @@ def test_fit_tie_refuses_what_it_cannot_fit():
     for bad in ((good[0][:0], good[1][:0]), (good[0][:, :1], good[1]), (good[0], good[1][:1]), (good[0][0], good[1])):
         with pytest.raises(InputError, match="of the same battles"):
             fit_tie(*bad)
-    with pytest.raises(InputError, match="not all are finite"):
+    with pytest.raises(InputError, match="some are NaN or infinite"):
         fit_tie(good[0] + np.nan, good[1])
 
 

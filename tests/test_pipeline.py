@@ -13,13 +13,13 @@ from rewardmodel.battles import OUTCOMES
 from rewardmodel.config.schema import DataConfig, InferenceConfig, ModelConfig, PromptConfig, Recipe
 from rewardmodel.data import folds
 from rewardmodel.data.formats import read_battles
-from rewardmodel.data.splits import fingerprints, load_battles, split
+from rewardmodel.data.splits import fingerprint_parts, load_battles, split
 from rewardmodel.errors import InputError
 from rewardmodel.evaluation.calibration import load
 from rewardmodel.evaluation.text_regression import load as load_floor
 from rewardmodel.evaluation.text_regression import predict_each
 from rewardmodel.inference.predict import predict
-from rewardmodel.predictions import average, predicted, read_predictions
+from rewardmodel.predictions import average_probabilities, predicted, read_predictions
 from rewardmodel.run_folder import RunFolder, load_run_recipe
 from rewardmodel.training.train import train
 
@@ -86,7 +86,7 @@ def test_the_environment_tells_the_machine_the_backbone_and_the_data(finished):
     recipe, folder, _ = finished
     environment = json.loads(RunFolder(folder).environment.read_text())
     parts = split(load_battles(recipe.data), recipe.data.fold)
-    assert environment["data"] == fingerprints(parts)
+    assert environment["data"] == fingerprint_parts(parts)
     assert environment["backbone"]["name"] == recipe.model.model_name_or_path
     assert environment["compute"]["dtype"] == "float32"
     assert environment["compute"]["device"] == platform.machine()
@@ -223,7 +223,7 @@ def test_prepare_writes_the_battles_as_they_are_dealt_and_what_is_in_them(recipe
     assert facts["battles"] == 48
     battles = pd.read_parquet(tmp_path / "prepared" / "battles.parquet")
     sizes = battles["fold"].value_counts()
-    assert sizes.pop(folds.CALIBRATION) == 12
+    assert sizes.pop(folds.CALIBRATION_FOLD) == 12
     assert sorted(sizes) == [8, 8, 8, 12]
 
 
@@ -231,13 +231,13 @@ def test_prepared_battles_train_like_the_file_they_came_from(recipe, tmp_path):
     pipeline.prepare(recipe, tmp_path)
     again = with_data(recipe, train=str(tmp_path / "battles.parquet"))
     before, after = (split(load_battles(one.data), 0) for one in (recipe, again))
-    assert fingerprints(before) == fingerprints(after)
+    assert fingerprint_parts(before) == fingerprint_parts(after)
 
 
 def test_prepare_without_a_tokenizer_tells_the_rest(recipe, tmp_path, caplog):
     missing = dataclasses.replace(recipe, model=ModelConfig("nobody/nothing"))
     facts = pipeline.prepare(missing, tmp_path)
-    assert "no tokenizer, so nothing about tokens: model.model_name_or_path: hub id 'nobody/nothing'" in caplog.text
+    assert "no tokenizer, so tokens are not counted: model.model_name_or_path: hub id 'nobody/nothing'" in caplog.text
     assert facts["battles"] == 48
 
 
@@ -278,7 +278,7 @@ def test_a_run_that_blends_does_so_with_its_test_battles(recipe, tmp_path, calib
         predicted(table, "floor"), predict_each([load_floor(RunFolder(folder).blend_baseline)], battles)[0]
     )
     calibrator = load(RunFolder(folder).calibrator)
-    model = average([predicted(table, "ab"), predicted(table, "ba")])
+    model = average_probabilities([predicted(table, "ab"), predicted(table, "ba")])
     both = np.hstack([model, predicted(table, "floor")])
     np.testing.assert_allclose(predicted(table), calibrator(both), atol=1e-6)
     again = predict(folder, battles)
@@ -289,7 +289,7 @@ def test_a_run_that_blends_does_so_with_its_test_battles(recipe, tmp_path, calib
     assert ("calibration.parquet" in {path.name for path in folder.iterdir()}) == bool(calibration)
     fitted = own if not calibration else predict(folder, "calibration")
     np.testing.assert_allclose(
-        predicted(fitted), average([predicted(fitted, "ab"), predicted(fitted, "ba")]), atol=1e-6
+        predicted(fitted), average_probabilities([predicted(fitted, "ab"), predicted(fitted, "ba")]), atol=1e-6
     )
 
 

@@ -11,15 +11,15 @@ from rewardmodel.battles import OUTCOMES, swap
 from rewardmodel.errors import InputError
 from rewardmodel.predictions import (
     PROBABILITIES,
-    average,
+    apply_rules,
+    average_probabilities,
+    average_tables,
+    build_predictions,
     check_sample,
-    in_both_orders,
-    mean_table,
-    overrule,
+    has_both_orders,
     predicted,
-    predictions_table,
     read_predictions,
-    ruled,
+    rule_probabilities,
     true_outcomes,
     write_predictions,
     write_submission,
@@ -41,7 +41,7 @@ def probabilities(count, seed=0, dtype=np.float32):
 
 
 def table_of(ids=IDS):
-    return predictions_table(battles_of(ids), probabilities(len(ids), 1), probabilities(len(ids), 2))
+    return build_predictions(battles_of(ids), probabilities(len(ids), 1), probabilities(len(ids), 2))
 
 
 def rows_of(path):
@@ -52,7 +52,7 @@ def rows_of(path):
 @settings(deadline=None, max_examples=50)
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 20), orders=st.integers(1, 4))
 def test_average_is_float64_rows_that_sum_to_1(seed, count, orders):
-    mean = average([probabilities(count, seed + order) for order in range(orders)])
+    mean = average_probabilities([probabilities(count, seed + order) for order in range(orders)])
     assert mean.dtype == np.float64
     assert mean.shape == (count, 3)
     np.testing.assert_allclose(mean.sum(axis=1), 1, atol=1e-15)
@@ -60,19 +60,21 @@ def test_average_is_float64_rows_that_sum_to_1(seed, count, orders):
 
 def test_average_is_the_mean():
     first, second = np.array([[0.5, 0.25, 0.25]]), np.array([[0.25, 0.75, 0.0]])
-    assert average([first, second]).tolist() == [[0.375, 0.5, 0.125]]
+    assert average_probabilities([first, second]).tolist() == [[0.375, 0.5, 0.125]]
 
 
 @settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_average_does_not_depend_on_which_order_comes_first(seed):
     first, second = probabilities(5, seed), probabilities(5, seed + 1)
-    np.testing.assert_array_equal(average([first, second]), average([second, first]))
+    np.testing.assert_array_equal(average_probabilities([first, second]), average_probabilities([second, first]))
 
 
 def test_average_of_half_precision_is_computed_in_double():
     half = np.array([[1e-4, 0.5, 0.5]], dtype=np.float16)
-    assert average([half, half])[0, 0] == pytest.approx(float(half[0, 0]) / half[0].astype(float).sum(), rel=1e-12)
+    assert average_probabilities([half, half])[0, 0] == pytest.approx(
+        float(half[0, 0]) / half[0].astype(float).sum(), rel=1e-12
+    )
 
 
 def test_table_has_its_columns_in_order():
@@ -82,7 +84,7 @@ def test_table_has_its_columns_in_order():
     columns = list(table_of())
     assert columns[: len(start) + 6] == [*start, *orders[0], *orders[1]]
     assert texts <= set(columns[len(start) + 6 :]) <= texts | {"prompt", "response_a", "response_b"}
-    assert not set(orders[1]) & set(predictions_table(battles_of(), probabilities(4), None))
+    assert not set(orders[1]) & set(build_predictions(battles_of(), probabilities(4), None))
 
 
 def test_a_table_tells_lengths_turns_and_script_and_the_beginnings_of_labelled_texts():
@@ -92,14 +94,14 @@ def test_a_table_tells_lengths_turns_and_script_and_the_beginnings_of_labelled_t
         "response_b": [["", ""], ["d"]],
     }
     battles = from_columns({"id": ["1", "2"], **texts, **dict.fromkeys(OUTCOMES, [1 / 3] * 2)}, "made")
-    table = predictions_table(battles, probabilities(2), None)
+    table = build_predictions(battles, probabilities(2), None)
     assert table["turns"].tolist() == [2, 1]
     assert table["script"].tolist() == ["Latin", "Han"]
     assert table["response_a_chars"].tolist() == [2001, 1]
     assert table["response_a"].tolist() == ["a" * 1500, "c"]
     assert table["prompt"].tolist() == ["hi\n\nmore", "猫"]
     unlabelled = from_columns({"id": ["1", "2"], **texts}, "made")
-    assert "prompt" not in predictions_table(unlabelled, probabilities(2), None)
+    assert "prompt" not in build_predictions(unlabelled, probabilities(2), None)
 
 
 def test_table_keeps_rows_ids_groups_and_outcomes_of_the_battles():
@@ -110,22 +112,22 @@ def test_table_keeps_rows_ids_groups_and_outcomes_of_the_battles():
 
 
 def test_table_of_unlabelled_battles_has_null_outcomes():
-    table = predictions_table(battles_of(labelled=False), probabilities(4), None)
+    table = build_predictions(battles_of(labelled=False), probabilities(4), None)
     assert table[list(OUTCOMES)].isna().all(axis=None)
     assert true_outcomes(table).dtype == np.float64
 
 
 def test_table_predicts_the_average_of_both_orders():
     first, second = probabilities(4, 1), probabilities(4, 2)
-    table = predictions_table(battles_of(), first, second)
-    np.testing.assert_array_equal(predicted(table), average([first, second]))
+    table = build_predictions(battles_of(), first, second)
+    np.testing.assert_array_equal(predicted(table), average_probabilities([first, second]))
     np.testing.assert_array_equal(predicted(table, "ab"), first)
     np.testing.assert_array_equal(predicted(table, "ba"), second)
 
 
 def test_table_of_one_order_predicts_that_order():
     first = probabilities(4, dtype=np.float64)
-    np.testing.assert_allclose(predicted(predictions_table(battles_of(), first, None)), first, rtol=1e-15)
+    np.testing.assert_allclose(predicted(build_predictions(battles_of(), first, None)), first, rtol=1e-15)
 
 
 def test_predictions_survive_parquet(tmp_path):
@@ -142,7 +144,7 @@ def test_file_that_is_no_parquet_is_refused(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(InputError) as caught:
         read_predictions(path)
-    assert str(caught.value).startswith(f"{path}: no predictions can be read there")
+    assert str(caught.value).startswith(f"{path}: cannot be read as predictions")
     assert "\n" not in str(caught.value)
 
 
@@ -167,7 +169,7 @@ def test_submission_is_the_id_and_the_three_outcomes_as_given(tmp_path):
 
 def test_submission_is_exactly_these_bytes(tmp_path):
     exact = np.array([[0.5, 0.25, 0.25], [0, 1, 0]])
-    write_submission(predictions_table(battles_of(["007", "8"]), exact, None), tmp_path / "submission.csv")
+    write_submission(build_predictions(battles_of(["007", "8"]), exact, None), tmp_path / "submission.csv")
     expected = f"{SUBMISSION_HEADER}\n007,0.5,0.25,0.25\n8,0.0,1.0,0.0\n"
     assert (tmp_path / "submission.csv").read_bytes() == expected.encode()
 
@@ -177,7 +179,7 @@ def test_submission_is_exactly_these_bytes(tmp_path):
 def test_submission_rows_sum_to_1_as_they_are_written(tmp_path_factory, seed):
     path = tmp_path_factory.getbasetemp() / "submission.csv"
     ids = [str(row) for row in range(20)]
-    write_submission(predictions_table(battles_of(ids), probabilities(20, seed), probabilities(20, seed + 1)), path)
+    write_submission(build_predictions(battles_of(ids), probabilities(20, seed), probabilities(20, seed + 1)), path)
     written = pd.read_csv(path)[list(OUTCOMES)].to_numpy()
     np.testing.assert_allclose(written.sum(axis=1), 1, atol=1e-9)
 
@@ -210,11 +212,11 @@ def test_ids_of_the_sample_are_text_even_where_all_are_numbers(tmp_path):
 
 BAD_SAMPLES = {
     "an id more": (SUBMISSION_HEADER, [*IDS, "new"], "id 'new' is not among the battles to predict"),
-    "an id less": (SUBMISSION_HEADER, IDS[1:], "id '007' is to be predicted, but is not there"),
+    "an id less": (SUBMISSION_HEADER, IDS[1:], "id '007' is missing, but is to be predicted"),
     "an id without its zeros": (
         SUBMISSION_HEADER,
         ["7", *IDS[1:]],
-        "id '007' is to be predicted, but is not there",
+        "id '007' is missing, but is to be predicted",
     ),
     "a column less": ("id,winner_model_a,winner_model_b", IDS, "columns "),
     "another order": ("id,winner_model_b,winner_model_a,winner_tie", IDS, "columns "),
@@ -261,7 +263,7 @@ def test_sample_submission_that_cannot_be_read_is_refused(tmp_path, content):
     sample = tmp_path / "sample_submission.csv"
     if content is not None:
         sample.write_bytes(content)
-    with pytest.raises(InputError, match=r"no sample submission can be read there"):
+    with pytest.raises(InputError, match=r"cannot be read as a sample submission"):
         check_sample(sample, IDS)
 
 
@@ -289,37 +291,37 @@ def numbered(probabilities, rows, **columns):
 def test_the_mean_of_tables_is_the_weighted_one_over_those_that_have_a_battle():
     first = numbered([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6]], [0, 2], ba_p_tie=0.5)
     second = numbered([[0.3, 0.3, 0.4], [0.1, 0.8, 0.1]], [2, 1])
-    table = mean_table([first, second], [3, 1])
+    table = average_tables([first, second], [3, 1])
     assert table["id"].tolist() == ["id0", "id1", "id2"]
     expected = [[0.6, 0.3, 0.1], [0.1, 0.8, 0.1], [0.225, 0.225, 0.55]]
     for order in ("", "ab"):
         np.testing.assert_allclose(predicted(table, order), expected, atol=1e-12)
     assert "ba_p_tie" not in table
-    assert mean_table([first], [7]) is first
+    assert average_tables([first], [7]) is first
 
 
 def half(seed=2):
     """Return predictions of four battles, the middle two of them in one order alone."""
     ba = probabilities(4, seed)
     ba[1:3] = np.nan
-    return predictions_table(battles_of(), probabilities(4, 1), ba)
+    return build_predictions(battles_of(), probabilities(4, 1), ba)
 
 
 def test_a_battle_without_the_second_order_is_predicted_by_the_first():
     table = half()
-    assert in_both_orders(table).tolist() == [True, False, False, True]
+    assert has_both_orders(table).tolist() == [True, False, False, True]
     ab, ba = predicted(table, "ab"), predicted(table, "ba")
-    np.testing.assert_array_equal(predicted(table)[1:3], average([ab[1:3]]))
-    np.testing.assert_array_equal(predicted(table)[[0, 3]], average([ab, ba])[[0, 3]])
-    one = predictions_table(battles_of(), probabilities(4, 1))
-    assert not in_both_orders(one).any()
+    np.testing.assert_array_equal(predicted(table)[1:3], average_probabilities([ab[1:3]]))
+    np.testing.assert_array_equal(predicted(table)[[0, 3]], average_probabilities([ab, ba])[[0, 3]])
+    one = build_predictions(battles_of(), probabilities(4, 1))
+    assert not has_both_orders(one).any()
     np.testing.assert_array_equal(predicted(table)[1:3], predicted(one)[1:3])
 
 
 def test_the_mean_has_an_order_of_a_battle_where_all_have_it():
     first, second = half(), table_of()
-    table = mean_table([first, second], [1.0, 3.0])
-    assert in_both_orders(table).tolist() == [True, False, False, True]
+    table = average_tables([first, second], [1.0, 3.0])
+    assert has_both_orders(table).tolist() == [True, False, False, True]
     np.testing.assert_allclose(predicted(table), predicted(first) / 4 + predicted(second) * 3 / 4)
     expected = predicted(first, "ba") / 4 + predicted(second, "ba") * 3 / 4
     np.testing.assert_allclose(predicted(table, "ba"), expected)
@@ -351,16 +353,18 @@ def pairs():
     ],
 )
 def test_rules_speak_of_same_and_of_empty_responses(same, empty, expected):
-    found = ruled(pairs(), same, empty)
+    found = rule_probabilities(pairs(), same, empty)
     np.testing.assert_allclose(found, expected, atol=1e-15)
-    np.testing.assert_array_equal(ruled(swap(pairs()), same, empty), found[:, [1, 0, 2]])
+    np.testing.assert_array_equal(rule_probabilities(swap(pairs()), same, empty), found[:, [1, 0, 2]])
 
 
 def test_rules_take_the_place_of_what_is_stated_in_the_end_alone(caplog):
     caplog.set_level("INFO", "rewardmodel")
     table = table_of()
-    found = overrule(table.copy(), np.array([NONE, TIE, NONE, A]))
+    before = table.copy()
+    found = apply_rules(table, np.array([NONE, TIE, NONE, A]))
     np.testing.assert_array_equal(predicted(found), [predicted(table)[0], TIE, predicted(table)[2], A])
     for order in ("ab", "ba"):
         np.testing.assert_array_equal(predicted(found, order), predicted(table, order))
-    assert "2 of 4 battles are predicted by rule" in caplog.text
+    assert "2 of 4 battles are predicted by a rule" in caplog.text
+    pd.testing.assert_frame_equal(table, before)

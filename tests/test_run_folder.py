@@ -1,11 +1,7 @@
-import json
 from pathlib import Path
 
 import pytest
-from builders import from_columns
-from datasets import concatenate_datasets
 
-from rewardmodel.battles import OUTCOMES, TEACHER, swap
 from rewardmodel.config.loader import dump_recipe
 from rewardmodel.config.schema import DataConfig, InferenceConfig, PromptConfig, Recipe
 from rewardmodel.errors import InputError
@@ -13,7 +9,6 @@ from rewardmodel.run_folder import (
     RunFolder,
     check_run,
     check_same_inputs,
-    data_fingerprint,
     fold_folder,
     is_k_fold,
     last_checkpoint,
@@ -225,63 +220,6 @@ def test_inputs_of_another_fingerprint_are_refused(tmp_path, section, key):
     assert tree(tmp_path) == before
 
 
-def battles_of(count=3, source="made", **columns):
-    given = {
-        "id": [str(row) for row in range(count)],
-        "prompt": [[f"prompt {row}"] for row in range(count)],
-        "response_a": [[f"first {row}"] for row in range(count)],
-        "response_b": [[f"second {row} für 猫"] for row in range(count)],
-        **dict(zip(OUTCOMES, [[1.0] * count, [0.0] * count, [0.0] * count], strict=True)),
-    }
-    return from_columns(given | columns, source)
-
-
-def test_fingerprint_is_16_hexadecimal_digits():
-    fingerprint = data_fingerprint(battles_of())
-    assert len(fingerprint) == 16
-    int(fingerprint, 16)
-
-
-def test_fingerprint_does_not_depend_on_source_group_or_fold():
-    same = battles_of(source="another file", group=[4, 5, 6], fold=[0, 1, 2])
-    assert data_fingerprint(same) == data_fingerprint(battles_of())
-
-
-def test_fingerprint_does_not_depend_on_how_the_rows_are_stored():
-    battles = battles_of(2500)
-    parts = concatenate_datasets([battles.select(range(700)), battles.select(range(700, 2500))])
-    backwards = battles.select(range(2499, -1, -1)).select(range(2499, -1, -1))
-    expected = data_fingerprint(battles)
-    assert data_fingerprint(parts) == expected
-    assert data_fingerprint(backwards) == expected
-    assert data_fingerprint(battles.with_format("numpy")) == expected
-
-
-CHANGES = {
-    "id": {"id": ["0", "1", "3"]},
-    "text": {"response_b": [["second 0 für 猫"], ["second 1 für 猫"], ["second 2 fur 猫"]]},
-    "turns": {"prompt": [["prompt 0", ""], ["prompt 1"], ["prompt 2"]]},
-    "outcome": {"winner_model_a": [1.0, 1, 0], "winner_tie": [0.0, 0, 1]},
-    "no outcomes": {name: [None] * 3 for name in OUTCOMES},
-}
-
-
-@pytest.mark.parametrize("columns", CHANGES.values(), ids=CHANGES)
-def test_fingerprint_changes_with_every_id_text_and_outcome(columns):
-    assert data_fingerprint(battles_of(**columns)) != data_fingerprint(battles_of())
-
-
-def test_fingerprint_changes_when_a_and_b_are_exchanged():
-    assert data_fingerprint(swap(battles_of())) != data_fingerprint(battles_of())
-
-
-def test_fingerprint_does_not_depend_on_the_order_of_columns():
-    battles = battles_of()
-    reordered = battles.select_columns(battles.column_names[::-1])
-    assert json.dumps(reordered[0], sort_keys=True) == json.dumps(battles[0], sort_keys=True)
-    assert data_fingerprint(reordered) == data_fingerprint(battles)
-
-
 def test_resume_knows_a_folder_by_any_spelling_and_a_key_at_its_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = open_run(recipe_of(Path("run")), resume=False, overwrite=False)
@@ -293,13 +231,6 @@ def test_a_folder_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file is no folder; name another"):
         open_run(recipe_of(tmp_path / "file" / "run"), resume=False, overwrite=False)
-
-
-def test_fingerprint_changes_with_a_teacher_and_only_with_one():
-    teacher = dict(zip(TEACHER, [[0.5] * 3, [0.3] * 3, [0.2] * 3], strict=True))
-    other = {**teacher, TEACHER[0]: [0.3] * 3, TEACHER[1]: [0.5] * 3}
-    assert data_fingerprint(battles_of()) == "ca59d751e27c0b8a"  # as runs have it that know of no teachers
-    assert len({data_fingerprint(battles_of(**columns)) for columns in ({}, teacher, other)}) == 3
 
 
 def test_a_folder_of_folds_is_no_run_of_one(tmp_path):

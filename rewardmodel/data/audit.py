@@ -1,76 +1,79 @@
-"""Battles in, what is in them and what is wrong with them out: facts for a file, and lines for a terminal."""
+"""Audit battles before training: statistics and likely problems, as JSON for a file and as text for a terminal."""
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from rewardmodel.battles import OUTCOMES, TEXTS, outcomes
-from rewardmodel.data.duplicates import duplicates, near_duplicates, winner
-from rewardmodel.data.folds import CALIBRATION, HOLDOUT, TRAIN_ONLY, TRAIN_WITH, UNUSED
-from rewardmodel.metrics import wilson
-from rewardmodel.prompt.encoder import PromptEncoder, total
-from rewardmodel.prompt.truncation import LEAST_ROUND, Sizes, retention
-from rewardmodel.texts import SCRIPTS, characters_of, script_numbers
+from rewardmodel.battles import OUTCOMES, SCRIPTS, TEXT_COLUMNS, count_characters, detect_scripts, outcomes
+from rewardmodel.data.duplicates import find_duplicates, find_near_duplicates, winner_signs
+from rewardmodel.data.folds import CALIBRATION_FOLD, HOLDOUT_FOLD, TRAIN_ONLY, TRAIN_WITH, UNUSED
+from rewardmodel.metrics import wilson_interval
 
-SAMPLE = 20_000
-"""Battles, drawn with the seed, whose tokens are counted; all of them where there are fewer."""
+_PERCENTILES = (5, 25, 50, 75, 95, 99)
 
-MAX_LENGTHS = (512, 1024, 1536, 2048, 3072, 4096, 8192)
-"""Budgets at which truncation is measured, besides the encoder's own."""
+_PART_NAMES = {
+    TRAIN_ONLY: "train only",
+    CALIBRATION_FOLD: "calibration",
+    HOLDOUT_FOLD: "holdout",
+    UNUSED: "unused",
+    -1: "not dealt",
+}
 
-PERCENTILES = (5, 25, 50, 75, 95, 99)
-
-PARTS = {TRAIN_ONLY: "train only", CALIBRATION: "calibration", HOLDOUT: "holdout", UNUSED: "unused", -1: "not dealt"}
-
-IMBALANCE, DEVIATION, LARGE_GROUP, FEW = 0.01, 0.02, 0.1, 50
-"""What is told as wrong, beyond chance: a share of A's wins farther from one half; an outcome's share in a part farther
-from its share in all; a group with more of the battles. Groups and sources of fewer battles are not looked at."""
-
-Facts = dict[str, Any]
+_FEW_BATTLES = 50
+"""Groups and sources of fewer battles are never reported as a problem."""
 
 
-def audit(battles: Dataset, encoder: PromptEncoder | None = None, seed: int = 0) -> Facts:
-    """Return what is in the battles, as values that JSON can hold.
+def audit(battles: Dataset, tokens: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return statistics of the battles as a dictionary that can be written as JSON.
 
     Args:
-        battles: with `group` and `fold` set; -1 where they are not.
-        encoder: counts tokens and says what its truncation keeps; none: no `tokens`.
-        seed: draws the battles whose tokens are counted.
+        battles: with `group` and `fold`, or -1 where they are not assigned.
+        tokens: what `prompt.token_counts.count_tokens` returned for the same battles; default: no `tokens` section.
 
     Returns:
-        `battles`; `sources`: name -> battles and outcome shares; `outcomes`: mean outcome by name, None if unlabelled;
-        `position` and `longer_response`: how often A, and the longer response, wins decided battles (likeliest
-        outcome, None if there are none); `turns`; `empty_turns` and `characters` by column; `scripts`: share of
-        battles by the script of most letters of the prompt; `groups`; `duplicates`; `near_duplicates`; `parts`:
-        battles, outcome shares and their largest deviation from all battles' by fold and part; `tokens`.
+        `battles`: how many; `sources`: name -> battles and outcome shares; `outcomes`: mean outcome by name, None for
+        unlabelled battles; `position` and `longer_response`: how often A, and the longer response, wins among battles
+        whose likeliest outcome is not a tie, None if there are none; `turns`; `empty_turns` and `characters` by
+        column; `scripts`: share of battles by the script of most letters of the prompt; `groups`; `duplicates`;
+        `near_duplicates`; `parts`: by fold and part the battles, their outcome shares and the largest deviation of
+        these from the shares of all battles; `tokens`: those given, lengths summarised by percentiles.
     """
-    survey, array = _survey(battles), outcomes(battles)
-    verdict = winner(array)
-    longer = np.sign(survey.characters[:, 1] - survey.characters[:, 2]) * verdict
+    survey, array = _survey_texts(battles), outcomes(battles)
+    signs = winner_signs(array)
+    longer = np.sign(survey.characters[:, 1] - survey.characters[:, 2]) * signs
     return {
         "battles": len(battles),
         "sources": _sources(survey, array),
         "outcomes": _shares(_mean(array)),
-        "position": _wins(verdict),
-        "longer_response": _wins(longer),
+        "position": _win_rate(signs),
+        "longer_response": _win_rate(longer),
         "turns": _turns(survey.turns),
-        "empty_turns": dict(zip(TEXTS, survey.empty.tolist(), strict=True)),
+        "empty_turns": dict(zip(TEXT_COLUMNS, survey.empty.tolist(), strict=True)),
         "scripts": survey.scripts,
-        "characters": {name: _percentiles(survey.characters[:, column]) for column, name in enumerate(TEXTS)},
+        "characters": {name: _percentiles(survey.characters[:, column]) for column, name in enumerate(TEXT_COLUMNS)},
         "groups": _groups(np.asarray(battles.with_format(None)["group"][:])),
-        "duplicates": duplicates(battles),
-        "near_duplicates": near_duplicates(battles),
+        "duplicates": find_duplicates(battles),
+        "near_duplicates": find_near_duplicates(battles),
         "parts": _parts(np.asarray(battles.with_format(None)["fold"][:]), array),
-        "tokens": None if encoder is None else _tokens(battles, encoder, seed),
+        "tokens": _summarise_tokens(tokens),
     }
 
 
 class _Survey(NamedTuple):
-    """What one pass over the texts gives; `source` (its number), `turns` and `characters` (3 columns) by battle."""
+    """Text statistics from one pass over the battles.
+
+    Attributes:
+        sources: the distinct names.
+        source: (n_battles,) int64, the index of each battle's source in `sources`.
+        turns: (n_battles,) int64, turns of each prompt.
+        characters: (n_battles, 3) int64 of prompt, A and B.
+        empty: (3,) int64, turns without text in each of these columns.
+        scripts: share of battles by script of the prompt, the most frequent first.
+    """
 
     sources: list[str]
     source: np.ndarray
@@ -80,17 +83,17 @@ class _Survey(NamedTuple):
     scripts: dict[str, float]
 
 
-def _survey(battles: Dataset) -> _Survey:
+def _survey_texts(battles: Dataset) -> _Survey:
     numbers: dict[str, int] = {}
     source, turns, characters, scripts = [], [], [], []
-    empty = np.zeros(len(TEXTS), np.int64)
-    for table in battles.with_format("arrow").select_columns([*TEXTS, "source"]).iter(batch_size=1000):
+    empty = np.zeros(len(TEXT_COLUMNS), np.int64)
+    for table in battles.with_format("arrow").select_columns([*TEXT_COLUMNS, "source"]).iter(batch_size=1000):
         source.append([numbers.setdefault(name, len(numbers)) for name in table.column("source").to_pylist()])
-        texts = [table.column(name).combine_chunks() for name in TEXTS]
+        texts = [table.column(name).combine_chunks() for name in TEXT_COLUMNS]
         turns.append(pc.list_value_length(texts[0]).to_numpy())
-        characters.append(np.stack([characters_of(column) for column in texts], axis=1))
+        characters.append(np.stack([count_characters(column) for column in texts], axis=1))
         empty += [pc.sum(pc.equal(pc.utf8_trim_whitespace(column.flatten()), "")).as_py() for column in texts]
-        scripts.append(script_numbers(texts[0]))
+        scripts.append(detect_scripts(texts[0]))
     share = np.bincount(np.concatenate(scripts), minlength=len(SCRIPTS)) / len(battles)
     ranked = sorted(zip(SCRIPTS, share.tolist(), strict=True), key=lambda item: -item[1])
     found = {name: here for name, here in ranked if here}
@@ -99,12 +102,12 @@ def _survey(battles: Dataset) -> _Survey:
 
 
 def _shares(mean: np.ndarray) -> dict[str, float] | None:
-    """Return the (3,) mean outcomes by name, or None if they are not known."""
+    """Return the (3,) mean outcomes by name, or None if they are NaN."""
     return None if np.isnan(mean).any() else dict(zip(OUTCOMES, mean.tolist(), strict=True))
 
 
 def _mean(array: np.ndarray) -> np.ndarray:
-    """Return the mean outcomes, (3,), of the battles that have one; NaN if none has."""
+    """Return the mean outcome, (3,), of the labelled battles; NaN if there are none."""
     known = array[~np.isnan(array).any(axis=1)]
     return known.mean(axis=0) if len(known) else np.full(3, np.nan)
 
@@ -116,13 +119,13 @@ def _sources(survey: _Survey, array: np.ndarray) -> dict[str, Any]:
     return {name: {"battles": int(count), "outcomes": _shares(mean)} for name, count, mean in rows}
 
 
-def _wins(sign: np.ndarray) -> dict[str, Any] | None:
-    """Return how often +1 stands among +1 and -1, with Wilson's 95 % interval, and whether it holds one half."""
+def _win_rate(sign: np.ndarray) -> dict[str, Any] | None:
+    """Return the share of +1 among +1 and -1 with Wilson's 95 % interval, and whether that contains one half."""
     won, decided = int((sign > 0).sum()), int((sign != 0).sum())
     if not decided:
         return None
     share = won / decided
-    low, high = wilson(share, decided)
+    low, high = wilson_interval(share, decided)
     return {"decided": decided, "share": share, "low": low, "high": high, "balanced": low <= 0.5 <= high}
 
 
@@ -132,13 +135,13 @@ def _turns(turns: np.ndarray) -> dict[str, Any]:
 
 
 def _percentiles(values: np.ndarray) -> dict[str, float]:
-    found = np.percentile(values, PERCENTILES)
-    named = {str(percent): float(value) for percent, value in zip(PERCENTILES, found, strict=True)}
+    found = np.percentile(values, _PERCENTILES)
+    named = {str(percent): float(value) for percent, value in zip(_PERCENTILES, found, strict=True)}
     return {"mean": float(values.mean()), **named, "max": float(values.max())}
 
 
 def _groups(groups: np.ndarray) -> dict[str, Any] | None:
-    """Return how many groups there are, the share of battles that are not alone in theirs, and the largest one."""
+    """Return the number of groups, the share of battles in groups of several, and the size of the largest group."""
     if (groups < 0).any():
         return None
     sizes = np.unique(groups, return_counts=True)[1]
@@ -151,87 +154,45 @@ def _parts(fold: np.ndarray, array: np.ndarray) -> dict[str, Any]:
         mean = _mean(array[fold == part])
         shares = _shares(mean)
         deviation = None if shares is None else float(np.abs(mean - _mean(array)).max())
-        name = PARTS.get(part, f"fold {part}" if part >= 0 else f"train with fold {TRAIN_WITH - part}")
+        name = _PART_NAMES.get(part, f"fold {part}" if part >= 0 else f"train with fold {TRAIN_WITH - part}")
         parts[name] = {"battles": int((fold == part).sum()), "outcomes": shares, "deviation": deviation}
     return parts
 
 
-def _tokens(battles: Dataset, encoder: PromptEncoder, seed: int) -> dict[str, Any]:
-    """Return percentiles of tokens, and what truncation keeps at each budget, beside a plain cut on the right.
-
-    Where each response is encoded alone, there are two sequences a battle, and the prompt keeps what it keeps in the
-    shorter of both. A plain cut takes the same layout, whole, and leaves its first `max_length` tokens.
-    """
-    count = min(SAMPLE, len(battles))
-    rows = np.sort(np.random.default_rng(seed).choice(len(battles), count, replace=False))
-    least = encoder.fixed(1).length + len(encoder.mark) + LEAST_ROUND
-    budgets = [length for length in sorted({*MAX_LENGTHS, encoder.max_length}) if length >= least]
-    sides = [TEXTS] if len(encoder.responses) > 1 else [(TEXTS[0], name) for name in TEXTS[1:]]
-    full, sequences, kept = [], [], []
-    for batch in battles.select(rows).with_format(None).select_columns(list(TEXTS)).iter(batch_size=500):
-        for each in zip(*(encoder.rounds(*(batch[name] for name in side)) for side in sides), strict=True):
-            sizes = [[tuple(map(len, texts)) for texts in rounds] for rounds in each]
-            totals = [total(rounds) for rounds in sizes]
-            full.append((totals[0][0], *(size for one in totals for size in one[1:])))
-            sequences += [sum(map(sum, rounds)) + encoder.fixed(len(rounds)).length for rounds in sizes]
-            stay = [_kept(encoder, rounds, budgets) for rounds in sizes]
-            kept.append(np.dstack([np.min([one[..., 0] for one in stay], axis=0), *(one[..., 1:] for one in stay)]))
-    sizes_of, stays, ways = np.array(full), np.array(kept), ("kept", "right_cut")
-    responses = {"both_responses": sizes_of[:, 1:].sum(axis=1), "longer_response": sizes_of[:, 1:].max(axis=1)}
-    lengths = {"prompt": sizes_of[:, 0], **responses, "sequence": np.array(sequences)}
-    return {
-        "battles": count,
-        "max_length": encoder.max_length,
-        "truncation": encoder.truncation,
-        "lengths": {name: _percentiles(values) for name, values in lengths.items()},
-        "retention": [
-            {
-                "max_length": length,
-                **{name: retention(sizes_of, stays[:, way, number]) for way, name in enumerate(ways)},
-            }
-            for number, length in enumerate(budgets)
-        ],
-    }
+def _summarise_tokens(tokens: dict[str, Any] | None) -> dict[str, Any] | None:
+    if tokens is None:
+        return None
+    return {**tokens, "lengths": {name: _percentiles(values) for name, values in tokens["lengths"].items()}}
 
 
-def _kept(encoder: PromptEncoder, rounds: Sequence[Sizes], budgets: list[int]) -> np.ndarray:
-    """Return the tokens of each text that stay, (2, n_budgets, n_texts) int64: by our truncation, by a right cut."""
-    ours = [encoder.total_kept(rounds, encoder.keep(rounds, length)) for length in budgets]
-    fixed, right, place = encoder.fixed(len(rounds)), np.zeros((len(budgets), len(rounds[0])), np.int64), 0
-    for before, (number, text) in zip(fixed.before, fixed.turns, strict=True):
-        place += len(before)
-        right[:, text] += np.clip(np.array(budgets) - place, 0, rounds[number][text])
-        place += rounds[number][text]
-    return np.stack([ours, right])
+_ROWS_SHOWN = 12
+_NAMES_SHOWN = 4
+"""Sources and parts that the text lists one by one; scripts and sources that one line or sentence names."""
 
 
-MOST_ROWS, MOST_NAMES = 12, 4
-"""Sources, and parts, that are shown one by one; scripts, and sources in a sentence, that are named."""
-
-
-def format_audit(facts: Facts) -> str:
-    """Return what `audit` found as lines for a terminal, with a sentence for each thing that is wrong."""
-    tokens, wrong = facts["tokens"], [*_wrong_outcomes(facts), *_wrong_texts(facts)]
+def format_audit(facts: dict[str, Any]) -> str:
+    """Return what `audit` found as text of at most 120 columns, with a sentence for each likely problem."""
+    tokens, problems = facts["tokens"], [*_outcome_problems(facts), *_text_problems(facts)]
     lines = [*_outcome_lines(facts), "", *_text_lines(facts), *(["", *_token_lines(tokens)] if tokens else []), ""]
     wrap = textwrap.TextWrapper(118, "  - ", "    ", break_long_words=False, break_on_hyphens=False)
-    return "\n".join([*lines, "what is wrong" if wrong else "nothing looks wrong", *map(wrap.fill, wrong)])
+    return "\n".join([*lines, "problems" if problems else "no problems found", *map(wrap.fill, problems)])
 
 
-def _outcome_lines(facts: Facts) -> list[str]:
+def _outcome_lines(facts: dict[str, Any]) -> list[str]:
     lines = [f"{'':32}{'battles':>9}{'A wins':>9}{'B wins':>9}{'tie':>9}", _outcome_row("all battles", facts)]
     sources = sorted(facts["sources"].items(), key=lambda item: -item[1]["battles"])
     for title, rows in (("sources", sources), ("folds and parts", list(facts["parts"].items()))):
-        lines += [title, *(_outcome_row(f"  {name}", row) for name, row in rows[:MOST_ROWS])]
-        lines += [f"  and {len(rows) - MOST_ROWS} more"] * (len(rows) > MOST_ROWS)
+        lines += [title, *(_outcome_row(f"  {name}", row) for name, row in rows[:_ROWS_SHOWN])]
+        lines += [f"  and {len(rows) - _ROWS_SHOWN} more"] * (len(rows) > _ROWS_SHOWN)
     for name, key in (("A wins", "position"), ("the longer response wins", "longer_response")):
         if wins := facts[key]:
             interval = f"95 % [{100 * wins['low']:.1f}, {100 * wins['high']:.1f}]"
-            verdict = f"of those decided, {interval}: 50 is {'inside' if wins['balanced'] else 'outside'}"
+            verdict = f"of decided battles, {interval}: 50 is {'inside' if wins['balanced'] else 'outside'}"
             lines.append(f"{name:<32}{wins['decided']:>9,}{_percent(wins['share'])} {verdict}")
     return lines
 
 
-def _outcome_row(name: str, row: Facts) -> str:
+def _outcome_row(name: str, row: dict[str, Any]) -> str:
     shares = row["outcomes"]
     shown = "  not labelled" if shares is None else "".join(_percent(shares[outcome]) for outcome in OUTCOMES)
     return f"{name if len(name) <= 31 else name[:30] + '…':<32}{row['battles']:>9,}{shown}"
@@ -241,17 +202,17 @@ def _percent(share: float) -> str:
     return f"{100 * share:>7.1f} %"
 
 
-def _text_lines(facts: Facts) -> list[str]:
+def _text_lines(facts: dict[str, Any]) -> list[str]:
     turns, groups, same, near = (facts[name] for name in ("turns", "groups", "duplicates", "near_duplicates"))
     twice, rounds = same["identical_responses"]["battles"], ("1", "2", "3+")
     grouped = groups and f"{groups['number']:,}; the largest has {_count(groups['largest'])}"
-    shared = groups and f"; {100 * groups['shared']:.1f} % of battles are not alone in theirs"
+    shared = groups and f"; {100 * groups['shared']:.1f} % of battles share one"
     lines = {
         "turns": ", ".join(f"{name}: {100 * turns[name]:.1f} %" for name in rounds) + f"; at most {turns['most']}",
         "empty turns": ", ".join(f"{name}: {count:,}" for name, count in facts["empty_turns"].items()),
         "script of prompt": _first([f"{name}: {100 * share:.1f} %" for name, share in facts["scripts"].items()]),
         "prompt groups": f"{grouped}{shared}" if groups else "not assigned",
-        "exact repeats": f"{_count(same['battles'])}; both responses are the same in {_count(twice)}",
+        "exact duplicates": f"{_count(same['battles'])}; both responses are the same in {_count(twice)}",
         "similar prompts": f"at least {near['pairs']:,} pairs among {near['prompts']:,} prompts, of different groups",
     }
     shown = [f"{name:<18}{line}" for name, line in lines.items()]
@@ -259,8 +220,8 @@ def _text_lines(facts: Facts) -> list[str]:
 
 
 def _first(names: list[str]) -> str:
-    more = len(names) - MOST_NAMES
-    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _count(battles: int) -> str:
@@ -268,14 +229,14 @@ def _count(battles: int) -> str:
 
 
 def _percentile_lines(title: str, rows: dict[str, dict[str, float]]) -> list[str]:
-    heads = ("mean", *(f"{percent} %" for percent in PERCENTILES), "max")
+    heads = ("mean", *(f"{percent} %" for percent in _PERCENTILES), "max")
     lines = [f"{title:<26}" + "".join(f"{head:>9}" for head in heads)]
     for name, row in rows.items():
         lines.append(f"  {name.replace('_', ' '):<24}" + "".join(f"{value:>9,.0f}" for value in row.values()))
     return lines
 
 
-def _token_lines(tokens: Facts) -> list[str]:
+def _token_lines(tokens: dict[str, Any]) -> list[str]:
     lines = _percentile_lines(f"tokens of {_count(tokens['battles'])}", tokens["lengths"])
     title = (
         f"truncation '{tokens['truncation']}' | plain right cut; tokens of the response that keeps less (*: max_length)"
@@ -292,46 +253,51 @@ def _token_lines(tokens: Facts) -> list[str]:
     return lines
 
 
-def _wrong_outcomes(facts: Facts) -> Iterator[str]:
-    """Yield a sentence for each thing that is wrong with outcomes and how they are dealt."""
+def _outcome_problems(facts: dict[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each problem with outcomes, sources and folds."""
     position = facts["position"]
     if facts["outcomes"] is None:
         yield "The battles are not labelled: they can be predicted, but not trained on."
         return
-    if position and not position["balanced"] and abs(position["share"] - 0.5) > IMBALANCE:
+    if position and not position["balanced"] and abs(position["share"] - 0.5) > 0.01:
         wins = f"A wins {100 * position['share']:.1f} % of decided battles"
-        yield f"{wins}: position is not balanced; data.swap_augmentation mends it in training."
+        yield f"{wins}: position is not balanced; data.swap_augmentation balances it in training."
+
+    # Sources without ties, next to others with ties.
     rows = facts["sources"].items()
-    large = {name: row["outcomes"] for name, row in rows if row["battles"] >= FEW and row["outcomes"]}
+    large = {name: row["outcomes"] for name, row in rows if row["battles"] >= _FEW_BATTLES and row["outcomes"]}
     without = [name for name, shares in large.items() if not shares["winner_tie"]]
     if without and facts["outcomes"]["winner_tie"] > 0:
-        yield f"There are ties, but none in {_first(without)}: a model learns which texts come from where ties are."
+        yield f"There are ties, but none in {_first(without)}: a model can learn to recognise the source."
+
+    # Parts whose outcomes differ from all battles' by more than 2 points, and by more than chance explains.
     for name, part in facts["parts"].items():
         if (
             not name.startswith("train")
-            and name != PARTS[UNUSED]
+            and name != _PART_NAMES[UNUSED]
             and part["deviation"] is not None
-            and part["deviation"] > max(DEVIATION, 1.5 / part["battles"] ** 0.5)
+            and part["deviation"] > max(0.02, 1.5 / part["battles"] ** 0.5)
         ):
             yield f"An outcome's share in {name} is {100 * part['deviation']:.1f} points off its share in all battles."
 
 
-def _wrong_texts(facts: Facts) -> Iterator[str]:
-    """Yield a sentence for each thing that is wrong with texts and groups."""
+def _text_problems(facts: dict[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each problem with texts and groups."""
     same, near, groups = (facts[name] for name in ("duplicates", "near_duplicates", "groups"))
     conflicts, decided = same["label_conflicts"], same["identical_responses"]["decided"]
     if same["battles"]:
-        yield f"Exact repeats, with A and B exchanged or not: {_count(same['battles'])}. What is repeated counts more."
+        yield f"Exact duplicates, with A and B exchanged or not: {_count(same['battles'])}. They count several times."
     if conflicts["sets"]:
         several = f"{_count(conflicts['sets'])}, in {conflicts['battles']:,} rows{_examples(conflicts['examples'])}"
-        yield f"Judged several times, with different winners: {several}. No model is right on all of them."
+        yield f"Judged several times, with different winners: {several}. No model can predict all of them."
     if decided:
-        yield f"A winner, though both responses are the same: {_count(decided)}."
+        yield f"A winner although both responses are the same: {_count(decided)}."
     if near["pairs"]:
         pairs = f"{near['pairs']:,} ({_count(near['battles'])}){_examples([one['ids'] for one in near['examples']])}"
-        yield f"Pairs of prompts of different groups that are nearly the same: at least {pairs}. A split may part them."
-    if groups and groups["largest"] > max(LARGE_GROUP * facts["battles"], FEW):
-        yield f"One prompt group has {100 * groups['largest'] / facts['battles']:.0f} % of the battles: folds differ."
+        yield f"Pairs of nearly equal prompts in different groups: at least {pairs}. A split may separate them."
+    if groups and groups["largest"] > max(0.1 * facts["battles"], _FEW_BATTLES):
+        share = 100 * groups["largest"] / facts["battles"]
+        yield f"One prompt group has {share:.0f} % of the battles: folds will differ in size."
 
 
 def _examples(ids: list[list[str]]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset
 
 from rewardmodel.battles import outcomes
-from rewardmodel.data.folds import key, normalised
+from rewardmodel.data.folds import hash_texts, normalise_texts
 
 EXAMPLES = 5
 """Examples that are given of each finding, and ids that are given of each example."""
@@ -38,7 +38,7 @@ PROMPTS_A_BATCH = PAIRS_A_BATCH = 1_000
 """Prompts that are hashed, and pairs that are compared, at a time."""
 
 
-def duplicates(battles: Dataset) -> dict[str, Any]:
+def find_duplicates(battles: Dataset) -> dict[str, Any]:
     """Return how many battles repeat another: the same prompt and the same two responses, in either order.
 
     Texts are told apart by 64-bit hashes. Outcomes are compared by the winning response, so a repeat with A and B
@@ -50,11 +50,11 @@ def duplicates(battles: Dataset) -> dict[str, Any]:
         same; `identical_responses`: `battles` whose two responses are the same, and how many of them are `decided`.
     """
     keys, second_first = np.empty(len(battles), np.uint64), np.empty(len(battles), np.int8)
-    for row, (prompt, first, second) in enumerate(normalised(battles)):
-        keys[row] = key(prompt, min(first, second), max(first, second))
+    for row, (prompt, first, second) in enumerate(normalise_texts(battles)):
+        keys[row] = hash_texts(prompt, min(first, second), max(first, second))
         second_first[row] = (first > second) - (first < second)
     array, identical = outcomes(battles), second_first == 0
-    verdict = winner(array)
+    verdict = winner_signs(array)
     verdict = np.where(identical, abs(verdict), verdict * second_first)  # which of two identical ones won says nothing
     known = ~np.isnan(array).any(axis=1)  # battles without an outcome contradict none
     order = np.argsort(keys, kind="stable")
@@ -81,7 +81,7 @@ def duplicates(battles: Dataset) -> dict[str, Any]:
     }
 
 
-def winner(outcomes: np.ndarray) -> np.ndarray:
+def winner_signs(outcomes: np.ndarray) -> np.ndarray:
     """Return the likeliest outcome of each battle, (n_battles,) int8: 1 A, -1 B, 0 tie, even chances or no outcome.
 
     Args:
@@ -92,7 +92,7 @@ def winner(outcomes: np.ndarray) -> np.ndarray:
     return (decided * np.sign(np.nan_to_num(first - second))).astype(np.int8)
 
 
-def near_duplicates(battles: Dataset, threshold: float = 0.8) -> dict[str, Any]:
+def find_near_duplicates(battles: Dataset, threshold: float = 0.8) -> dict[str, Any]:
     """Return how many prompts of different groups are nearly the same.
 
     Similarity is the Jaccard index of the sets of `GRAM` characters in a row, over the first `CHARACTERS` of the
@@ -138,10 +138,10 @@ def _hashed(battles: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
     keys, usable = np.empty(len(battles), np.uint64), np.empty(len(battles), bool)
     minima = np.zeros((len(battles), BANDS * ROWS), np.uint8)
     bands = np.zeros((len(battles), BANDS), np.uint64)
-    texts, start = normalised(battles), 0
+    texts, start = normalise_texts(battles), 0
     while batch := [prompt for prompt, _, _ in islice(texts, PROMPTS_A_BATCH)]:
         here = slice(start, start + len(batch))
-        keys[here] = [key(prompt) for prompt in batch]
+        keys[here] = [hash_texts(prompt) for prompt in batch]
         decoded = [_compared(prompt) for prompt in batch]
         usable[here] = [len(text) >= GRAM for text in decoded]
         least = _minima([text for text in decoded if len(text) >= GRAM])
@@ -214,7 +214,7 @@ def _similarities(battles: Dataset, pairs: np.ndarray) -> np.ndarray:
 
 def _jaccard(battles: Dataset, pairs: np.ndarray) -> Iterator[float]:
     rows, places = np.unique(pairs, return_inverse=True)
-    sets = [np.unique(_grams(_compared(prompt))) for prompt, _, _ in normalised(battles.select(rows))]
+    sets = [np.unique(_grams(_compared(prompt))) for prompt, _, _ in normalise_texts(battles.select(rows))]
     for first, second in places.reshape(-1, 2):
         shared = len(np.intersect1d(sets[first], sets[second], assume_unique=True))
         yield shared / (len(sets[first]) + len(sets[second]) - shared)

@@ -18,11 +18,11 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset, concatenate_datasets
 
-from rewardmodel.battles import FEATURES, OUTCOMES, TEXTS, from_rows, store, validate, with_column
+from rewardmodel.battles import BATTLE_FEATURES, OUTCOMES, TEXT_COLUMNS, build_table, store, validate, with_column
 from rewardmodel.config.schema import Source
-from rewardmodel.data.folds import TRAIN_ONLY, assign_groups, limit
-from rewardmodel.data.raw_row import Row, is_json_list, shown
-from rewardmodel.data.readers import PEEK, READERS, Rows, open_rows
+from rewardmodel.data.folds import TRAIN_ONLY, assign_groups, limit_battles
+from rewardmodel.data.raw_row import RawRow, is_json_list, shorten
+from rewardmodel.data.readers import PEEKED_ROWS, READERS, RawRows, open_rows
 from rewardmodel.data.teacher import with_teacher
 from rewardmodel.errors import InputError, nearest
 
@@ -31,11 +31,11 @@ logger = logging.getLogger(__name__)
 ROWS_A_CHUNK = 5_000
 """Rows that are Python objects at a time; the rest is Arrow, on disk."""
 
-Given: TypeAlias = str | Path | Source | pd.DataFrame | Dataset
+BattleSource: TypeAlias = str | Path | Source | pd.DataFrame | Dataset
 """What battles are read from."""
 
 
-def read_battles(source: Given | Sequence[Given], role: str = "train", seed: int = 0) -> Dataset:
+def read_battles(source: BattleSource | Sequence[BattleSource], role: str = "train", seed: int = 0) -> Dataset:
     """Return the validated battles of a source, or of several one after the other, memory-mapped from the cache.
 
     Args:
@@ -56,7 +56,7 @@ def read_battles(source: Given | Sequence[Given], role: str = "train", seed: int
     return validate(concatenate_datasets(parts), " + ".join(names))
 
 
-def _distinct_names(sources: Sequence[Given]) -> list[str]:
+def _distinct_names(sources: Sequence[BattleSource]) -> list[str]:
     paths = [str(_as_source(one).path) if not isinstance(one, pd.DataFrame | Dataset) else "table" for one in sources]
     stems = [_name(path) for path in paths]
     names = stems if len(set(stems)) == len(stems) else paths
@@ -71,14 +71,14 @@ def _as_source(given: str | Path | Source) -> Source:
     return given if isinstance(given, Source) else Source(str(given))
 
 
-def _read(given: Given, role: str, seed: int, prefix: str = "") -> Dataset:
-    if isinstance(given, Dataset) and given.features == FEATURES:
+def _read(given: BattleSource, role: str, seed: int, prefix: str = "") -> Dataset:
+    if isinstance(given, Dataset) and given.features == BATTLE_FEATURES:
         names = np.array([prefix + name for name in given["id"]], dtype=object) if prefix else None
         return validate(given if names is None else with_column(given, "id", names), "data set")
     source = Source("") if isinstance(given, pd.DataFrame | Dataset) else _as_source(given)
     if not source.weight > 0:
         raise InputError(f"{source.path}: weight: {source.weight}; give a number above 0, or leave the source out")
-    wanted = {*KNOWN, *(name for name in source.columns.values() if name)}
+    wanted = {*KNOWN_COLUMNS, *(name for name in source.columns.values() if name)}
     with open_rows(given if isinstance(given, pd.DataFrame | Dataset) else source, role, wanted) as opened:
         raw = _renamed(opened, source.columns)
         reader = _Reader(raw, _find_format(raw, source.format), source, seed, prefix)
@@ -93,15 +93,16 @@ def _read(given: Given, role: str, seed: int, prefix: str = "") -> Dataset:
         return battles
     if source.limit < 1:
         raise InputError(f"{source.path}: limit: {source.limit}; give a positive number of battles, or leave it out")
-    return limit(assign_groups(battles), source.limit, seed)
+    return limit_battles(assign_groups(battles), source.limit, seed)
 
 
-def _renamed(raw: Rows, mapping: Mapping[str, str | None]) -> Rows:
+def _renamed(raw: RawRows, mapping: Mapping[str, str | None]) -> RawRows:
     """Return the rows under our column names; a name of ours that is mapped means the file's other column alone."""
     for ours, theirs in mapping.items():
-        if ours not in KNOWN:
+        if ours not in KNOWN_COLUMNS:
             raise InputError(
-                f"{raw.where}: columns.{ours}: no column of ours{nearest(ours, KNOWN)}; known: {', '.join(KNOWN)}"
+                f"{raw.where}: columns.{ours}: no column of ours{nearest(ours, KNOWN_COLUMNS)}; known: "
+                f"{', '.join(KNOWN_COLUMNS)}"
             )
         if theirs is not None and theirs not in raw.columns:
             raise InputError(
@@ -111,10 +112,10 @@ def _renamed(raw: Rows, mapping: Mapping[str, str | None]) -> Rows:
     twice = [
         name
         for name, count in Counter(raw.columns).items()
-        if count > 1 and (name in KNOWN or name in mapping.values())
+        if count > 1 and (name in KNOWN_COLUMNS or name in mapping.values())
     ]
     if twice:
-        raise InputError(f"{raw.where}: column '{twice[0]}' is there twice; keep one of them")
+        raise InputError(f"{raw.where}: column '{twice[0]}' occurs twice; keep one of them")
     if not mapping:
         return raw
     taken = {ours: theirs for ours, theirs in mapping.items() if theirs is not None}
@@ -127,7 +128,7 @@ def _renamed(raw: Rows, mapping: Mapping[str, str | None]) -> Rows:
     return raw._replace(columns=[*(name for name in raw.columns if name not in mapping), *taken], rows=rows())
 
 
-def _find_format(raw: Rows, name: str | None) -> "Format":
+def _find_format(raw: RawRows, name: str | None) -> "Format":
     """Return the format that is named, or the first whose columns are there; raise if some of them are missing."""
     if name is not None and name not in FORMATS:
         raise InputError(
@@ -140,7 +141,7 @@ def _find_format(raw: Rows, name: str | None) -> "Format":
     outcomes = [column for column in OUTCOMES if column in here]
     for column in (*FORMATS[name].needs, *(OUTCOMES if outcomes else ())):
         if column not in here:
-            spare = nearest(column, here - KNOWN).replace("did you mean", "is it")
+            spare = nearest(column, here - KNOWN_COLUMNS).replace("did you mean", "is it")
             needs = "; ".join(f"{one}: {', '.join(FORMATS[one].needs)}" for one in FORMATS)
             raise InputError(
                 f"{raw.where}: column '{column}' is missing{spare or ';'} the columns of each format are: {needs} (and "
@@ -152,7 +153,7 @@ def _find_format(raw: Rows, name: str | None) -> "Format":
 class _Reader:
     """Parses the rows of one source by one format, into tables of battles."""
 
-    def __init__(self, raw: Rows, format: "Format", source: Source, seed: int, prefix: str) -> None:
+    def __init__(self, raw: RawRows, format: "Format", source: Source, seed: int, prefix: str) -> None:
         self.raw, self.format, self.source, self.seed, self.prefix = raw, format, source, seed, prefix
         self.columns = set(raw.columns)
         self.identifier = next((name for name in ("id", "question_id") if name in self.columns), None)
@@ -160,8 +161,8 @@ class _Reader:
         self.labelled: bool | None = None
 
     def tables(self) -> Iterator[Any]:
-        first = list(islice(self.raw.rows, PEEK))
-        texts = [values.get(name) for _, values in first for name in TEXTS]
+        first = list(islice(self.raw.rows, PEEKED_ROWS))
+        texts = [values.get(name) for _, values in first for name in TEXT_COLUMNS]
         strings = [text for text in texts if isinstance(text, str) and text.strip()]
         self.json_texts = 2 * sum(map(is_json_list, strings)) > len(strings)
         if self.format is FORMATS["competition"] and strings and not self.json_texts:
@@ -172,34 +173,36 @@ class _Reader:
         for number, values in chain(first, self.raw.rows):
             if not values.keys() <= self.columns:
                 self.check_late_columns(number, values)
-            battles.append(self.battle(Row(self.raw.where, number, values, self.raw.notes, self.json_texts, self.seed)))
+            battles.append(
+                self.battle(RawRow(self.raw.where, number, values, self.raw.notes, self.json_texts, self.seed))
+            )
             if len(battles) == ROWS_A_CHUNK:
-                yield from_rows(battles)
+                yield build_table(battles)
                 battles = []
-        yield from_rows(battles)
+        yield build_table(battles)
 
     def check_late_columns(self, number: int, values: dict[str, Any]) -> None:
-        for name in sorted((values.keys() - self.columns) & KNOWN):
+        for name in sorted((values.keys() - self.columns) & KNOWN_COLUMNS):
             raise InputError(
-                f"{self.raw.where}: row {number}, column '{name}': none of the first {PEEK} rows has it; give "
+                f"{self.raw.where}: row {number}, column '{name}': none of the first {PEEKED_ROWS} rows has it; give "
                 "every row the same columns (null where there is nothing)"
             )
 
-    def battle(self, row: Row) -> dict[str, Any]:
-        identifier = str(row.number) if self.identifier is None else row.text(self.identifier)
+    def battle(self, row: RawRow) -> dict[str, Any]:
+        identifier = str(row.number) if self.identifier is None else row.read_text(self.identifier)
         if not identifier:
-            raise row.refuse(self.identifier or "id", "empty; give every battle an id")
-        weight = row.share("weight", "give a number above 0") if "weight" in self.columns else 1.0
+            raise row.error(self.identifier or "id", "empty; give every battle an id")
+        weight = row.read_number("weight", "give a number above 0") if "weight" in self.columns else 1.0
         parsed = self.format.parse(row)
         labelled = parsed[OUTCOMES[0]] is not None
         if OUTCOMES[0] not in self.columns and self.labelled not in (None, labelled):
             column = "winner" if "winner" in self.columns else "p_b"
-            raise row.refuse(column, "labelled battles and others mix; label every battle of a file, or none")
+            raise row.error(column, "labelled battles and others mix; label every battle of a file, or none")
         self.labelled = labelled
         return {
             **parsed,
             "id": self.prefix + identifier,
-            "source": row.text("source") or row.text("subset") or self.name,
+            "source": row.read_text("source") or row.read_text("subset") or self.name,
             "weight": None if weight is None else weight * self.source.weight,
             "fold": -1 if self.source.validation else TRAIN_ONLY,
         }
@@ -212,52 +215,52 @@ WINNERS = {
 """The outcome that a `winner` column names, in the order of OUTCOMES."""
 
 
-def _competition(row: Row) -> dict[str, Any]:
-    texts = {name: row.turns(name) for name in TEXTS}
+def _competition(row: RawRow) -> dict[str, Any]:
+    texts = {name: row.read_turns(name) for name in TEXT_COLUMNS}
     rounds = max(1, *map(len, texts.values()))
-    for name in TEXTS:
+    for name in TEXT_COLUMNS:
         if not texts[name]:
             texts[name] = [""] * rounds
             row.notes["missing texts read as empty turns"] += 1
-    return {**texts, "model_a": row.text("model_a"), "model_b": row.text("model_b"), **_outcome(row)}
+    return {**texts, "model_a": row.read_text("model_a"), "model_b": row.read_text("model_b"), **_outcome(row)}
 
 
-def _conversations(row: Row) -> dict[str, Any]:
-    prompt, response_a = _rounds(row.dialogue("conversation_a", "user"))
-    other, response_b = _rounds(row.dialogue("conversation_b", "user"))
+def _conversations(row: RawRow) -> dict[str, Any]:
+    prompt, response_a = _rounds(row.read_dialogue("conversation_a", "user"))
+    other, response_b = _rounds(row.read_dialogue("conversation_b", "user"))
     if not prompt:
-        raise row.refuse("conversation_a", "empty; give its messages")
+        raise row.error("conversation_a", "empty; give its messages")
     if prompt != other:
-        raise row.refuse("conversation_b", "its user turns are others than those of conversation_a; give both the same")
+        raise row.error("conversation_b", "its user turns are others than those of conversation_a; give both the same")
     texts = {"prompt": prompt, "response_a": response_a, "response_b": response_b}
-    return {**texts, "model_a": row.text("model_a"), "model_b": row.text("model_b"), **_outcome(row)}
+    return {**texts, "model_a": row.read_text("model_a"), "model_b": row.read_text("model_b"), **_outcome(row)}
 
 
-def _preference(row: Row) -> dict[str, Any]:
-    shared = [] if row.values.get("prompt") is None else row.dialogue("prompt", "user")
+def _preference(row: RawRow) -> dict[str, Any]:
+    shared = [] if row.values.get("prompt") is None else row.read_dialogue("prompt", "user")
     chosen, rejected = (_whole(row, name, shared) for name in ("chosen", "rejected"))
     (prompt, better), (other, worse) = _rounds(chosen), _rounds(rejected)
     if prompt != other:
-        raise row.refuse("rejected", "its user turns are others than those of chosen; give both the same prompt")
+        raise row.error("rejected", "its user turns are others than those of chosen; give both the same prompt")
     key = json.dumps([row.seed, prompt, better, worse]).encode()
     first = hashlib.blake2b(key, digest_size=1).digest()[0] % 2  # a coin that row order does not change
     a, b = ("chosen", "rejected") if first == 0 else ("rejected", "chosen")
     responses = {"chosen": better, "rejected": worse}
     return {
         **{"prompt": prompt, "response_a": responses[a], "response_b": responses[b]},
-        **{"model_a": row.text(f"{a}_model"), "model_b": row.text(f"{b}_model")},
+        **{"model_a": row.read_text(f"{a}_model"), "model_b": row.read_text(f"{b}_model")},
         **dict(zip(OUTCOMES, (1.0 - first, float(first), 0.0), strict=True)),
     }
 
 
-def _whole(row: Row, column: str, prompt: list[tuple[str, str]]) -> list[tuple[str, str]]:
+def _whole(row: RawRow, column: str, prompt: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Return a conversation with its prompt, which may stand in a column of its own, in this one, or in both."""
-    said = row.dialogue(column, "assistant")
+    said = row.read_dialogue(column, "assistant")
     if len(said) == 0:
-        raise row.refuse(column, "empty; give the response")
+        raise row.error(column, "empty; give the response")
     own_prompt = said[0][0] != "assistant"
     if not prompt and not own_prompt:
-        raise row.refuse(column, "there is no prompt: give a column 'prompt', or messages that begin with the user's")
+        raise row.error(column, "there is no prompt: give a column 'prompt', or messages that begin with the user's")
     users = [[text.strip() for role, text in part if role == "user"] for part in (prompt, said)]
     if own_prompt and users[1][: len(users[0])] == users[0]:
         return [one for one in prompt if one[0] == "system" and one not in said] + said
@@ -282,19 +285,19 @@ def _rounds(messages: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
     return prompts, responses
 
 
-def _outcome(row: Row) -> dict[str, float | None]:
+def _outcome(row: RawRow) -> dict[str, float | None]:
     """Return the outcome: a judge's P(B better) if there is one, else probabilities or votes, else who won by name."""
     values: Sequence[float | None]
-    p = row.share("p_b")
+    p = row.read_number("p_b")
     if p is not None:
         if not 0 <= p <= 1:
-            raise row.refuse("p_b", f"{p:g} is no probability; give P(B better), from 0 to 1")
+            raise row.error("p_b", f"{p:g} is no probability; give P(B better), from 0 to 1")
         values = [1 - p, p, 0.0]
     else:
-        values = [row.share(name) for name in OUTCOMES]
-        label = row.text("winner").lower() if values == [None] * 3 else ""
+        values = [row.read_number(name) for name in OUTCOMES]
+        label = row.read_text("winner").lower() if values == [None] * 3 else ""
         if label and label not in WINNERS:
-            raise row.refuse("winner", f"{shown(label)} names no outcome; known: {', '.join(WINNERS)}")
+            raise row.error("winner", f"{shorten(label)} names no outcome; known: {', '.join(WINNERS)}")
         values = [float(number == WINNERS[label]) for number in range(3)] if label else values
     return dict(zip(OUTCOMES, values, strict=True))
 
@@ -304,17 +307,17 @@ class Format:
     """The columns that tell a format, and what makes the texts, models and outcome of a battle out of a row."""
 
     needs: tuple[str, ...]
-    parse: Callable[[Row], dict[str, Any]]
+    parse: Callable[[RawRow], dict[str, Any]]
 
 
 FORMATS = {
-    "competition": Format(TEXTS, _competition),
+    "competition": Format(TEXT_COLUMNS, _competition),
     "conversations": Format(("conversation_a", "conversation_b"), _conversations),
     "preference": Format(("chosen", "rejected"), _preference),
 }
 """Formats by name: the competition's columns, the arena's dumps, TRL's preference data and RewardBench's."""
 
-KNOWN = dict.fromkeys(
+KNOWN_COLUMNS = dict.fromkeys(
     [
         *("id", "question_id", "model_a", "model_b", "weight", "source", "subset", "chosen_model", "rejected_model"),
         *(name for one in FORMATS.values() for name in one.needs), *OUTCOMES, "winner", "p_b",

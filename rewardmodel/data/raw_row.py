@@ -13,7 +13,7 @@ from rewardmodel.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class RawRow:
     """One raw row: its values by type, and errors that say where; repairs are counted in `notes`."""
 
     where: str
@@ -23,16 +23,16 @@ class Row:
     json_texts: bool
     seed: int
 
-    def refuse(self, column: str, reason: str) -> InputError:
+    def error(self, column: str, reason: str) -> InputError:
         """Return the error of a value in this row."""
         return InputError(f"{self.where}: row {self.number}, column '{column}': {reason}")
 
-    def text(self, column: str) -> str:
+    def read_text(self, column: str) -> str:
         """Return a short text, stripped; missing is empty."""
         value = self.values.get(column)
-        return "" if _is_missing(value) else self.valid(str(value).strip())
+        return "" if _is_missing(value) else self.repair(str(value).strip())
 
-    def share(self, column: str, mend: str = "give 1, 0 or a probability") -> float | None:
+    def read_number(self, column: str, mend: str = "give 1, 0 or a probability") -> float | None:
         """Return a number, or None where there is nothing."""
         value = self.values.get(column)
         if _is_missing(value) or (isinstance(value, str) and not value.strip()):
@@ -40,25 +40,25 @@ class Row:
         try:
             return float(value)  # type: ignore[arg-type]
         except (TypeError, ValueError, OverflowError):
-            raise self.refuse(column, f"{shown(value)} is no number; {mend}") from None
+            raise self.error(column, f"{shorten(value)} is no number; {mend}") from None
 
-    def turns(self, column: str) -> list[str]:
+    def read_turns(self, column: str) -> list[str]:
         """Return the turns of a text: a list of strings, as such or as JSON, null standing for an empty turn."""
         value = self.values.get(column)
         if isinstance(value, str) and not self.json_texts:
-            return [self.valid(value)]
-        turns = self.listed(column, 'write a list of turns, like ["..."]')
+            return [self.repair(value)]
+        turns = self.read_list(column, 'write a list of turns, like ["..."]')
         texts = []
         for turn in turns:
             empty = turn is None or turn is pd.NA
             if empty:
                 self.notes["null turns read as empty"] += 1
             elif not isinstance(turn, str):
-                raise self.refuse(column, f"the turn {shown(turn)} is not text; put it in quotes, or write null")
-            texts.append("" if empty else self.valid(turn))
+                raise self.error(column, f"the turn {shorten(turn)} is not text; put it in quotes, or write null")
+            texts.append("" if empty else self.repair(turn))
         return texts
 
-    def dialogue(self, column: str, speaker: str) -> list[tuple[str, str]]:
+    def read_dialogue(self, column: str, speaker: str) -> list[tuple[str, str]]:
         """Return (role, text) of the messages of a conversation; a plain text is one message of `speaker`.
 
         Roles are user, assistant and system. `Human:`/`Assistant:` transcripts are taken apart.
@@ -67,24 +67,24 @@ class Row:
         if isinstance(value, str) and not _is_messages(value):
             said = TRANSCRIPT.split(value)
             if said[0] or len(said) == 1:
-                return [(speaker, self.valid(value))]
+                return [(speaker, self.repair(value))]
             return [
-                (ROLES[role.lower()], self.valid(text.strip()))
+                (ROLES[role.lower()], self.repair(text.strip()))
                 for role, text in zip(said[1::2], said[2::2], strict=True)
             ]
-        messages = self.listed(column, 'write a text, or messages like [{"role": "user", "content": "..."}]')
+        messages = self.read_list(column, 'write a text, or messages like [{"role": "user", "content": "..."}]')
         if len(messages) == 1 and isinstance(messages[0], str):
-            return [(speaker, self.valid(messages[0]))]
+            return [(speaker, self.repair(messages[0]))]
         return [self._message(column, message) for message in messages]
 
     def _message(self, column: str, message: Any) -> tuple[str, str]:
         if not isinstance(message, dict):
-            raise self.refuse(
-                column, f"{shown(message)} is no message; give one text, or objects with role and content"
+            raise self.error(
+                column, f"{shorten(message)} is no message; give one text, or objects with role and content"
             )
         role = message.get("role", message.get("from"))
         if not isinstance(role, str) or role.lower() not in ROLES:
-            raise self.refuse(column, f"the role {shown(role)} is unknown; known: {', '.join(ROLES)}")
+            raise self.error(column, f"the role {shorten(role)} is unknown; known: {', '.join(ROLES)}")
         content = message.get("content", message.get("value"))
         parts = content if isinstance(content, list) else [content]
         texts = []
@@ -93,12 +93,12 @@ class Row:
             if _is_missing(text):
                 self.notes["message parts without text (null, images), left out"] += 1
             elif not isinstance(text, str):
-                raise self.refuse(column, f"the content {shown(text)} is not text; put it in quotes")
+                raise self.error(column, f"the content {shorten(text)} is not text; put it in quotes")
             else:
-                texts.append(self.valid(text))
+                texts.append(self.repair(text))
         return ROLES[role.lower()], "\n\n".join(texts)
 
-    def listed(self, column: str, mend: str) -> list[Any]:
+    def read_list(self, column: str, mend: str) -> list[Any]:
         """Return a list, as it stands or out of JSON; empty where there is nothing."""
         value = self.values.get(column)
         if _is_missing(value) or (isinstance(value, str) and not value.strip()):
@@ -107,14 +107,14 @@ class Row:
             try:
                 value = json.loads(value, strict=False)
             except (ValueError, RecursionError):
-                raise self.refuse(column, f"{shown(value)} is not a JSON list; {mend}") from None
+                raise self.error(column, f"{shorten(value)} is not a JSON list; {mend}") from None
         if value is None:
             return []
         if not isinstance(value, list | tuple | np.ndarray):
-            raise self.refuse(column, f"{shown(value)} is not a list; {mend}")
+            raise self.error(column, f"{shorten(value)} is not a list; {mend}")
         return list(value)
 
-    def valid(self, text: str) -> str:
+    def repair(self, text: str) -> str:
         """Return `text` with lone surrogates, which JSON allows and UTF-8 does not, replaced or joined."""
         try:
             text.encode()
@@ -160,7 +160,7 @@ def _is_missing(value: Any) -> bool:
     return value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and np.isnan(value))
 
 
-def shown(value: Any) -> str:
+def shorten(value: Any) -> str:
     """Return a value as a message shows it: at most 40 characters."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:40]}…"

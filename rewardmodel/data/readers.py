@@ -28,20 +28,20 @@ from datasets import Dataset
 from rewardmodel.config.schema import Source
 from rewardmodel.errors import InputError
 
-SAMPLE = {"train": "train.csv", "test": "test.csv"}
+SAMPLE_FILES = {"train": "train.csv", "test": "test.csv"}
 """Files of the demonstration set inside the package, by the role that `sample` is asked for."""
 
-PEEK = 200
+PEEKED_ROWS = 200
 """Rows that are looked at before a format is chosen."""
 
 PARQUET_ROWS = 500
 """Rows of a Parquet file that are Python objects at a time."""
 
 
-class Rows(NamedTuple):
+class RawRows(NamedTuple):
     """A raw table: its name for messages, its columns, its numbered rows (from 1), and counts of what was passed over.
 
-    `rows` can be read once; `columns` are those of the header, or of the first `PEEK` rows where there is none.
+    `rows` can be read once; `columns` are those of the header, or of the first `PEEKED_ROWS` rows where there is none.
     """
 
     where: str
@@ -50,7 +50,7 @@ class Rows(NamedTuple):
     notes: Counter[str]
 
 
-class Asked(NamedTuple):
+class ReadRequest(NamedTuple):
     """What a reader is asked for: the file's name, its role, the columns that are wanted, what to close in the end."""
 
     where: str
@@ -60,7 +60,7 @@ class Asked(NamedTuple):
 
 
 @contextmanager
-def open_rows(source: Source | pd.DataFrame | Dataset, role: str, wanted: Collection[str]) -> Iterator[Rows]:
+def open_rows(source: Source | pd.DataFrame | Dataset, role: str, wanted: Collection[str]) -> Iterator[RawRows]:
     """Yield the raw rows of a source; a file is open only inside the context.
 
     Args:
@@ -78,7 +78,7 @@ def open_rows(source: Source | pd.DataFrame | Dataset, role: str, wanted: Collec
     elif isinstance(source, Dataset):
         yield _of_dataset(source, "data set", wanted)
     elif source.path == "sample":
-        with resources.as_file(resources.files("rewardmodel.data") / "sample" / SAMPLE[role]) as path:
+        with resources.as_file(resources.files("rewardmodel.data") / "sample" / SAMPLE_FILES[role]) as path:
             yield from _of_file(path, role, wanted)
     elif os.path.isfile(source.path):
         yield from _of_file(Path(source.path), role, wanted)
@@ -88,16 +88,16 @@ def open_rows(source: Source | pd.DataFrame | Dataset, role: str, wanted: Collec
         raise InputError(f"{source.path}: no such file; give the path of a battles file, a hub id, or 'sample'")
 
 
-def _of_dataset(dataset: Dataset, where: str, wanted: Collection[str]) -> Rows:
+def _of_dataset(dataset: Dataset, where: str, wanted: Collection[str]) -> RawRows:
     names = dataset.column_names
     return _rows(dataset.with_format(None).select_columns([name for name in names if name in wanted]), where, names)
 
 
-def _of_file(path: Path, role: str, wanted: Collection[str]) -> Iterator[Rows]:
+def _of_file(path: Path, role: str, wanted: Collection[str]) -> Iterator[RawRows]:
     with ExitStack() as opened:
         with _failures(str(path), lambda: 0):
             file = opened.enter_context(path.open("rb"))
-        yield _read(file, Asked(str(path), role, wanted, opened))
+        yield _read(file, ReadRequest(str(path), role, wanted, opened))
 
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -116,7 +116,7 @@ def _from_hub(source: Source, role: str) -> Dataset:
         ) from error
 
 
-def _read(file: IO[bytes], asked: Asked) -> Rows:
+def _read(file: IO[bytes], asked: ReadRequest) -> RawRows:
     suffix = Path(asked.where).suffix.lower()
     if suffix not in READERS:
         raise InputError(f"{asked.where}: no format has the ending '{suffix}'; known: {', '.join(READERS)}")
@@ -124,7 +124,7 @@ def _read(file: IO[bytes], asked: Asked) -> Rows:
         return READERS[suffix](file, asked)
 
 
-def _read_csv(file: IO[bytes], asked: Asked) -> Rows:
+def _read_csv(file: IO[bytes], asked: ReadRequest) -> RawRows:
     where = asked.where
     csv.field_size_limit(sys.maxsize)
     text = asked.opened.enter_context(
@@ -162,7 +162,7 @@ def _read_csv(file: IO[bytes], asked: Asked) -> Rows:
     return _rows(rows(), where, header, notes)
 
 
-def _read_json_lines(file: IO[bytes], asked: Asked) -> Rows:
+def _read_json_lines(file: IO[bytes], asked: ReadRequest) -> RawRows:
     where = asked.where
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
     lines = asked.opened.enter_context(text)
@@ -189,7 +189,7 @@ NOT_UTF8 = re.compile("[\udc80-\udcff]")
 """What `surrogateescape` makes of bytes that are no UTF-8."""
 
 
-def _read_json(file: IO[bytes], asked: Asked) -> Rows:
+def _read_json(file: IO[bytes], asked: ReadRequest) -> RawRows:
     text = file.read().decode("utf-8-sig")
     if text.lstrip().startswith("{"):
         raise InputError(f"{asked.where}: not a JSON list of objects, one a battle; is it JSON Lines? Name it .jsonl")
@@ -206,17 +206,17 @@ def _parsed(text: str, where: str) -> Any:
         raise InputError(f"{where}: not JSON ({' '.join(str(error).split())}); mend it there") from error
 
 
-def _read_parquet(file: IO[bytes], asked: Asked) -> Rows:
+def _read_parquet(file: IO[bytes], asked: ReadRequest) -> RawRows:
     table = pq.ParquetFile(file)
     names = table.schema_arrow.names
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        raise InputError(f"{asked.where}: column '{twice[0]}' is there twice; keep one of them")
+        raise InputError(f"{asked.where}: column '{twice[0]}' occurs twice; keep one of them")
     batches = table.iter_batches(PARQUET_ROWS, columns=[name for name in names if name in asked.wanted])
     return _rows((row for batch in batches for row in batch.to_pylist()), asked.where, names)
 
 
-def _read_zip(file: IO[bytes], asked: Asked) -> Rows:
+def _read_zip(file: IO[bytes], asked: ReadRequest) -> RawRows:
     archive = asked.opened.enter_context(zipfile.ZipFile(file))
     endings = set(READERS) - {".zip"}
     names = [Path(name) for name in archive.namelist()]
@@ -231,7 +231,7 @@ def _read_zip(file: IO[bytes], asked: Asked) -> Rows:
     return _read(member, asked._replace(where=f"{asked.where}/{wanted[0]}"))
 
 
-READERS: dict[str, Callable[[IO[bytes], Asked], Rows]] = {
+READERS: dict[str, Callable[[IO[bytes], ReadRequest], RawRows]] = {
     ".csv": _read_csv,
     ".jsonl": _read_json_lines,
     ".ndjson": _read_json_lines,
@@ -242,14 +242,14 @@ READERS: dict[str, Callable[[IO[bytes], Asked], Rows]] = {
 """Readers by file ending: (open file, what is asked for) -> raw rows."""
 
 
-def _rows(rows: Iterable[Any], where: str, columns: list[str] | None, notes: Counter[str] | None = None) -> Rows:
+def _rows(rows: Iterable[Any], where: str, columns: list[str] | None, notes: Counter[str] | None = None) -> RawRows:
     """Return numbered rows; without a header, the columns are gathered from the first rows."""
     numbered = _numbered(rows, where)
     if columns is None:
-        first = list(islice(numbered, PEEK))
+        first = list(islice(numbered, PEEKED_ROWS))
         columns = list(dict.fromkeys(name for _, row in first for name in row))
         numbered = chain(first, numbered)
-    return Rows(where, columns, numbered, Counter() if notes is None else notes)
+    return RawRows(where, columns, numbered, Counter() if notes is None else notes)
 
 
 def _numbered(rows: Iterable[Any], where: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
-from rewardmodel.battles import OUTCOMES, labelled, outcomes, weights
-from rewardmodel.data.folds import trains
+from rewardmodel.battles import OUTCOMES, outcomes, select_labelled, weights
+from rewardmodel.data.folds import train_mask
 from rewardmodel.errors import InputError
 from rewardmodel.evaluation.text_regression import Reading, fit_lengths, fit_tfidf, predict_each, read
-from rewardmodel.metrics import summary
+from rewardmodel.metrics import summarise
 from rewardmodel.predictions import PROBABILITIES, true_outcomes
 
 Predict = Callable[[Reading], np.ndarray]
@@ -29,7 +29,7 @@ def fit(training: Dataset) -> dict[str, Predict]:
     Raises:
         InputError: no training battles, or training battles without outcomes.
     """
-    training = labelled(training)
+    training = select_labelled(training)
     if not len(training):
         raise InputError("the floors need training battles with outcomes; label them, or give others")
     return _fitted(read(training), _mass(training))
@@ -64,11 +64,11 @@ def baseline(battles: Dataset) -> pd.DataFrame:
     Raises:
         InputError: battles without outcomes, or a fold that no other battles can be trained for.
     """
-    battles = labelled(battles)
+    battles = select_labelled(battles)
     if not len(battles):
         raise InputError("the floors are judged on labelled battles, but these have no outcomes; label them")
     fold = np.asarray(battles.with_format(None)["fold"][:])
-    rows = np.flatnonzero((fold >= 0) | trains(fold, -1))
+    rows = np.flatnonzero((fold >= 0) | train_mask(fold, -1))
     battles, fold = battles.select(rows), fold[rows]
     judged = np.flatnonzero(fold >= 0)
     if not len(judged) or (fold == fold[judged[0]]).all():
@@ -76,7 +76,7 @@ def baseline(battles: Dataset) -> pd.DataFrame:
     reading, mass = read(battles), _mass(battles)
     parts = []
     for number in np.unique(fold[judged]):
-        own, others = np.flatnonzero(fold == number), np.flatnonzero(trains(fold, number))
+        own, others = np.flatnonzero(fold == number), np.flatnonzero(train_mask(fold, number))
         floors = _fitted(reading.rows(others), mass[others])
         found = np.stack([predict(reading.rows(own)) for predict in floors.values()])
         parts.append(pd.DataFrame(_columns(floors, found), index=own))
@@ -91,7 +91,7 @@ def measure(table: pd.DataFrame) -> dict[str, dict[str, dict[str, float]]]:
     true, groups = true_outcomes(table), table["group"].to_numpy()
     facts = {}
     for floor in FLOORS:
-        found = summary(table[[f"{floor}_{name}" for name in PROBABILITIES]].to_numpy(np.float64), true, groups)
+        found = summarise(table[[f"{floor}_{name}" for name in PROBABILITIES]].to_numpy(np.float64), true, groups)
         facts[floor] = {name: found[name] for name in ("log_loss", "accuracy")}
     return facts
 

@@ -16,7 +16,7 @@ from rewardmodel.evaluation.bootstrap import STEEPEST, Draws, apart, draw_groups
 from rewardmodel.evaluation.findings import findings, some_of
 from rewardmodel.evaluation.slices import CLOSE, LENGTHS, lengths, slice_figures, slice_terms, slices
 from rewardmodel.metrics import log_loss_terms
-from rewardmodel.predictions import average, in_both_orders, known_outcomes, predicted, true_outcomes
+from rewardmodel.predictions import average_probabilities, has_both_orders, predicted, require_outcomes, true_outcomes
 
 Facts = dict[str, Any]
 
@@ -71,13 +71,13 @@ def position(table: pd.DataFrame) -> Facts | None:
         wins), 0 without position bias; `log_loss` of `ab`, `ba` and their `average`; `gain`: the mean log loss of the
         two orders minus that of their average. Each is {value, low, high}.
     """
-    known_outcomes(table)
-    table = table[in_both_orders(table)]
+    require_outcomes(table)
+    table = table[has_both_orders(table)]
     if table.empty:
         return None
     true = true_outcomes(table)
     ab, ba = predicted(table, "ab"), predicted(table, "ba")
-    losses = [log_loss_terms(probabilities, true) for probabilities in (ab, ba, average([ab, ba]))]
+    losses = [log_loss_terms(probabilities, true) for probabilities in (ab, ba, average_probabilities([ab, ba]))]
     columns = {
         "flip_rate": ab.argmax(axis=1) != ba.argmax(axis=1),
         "mean_abs_difference": np.abs(ab - ba).mean(axis=1),
@@ -108,7 +108,7 @@ def verbosity(table: pd.DataFrame) -> Facts | None:
         `accuracy_decided` and `prior` (log loss of their own shares) of those whose lengths differ by less than 10 %,
         or None.
     """
-    true = known_outcomes(table)
+    true = require_outcomes(table)
     if not set(LENGTHS) <= set(table):
         return None
     probabilities, draws, chars = predicted(table), _draws(table), lengths(table)
@@ -166,7 +166,7 @@ def models(table: pd.DataFrame, least: int = 30) -> Facts | None:
         it in the alphabet), `battles`, `human` and `predicted` win rate (a tie is half a win) and their `difference`
         {value, low, high}, the farthest from 0 first.
     """
-    true = known_outcomes(table)
+    true = require_outcomes(table)
     if not set(MODELS) <= set(table):
         return None
     names, codes = np.unique(table[MODELS].fillna("").to_numpy(str), return_inverse=True)

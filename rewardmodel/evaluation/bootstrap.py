@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-from rewardmodel.metrics import SAMPLES, drawn_counts, interval
+from rewardmodel.metrics import BOOTSTRAP_SAMPLES, draw_counts, percentile_interval
 
 STEEPEST = 50.0
 """Slopes are held within this, either side of 0: where every winner has the larger x there is no finite one."""
@@ -41,7 +41,7 @@ class Draws:
         return self.counts[: 1 + samples, self.members[rows]]
 
 
-def draw_groups(groups: np.ndarray, samples: int = SAMPLES, seed: int = 0) -> Draws:
+def draw_groups(groups: np.ndarray, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0) -> Draws:
     """Return bootstrap samples of whole groups (Efron & Tibshirani 1993, ch. 13).
 
     Args:
@@ -51,7 +51,7 @@ def draw_groups(groups: np.ndarray, samples: int = SAMPLES, seed: int = 0) -> Dr
     """
     labels, members = np.unique(groups, return_inverse=True)
     counts = np.ones((1 + samples, len(labels)), np.uint8)
-    for sample, drawn in enumerate(drawn_counts(len(labels), samples, seed), start=1):
+    for sample, drawn in enumerate(draw_counts(len(labels), samples, seed), start=1):
         counts[sample] = drawn
     return Draws(members, counts)
 
@@ -65,7 +65,7 @@ def figure(values: np.ndarray) -> dict[str, float] | None:
     """Return {value, low, high} (95 %) of (1 + samples,) values, row 0 the table's own; None if it has none."""
     if not np.isfinite(values[0]):
         return None
-    low, high = interval(values[1:] if np.isfinite(values[1:]).any() else values)
+    low, high = percentile_interval(values[1:] if np.isfinite(values[1:]).any() else values)
     return {"value": float(values[0]), "low": low, "high": high}
 
 

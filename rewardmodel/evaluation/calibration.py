@@ -15,7 +15,7 @@ from scipy.optimize import minimize
 
 from rewardmodel.errors import InputError
 from rewardmodel.files import write_text
-from rewardmodel.metrics import paired_difference, wilson
+from rewardmodel.metrics import paired_difference, wilson_interval
 
 FOLDS = 5
 """Parts of the groups; each is calibrated by what was fitted on the others."""
@@ -229,7 +229,7 @@ def reliability(predicted: np.ndarray, true: np.ndarray, bins: int = 10) -> list
     for one in np.unique(number):
         here = number == one
         count, rate = int(here.sum()), float(hit[here].mean())
-        low, high = wilson(rate, count)
+        low, high = wilson_interval(rate, count)
         facts = {"low": one / bins, "high": (one + 1) / bins, "battles": count}
         result.append(
             {**facts, "confidence": float(confidence[here].mean()), "hit_rate": rate, "hit_low": low, "hit_high": high}

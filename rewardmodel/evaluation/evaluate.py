@@ -14,16 +14,16 @@ from rewardmodel.errors import InputError
 from rewardmodel.evaluation.bias import audit_bias, format_bias
 from rewardmodel.evaluation.calibration import BLEND, BLENDED, NONE, Choice, choose, reliability, save
 from rewardmodel.files import write_json
-from rewardmodel.metrics import class_prior, log_loss, paired_difference, summary
+from rewardmodel.metrics import class_prior, log_loss, paired_difference, summarise
 from rewardmodel.predictions import (
     PROBABILITIES,
-    beside_floor,
     check_columns,
-    known_outcomes,
     predicted,
     read_predictions,
+    require_outcomes,
+    stack_baseline,
     true_outcomes,
-    with_floor,
+    with_baseline,
 )
 from rewardmodel.run_folder import RunFolder
 
@@ -61,7 +61,7 @@ def evaluate(predictions: str | Path | pd.DataFrame) -> Facts:
 def measure_run(run: Path) -> tuple[Facts, pd.DataFrame]:
     """Return what `evaluate` does, and the table that was measured; write metrics.json and calibrator.json."""
     table = read_predictions(RunFolder(run).validation)
-    known_outcomes(table, str(RunFolder(run).validation))
+    require_outcomes(table, str(RunFolder(run).validation))
     choice, calibration = _calibrate(run, table)
     before = reliability(predicted(table), true_outcomes(table))
     table[list(PROBABILITIES)] = choice.cross_fitted
@@ -99,11 +99,11 @@ def _named(given: str | Path | pd.DataFrame) -> str:
 def _table(given: str | Path | pd.DataFrame) -> pd.DataFrame:
     if isinstance(given, pd.DataFrame):
         table = check_columns(given, "predictions")
-        known_outcomes(table)
+        require_outcomes(table)
         return table
     path = Path(given)
     table = read_predictions(RunFolder(path).validation if path.is_dir() else path)
-    known_outcomes(table, str(path))
+    require_outcomes(table, str(path))
     if path.is_dir():
         table[list(PROBABILITIES)] = _calibrate(path, table)[0].cross_fitted
     return table
@@ -155,22 +155,22 @@ def _inference(run: Path) -> dict[str, Any]:
 def _known(run: Path, table: pd.DataFrame) -> np.ndarray:
     """Return what a run predicts of a table's battles, with the floor's beside where it is known, (n, 3) or (n, 6)."""
     if "floor_p_tie" in table:
-        return beside_floor(table)
+        return stack_baseline(table)
     if not RunFolder(run).baselines.is_file():
         return predicted(table)
     floors = _read_floors(RunFolder(run).baselines)
     if f"{BLENDED}_p_tie" not in floors or not table["id"].isin(floors.index).all():
         return predicted(table)
-    return beside_floor(with_floor(table, predicted(floors.loc[table["id"]], BLENDED)))
+    return stack_baseline(with_baseline(table, predicted(floors.loc[table["id"]], BLENDED)))
 
 
 def _measure(table: pd.DataFrame, where: str, floors: Path | None = None) -> Facts:
-    true, probabilities, groups = known_outcomes(table, where), predicted(table), table["group"].to_numpy()
+    true, probabilities, groups = require_outcomes(table, where), predicted(table), table["group"].to_numpy()
     likeliest = 3 * true.argmax(axis=1) + probabilities.argmax(axis=1)
     return {
         "battles": len(table),
         "groups": int(table["group"].nunique()),
-        "metrics": summary(probabilities, true, groups),
+        "metrics": summarise(probabilities, true, groups),
         "prior": log_loss(np.broadcast_to(class_prior(true), true.shape), true),
         "floors": _floors(table, floors) if floors is not None and floors.is_file() else None,
         "calibration": None,
@@ -192,7 +192,7 @@ def _floors(table: pd.DataFrame, path: Path) -> Facts:
     result = {}
     for name in sorted({column.removesuffix("_p_tie") for column in floors.columns if column.endswith("_p_tie")}):
         floor = predicted(floors, name)
-        measured = summary(floor, true, groups)["log_loss"]
+        measured = summarise(floor, true, groups)["log_loss"]
         result[name] = {"log_loss": measured, "difference": paired_difference(model, floor, true, groups)}
     return dict(sorted(result.items(), key=lambda item: -item[1]["log_loss"]["value"]))
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rewardmodel.evaluation.bootstrap import apart
-from rewardmodel.metrics import wilson
+from rewardmodel.metrics import wilson_interval
 
 Facts = dict[str, Any]
 
@@ -58,7 +58,7 @@ def _beyond(facts: Facts, found: Facts, other: float = 0) -> bool:
     """Return whether a figure of all battles is beyond chance off another."""
     if found["high"] - found["low"] < 1e-9:  # what is the same in every group, up to rounding
         groups, value = facts.get("groups", 0), found["value"]
-        low, high = wilson(value, groups) if value in (0, 1) and groups else (value - 1e-9, value + 1e-9)
+        low, high = wilson_interval(value, groups) if value in (0, 1) and groups else (value - 1e-9, value + 1e-9)
         return groups >= ALIKE and not low <= other <= high
     return apart(found, other)
 
@@ -94,7 +94,7 @@ def _shares(facts: Facts) -> Iterator[str]:
     names = ("a win of A", "a win of B", "a tie")
     for outcome, (name, row, says) in enumerate(zip(names, confusion, stated, strict=False)):
         happens = sum(row) / facts["battles"]
-        low, high = wilson(happens, facts["groups"])
+        low, high = wilson_interval(happens, facts["groups"])
         if abs(says - happens) >= LARGE and not low <= says <= high:
             never = "" if any(one[outcome] for one in confusion) else ", and never finds it likeliest"
             given = f"{100 * says:.0f} % on average, which happens in {100 * happens:.0f} %"

@@ -16,7 +16,7 @@ import pandas as pd
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup
 
-from rewardmodel.battles import OUTCOMES, TEXTS
+from rewardmodel.battles import OUTCOMES, TEXT_COLUMNS
 from rewardmodel.evaluation import charts
 from rewardmodel.evaluation.charts import Row, legible
 from rewardmodel.evaluation.findings import UNIFORM, findings
@@ -223,7 +223,7 @@ def _battle(table: pd.DataFrame, row: int, loss: float) -> Facts:
         "models": [_words(battle.get(name)) for name in ("model_a", "model_b")],
         "texts": [
             (label, words[:EXCERPT], max(battle.get(f"{name}_chars", 0), len(words)))
-            for label, name in zip(("prompt", "response A", "response B"), TEXTS, strict=True)
+            for label, name in zip(("prompt", "response A", "response B"), TEXT_COLUMNS, strict=True)
             if (words := _words(battle.get(name)))
         ],
     }

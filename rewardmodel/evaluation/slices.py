@@ -8,7 +8,7 @@ from scipy import sparse
 
 from rewardmodel.evaluation.bootstrap import draw_groups, figure, ratio
 from rewardmodel.metrics import accuracy_terms, class_prior, decided_terms, log_loss, log_loss_terms
-from rewardmodel.predictions import known_outcomes, predicted
+from rewardmodel.predictions import predicted, require_outcomes
 
 Facts = dict[str, Any]
 
@@ -39,7 +39,7 @@ def slices(table: pd.DataFrame, least: int = 30) -> Facts:
         `accuracy` {value, low, high}, `accuracy_decided` (or None), `prior`: log loss of the slice's own outcome
         shares, `prior_all`: that of the whole table's shares on the slice.
     """
-    true = known_outcomes(table)
+    true = require_outcomes(table)
     terms, prior = slice_terms(predicted(table), true), class_prior(true)
     kinds = {name: kind and _pooled(*kind, least) for name, kind in _kinds(table, true).items()}
     members = [_membership(*kind) for kind in kinds.values() if kind]

@@ -20,7 +20,7 @@ from scipy.special import expit
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.preprocessing import normalize
 
-from rewardmodel.battles import TEXTS
+from rewardmodel.battles import TEXT_COLUMNS
 from rewardmodel.errors import InputError
 from rewardmodel.files import atomic_path
 
@@ -166,8 +166,8 @@ def _readings(battles: Dataset) -> Iterator[Reading]:
     vectorizers = [
         HashingVectorizer(**settings, alternate_sign=False, norm=None, dtype=np.float32) for settings in GRAMS
     ]
-    for batch in battles.with_format(None).select_columns(list(TEXTS)).iter(batch_size=BATCH):
-        columns = [["\n".join(turns) for turns in batch[name]] for name in TEXTS]
+    for batch in battles.with_format(None).select_columns(list(TEXT_COLUMNS)).iter(batch_size=BATCH):
+        columns = [["\n".join(turns) for turns in batch[name]] for name in TEXT_COLUMNS]
         counts = [*([len(text) for text in texts] for texts in columns), [len(turns) for turns in batch["prompt"]]]
         sizes = np.log(np.array(counts, dtype=np.float64).T + np.array([1, 1, 1, 0]))
         heads = [[text[:CHARACTERS] for text in texts] for texts in columns[1:]]

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from transformers import AutoConfig
 
-from rewardmodel.battles import TEXTS
+from rewardmodel.battles import TEXT_COLUMNS
 from rewardmodel.config.loader import dump_recipe
 from rewardmodel.config.schema import ModelConfig, Recipe
 from rewardmodel.errors import InputError, nearest
@@ -197,7 +197,7 @@ def _copy_calibrator(run: Path, model: Path) -> None:
         regression.load(RunFolder(run).blend_baseline)  # refuses what is no floor
         shutil.copy(RunFolder(run).blend_baseline, RunFolder(model).blend_baseline)
     fitted_on = RunFolder(run).calibrated_on
-    table = read_predictions(fitted_on).drop(columns=list(TEXTS), errors="ignore")
+    table = read_predictions(fitted_on).drop(columns=list(TEXT_COLUMNS), errors="ignore")
     write_predictions(table, model / fitted_on.name)
 
 

@@ -28,7 +28,7 @@ from rewardmodel.model.heads import classifier_class, head_names
 from rewardmodel.model.loading import label_names, load_tokenizer
 from rewardmodel.model.precision import bits_and_bytes, compute_device, dtype_name
 from rewardmodel.model.saved_model import ADAPTER_FILE, is_adapter, read_about
-from rewardmodel.objectives import Head
+from rewardmodel.objectives import HeadShape
 from rewardmodel.run_folder import BACKBONE_FILE, RunFolder, load_run_recipe, model_folder
 
 PREFIX = "base_model.model."
@@ -89,11 +89,11 @@ def merge(
     """
     about = read_about(run.model)
     backbone = saved_backbone_folder(run.recipe.model, run.model)
-    settings = AutoConfig.from_pretrained(backbone, **label_names(Head(**about["head"])))
+    settings = AutoConfig.from_pretrained(backbone, **label_names(HeadShape(**about["head"])))
     settings = lowest_layers(settings, run.recipe.model.num_hidden_layers)
     if getattr(settings, "quantization_config", None):
         raise InputError(f"{backbone}: its weights are quantised in their files, which merging does not read")
-    streams = Merging(run, backbone, settings, Head(**about["head"]), dtype, requantise)
+    streams = Merging(run, backbone, settings, HeadShape(**about["head"]), dtype, requantise)
     folder.mkdir(parents=True, exist_ok=True)
     write_shards(streams.tensors(), folder, shard)
     tokenizer = load_tokenizer(run.model)
@@ -131,7 +131,7 @@ class Merging:
         run: Trained,
         backbone: Path,
         settings: Any,
-        head: Head,
+        head: HeadShape,
         dtype: torch.dtype,
         requantise: BitsAndBytesConfig | None,
     ) -> None:

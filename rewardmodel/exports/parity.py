@@ -279,6 +279,6 @@ def _plain_facts(run: Trained, folder: Path, logits: torch.Tensor, table: pd.Dat
     if objective.head.tie:
         tie = torch.full_like(outputs, read_about(folder)["tie"])
         outputs = torch.cat([outputs, tie], dim=-1)
-    found = objective.orders(outputs)[0].numpy()
+    found = objective.probabilities_by_order(outputs)[0].numpy()
     apart = np.abs(found - predicted(table.head(PLAIN_BATTLES), "ab"))
     return {"battles": PLAIN_BATTLES, "max_abs_dp": float(apart.max())}

@@ -15,7 +15,7 @@ from datasets import Dataset
 from rewardmodel.config.schema import Recipe
 from rewardmodel.data.folds import assign_groups
 from rewardmodel.data.formats import read_battles
-from rewardmodel.data.splits import fingerprints, load_battles, split, trained_on
+from rewardmodel.data.splits import find_seen_battles, fingerprint_parts, load_battles, split
 from rewardmodel.errors import InputError
 from rewardmodel.evaluation.calibration import BLEND, NONE, Calibrator, load
 from rewardmodel.evaluation.text_regression import load as load_floor
@@ -26,18 +26,18 @@ from rewardmodel.model.forward import Predictor
 from rewardmodel.model.loading import load_predictor, trained_layer
 from rewardmodel.objectives import find_objective
 from rewardmodel.predictions import (
-    BATTLE,
+    IDENTITY_COLUMNS,
     PROBABILITIES,
-    SEEN,
-    beside_floor,
-    in_both_orders,
-    mean_table,
-    overrule,
+    SEEN_COLUMN,
+    apply_rules,
+    average_tables,
+    build_predictions,
+    has_both_orders,
     predicted,
-    predictions_table,
     read_predictions,
-    ruled,
-    with_floor,
+    rule_probabilities,
+    stack_baseline,
+    with_baseline,
 )
 from rewardmodel.prompt.tokenization import tokenize
 from rewardmodel.run_folder import (
@@ -112,18 +112,18 @@ def predict(
     ]
     baselines = _baseline_predictions(jobs, [one.blends for one in calibrations], battles)
     tables = _predict_jobs(jobs, battles, work, deadline)
-    tables = [with_floor(table, baselines[at]) if at in baselines else table for at, table in enumerate(tables)]
+    tables = [with_baseline(table, baselines[at]) if at in baselines else table for at, table in enumerate(tables)]
 
     # the mean over the folds of each run, calibrated; then the mean over runs
     averaged = []
     for number in dict.fromkeys(job.run for job in jobs):
         own = [table for job, table in zip(jobs, tables, strict=True) if job.run == number]
-        table = calibrations[number].apply(mean_table(own, [1.0] * len(own)))
+        table = calibrations[number].apply(average_tables(own, [1.0] * len(own)))
         averaged.append((apply_recipe_rules(table, recipes[number], battles), shares[number]))
-    result = mean_table(*map(list, zip(*averaged, strict=True))).reset_index(drop=True)
+    result = average_tables(*map(list, zip(*averaged, strict=True))).reset_index(drop=True)
     if deadline is not None:
         _log_deadline(result, deadline)
-    return result if seen is None else result.assign(**{SEEN: seen})
+    return result if seen is None else result.assign(**{SEEN_COLUMN: seen})
 
 
 class PredictionJob(NamedTuple):
@@ -148,7 +148,7 @@ def _log_deadline(table: pd.DataFrame, deadline: Deadline) -> None:
         late = "" if deadline.left() > 0 else ", and took longer than the time limit"
         logger.info("all %d battles were predicted; no second order was asked of all runs%s", len(table), late)
         return
-    both = int(in_both_orders(table).sum())
+    both = int(has_both_orders(table).sum())
     if both == len(table):
         logger.info("all %d battles were predicted in both orders", both)
     else:
@@ -209,7 +209,7 @@ def _models_by_battle(folders: list[Path], battles: Dataset) -> tuple[np.ndarray
 
     The second is None where a run does not say what it trained on; every model then predicts every battle.
     """
-    trained = trained_on(folders, battles)
+    trained = find_seen_battles(folders, battles)
     if trained is None:
         logger.warning("a run has no training_keys.npy: whether it trained on the battles is unknown")
         return np.ones((len(folders), len(battles)), bool), None
@@ -247,23 +247,23 @@ class RunCalibration(NamedTuple):
         """Return predictions of the run, calibrated.
 
         Battles that the calibrator was fitted on stay as they are, and so do those that were predicted in another
-        number of orders than it was fitted on. To blend, the table has the baseline's predictions (`with_floor`).
+        number of orders than it was fitted on. To blend, the table has the baseline's predictions (`with_baseline`).
         """
         if self.fitted_on is None:
             return table
-        alike = in_both_orders(table) == ("ba_p_tie" in self.fitted_on)
+        alike = has_both_orders(table) == ("ba_p_tie" in self.fitted_on)
         if not alike.any():
             logger.warning("not calibrated: the run's calibrator was fitted with another inference.swap_tta")
             return table
         if not alike.all():
             logger.warning("%d battles stay uncalibrated: the calibrator was fitted on both orders", (~alike).sum())
-        keys = [pd.MultiIndex.from_frame(one[list(BATTLE)]) for one in (table, self.fitted_on)]
+        keys = [pd.MultiIndex.from_frame(one[list(IDENTITY_COLUMNS)]) for one in (table, self.fitted_on)]
         new = ~keys[0].isin(keys[1])
         if not new.all():
             logger.info("%d battles stay uncalibrated: the calibrator was fitted on them", (~new).sum())
         rows = new & alike
         calibrated = table.copy()
-        inputs = beside_floor(table) if self.blends else predicted(table)
+        inputs = stack_baseline(table) if self.blends else predicted(table)
         calibrated.loc[rows, list(PROBABILITIES)] = self.calibrator(inputs)[rows]
         return calibrated
 
@@ -286,8 +286,8 @@ def read_calibration(run: Path, recipe: Recipe) -> RunCalibration:
 
 def apply_recipe_rules(table: pd.DataFrame, recipe: Recipe, battles: Dataset) -> pd.DataFrame:
     """Return predictions, indexed by the battle's number, with the recipe's rules for same and empty responses."""
-    rules = ruled(battles, recipe.inference.tie_if_same, recipe.inference.win_if_other_empty)
-    return overrule(table, rules[table.index])
+    rules = rule_probabilities(battles, recipe.inference.tie_if_same, recipe.inference.win_if_other_empty)
+    return apply_rules(table, rules[table.index])
 
 
 def battles_to_predict(run: Path, battles: Any) -> Dataset:
@@ -304,7 +304,7 @@ def battles_to_predict(run: Path, battles: Any) -> Dataset:
         return read_battles(battles, role="test")
     data = load_run_recipe(run).data
     parts = split(load_battles(data), None if is_k_fold(run) else data.fold)
-    check_same_inputs(run, {"data": fingerprints(parts)})
+    check_same_inputs(run, {"data": fingerprint_parts(parts)})
     part: Dataset = getattr(parts, battles)
     if not len(part):
         raise InputError(f"{run}: its data.{battles} is 0: no battles were kept for that; set it before training")
@@ -353,5 +353,5 @@ def predict_with(
         settings = {**asdict(recipe.model), "dtype": str(predictor.dtype), "batch_tokens": predictor.budget}
         folder = shard_folder(*shards, rows, settings) if shards else None
         logits = sharded_logits(predictor, rows, folder, deadline if both_orders else None)
-    orders = objective.orders(torch.from_numpy(logits))
-    return predictions_table(battles, *(order.numpy() for order in orders))
+    orders = objective.probabilities_by_order(torch.from_numpy(logits))
+    return build_predictions(battles, *(order.numpy() for order in orders))

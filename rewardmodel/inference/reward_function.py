@@ -11,7 +11,7 @@ from rewardmodel.errors import InputError
 from rewardmodel.model.loading import load_predictor
 from rewardmodel.objectives import find_objective
 from rewardmodel.prompt.encoder import PromptEncoder
-from rewardmodel.prompt.tokenization import ROWS, merge
+from rewardmodel.prompt.tokenization import TOKEN_ROW_FEATURES, pack_sequences
 from rewardmodel.run_folder import load_run_recipe, model_folder, trained_models
 
 Conversation = str | Sequence[dict[str, str]]
@@ -50,8 +50,10 @@ def reward_function(run: str | Path) -> Callable[..., list[float]]:
 
     def rewards(prompts: Sequence[Conversation], completions: Sequence[Conversation], **_: Any) -> list[float]:
         turns = [conversation(*pair) for pair in zip(prompts, completions, strict=True)]
-        encoded = [merge([one]) for one in encoder(*zip(*turns, strict=True))]
-        rows = Dataset.from_list([_row(str(number), *one) for number, one in enumerate(encoded)], features=ROWS)
+        encoded = [pack_sequences([one]) for one in encoder(*zip(*turns, strict=True))]
+        rows = Dataset.from_list(
+            [_row(str(number), *one) for number, one in enumerate(encoded)], features=TOKEN_ROW_FEATURES
+        )
         return predictor.logits(rows, local_only=True)[:, 0, 0].tolist()
 
     rewards.__name__ = f"rewardmodel_{run.name}"
@@ -80,7 +82,7 @@ def _messages(given: Conversation, role: str) -> list[dict[str, str]]:
 
 
 def _row(name: str, input_ids: np.ndarray, segment_ids: np.ndarray, branches: list[int]) -> dict[str, Any]:
-    """Return a row of `ROWS` of one conversation, without an outcome."""
+    """Return a row of `TOKEN_ROW_FEATURES` of one conversation, without an outcome."""
     unknown = {"labels": [np.nan] * 3, "teacher": [np.nan] * 3}
     sequence = {"input_ids": input_ids, "segment_ids": segment_ids, "branches": branches, "length": len(input_ids)}
     return {"id": name, **sequence, **unknown, "full": [], "kept": [], "weight": 1.0}

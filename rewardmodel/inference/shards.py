@@ -28,7 +28,7 @@ from rewardmodel.distributed import from_main, is_main, process_state
 from rewardmodel.files import read_arrays, write_arrays, write_text
 from rewardmodel.model.forward import Predictor, check_finite, split_by_tokens
 from rewardmodel.model.packing import is_packed
-from rewardmodel.prompt.tokenization import one_sequence
+from rewardmodel.prompt.tokenization import select_sequence
 
 logger = logging.getLogger(__name__)
 
@@ -119,8 +119,8 @@ def sharded_logits(
 
     if deadline is None:
         return compute_shards(rows, WHOLE)
-    first = compute_shards(one_sequence(rows, 0), FIRST)
-    second = compute_shards(one_sequence(rows, 1), SECOND) if deadline.allows(0) else first[:0]
+    first = compute_shards(select_sequence(rows, 0), FIRST)
+    second = compute_shards(select_sequence(rows, 1), SECOND) if deadline.allows(0) else first[:0]
     return np.concatenate([first, second if len(second) else np.full_like(first, np.nan)], axis=1)
 
 

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from rewardmodel.errors import InputError
 from rewardmodel.model.attention import Layout, Packing
 from rewardmodel.model.families import HEADS
-from rewardmodel.objectives import Head
+from rewardmodel.objectives import HeadShape
 
 
 def last_token(
@@ -106,7 +106,7 @@ class PairTieHead(TieHead):
         return outputs + torch.stack([torch.zeros_like(added), added], dim=1)
 
 
-def last_layer_kind(shape: Head) -> type[FloatLinear]:
+def last_layer_kind(shape: HeadShape) -> type[FloatLinear]:
     """Return the class of the last layer of a head of a shape."""
     return (PairTieHead if shape.pairs else TieHead) if shape.tie else FloatLinear
 
@@ -125,7 +125,7 @@ class FloatHead:
     """
 
     pooling: str
-    shape: Head
+    shape: HeadShape
     last_layer: str | None = None
     new_parts: tuple[str, ...] = ()
     _keep_in_fp32_modules_strict = tuple(rf"^{name}\." for name in HEADS)
@@ -230,7 +230,7 @@ def check_loaded(model: Any, found: dict[str, Any], folder: Path) -> None:
     model.new_parts = tuple(sorted({".".join(parts[:end]) for parts, end in zip(absent, ends, strict=True)}))
 
 
-def classifier_class(config: Any, pooling: str, shape: Head) -> Any:
+def classifier_class(config: Any, pooling: str, shape: HeadShape) -> Any:
     """Return the class that loads a classifier of this configuration, transformers' own with a float32 head mixed in.
 
     Decoders, whose head is the one layer `score`, get `PooledHead`; the others read what their class reads.

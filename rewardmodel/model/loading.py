@@ -27,7 +27,7 @@ from rewardmodel.model.packing import pack_attention
 from rewardmodel.model.precision import quantization_settings, spare_head
 from rewardmodel.model.saved_model import check_head, is_adapter, read_about
 from rewardmodel.model.weights import tensor_shape
-from rewardmodel.objectives import Head
+from rewardmodel.objectives import HeadShape
 from rewardmodel.run_folder import BACKBONE_FILE
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def load_classifier(
-    backbone: Backbone, head: Head, weights: torch.dtype | None = None, on_host: bool = False
+    backbone: Backbone, head: HeadShape, weights: torch.dtype | None = None, on_host: bool = False
 ) -> PreTrainedModel:
     """Return the backbone under a float32 head, quantised if the recipe says so, on its device.
 
@@ -130,13 +130,13 @@ def _check_kept_head(kind: Any, config: Any, folder: Path) -> None:
                 )
 
 
-def label_names(head: Head) -> dict[str, dict]:
+def label_names(head: HeadShape) -> dict[str, dict]:
     """Return `id2label` and `label2id` of a head, as transformers' configurations hold them."""
     names = dict(enumerate(OUTCOMES if head.num_labels == 3 else ["reward"]))
     return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
 
 
-def build_model(backbone: Backbone, head: Head, seed: int) -> tuple[Any, PreTrainedTokenizerBase]:
+def build_model(backbone: Backbone, head: HeadShape, seed: int) -> tuple[Any, PreTrainedTokenizerBase]:
     """Return a new model to train, its adapters initialised with `seed`, and its tokenizer.
 
     Raises:
@@ -224,7 +224,7 @@ def load_saved(
         torch.cuda.empty_cache()
     about, adapted = read_about(folder), is_adapter(folder)
     with _whole_in_every_process():
-        model: Any = load_classifier(backbone, Head(**about["head"]), weights)
+        model: Any = load_classifier(backbone, HeadShape(**about["head"]), weights)
         if adapted:
             check_head(folder, head_names(model))
             model = PeftModel.from_pretrained(model, folder)

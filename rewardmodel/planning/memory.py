@@ -26,7 +26,7 @@ from rewardmodel.model.loading import unwrap
 from rewardmodel.model.lora import add_lora
 from rewardmodel.model.packing import is_packed, may_pack
 from rewardmodel.model.precision import autocast
-from rewardmodel.objectives import Head
+from rewardmodel.objectives import HeadShape
 from rewardmodel.planning.fake_layers import NESTED, ByteDropout, EightBits, FourBits
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ class Plan:
 
     model: ModelConfig
     backbone: Any
-    head: Head
+    head: HeadShape
     dtype: torch.dtype
     attention: str
     gpu: bool

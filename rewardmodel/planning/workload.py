@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from rewardmodel.config.schema import Recipe
-from rewardmodel.data.folds import part_shares
+from rewardmodel.data.folds import plan_parts
 from rewardmodel.data.formats import read_battles
 from rewardmodel.data.splits import load_battles, split
 from rewardmodel.errors import InputError
@@ -64,7 +64,7 @@ def read_lengths(recipe: Recipe, folder: Path) -> Battles:
         lengths = np.interp(np.linspace(0, 100, SAMPLE), *ARENA_TOKENS).clip(max=longest).astype(int).tolist()
         branches, predicted = ([[0, *[length] * times] for length in lengths] for times in _times(recipe))
         source = f"as many and as long as those of the competition, for want of the recipe's ({error})"
-        shares = part_shares(data.folds, data.calibration, data.holdout)[1]
+        shares = plan_parts(data.folds, data.calibration, data.holdout)[1]
         dealt = min(ARENA, data.limit or ARENA) * shares[: data.folds]
         validation = round(dealt[0])
         training = round(dealt.sum()) - validation

@@ -12,13 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from rewardmodel.config.schema import PromptConfig
 from rewardmodel.errors import InputError
-from rewardmodel.prompt.template import ENCODINGS, Template, markers
-from rewardmodel.prompt.truncation import LEAST_ROUND, MARK, TRUNCATIONS, Sizes, keep_rounds, text_kept
+from rewardmodel.prompt.template import ENCODINGS, Template, compile_markers
+from rewardmodel.prompt.truncation import CUT_MARK, MIN_ROUND_TOKENS, TRUNCATIONS, Sizes, count_kept_tokens, keep_rounds
 
 _INSIDE = re.compile(r"(?<=\S)(?=\S)")
 
 
-class Encoded(NamedTuple):
+class EncodedSequence(NamedTuple):
     """One sequence of tokens: (length,) int32 ids, and (length,) int8 segments.
 
     A token's segment is 1 in response A (or the only one), 2 in response B, markers included; else 0.
@@ -31,7 +31,7 @@ class Encoded(NamedTuple):
     kept: Sizes
 
 
-class Fixed(NamedTuple):
+class FixedTokens(NamedTuple):
     """The tokens of a layout's fixed text: before each turn, and after the last; and how many there are."""
 
     before: list[list[int]]
@@ -68,19 +68,19 @@ class PromptEncoder:
                 f"prompt.template: '{name}' has {' and '.join(self.responses)}, but the objective needs "
                 f"{' and '.join(wanted)}, its encoding is {encoding}; leave prompt.template out, or use another"
             )
-        self.mark = self._tokens([MARK])[0]
+        self.mark = self._tokens([CUT_MARK])[0]
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if not token.special]
-        self._markers = markers(self.template.layout(2), tokenizer.all_special_tokens, added)
+        self._markers = compile_markers(self.template.layout(2), tokenizer.all_special_tokens, added)
         self._begin, self._end = _special_frame(tokenizer)
-        self._layouts: dict[int, Fixed] = {}
-        least = self.fixed(1).length + len(self.mark) + LEAST_ROUND
+        self._layouts: dict[int, FixedTokens] = {}
+        least = self.fixed_tokens(1).length + len(self.mark) + MIN_ROUND_TOKENS
         if self.max_length < least:
             raise InputError(
                 f"prompt.max_length: {self.max_length} tokens are too few: the template '{name}' and a "
                 f"little text of each turn take {least}; set at least that"
             )
 
-    def __call__(self, prompts: Sequence[list[str]], *responses: Sequence[list[str]]) -> Iterator[Encoded]:
+    def __call__(self, prompts: Sequence[list[str]], *responses: Sequence[list[str]]) -> Iterator[EncodedSequence]:
         """Yield the tokens of each conversation, in order.
 
         Args:
@@ -89,10 +89,10 @@ class PromptEncoder:
         """
         if len(responses) != len(self.responses):
             raise ValueError(f"{len(responses)} responses for a template with {' and '.join(self.responses)}")
-        for rounds in self.rounds(prompts, *responses):
+        for rounds in self.tokenize_rounds(prompts, *responses):
             yield self.assemble(rounds)
 
-    def rounds(
+    def tokenize_rounds(
         self, prompts: Sequence[list[str]], *responses: Sequence[list[str]]
     ) -> Iterator[list[tuple[list[int], ...]]]:
         """Yield the tokens of each conversation's rounds: of the prompt turn and of each response to it."""
@@ -102,15 +102,15 @@ class PromptEncoder:
         for rounds in conversations:
             yield [tuple(next(tokens) for _ in turns) for turns in rounds]
 
-    def keep(self, rounds: Sequence[Sizes], max_length: int | None = None) -> list[Sizes]:
+    def fit_rounds(self, rounds: Sequence[Sizes], max_length: int | None = None) -> list[Sizes]:
         """Return how many tokens of each text of the latest rounds stay, marks included."""
         budget = self.max_length if max_length is None else max_length
         share = TRUNCATIONS[self.truncation].share
-        return keep_rounds(rounds, lambda count: budget - self.fixed(count).length, len(self.mark), share)
+        return keep_rounds(rounds, lambda count: budget - self.fixed_tokens(count).length, len(self.mark), share)
 
     def settings(self) -> list:
         """Return all that the tokens depend on, besides the texts and the code."""
-        layouts = [self.fixed(rounds) for rounds in (1, 2, 3)]
+        layouts = [self.fixed_tokens(rounds) for rounds in (1, 2, 3)]
         fixed = [
             self.template.text,
             self.tokenizer.chat_template,
@@ -122,12 +122,12 @@ class PromptEncoder:
         ]
         return [*fixed, self.tokenizer.backend_tokenizer.to_str()]
 
-    def assemble(self, rounds: list[tuple[list[int], ...]]) -> Encoded:
+    def assemble(self, rounds: list[tuple[list[int], ...]]) -> EncodedSequence:
         """Return one sequence of the tokens of a conversation's rounds, at most `max_length`."""
         sizes = [tuple(map(len, texts)) for texts in rounds]
-        kept_sizes = self.keep(sizes)
+        kept_sizes = self.fit_rounds(sizes)
         dropped = len(rounds) - len(kept_sizes)
-        fixed = self.fixed(len(kept_sizes))
+        fixed = self.fixed_tokens(len(kept_sizes))
         cut = TRUNCATIONS[self.truncation].cut
         input_ids: list[int] = []
         segments, counts = [], []
@@ -141,28 +141,30 @@ class PromptEncoder:
             counts.append(len(input_ids) - start)
         input_ids += fixed.after
         segment_ids = np.repeat(np.array([*segments, 0], np.int8), [*counts, len(fixed.after)])
-        return Encoded(np.array(input_ids, np.int32), segment_ids, total(sizes), self.total_kept(sizes, kept_sizes))
+        return EncodedSequence(
+            np.array(input_ids, np.int32), segment_ids, sum_sizes(sizes), self.count_kept(sizes, kept_sizes)
+        )
 
-    def total_kept(self, rounds: Sequence[Sizes], kept: Sequence[Sizes]) -> Sizes:
+    def count_kept(self, rounds: Sequence[Sizes], kept: Sequence[Sizes]) -> Sizes:
         """Return the tokens of the prompt and of each response that stay, over all rounds, without marks."""
         latest = rounds[len(rounds) - len(kept) :]
         stay = [
-            tuple(text_kept(full, size, len(self.mark)) for full, size in zip(*pair, strict=True))
+            tuple(count_kept_tokens(full, size, len(self.mark)) for full, size in zip(*pair, strict=True))
             for pair in zip(latest, kept, strict=True)
         ]
-        return total(stay)
+        return sum_sizes(stay)
 
     def _neutral(self, text: str) -> str:
         """Return `text` with a blank inside a word of anything that looks like a marker of the template."""
         return self._markers.sub(lambda found: _INSIDE.sub(" ", found[0], count=1), text)
 
-    def fixed(self, rounds: int) -> Fixed:
+    def fixed_tokens(self, rounds: int) -> FixedTokens:
         """Return the tokens around the turns of a conversation of so many rounds."""
         if rounds not in self._layouts:
             self._layouts[rounds] = self._lay_out(rounds)
         return self._layouts[rounds]
 
-    def _lay_out(self, rounds: int) -> Fixed:
+    def _lay_out(self, rounds: int) -> FixedTokens:
         layout = self.template.layout(rounds)
         before = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in layout.before]
         after = self.tokenizer(layout.after, add_special_tokens=False)["input_ids"]
@@ -170,7 +172,7 @@ class PromptEncoder:
             before[0] = self._begin + before[0]
         if self._end and after[-len(self._end) :] != self._end:
             after = after + self._end
-        return Fixed(before, layout.turns, after, sum(map(len, before)) + len(after))
+        return FixedTokens(before, layout.turns, after, sum(map(len, before)) + len(after))
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
         """Return the tokens of texts, in which the spelling of a special token is text like any other."""
@@ -182,7 +184,7 @@ class PromptEncoder:
         )["input_ids"]  # fmt: skip
 
 
-def total(rounds: Sequence[Sizes]) -> Sizes:
+def sum_sizes(rounds: Sequence[Sizes]) -> Sizes:
     """Return the tokens of the prompt and of each response over all rounds."""
     return tuple(map(sum, zip(*rounds, strict=True)))
 

@@ -45,10 +45,13 @@ TEMPLATES = {
 CHAT = "chat"
 """The name of the backbone's own chat template, which encodes each response alone."""
 
-JOINT, SEPARATE = ("response_a", "response_b"), ("response",)
+JOINT_RESPONSES, SEPARATE_RESPONSES = ("response_a", "response_b"), ("response",)
 """What a round's responses are called when both stand in one sequence, and when each stands in one of its own."""
 
-ENCODINGS = {"joint": (JOINT, "instruction", "encoder"), "separate": (SEPARATE, CHAT, "encoder_response")}
+ENCODINGS = {
+    "joint": (JOINT_RESPONSES, "instruction", "encoder"),
+    "separate": (SEPARATE_RESPONSES, CHAT, "encoder_response"),
+}
 """For an objective's encoding the responses that a template must have, and the template where a recipe names none: for
 a decoder, and for an encoder, whose tokenizer has a separator."""
 
@@ -56,11 +59,19 @@ a decoder, and for an encoder, whose tokenizer has a separator."""
 _PLACEHOLDER = re.compile("\ue000Turn (\\d+) tEXT (\\d)\ue001")
 
 
-FAULTS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError, OverflowError)
+RENDER_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    RecursionError,
+    OverflowError,
+)
 """What a template that is wrong raises when it is rendered."""
 
 
-class Layout(NamedTuple):
+class TemplateLayout(NamedTuple):
     """Fixed text before each turn, the (round, text number) of each turn, and the fixed text after the last.
 
     Text number 0 is the prompt, 1 and 2 are the responses.
@@ -92,11 +103,11 @@ class Template:
             )
         if text == CHAT and not tokenizer.chat_template:
             raise InputError("prompt.template: the backbone has no chat template; set it to response, or give Jinja")
-        self.responses = JOINT if JOINT[0] in self.text else SEPARATE
+        self.responses = JOINT_RESPONSES if JOINT_RESPONSES[0] in self.text else SEPARATE_RESPONSES
         for rounds in (1, 2):
             self.layout(rounds)
 
-    def layout(self, rounds: int) -> Layout:
+    def layout(self, rounds: int) -> TemplateLayout:
         """Return the fixed text of a conversation of so many rounds."""
         names = ("prompt", *self.responses)
         placeholders = [
@@ -105,7 +116,7 @@ class Template:
         ]
         try:
             rendered = (_chat if self.text == CHAT else _jinja)(self.text, self.tokenizer, placeholders)
-        except FAULTS as error:
+        except RENDER_ERRORS as error:
             raise InputError(f"prompt.template: {' '.join(str(error).split())}; mend the template") from error
         pieces = _PLACEHOLDER.split(rendered)
         turns = [(int(number), int(text)) for number, text in zip(pieces[1::3], pieces[2::3], strict=True)]
@@ -116,10 +127,10 @@ class Template:
                 f"prompt.template: with {rounds} rounds, the {names[wrong[1]]} of round {wrong[0] + 1} stands there "
                 f"{turns.count(wrong)} times; a template must place {', '.join(names)} of every round once, unchanged"
             )
-        return Layout(pieces[:-1:3], turns, pieces[-1])
+        return TemplateLayout(pieces[:-1:3], turns, pieces[-1])
 
 
-def markers(layout: Layout, special: list[str], added: Iterable[str] = ()) -> re.Pattern[str]:
+def compile_markers(layout: TemplateLayout, special: list[str], added: Iterable[str] = ()) -> re.Pattern[str]:
     """Return a pattern of the fixed text that tells turns apart, in any case and spacing.
 
     That is the line directly before each turn and the first one after the last turn, without special tokens, whose

@@ -9,15 +9,15 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from rewardmodel.battles import OUTCOMES, TEACHER
+from rewardmodel.battles import OUTCOMES, TEACHER_COLUMNS
 from rewardmodel.config.schema import PromptConfig
 from rewardmodel.files import cache_folder
 from rewardmodel.prompt import encoder as prompt
 from rewardmodel.prompt import template, truncation
-from rewardmodel.prompt.encoder import Encoded, PromptEncoder
+from rewardmodel.prompt.encoder import EncodedSequence, PromptEncoder
 from rewardmodel.prompt.truncation import Sizes
 
-ROWS = Features(
+TOKEN_ROW_FEATURES = Features(
     {
         "id": Value("string"),
         "input_ids": List(Value("int32")),
@@ -38,7 +38,7 @@ after truncation; its outcome and a teacher's probabilities (NaN where there is 
 MODEL_COLUMNS = ("id", "input_ids", "segment_ids", "branches", "length", "labels", "teacher", "weight")
 """Columns that training and prediction read."""
 
-SEQUENCES = {"joint": ((0, 1, 2), (0, 2, 1)), "separate": ((0, 1), (0, 2))}
+SEQUENCE_TEXTS = {"joint": ((0, 1, 2), (0, 2, 1)), "separate": ((0, 1), (0, 2))}
 """The texts of each sequence of a battle by encoding: 0 is the prompt, 1 and 2 are the responses A and B."""
 
 BATTLES_A_BATCH = 500
@@ -54,7 +54,7 @@ def tokenize(
     encoding: str = "joint",
     both_orders: bool = False,
 ) -> Dataset:
-    """Return one row of `ROWS` a battle, in the same order; kept in the cache by battles and settings.
+    """Return one row of `TOKEN_ROW_FEATURES` a battle, in the same order; kept in the cache by battles and settings.
 
     The sequences of a battle begin alike: those tokens are in the row once.
 
@@ -70,14 +70,14 @@ def tokenize(
         InputError: the template is unknown, for the other encoding, or does not fit into `config.max_length`.
     """
     encoder = PromptEncoder(tokenizer, config, encoding)
-    orders = SEQUENCES[encoding][: None if both_orders or encoding == "separate" else 1]
+    orders = SEQUENCE_TEXTS[encoding][: None if both_orders or encoding == "separate" else 1]
 
     def rows(batch: dict[str, list]) -> dict[str, Any]:
         battles = [
             [encoder.assemble([tuple(texts[text] for text in order) for texts in rounds]) for order in orders]
-            for rounds in encoder.rounds(batch["prompt"], batch["response_a"], batch["response_b"])
+            for rounds in encoder.tokenize_rounds(batch["prompt"], batch["response_a"], batch["response_b"])
         ]
-        merged = [merge(battle) for battle in battles]
+        merged = [pack_sequences(battle) for battle in battles]
         return {
             "id": batch["id"],
             "input_ids": [row.input_ids for row in merged],
@@ -87,11 +87,11 @@ def tokenize(
             "full": [_sizes([one.full for one in battle]) for battle in battles],
             "kept": [_sizes([one.kept for one in battle]) for battle in battles],
             "labels": np.array([batch[name] for name in OUTCOMES], dtype=np.float32).T,
-            "teacher": np.array([batch[name] for name in TEACHER], dtype=np.float32).T,
+            "teacher": np.array([batch[name] for name in TEACHER_COLUMNS], dtype=np.float32).T,
             "weight": batch["weight"],
         }
 
-    sources = [inspect.getsource(part) for part in (prompt, template, truncation, merge, _sizes, tokenize)]
+    sources = [inspect.getsource(part) for part in (prompt, template, truncation, pack_sequences, _sizes, tokenize)]
     fingerprint = Hasher.hash([battles._fingerprint, encoder.settings(), orders, sources])
     folder = cache_folder() / "tokens"
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def tokenize(
         batch_size=BATTLES_A_BATCH,
         num_proc=num_proc,
         remove_columns=battles.column_names,
-        features=ROWS,
+        features=TOKEN_ROW_FEATURES,
         new_fingerprint=fingerprint,
         cache_file_name=str(folder / f"{fingerprint}.arrow"),
         desc="tokenizing",
@@ -116,15 +116,15 @@ def _sizes(sequences: Sequence[Sizes]) -> Sizes:
     return min(prompt_a, prompt_b), a, b
 
 
-class Merged(NamedTuple):
-    """Sequences of one battle in one row: (length,) int32 ids, (length,) int8 segments, and `branches` of `ROWS`."""
+class PackedRow(NamedTuple):
+    """Sequences of one battle in one row: (length,) int32 ids, (length,) int8 segments, and the row's `branches`."""
 
     input_ids: np.ndarray
     segment_ids: np.ndarray
     branches: list[int]
 
 
-def merge(sequences: Sequence[Encoded]) -> Merged:
+def pack_sequences(sequences: Sequence[EncodedSequence]) -> PackedRow:
     """Return the tokens with which all sequences begin, once, and then what each goes on with, one token at least."""
     first, *others = sequences
     shared = 0
@@ -136,14 +136,14 @@ def merge(sequences: Sequence[Encoded]) -> Merged:
         ]
         anywhere = np.flatnonzero(np.any(differ, axis=0))
         shared = int(anywhere[0]) if len(anywhere) else most
-    return Merged(
+    return PackedRow(
         np.concatenate([first.input_ids[:shared], *(one.input_ids[shared:] for one in sequences)]),
         np.concatenate([first.segment_ids[:shared], *(one.segment_ids[shared:] for one in sequences)]),
         [shared, *(len(one.input_ids) - shared for one in sequences)],
     )
 
 
-def one_sequence(rows: Dataset, number: int) -> Dataset:
+def select_sequence(rows: Dataset, number: int) -> Dataset:
     """Return rows with the columns that models read, and with one of their sequences alone, by its place."""
     rows = rows.select_columns(list(MODEL_COLUMNS))
     return rows.map(_alone, fn_kwargs={"number": number}, features=rows.features, desc="taking orders apart")
@@ -158,12 +158,12 @@ def _alone(row: dict[str, Any], number: int) -> dict[str, Any]:
     return {**kept, "branches": [0, shared + lengths[number]], "length": shared + lengths[number]}
 
 
-def saved(rows: Dataset) -> float:
+def shared_token_fraction(rows: Dataset) -> float:
     """Return the share of all sequences' tokens that rows do without, because sequences of a battle share them."""
     tokens = sum(shared * len(branches) + sum(branches) for shared, *branches in rows["branches"])
     return 1 - sum(rows["length"]) / tokens
 
 
-def retention(rows: Dataset) -> dict[str, float]:
+def measure_row_retention(rows: Dataset) -> dict[str, float]:
     """Return what truncation left of tokenised battles, as `prompt.truncation.retention` does."""
-    return truncation.retention(*(np.array(rows[name][:]) for name in ("full", "kept")))
+    return truncation.measure_retention(*(np.array(rows[name][:]) for name in ("full", "kept")))

@@ -11,10 +11,10 @@ import numpy as np
 Sizes = tuple[int, ...]
 """Tokens of one round: of the prompt turn, then of each response."""
 
-MARK = " […] "
+CUT_MARK = " […] "
 """Stands where text was cut."""
 
-LEAST_ROUND = 48
+MIN_ROUND_TOKENS = 48
 """An older round of a conversation is kept only if at least so many tokens are left for its texts."""
 
 
@@ -42,7 +42,7 @@ def keep_rounds(
     used = mark if len(rounds) > 1 else 0
     for texts in reversed(rounds):
         left = room(len(kept) + 1) - used
-        if kept and left < min(LEAST_ROUND, sum(texts)):
+        if kept and left < min(MIN_ROUND_TOKENS, sum(texts)):
             break
         kept.append(share(texts, left))
         used += sum(kept[-1])
@@ -97,12 +97,12 @@ def cut_head(ids: list[int], size: int, mark: list[int]) -> list[int]:
     return ids[len(ids) - size :] if rest < 2 else mark + ids[-rest:]
 
 
-def text_kept(full: int, size: int, mark: int) -> int:
+def count_kept_tokens(full: int, size: int, mark: int) -> int:
     """Return how many tokens of a text of `full` tokens its cut to `size` keeps, without the mark."""
     return full if full <= size else size - mark if size - mark >= 2 else size
 
 
-def retention(full: np.ndarray, kept: np.ndarray) -> dict[str, float]:
+def measure_retention(full: np.ndarray, kept: np.ndarray) -> dict[str, float]:
     """Return what a truncation leaves: shares of battles cut, and of prompt and response tokens kept.
 
     Args:

@@ -146,7 +146,7 @@ def _read_unscaled(layer: Any, center: torch.Tensor, scale: torch.Tensor) -> Non
 
 
 def _total(examples: Examples, objective: Objective) -> float:
-    return float((examples.weight * objective.counted(examples.labels)).sum()) or 1.0
+    return float((examples.weight * objective.denominators(examples.labels)).sum()) or 1.0
 
 
 def _loss(layer: Any, examples: Examples, objective: Objective, settings: Settings) -> torch.Tensor:

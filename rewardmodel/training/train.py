@@ -17,8 +17,8 @@ from trl import RewardConfig
 from rewardmodel.battles import AUGMENTATIONS
 from rewardmodel.config.schema import Recipe
 from rewardmodel.config.trainer import EARLY_STOPPING, HEAD_RATE, LORAPLUS, TOKENS
-from rewardmodel.data.splits import Parts, fingerprints, load_battles, split, write_training_keys
-from rewardmodel.data.teacher import check_taught, with_soft_outcomes
+from rewardmodel.data.splits import Parts, fingerprint_parts, load_battles, split, write_training_keys
+from rewardmodel.data.teacher import check_teacher, with_soft_outcomes
 from rewardmodel.distributed import from_main, is_main, wait_for_all
 from rewardmodel.model.backbone import Backbone, resolve_backbone
 from rewardmodel.model.compatibility import check_ties
@@ -27,7 +27,7 @@ from rewardmodel.model.forward import Predictor
 from rewardmodel.model.loading import build_model, load_tokenizer, save_model, trained_layer
 from rewardmodel.model.precision import dtype_name
 from rewardmodel.objectives import find_objective, fit_tie
-from rewardmodel.prompt.tokenization import retention, saved, tokenize
+from rewardmodel.prompt.tokenization import measure_row_retention, shared_token_fraction, tokenize
 from rewardmodel.run_folder import RunFolder, check_run, check_same_inputs, last_checkpoint, open_run, write_environment
 from rewardmodel.training.arguments import LearningRates, training_arguments
 from rewardmodel.training.head_fit import Examples, check_groups, fit_last_layer
@@ -75,8 +75,8 @@ def train(
     # read and tokenise in the main process first: the others find its work in the cache
     with args.main_process_first():
         parts = parts or split(load_battles(recipe.data, battles), recipe.data.fold)
-        check_taught(parts.training, recipe.objective.name, objective.teacher)
-        data = fingerprints(parts)
+        check_teacher(parts.training, recipe.objective.name, objective.teacher)
+        data = fingerprint_parts(parts)
         if resume and run.model.is_dir():
             check_same_inputs(run.path, {"data": data})
             if is_main():
@@ -202,7 +202,7 @@ def _tokenize_parts(parts: Parts, tokenizer: PreTrainedTokenizerBase, recipe: Re
     encoding, both = objective.encoding, swaps == "both"
     rows = tokenize(training, tokenizer, recipe.prompt, num_proc, encoding=encoding, both_orders=both)
     validation = tokenize(parts.validation, tokenizer, recipe.prompt, num_proc, encoding=encoding)
-    kept = retention(rows)
+    kept = measure_row_retention(rows)
     shares = len(rows[0]["branches"]) > 2
     logger.info(
         "%d battles to train on, %d for validation; max_length %d cuts %.1f %% of battles and keeps %.1f %% of the "
@@ -212,7 +212,7 @@ def _tokenize_parts(parts: Parts, tokenizer: PreTrainedTokenizerBase, recipe: Re
         recipe.prompt.max_length,
         100 * kept["battles_cut"],
         100 * kept["responses_kept"],
-        f"; its sequences share {100 * saved(rows):.1f} % of their tokens" if shares else "",
+        f"; its sequences share {100 * shared_token_fraction(rows):.1f} % of their tokens" if shares else "",
     )
     return rows, validation
 

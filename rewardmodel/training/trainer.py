@@ -196,7 +196,7 @@ class PreferenceTrainer(RewardTrainer):
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """Return log loss and accuracy of the validation battles in the order given, and log them."""
         logits = torch.from_numpy(self._validation_logits())
-        predicted = self.objective.orders(logits)[0].double().numpy()
+        predicted = self.objective.probabilities_by_order(logits)[0].double().numpy()
         true = np.asarray(self.eval_dataset["labels"][:], dtype=np.float64)
         found = {"log_loss": log_loss(predicted, true), "accuracy": accuracy(predicted, true)}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
@@ -257,7 +257,7 @@ class PreferenceTrainer(RewardTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> float:
         """Return the total weight of the battles of an optimiser step, over all micro-batches and processes."""
         rows = [row for rows in batch_samples for row in rows]
-        counted = self.objective.counted(torch.tensor([row["labels"] for row in rows])).tolist()
+        counted = self.objective.denominators(torch.tensor([row["labels"] for row in rows])).tolist()
         return sum(row["weight"] * count for row, count in zip(rows, counted, strict=True)) or 1.0
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:

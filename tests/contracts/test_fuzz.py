@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rewardmodel.battles import FEATURES
+from rewardmodel.battles import BATTLE_FEATURES
 from rewardmodel.data.formats import read_battles
 from rewardmodel.errors import InputError
 
@@ -326,7 +326,7 @@ def fault_of(path, kind):
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:300]}", False
     count = COUNTS[kind](path.read_bytes())
-    if battles.features != FEATURES or len(battles) != count:
+    if battles.features != BATTLE_FEATURES or len(battles) != count:
         return f"{len(battles)} battles of {count} rows", True
     return None, True
 

@@ -6,14 +6,13 @@ from builders import from_columns, make_tokenizer
 
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.config.schema import PromptConfig
-from rewardmodel.data import audit as module
 from rewardmodel.data.audit import audit, format_audit
-from rewardmodel.data.folds import CALIBRATION, HOLDOUT, TRAIN_ONLY, assign_folds, assign_groups
+from rewardmodel.data.folds import CALIBRATION_FOLD, HOLDOUT_FOLD, TRAIN_ONLY, assign_folds, assign_groups
+from rewardmodel.prompt import token_counts
 from rewardmodel.prompt.encoder import PromptEncoder
-from rewardmodel.prompt.template import JOINT, TEMPLATES
+from rewardmodel.prompt.token_counts import count_tokens
 
 A, B, TIE = np.eye(3).tolist()
-TOKENIZER = make_tokenizer()
 
 
 def battles_of(prompts, first=None, second=None, winners=None, **columns):
@@ -35,9 +34,9 @@ def numbered(count, winners=None, **columns):
     return battles_of(prompts, winners=winners, **columns)
 
 
-def encoder(template="instruction", max_length=256, **settings):
-    encoding = "joint" if "response_a" in TEMPLATES.get(template, template) else "separate"
-    return PromptEncoder(TOKENIZER, PromptConfig(template=template, max_length=max_length, **settings), encoding)
+def tokens_of(battles, seed=0):
+    config = PromptConfig(template="instruction", max_length=256)
+    return count_tokens(battles, PromptEncoder(make_tokenizer(), config), seed)
 
 
 def long_battles():
@@ -153,7 +152,7 @@ def test_a_group_of_many_battles_is_told():
 
 
 def test_parts_and_how_far_their_outcomes_are_off():
-    folds = [0, 0, 1, 1, CALIBRATION, HOLDOUT, TRAIN_ONLY, -1]
+    folds = [0, 0, 1, 1, CALIBRATION_FOLD, HOLDOUT_FOLD, TRAIN_ONLY, -1]
     parts = audit(numbered(8, [A, A, A, B, B, B, TIE, TIE], fold=folds))["parts"]
     assert list(parts) == ["fold 0", "fold 1", "not dealt", "train only", "calibration", "holdout"]
     assert parts["fold 1"]["battles"] == 2
@@ -184,24 +183,25 @@ def test_duplicates_and_near_duplicates_are_told_with_examples():
     assert facts["duplicates"]["battles"] == 2
     assert facts["near_duplicates"]["pairs"] == 1
     lines = format_audit(facts)
-    assert "Exact repeats, with A and B exchanged or not: 2 battles." in lines
+    assert "Exact duplicates, with A and B exchanged or not: 2 battles." in lines
     assert "with different winners: 1 battle, in 2 rows, e.g. id0 and id1." in lines
-    assert "nearly the same: at least 1 (2 battles), e.g. id" in lines
-    assert "A winner, though both responses are the same: 2 battles." in lines
+    assert "in different groups: at least 1 (2 battles), e.g. id" in lines
+    assert "A winner although both responses are the same: 2 battles." in lines
 
 
 def test_nothing_wrong_is_said_so():
     battles = assign_folds(assign_groups(numbered(60, [A, B, TIE] * 20)), 3)
     facts = audit(battles)
     assert facts["near_duplicates"]["pairs"] == 0
-    assert format_audit(facts).endswith("nothing looks wrong")
+    assert format_audit(facts).endswith("no problems found")
 
 
 def test_facts_are_json_the_same_each_time_and_do_not_depend_on_row_order():
     battles = assign_groups(long_battles())
-    facts = audit(battles, encoder(), seed=1)
-    assert json.loads(json.dumps(facts, allow_nan=False)) == facts == audit(battles, encoder(), seed=1)
-    backwards = audit(battles.select(range(len(battles))[::-1]), encoder(), seed=2)
+    facts = audit(battles, tokens_of(battles, seed=1))
+    assert json.loads(json.dumps(facts, allow_nan=False)) == facts == audit(battles, tokens_of(battles, seed=1))
+    turned = battles.select(range(len(battles))[::-1])
+    backwards = audit(turned, tokens_of(turned, seed=2))
     for name in ("sources", "turns", "empty_turns", "scripts", "groups"):
         assert backwards[name] == facts[name]
     assert flat(backwards["tokens"]) == pytest.approx(flat(facts["tokens"]))
@@ -220,85 +220,26 @@ def test_batches_do_not_change_what_is_found():
     assert facts["characters"]["prompt"]["75"] == np.percentile(lengths, 75)
 
 
-def test_tokens_are_those_of_the_encoder():
-    battles, made = long_battles(), encoder(max_length=100_000)
-    tokens = audit(battles, made)["tokens"]
-    encoded = list(made(*(battles[name][:] for name in ("prompt", "response_a", "response_b"))))
-    full = np.array([row.full for row in encoded])
-    assert tokens["battles"] == 40
-    assert tokens["lengths"]["prompt"]["max"] == full[:, 0].max()
-    assert tokens["lengths"]["both_responses"]["mean"] == pytest.approx(full[:, 1:].sum(axis=1).mean())
-    assert tokens["lengths"]["longer_response"]["50"] == np.median(full[:, 1:].max(axis=1))
-    assert tokens["lengths"]["sequence"]["95"] == np.percentile([len(row.input_ids) for row in encoded], 95)
-
-
-@pytest.mark.parametrize("truncation", ["balanced", "head"])
-def test_retention_is_that_of_the_encoder_at_each_budget(truncation):
+def test_lengths_of_tokens_become_percentiles():
     battles = long_battles()
-    tokens = audit(battles, encoder(truncation=truncation))["tokens"]
-    assert [row["max_length"] for row in tokens["retention"]] == [256, *module.MAX_LENGTHS]
-    for row in tokens["retention"][:4]:
-        made = encoder(max_length=row["max_length"], truncation=truncation)
-        encoded = list(made(*(battles[name][:] for name in ("prompt", "response_a", "response_b"))))
-        full, kept = (np.array([getattr(one, name) for one in encoded]) for name in ("full", "kept"))
-        assert row["kept"] == pytest.approx(module.retention(full, kept))
+    tokens = tokens_of(battles)
+    facts = audit(battles, tokens)["tokens"]
+    lengths = tokens["lengths"]
+    assert facts["battles"] == 40
+    assert facts["lengths"]["prompt"]["max"] == lengths["prompt"].max()
+    assert facts["lengths"]["both_responses"]["mean"] == pytest.approx(lengths["both_responses"].mean())
+    assert facts["lengths"]["longer_response"]["50"] == np.median(lengths["longer_response"])
+    assert facts["lengths"]["sequence"]["95"] == np.percentile(lengths["sequence"], 95)
+    assert {**facts, "lengths": 0} == {**tokens, "lengths": 0}
 
 
-def test_right_cut_keeps_what_stands_in_the_first_tokens_of_the_whole_layout():
-    battles, whole = long_battles(), encoder(max_length=100_000)
-    tokens = audit(battles, encoder())["tokens"]
-    names = ("prompt", "response_a", "response_b")
-    full, kept = [], []
-    for rounds in whole.rounds(*(battles[name][:] for name in names)):
-        fixed = whole.fixed(len(rounds))
-        marks = []  # of each token of the layout, the text that it belongs to, or -1
-        for before, (number, text) in zip(fixed.before, fixed.turns, strict=True):
-            marks += [-1] * len(before) + [text] * len(rounds[number][text])
-        full.append([marks.count(text) for text in range(3)])
-        kept.append([marks[:512].count(text) for text in range(3)])
-    (row,) = (row for row in tokens["retention"] if row["max_length"] == 512)
-    assert row["right_cut"] == pytest.approx(module.retention(np.array(full), np.array(kept)))
-
-
-def test_responses_that_are_encoded_alone_make_two_sequences_a_battle():
-    template = "{% for round in rounds %}<P>{{ round.prompt }}<R>{{ round.response }}{% endfor %}"
-    made = encoder(template, max_length=200)
-    assert made.responses != JOINT
-    battles = battles_of([["p " * 100], ["p"]], [["a " * 300], ["a"]], [["b " * 4], ["b"]])
-    tokens = audit(battles, made)["tokens"]
-    columns = [battles[name][:] for name in ("prompt", "response_a", "response_b")]
-    sides = [list(made(columns[0], column)) for column in columns[1:]]
-    full = np.array([[a.full[0], a.full[1], b.full[1]] for a, b in zip(*sides, strict=True)])
-    kept = np.array([[min(a.kept[0], b.kept[0]), a.kept[1], b.kept[1]] for a, b in zip(*sides, strict=True)])
-    row = tokens["retention"][0]
-    assert row["max_length"] == 200
-    assert row["kept"] == pytest.approx(module.retention(full, kept))
-    assert row["kept"]["battles_cut"] == 0.5
-    whole = encoder(template, max_length=100_000)
-    lengths = [len(one.input_ids) for column in columns[1:] for one in whole(columns[0], column)]
-    assert tokens["lengths"]["sequence"]["mean"] == pytest.approx(np.mean(lengths))
-
-
-def test_budgets_that_the_template_does_not_fit_into_are_left_out():
-    turns = "{{ r.prompt }}|{{ r.response_a }}|{{ r.response_b }}"
-    made = encoder(f"{{% for r in rounds %}}{'long instruction ' * 60}{turns}{{% endfor %}}", max_length=8192)
-    least = made.fixed(1).length
-    found = [row["max_length"] for row in audit(numbered(2), made)["tokens"]["retention"]]
-    assert found == [length for length in module.MAX_LENGTHS if length > least + 60]
-    assert 512 not in found
-
-
-def test_tokens_of_many_battles_are_those_of_a_seeded_sample(monkeypatch):
-    monkeypatch.setattr(module, "SAMPLE", 10)
+def test_lines_say_how_many_battles_were_tokenised(monkeypatch):
+    monkeypatch.setattr(token_counts, "SAMPLED_BATTLES", 10)
     battles = long_battles()
-    first, again, other = (audit(battles, encoder(), seed=seed)["tokens"] for seed in (0, 0, 1))
-    assert first["battles"] == 10
-    assert first == again
-    assert first != other
-    assert "tokens of 10 battles" in format_audit(audit(battles, encoder()))
+    assert "tokens of 10 battles" in format_audit(audit(battles, tokens_of(battles)))
 
 
-def test_without_an_encoder_there_are_no_tokens():
+def test_without_counted_tokens_there_are_none():
     facts = audit(numbered(3, [A, B, TIE]))
     assert facts["tokens"] is None
     assert "tokens" not in format_audit(facts)
@@ -307,7 +248,7 @@ def test_without_an_encoder_there_are_no_tokens():
 def test_lines_fit_a_terminal():
     names = [f"a_source_with_a_rather_long_name_number_{number}" for number in range(20)]
     battles = numbered(1200, [A, B, A] * 400, source=[names[row % 20] for row in range(1200)])
-    facts = audit(assign_folds(assign_groups(battles), 20, holdout=0.1), encoder())
+    facts = audit(assign_folds(assign_groups(battles), 20, holdout=0.1), tokens_of(battles))
     facts["near_duplicates"] |= {
         "pairs": 3,
         "battles": 6,

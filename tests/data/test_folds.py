@@ -4,8 +4,8 @@ from builders import from_columns
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rewardmodel.battles import FEATURES, OUTCOMES, outcomes, swap
-from rewardmodel.data.folds import TRIVIAL_RESPONSES, assign_folds, assign_groups, content_keys, limit
+from rewardmodel.battles import BATTLE_FEATURES, OUTCOMES, outcomes, swap
+from rewardmodel.data.folds import TRIVIAL_RESPONSES, assign_folds, assign_groups, content_keys, limit_battles
 from rewardmodel.errors import InputError
 
 LONG = [f"answer {letter} " + letter * TRIVIAL_RESPONSES for letter in "uvwxyz"]
@@ -150,8 +150,8 @@ def test_turns_are_not_joined_into_one():
 def test_groups_and_folds_change_nothing_else():
     battles = battles_of([f"prompt {row % 9}" for row in range(30)])
     split = assign_folds(assign_groups(battles), 3)
-    assert split.features == FEATURES
-    assert split.column_names == list(FEATURES)
+    assert split.features == BATTLE_FEATURES
+    assert split.column_names == list(BATTLE_FEATURES)
     names = ["group", "fold"]
     assert split.remove_columns(names).to_dict() == battles.remove_columns(names).to_dict()
 
@@ -216,7 +216,7 @@ def test_an_outcome_rarer_than_folds_is_no_warning():
 def test_limit_returns_whole_groups_of_at_least_count_battles_in_their_order(count, seed, prompts):
     random = np.random.default_rng(seed)
     battles = assign_groups(battles_of([f"prompt {number}" for number in random.integers(prompts, size=50)]))
-    kept = limit(battles, count, seed)
+    kept = limit_battles(battles, count, seed)
     groups = np.array(battles["group"])
     assert len(kept) >= min(count, 50)
     assert kept["id"][:] == [name for name, group in by_id(battles, "group").items() if group in set(kept["group"])]
@@ -225,13 +225,13 @@ def test_limit_returns_whole_groups_of_at_least_count_battles_in_their_order(cou
 
 
 def test_limit_is_deterministic_by_seed(thousand):
-    once, again, other = (limit(thousand, 100, seed)["id"][:] for seed in (1, 1, 2))
+    once, again, other = (limit_battles(thousand, 100, seed)["id"][:] for seed in (1, 1, 2))
     assert once == again
     assert once != other
 
 
 def test_limit_above_the_number_of_battles_returns_all(thousand):
-    assert limit(thousand, 5000)["id"][:] == thousand["id"][:]
+    assert limit_battles(thousand, 5000)["id"][:] == thousand["id"][:]
 
 
 def test_content_keys_are_in_common_where_groups_are():

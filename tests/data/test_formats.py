@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewardmodel.battles import FEATURES, OUTCOMES, TEACHER, TEXTS, is_labelled, outcomes, swap, weights
+from rewardmodel.battles import (
+    BATTLE_FEATURES,
+    OUTCOMES,
+    TEACHER_COLUMNS,
+    TEXT_COLUMNS,
+    is_labelled,
+    outcomes,
+    swap,
+    weights,
+)
 from rewardmodel.config.schema import Source
 from rewardmodel.data import formats
 from rewardmodel.data import readers as sources
@@ -55,11 +64,11 @@ def test_labelled_competition_file_is_read_as_it_stands(tmp_path):
         '53567,llama,llama,"[""Why?""]","[""So""]","[""Thus""]",0,0,1\n'
     )
     battles = read_battles(write(tmp_path, content))
-    assert battles.features == FEATURES
+    assert battles.features == BATTLE_FEATURES
     assert is_labelled(battles)
     assert outcomes(battles).tolist() == [[0, 1, 0], [0, 0, 1]]
     assert battles[0] == {
-        **dict.fromkeys(TEACHER),
+        **dict.fromkeys(TEACHER_COLUMNS),
         **{
             "id": "0030192",
             "prompt": ["Hi", "More?"],
@@ -281,8 +290,8 @@ BAD_FILES = {
         f'{HEADER}\n1,[],"[""a"",""b""]","[""b""]"\n',
         ["row 1, column 'response_b'", "1 turns", "has 2"],
     ),
-    "column twice": (f"{HEADER},prompt\n{ROW},[]\n", ["column 'prompt' is there twice"]),
-    "outcome column twice": (f"{LABELLED},winner_tie\n{ROW},1,0,0,0\n", ["column 'winner_tie' is there twice"]),
+    "column twice": (f"{HEADER},prompt\n{ROW},[]\n", ["column 'prompt' occurs twice"]),
+    "outcome column twice": (f"{LABELLED},winner_tie\n{ROW},1,0,0,0\n", ["column 'winner_tie' occurs twice"]),
     "blank lines only": ("\n\r\n\n", ["the file is empty"]),
     "weight of 0": (f"{HEADER},weight\n{ROW},0\n", ["row 1, column 'weight'", "0.0; give a number above 0"]),
     "negative weight": (
@@ -311,7 +320,7 @@ BAD_FILES = {
         f"{LABELLED}\n{ROW},yes,0,0\n",
         ["row 1, column 'winner_model_a'", "'yes' is no number"],
     ),
-    "nan for an outcome": (f"{LABELLED}\n{ROW},1,0,nan\n", ["row 1, column 'winner_tie'", "no number"]),
+    "nan for an outcome": (f"{LABELLED}\n{ROW},1,0,nan\n", ["row 1, column 'winner_tie'", "NaN"]),
     "empty id": (f"{HEADER}\n{ROW}\n{ROW.replace('1,', ' ,', 1)}\n", ["row 2, column 'id'", "empty"]),
     "too few fields": (f"{HEADER}\n{ROW}\n2,x\n", ["row 2 (line 3)", "2 fields", "header has 4"]),
     "too many fields": (f"{HEADER}\n{ROW},,\n", ["row 1 (line 2)", "6 fields", "header has 4"]),
@@ -321,15 +330,15 @@ BAD_FILES = {
     "latin-1": (f"{HEADER}\n1,für,,\n".encode("latin-1"), ["row 1, column 'prompt': byte 0xfc is not UTF-8; save"]),
     "partly labelled": (
         f"{LABELLED}\n{ROW},1,0,0\n{ROW.replace('1,', '2,', 1)},,,\n",
-        ["row 2, column 'winner_model_a': no number; label every battle of a file, or none"],
+        ["row 2, column 'winner_model_a': missing, NaN or infinite; label every battle of a file, or none"],
     ),
     "partly labelled row": (
         f"{LABELLED}\n{ROW},1,0,0\n{ROW.replace('1,', '2,', 1)},1,,0\n",
-        ["row 2, column 'winner_model_b': no number; label every battle of a file, or none"],
+        ["row 2, column 'winner_model_b': missing, NaN or infinite; label every battle of a file, or none"],
     ),
     "one outcome column blank": (
         f"{LABELLED}\n{ROW},1,0,\n",
-        ["row 1, column 'winner_tie': no number; label every battle of a file, or none"],
+        ["row 1, column 'winner_tie': missing, NaN or infinite; label every battle of a file, or none"],
     ),
 }
 
@@ -352,7 +361,7 @@ def test_file_whose_outcome_cells_are_all_blank_is_unlabelled(tmp_path):
 def test_weights_are_read(tmp_path):
     rows = [{**GOOD, "weight": "0.25"}, {**GOOD, "id": "2", "weight": "3"}]
     battles = read_battles(write(tmp_path, csv_text(rows)))
-    assert battles.features == FEATURES
+    assert battles.features == BATTLE_FEATURES
     assert weights(battles).tolist() == [0.25, 3]
     frame = pd.DataFrame(rows).astype({"weight": float})
     assert weights(read_battles(frame)).tolist() == [0.25, 3]
@@ -375,7 +384,7 @@ def test_other_columns_may_be_there_twice(tmp_path):
 
 def test_data_frame_with_a_column_twice_is_refused():
     frame = pd.DataFrame([[*GOOD.values(), "[]"]], columns=[*GOOD, "prompt"])
-    assert message_of(frame).startswith("data frame: column 'prompt' is there twice")
+    assert message_of(frame).startswith("data frame: column 'prompt' occurs twice")
 
 
 @pytest.mark.parametrize("before", ["\n", "\r\n\r\n", "\ufeff\n"])
@@ -445,7 +454,7 @@ def test_missing_model_of_a_data_frame_is_empty_and_missing_id_is_refused(absent
 
 
 def texts_of(battle):
-    return [battle[name] for name in TEXTS]
+    return [battle[name] for name in TEXT_COLUMNS]
 
 
 def outcome_of(battle):
@@ -465,12 +474,12 @@ def test_file_of_plain_strings_has_one_turn_each(tmp_path, caplog):
 
 
 def test_texts_are_json_where_most_of_the_first_are_and_the_others_are_named(tmp_path):
-    rows = [{"id": 1, **dict.fromkeys(TEXTS, "plain")}, *({**GOOD, "id": number} for number in (2, 3))]
+    rows = [{"id": 1, **dict.fromkeys(TEXT_COLUMNS, "plain")}, *({**GOOD, "id": number} for number in (2, 3))]
     assert "row 1, column 'prompt': 'plain' is not a JSON list" in message_of(write(tmp_path, csv_text(rows)))
 
 
 def test_plain_answers_may_look_like_json_lists(tmp_path):
-    rows = [{"id": number, **dict.fromkeys(TEXTS, "plain")} for number in range(9)]
+    rows = [{"id": number, **dict.fromkeys(TEXT_COLUMNS, "plain")} for number in range(9)]
     rows[4]["response_a"] = '["red", "blue"]'
     assert read_battles(write(tmp_path, csv_text(rows)))["response_a"][4] == ['["red", "blue"]']
 
@@ -826,7 +835,7 @@ def test_wrong_mapping_is_refused_and_the_nearest_name_is_said(tmp_path, columns
 
 def test_mapped_column_that_is_there_twice_is_refused(tmp_path):
     path = write(tmp_path, "id,question,question,response_a,response_b\n1,[],[],[],[]\n")
-    assert "column 'question' is there twice" in message_of(Source(str(path), columns={"prompt": "question"}))
+    assert "column 'question' occurs twice" in message_of(Source(str(path), columns={"prompt": "question"}))
 
 
 def test_format_may_be_named(tmp_path):
@@ -870,7 +879,9 @@ def test_labelled_and_unlabelled_sources_do_not_mix(tmp_path):
         write(tmp_path, csv_text([{**GOOD, "winner": "tie"}]), "one.csv"),
         write(tmp_path, csv_text([GOOD]), "two.csv"),
     ]
-    assert message_of(paths).startswith("one + two: row 2, column 'winner_model_a': no number; label every battle")
+    assert message_of(paths).startswith(
+        "one + two: row 2, column 'winner_model_a': missing, NaN or infinite; label every battle"
+    )
 
 
 def test_list_without_sources_is_refused_in_one_line():

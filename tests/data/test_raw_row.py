@@ -7,19 +7,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rewardmodel.data.raw_row import Row, is_json_list, shown
+from rewardmodel.data.raw_row import RawRow, is_json_list, shorten
 from rewardmodel.errors import InputError
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 def row_of(value, json_texts=True):
-    return Row("file.csv", 7, {"c": value}, Counter(), json_texts, 0)
+    return RawRow("file.csv", 7, {"c": value}, Counter(), json_texts, 0)
 
 
 def message_of(call):
     with pytest.raises(InputError) as caught:
-        call("c") if call.__name__ != "dialogue" else call("c", "user")
+        call("c") if call.__name__ != "read_dialogue" else call("c", "user")
     message = str(caught.value)
     assert message.startswith("file.csv: row 7, column 'c': ")
     assert "\n" not in message
@@ -31,20 +31,20 @@ MISSING = [None, float("nan"), np.nan, pd.NA, pd.NaT]
 
 @pytest.mark.parametrize("value", [*MISSING, "", " \n"])
 def test_missing_text_is_empty(value):
-    assert row_of(value).text("c") == ""
-    assert Row("f", 1, {}, Counter(), True, 0).text("c") == ""
+    assert row_of(value).read_text("c") == ""
+    assert RawRow("f", 1, {}, Counter(), True, 0).read_text("c") == ""
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(" gpt-4\n", "gpt-4"), (7, "7"), (0, "0"), (True, "True"), ("nan", "nan"), ("0030", "0030")]
 )
 def test_text_is_stripped_and_otherwise_as_it_stands(value, text):
-    assert row_of(value).text("c") == text
+    assert row_of(value).read_text("c") == text
 
 
 @pytest.mark.parametrize("value", [*MISSING, "", " "])
 def test_missing_share_is_none(value):
-    assert row_of(value).share("c") is None
+    assert row_of(value).read_number("c") is None
 
 
 @pytest.mark.parametrize(
@@ -52,14 +52,14 @@ def test_missing_share_is_none(value):
     [("0.25", 0.25), (" .5 ", 0.5), (1, 1), (True, 1), (np.float32(0.5), 0.5), (Decimal("0.1"), 0.1)],
 )
 def test_share_is_the_number_that_stands_there(value, share):
-    assert row_of(value).share("c") == share
+    assert row_of(value).read_number("c") == share
 
 
 @pytest.mark.parametrize(
     "value", ["yes", "0,5", [1], {"a": 1}, np.array([0.5, 0.5]), datetime(2024, 1, 1), b"x", 10**400]
 )
 def test_share_that_is_no_number_is_refused(value):
-    assert "is no number; give 1, 0 or a probability" in message_of(row_of(value).share)
+    assert "is no number; give 1, 0 or a probability" in message_of(row_of(value).read_number)
 
 
 TURNS = {
@@ -80,24 +80,24 @@ TURNS = {
 @pytest.mark.parametrize(("value", "turns"), TURNS.values(), ids=TURNS)
 def test_turns_are_the_texts_of_a_list(value, turns):
     row = row_of(value)
-    assert row.turns("c") == turns
+    assert row.read_turns("c") == turns
     assert not row.notes
 
 
 @pytest.mark.parametrize("value", ["[null]", [None], [pd.NA]])
 def test_null_turn_is_empty_and_counted(value):
     row = row_of(value)
-    assert row.turns("c") == [""]
+    assert row.read_turns("c") == [""]
     assert row.notes == {"null turns read as empty": 1}
 
 
 @pytest.mark.parametrize("text", ["Hi there", "", " ", "[not JSON", "5", "null", '"quoted"'])
 def test_text_is_one_turn_where_the_file_has_plain_strings(text):
-    assert row_of(text, json_texts=False).turns("c") == [text]
+    assert row_of(text, json_texts=False).read_turns("c") == [text]
 
 
 def test_list_is_a_list_of_turns_where_the_file_has_plain_strings():
-    assert row_of(["a", "b"], json_texts=False).turns("c") == ["a", "b"]
+    assert row_of(["a", "b"], json_texts=False).read_turns("c") == ["a", "b"]
 
 
 NO_TURNS = {
@@ -117,7 +117,7 @@ NO_TURNS = {
 
 @pytest.mark.parametrize(("value", "fragment"), NO_TURNS.values(), ids=NO_TURNS)
 def test_what_is_no_list_of_texts_is_refused(value, fragment):
-    assert fragment in message_of(row_of(value).turns)
+    assert fragment in message_of(row_of(value).read_turns)
 
 
 SAID = [("user", "q"), ("assistant", "a")]
@@ -151,7 +151,7 @@ DIALOGUES = {
 @pytest.mark.parametrize(("value", "said"), DIALOGUES.values(), ids=DIALOGUES)
 def test_dialogue_is_who_said_what(value, said):
     row = row_of(value)
-    assert row.dialogue("c", "user") == said
+    assert row.read_dialogue("c", "user") == said
     assert not row.notes
 
 
@@ -159,17 +159,17 @@ def test_dialogue_is_who_said_what(value, said):
     "text", [json.dumps(MESSAGES, indent=1), json.dumps(MESSAGES).replace("[", "[ ", 1)], ids=["lines", "a space"]
 )
 def test_messages_in_indented_json_are_messages(text):
-    assert row_of(text).dialogue("c", "user") == SAID
+    assert row_of(text).read_dialogue("c", "user") == SAID
 
 
 def test_plain_text_is_said_by_the_speaker_that_is_asked_for():
-    assert row_of("a").dialogue("c", "assistant") == [("assistant", "a")]
+    assert row_of("a").read_dialogue("c", "assistant") == [("assistant", "a")]
 
 
 def test_images_are_left_out_of_a_message_and_counted():
     parts = [{"type": "text", "text": "q"}, {"type": "image", "image": {"path": "x"}, "text": None}]
     row = row_of([{"role": "user", "content": parts}, {"role": "assistant", "content": None}])
-    assert row.dialogue("c", "user") == [("user", "q"), ("assistant", "")]
+    assert row.read_dialogue("c", "user") == [("user", "q"), ("assistant", "")]
     assert row.notes == {"message parts without text (null, images), left out": 2}
 
 
@@ -190,19 +190,19 @@ NO_DIALOGUES = {
 
 @pytest.mark.parametrize(("value", "fragment"), NO_DIALOGUES.values(), ids=NO_DIALOGUES)
 def test_what_is_no_dialogue_is_refused(value, fragment):
-    assert fragment in message_of(row_of(value).dialogue)
+    assert fragment in message_of(row_of(value).read_dialogue)
 
 
 @pytest.mark.parametrize(("text", "mended"), [("cut \ud83d", f"cut {BROKEN}"), ("\ude00 off", f"{BROKEN} off")])
 def test_lone_surrogate_is_replaced_and_counted(text, mended):
     row = row_of([text])
-    assert row.turns("c") == [mended]
+    assert row.read_turns("c") == [mended]
     assert row.notes == {f"turns with broken characters, replaced by {BROKEN}": 1}
 
 
 def test_lone_surrogate_is_replaced_in_short_texts_and_messages():
-    assert row_of("m\ud83d").text("c") == f"m{BROKEN}"
-    assert row_of([{"role": "user", "content": "q\ud83d"}]).dialogue("c", "user") == [("user", f"q{BROKEN}")]
+    assert row_of("m\ud83d").read_text("c") == f"m{BROKEN}"
+    assert row_of([{"role": "user", "content": "q\ud83d"}]).read_dialogue("c", "user") == [("user", f"q{BROKEN}")]
 
 
 @pytest.mark.parametrize(
@@ -222,5 +222,5 @@ def test_json_list_is_told_from_other_texts(text, is_list):
 
 
 def test_long_value_is_cut_in_messages():
-    assert shown("x" * 100) == "'" + "x" * 39 + "…"
-    assert shown("a\nb") == r"'a\nb'"
+    assert shorten("x" * 100) == "'" + "x" * 39 + "…"
+    assert shorten("a\nb") == r"'a\nb'"

@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from rewardmodel.config.schema import Source
 from rewardmodel.data.formats import read_battles
-from rewardmodel.data.readers import PEEK, READERS, open_rows
+from rewardmodel.data.readers import PEEKED_ROWS, READERS, open_rows
 from rewardmodel.errors import InputError
 
 BATTLES = [
@@ -205,7 +205,7 @@ def test_parquet_without_rows_has_no_battles(tmp_path):
 def test_parquet_with_a_column_twice_is_refused(tmp_path):
     table = pa.table([["1"], ["2"]], names=["prompt", "prompt"])
     pq.write_table(table, tmp_path / "b.parquet")
-    assert "column 'prompt' is there twice; keep one of them" in message_of(tmp_path / "b.parquet")
+    assert "column 'prompt' occurs twice; keep one of them" in message_of(tmp_path / "b.parquet")
 
 
 def test_parquet_column_that_nobody_reads_may_hold_anything(tmp_path):
@@ -260,17 +260,19 @@ def many(count):
 
 
 def test_late_column_of_json_lines_is_refused_with_its_row(tmp_path):
-    rows = many(PEEK + 5)
-    rows[PEEK + 2]["weight"] = 2
+    rows = many(PEEKED_ROWS + 5)
+    rows[PEEKED_ROWS + 2]["weight"] = 2
     path = write(tmp_path, "\n".join(map(json.dumps, rows)), "b.jsonl")
     message = message_of(path)
-    assert message.startswith(f"{path}: row {PEEK + 3}, column 'weight': none of the first {PEEK} rows has it")
+    assert message.startswith(
+        f"{path}: row {PEEKED_ROWS + 3}, column 'weight': none of the first {PEEKED_ROWS} rows has it"
+    )
 
 
 def test_late_column_that_nobody_reads_is_passed_over(tmp_path):
-    rows = many(PEEK + 5)
-    rows[PEEK + 2]["note"] = "x"
-    assert len(read_battles(write(tmp_path, "\n".join(map(json.dumps, rows)), "b.jsonl"))) == PEEK + 5
+    rows = many(PEEKED_ROWS + 5)
+    rows[PEEKED_ROWS + 2]["note"] = "x"
+    assert len(read_battles(write(tmp_path, "\n".join(map(json.dumps, rows)), "b.jsonl"))) == PEEKED_ROWS + 5
 
 
 def test_column_that_only_some_of_the_first_rows_have_is_read(tmp_path):

@@ -5,12 +5,19 @@ import pandas as pd
 import pytest
 from builders import battle_frame, write_csv
 
-from rewardmodel.battles import OUTCOMES, outcomes, taught
+from rewardmodel.battles import OUTCOMES, outcomes, teacher_probabilities
 from rewardmodel.config.schema import DataConfig, Source
 from rewardmodel.data.formats import read_battles
-from rewardmodel.data.splits import Parts, fingerprints, load_battles, split, trained_on, write_training_keys
+from rewardmodel.data.splits import (
+    Parts,
+    find_seen_battles,
+    fingerprint_parts,
+    load_battles,
+    split,
+    write_training_keys,
+)
 from rewardmodel.errors import InputError
-from rewardmodel.predictions import predictions_table, write_predictions
+from rewardmodel.predictions import build_predictions, write_predictions
 from rewardmodel.run_folder import RunFolder
 
 
@@ -101,7 +108,7 @@ def test_unlabelled_battles_are_refused(data, frame):
         ({"calibration": 1.0}, "data.calibration: 1.0; give a share"),
         ({"calibration": 0.5, "holdout": 0.5}, "data.calibration: 0.5; give a share from 0 to 1 that leaves battles"),
         ({"holdout": -0.1}, "data.holdout: -0.1; give a share"),
-        ({"holdout": 0.02}, "data.holdout: 0.02 of 48 battles is less than a prompt"),
+        ({"holdout": 0.02}, "data.holdout: 0.02 of 48 battles is less than one prompt"),
         ({"seed": -1}, "data.seed: -1; give a number from 0"),
     ],
 )
@@ -111,10 +118,10 @@ def test_what_cannot_be_dealt_is_refused(data, keys, message):
 
 
 def test_fingerprints_tell_the_parts_apart(data):
-    prints = fingerprints(parts_of(data))
-    assert prints == fingerprints(parts_of(data))
+    prints = fingerprint_parts(parts_of(data))
+    assert prints == fingerprint_parts(parts_of(data))
     assert prints["training"] != prints["validation"]
-    assert prints != fingerprints(parts_of(data, seed=1))
+    assert prints != fingerprint_parts(parts_of(data, seed=1))
 
 
 def test_real_battles_of_all_sources_share_no_group_and_no_part_has_other_outcomes(real_data):
@@ -135,7 +142,7 @@ def taught_source(frame, tmp_path):
     unlabelled = pd.concat([again, new], ignore_index=True).drop(columns=list(OUTCOMES))
     path = write_csv(unlabelled, tmp_path / "unlabelled.csv")
     battles = read_battles(str(path))
-    table = predictions_table(battles, np.tile([0.5, 0.3, 0.2], (20, 1))).assign(seen=False)
+    table = build_predictions(battles, np.tile([0.5, 0.3, 0.2], (20, 1))).assign(seen=False)
     write_predictions(table, tmp_path / "soft.parquet")
     return Source(str(path), teacher=str(tmp_path / "soft.parquet"))
 
@@ -149,7 +156,9 @@ def test_battles_without_votes_only_train_and_leave_with_the_held_out_prompt_the
         alone = np.isnan(outcomes(parts.training)).any(axis=1)
         held_out = len({name for name in parts.validation["id"] if int(name.split("/")[1][:3]) < 3})
         assert alone.sum() == 20 - held_out
-        np.testing.assert_allclose(taught(parts.training)[alone], np.tile([0.5, 0.3, 0.2], (alone.sum(), 1)))
+        np.testing.assert_allclose(
+            teacher_probabilities(parts.training)[alone], np.tile([0.5, 0.3, 0.2], (alone.sum(), 1))
+        )
         assert not set(parts.training["group"]) & set(parts.validation["group"])
 
 
@@ -160,7 +169,7 @@ def test_labelled_battles_are_dealt_as_without_the_others(data, taught_source):
 
 
 def test_validation_needs_battles_with_outcomes_of_their_own(data, taught_source):
-    with pytest.raises(InputError, match=r"^data\.train: no battle has an outcome of its own to validate on"):
+    with pytest.raises(InputError, match=r"^data\.train: no battle has an outcome, so there is nothing to validate on"):
         parts_of(data, train=taught_source)
 
 
@@ -170,7 +179,7 @@ def test_all_folds_in_turn_validate_every_battle_and_train_on_all_that_train(dat
     every, folds = split(battles, None), [split(battles, fold) for fold in (0, 1)]
     assert sorted(every.validation["id"]) == sorted(name for one in folds for name in one.validation["id"])
     assert every.calibration["id"][:] == folds[0].calibration["id"][:]
-    assert fingerprints(every) != fingerprints(folds[0])
+    assert fingerprint_parts(every) != fingerprint_parts(folds[0])
 
 
 def test_a_run_knows_the_groups_again_that_it_trained_on(data, tmp_path):
@@ -182,6 +191,6 @@ def test_a_run_knows_the_groups_again_that_it_trained_on(data, tmp_path):
     assert keys.dtype == np.uint64
     assert (np.diff(keys) > 0).all()
     fold = np.array(battles["fold"][:])
-    np.testing.assert_array_equal(trained_on(runs, battles), fold != np.arange(4)[:, None])
+    np.testing.assert_array_equal(find_seen_battles(runs, battles), fold != np.arange(4)[:, None])
     RunFolder(runs[1]).training_keys.unlink()
-    assert trained_on(runs, battles) is None
+    assert find_seen_battles(runs, battles) is None

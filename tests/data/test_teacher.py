@@ -3,12 +3,12 @@ import pandas as pd
 import pytest
 from builders import battle_frame, write_csv
 
-from rewardmodel.battles import OUTCOMES, TEACHER, outcomes, swap, taught, with_column
+from rewardmodel.battles import OUTCOMES, TEACHER_COLUMNS, outcomes, swap, teacher_probabilities, with_column
 from rewardmodel.config.schema import Source
 from rewardmodel.data.formats import read_battles
-from rewardmodel.data.teacher import check_taught, with_soft_outcomes, with_teacher
+from rewardmodel.data.teacher import check_teacher, with_soft_outcomes, with_teacher
 from rewardmodel.errors import InputError
-from rewardmodel.predictions import PROBABILITIES, SEEN, predicted, predictions_table, write_predictions
+from rewardmodel.predictions import PROBABILITIES, SEEN_COLUMN, build_predictions, predicted, write_predictions
 
 
 def soft(count, seed=0):
@@ -25,7 +25,7 @@ def predictions(unlabelled, tmp_path):
     """Return a function that writes a teacher's predictions, changed, and returns the path."""
 
     def write(change=lambda table: table):
-        table = predictions_table(unlabelled, soft(len(unlabelled))).assign(**{SEEN: False})
+        table = build_predictions(unlabelled, soft(len(unlabelled))).assign(**{SEEN_COLUMN: False})
         write_predictions(change(table), tmp_path / "teacher.parquet")
         return tmp_path / "teacher.parquet"
 
@@ -35,7 +35,7 @@ def predictions(unlabelled, tmp_path):
 def test_battles_get_what_the_teacher_states_whatever_the_order_of_its_rows(unlabelled, predictions):
     path = predictions(lambda table: table.sample(frac=1, random_state=0))
     battles = with_teacher(unlabelled, path)
-    np.testing.assert_allclose(taught(battles), soft(len(battles)), atol=1e-12)
+    np.testing.assert_allclose(teacher_probabilities(battles), soft(len(battles)), atol=1e-12)
     assert battles["id"][:] == unlabelled["id"][:]
     assert np.isnan(outcomes(battles)).all()
 
@@ -43,21 +43,21 @@ def test_battles_get_what_the_teacher_states_whatever_the_order_of_its_rows(unla
 def test_ids_are_compared_without_the_name_of_their_source(unlabelled, predictions):
     names = np.array([f"extra/{name}" for name in unlabelled["id"]], dtype=object)
     battles = with_teacher(with_column(unlabelled, "id", names), predictions(), "extra/")
-    np.testing.assert_allclose(taught(battles), soft(len(battles)), atol=1e-12)
+    np.testing.assert_allclose(teacher_probabilities(battles), soft(len(battles)), atol=1e-12)
 
 
 REFUSED = {
     "seen": (
-        lambda table: table.assign(**{SEEN: table["id"].isin(["0030", "0031"])}),
-        r"trained on the prompts or responses of 2 of 48 battles \(column 'seen', first '0030'\); predict with the k",
+        lambda table: table.assign(**{SEEN_COLUMN: table["id"].isin(["0030", "0031"])}),
+        r"trained on the prompts or responses of 2 of 48 battles \(column 'seen', first '0030'\); predict with a k",
     ),
     "missing": (lambda table: table.drop(index=[7, 9]), "no prediction of battle '0013'; predict the whole file again"),
-    "no provenance": (lambda table: table.drop(columns=SEEN), "column 'seen' is missing"),
+    "no provenance": (lambda table: table.drop(columns=SEEN_COLUMN), "column 'seen' is missing"),
     "another file": (
         lambda table: table.assign(response_b_chars=table["response_b_chars"] + 1),
-        "battle '0000' there has texts of other lengths; predict this file",
+        "battle '0000': its texts have other lengths than in the predictions; predict this file",
     ),
-    "twice": (lambda table: pd.concat([table, table[3:4]]), "id '0003' is there twice"),
+    "twice": (lambda table: pd.concat([table, table[3:4]]), "id '0003' occurs twice"),
     "no number": (
         lambda table: table.assign(p_tie=[np.nan, *table["p_tie"][1:]]),
         "row 1, columns teacher_model_a, teacher_model_b, teacher_tie: .*nan are not probabilities",
@@ -78,7 +78,7 @@ def test_predictions_that_cannot_teach_are_refused_in_one_line(fault, unlabelled
 
 
 def test_a_teacher_that_is_not_there_is_refused(unlabelled, tmp_path):
-    with pytest.raises(InputError, match=r"nowhere\.parquet: no predictions can be read there"):
+    with pytest.raises(InputError, match=r"nowhere\.parquet: cannot be read as predictions"):
         with_teacher(unlabelled, tmp_path / "nowhere.parquet")
 
 
@@ -87,9 +87,9 @@ def test_sources_are_read_with_their_teachers(frame, predictions, tmp_path):
     alone = write_csv(frame.drop(columns=list(OUTCOMES)), tmp_path / "alone.csv")
     battles = read_battles([str(hard), Source(str(alone), teacher=str(predictions()), limit=10)])
     assert len(battles) == 16 + 12  # whole prompts
-    assert np.isnan(taught(battles)[:16]).all()
+    assert np.isnan(teacher_probabilities(battles)[:16]).all()
     place = [int(name[-4:-1]) * 4 + int(name[-1]) for name in battles["id"][16:]]
-    np.testing.assert_allclose(taught(battles)[16:], soft(48)[place], atol=1e-12)
+    np.testing.assert_allclose(teacher_probabilities(battles)[16:], soft(48)[place], atol=1e-12)
     assert np.isnan(outcomes(battles)[16:]).all()
     assert not np.isnan(outcomes(battles)[:16]).any()
 
@@ -102,7 +102,7 @@ def test_battles_to_predict_need_no_teacher(frame, predictions, tmp_path):
 
 def test_the_teacher_stands_for_outcomes_only_where_there_are_none(unlabelled, predictions, frame):
     battles = with_soft_outcomes(with_teacher(unlabelled, predictions()))
-    np.testing.assert_array_equal(outcomes(battles), taught(battles))
+    np.testing.assert_array_equal(outcomes(battles), teacher_probabilities(battles))
     votes = read_battles(frame)
     assert with_soft_outcomes(votes) is votes
     both = with_soft_outcomes(with_teacher(votes, predictions()))
@@ -114,27 +114,27 @@ def test_the_teacher_stands_for_outcomes_only_where_there_are_none(unlabelled, p
 def test_a_teacher_is_there_for_those_objectives_that_read_it(unlabelled, predictions, frame):
     votes, alone = read_battles(frame), with_teacher(unlabelled, predictions())
     both = with_teacher(votes, predictions())
-    check_taught(both, "distillation", reads_teacher=True)
-    check_taught(alone, "distillation", reads_teacher=True)
-    check_taught(alone, "cross_entropy", reads_teacher=False)
-    check_taught(votes, "cross_entropy", reads_teacher=False)
+    check_teacher(both, "distillation", reads_teacher=True)
+    check_teacher(alone, "distillation", reads_teacher=True)
+    check_teacher(alone, "cross_entropy", reads_teacher=False)
+    check_teacher(votes, "cross_entropy", reads_teacher=False)
     with pytest.raises(
         InputError, match=r"^objective\.name: distillation learns from a teacher.*data\.train\[i\]\.teacher"
     ):
-        check_taught(votes, "distillation", reads_teacher=True)
+        check_teacher(votes, "distillation", reads_teacher=True)
     with pytest.raises(InputError, match=r"^data\.train: the battles of data frame have outcomes and a teacher, but "):
-        check_taught(both, "cross_entropy", reads_teacher=False)
+        check_teacher(both, "cross_entropy", reads_teacher=False)
 
 
 def test_tables_of_a_data_set_keep_their_teacher_among_other_sources(unlabelled, predictions, frame):
     battles = with_teacher(unlabelled, predictions())
     together = read_battles([battles, frame])
-    np.testing.assert_array_equal(taught(together)[:48], taught(battles))
+    np.testing.assert_array_equal(teacher_probabilities(together)[:48], teacher_probabilities(battles))
     assert together["id"][0] != battles["id"][0]
-    assert all(name in together.features for name in TEACHER)
+    assert all(name in together.features for name in TEACHER_COLUMNS)
 
 
 def test_what_the_table_states_is_what_teaches(unlabelled, predictions):
     table = pd.read_parquet(predictions())
     assert set(PROBABILITIES) <= set(table)
-    np.testing.assert_array_equal(taught(with_teacher(unlabelled, predictions())), predicted(table))
+    np.testing.assert_array_equal(teacher_probabilities(with_teacher(unlabelled, predictions())), predicted(table))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rewardmodel.battles import OUTCOMES, swap, with_column
 from rewardmodel.config.schema import DataConfig
-from rewardmodel.data.folds import CALIBRATION, HOLDOUT, TRAIN_ONLY
+from rewardmodel.data.folds import CALIBRATION_FOLD, HOLDOUT_FOLD, TRAIN_ONLY
 from rewardmodel.data.splits import load_battles
 from rewardmodel.errors import InputError
 from rewardmodel.evaluation import text_regression as regression
@@ -116,7 +116,7 @@ def test_unlabelled_training_battles_are_refused(trained):
     assert table["id"].tolist() == ["id0"]
 
 
-@pytest.mark.parametrize("folds", [[-1] * 200, [0] * 200, [TRAIN_ONLY] * 200, [CALIBRATION] * 200])
+@pytest.mark.parametrize("folds", [[-1] * 200, [0] * 200, [TRAIN_ONLY] * 200, [CALIBRATION_FOLD] * 200])
 def test_battles_without_two_folds_are_refused(trained, folds):
     with pytest.raises(InputError, match="assign_folds"):
         baseline(changed(trained, fold=folds))
@@ -124,7 +124,7 @@ def test_battles_without_two_folds_are_refused(trained, folds):
 
 def test_every_battle_of_a_fold_is_judged_in_order_and_no_other(trained):
     folds = np.array(trained["fold"][:])
-    folds[:20], folds[20:40], folds[40:60] = TRAIN_ONLY, CALIBRATION, HOLDOUT
+    folds[:20], folds[20:40], folds[40:60] = TRAIN_ONLY, CALIBRATION_FOLD, HOLDOUT_FOLD
     battles = changed(trained, fold=folds.tolist())
     table = baseline(battles)
     assert table.columns.tolist() == ["id", "group", *OUTCOMES, *ALL]
@@ -138,10 +138,10 @@ def test_every_battle_of_a_fold_is_judged_in_order_and_no_other(trained):
     assert found[ALL].to_numpy() == pytest.approx(known.to_numpy(), abs=1e-5)
 
 
-@pytest.mark.parametrize("part", [0, 3, CALIBRATION])
+@pytest.mark.parametrize("part", [0, 3, CALIBRATION_FOLD])
 def test_no_floor_sees_the_outcomes_of_what_it_judges(trained, part):
     folds = np.array(trained["fold"][:])
-    folds[:40] = CALIBRATION
+    folds[:40] = CALIBRATION_FOLD
     there = folds == part
     other = np.stack([trained[name] for name in OUTCOMES], axis=1)
     other[there] = [0, 0, 1]

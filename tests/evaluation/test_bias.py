@@ -21,7 +21,7 @@ from rewardmodel.metrics import (
     class_prior,
     log_loss,
 )
-from rewardmodel.predictions import PROBABILITIES, average, predicted, true_outcomes
+from rewardmodel.predictions import PROBABILITIES, average_probabilities, predicted, true_outcomes
 
 A, B, TIE = np.eye(3)
 EVEN = [0.4, 0.4, 0.2]
@@ -36,7 +36,7 @@ def table_of(true, ab, ba=None, **columns):
     orders = {"ab_": ab} if ba is None else {"ab_": ab, "ba_": np.array(ba, float)}
     made = {"id": [str(row) for row in range(len(true))], "group": np.arange(len(true)), **columns}
     made |= dict(zip(OUTCOMES, true.T, strict=True))
-    for prefix, array in {"": average(list(orders.values())), **orders}.items():
+    for prefix, array in {"": average_probabilities(list(orders.values())), **orders}.items():
         made |= {prefix + name: column for name, column in zip(PROBABILITIES, array.T, strict=True)}
     return pd.DataFrame(made)
 

@@ -11,14 +11,14 @@ from rewardmodel.battles import OUTCOMES
 from rewardmodel.errors import InputError
 from rewardmodel.evaluation.calibration import NONE, Calibrator, cross_fit, fit, load
 from rewardmodel.evaluation.evaluate import compare, evaluate, format_difference, format_evaluation, format_metrics
-from rewardmodel.metrics import class_prior, log_loss, summary
+from rewardmodel.metrics import class_prior, log_loss, summarise
 from rewardmodel.predictions import (
     PROBABILITIES,
+    build_predictions,
     predicted,
-    predictions_table,
     read_predictions,
     true_outcomes,
-    with_floor,
+    with_baseline,
     write_predictions,
 )
 
@@ -29,7 +29,7 @@ def table_of(as_given, exchanged=None, winners=None, groups=None):
     columns = {"id": [str(row) for row in range(count)], "group": groups or list(range(count)), **texts}
     if winners is not None:
         columns |= dict(zip(OUTCOMES, np.eye(3)[winners].T.tolist(), strict=True))
-    return predictions_table(from_columns(columns, "made"), np.array(as_given), exchanged)
+    return build_predictions(from_columns(columns, "made"), np.array(as_given), exchanged)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_evaluation_of_a_table_is_the_metrics_of_its_arrays(table):
     true = true_outcomes(table)
     assert result["battles"] == 60
     assert result["groups"] == 20
-    assert result["metrics"] == summary(predicted(table), true, table["group"].to_numpy())
+    assert result["metrics"] == summarise(predicted(table), true, table["group"].to_numpy())
     assert result["prior"] == log_loss(np.tile(class_prior(true), (60, 1)), true)
     assert result["floors"] is result["calibration"] is None
     assert np.sum(result["confusion"]) == 60
@@ -108,7 +108,7 @@ def test_predictions_file_is_evaluated_and_nothing_written(tmp_path, table):
 
 @pytest.mark.parametrize("name", ["", "absent.parquet"], ids=["folder without a run", "no file"])
 def test_missing_predictions_are_refused_and_nothing_written(tmp_path, name):
-    with pytest.raises(InputError, match=r"no predictions can be read there"):
+    with pytest.raises(InputError, match=r"cannot be read as predictions"):
         evaluate(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
@@ -249,7 +249,7 @@ def test_a_calibration_part_has_its_floor_beside_it(blended):
     floors[floors["id"].isin(raw["id"][200:])].to_parquet(blended / "floors.parquet")
     with pytest.raises(InputError, match=r"inference\.blend: the floor tfidf did not predict its battles"):
         evaluate(blended)
-    write_predictions(with_floor(raw[:200], floor[:200]), blended / "calibration.parquet")
+    write_predictions(with_baseline(raw[:200], floor[:200]), blended / "calibration.parquet")
     facts = evaluate(blended)
     both = np.hstack([predicted(raw), floor])
     calibrator = fit("blend", both[:200], true_outcomes(raw)[:200])

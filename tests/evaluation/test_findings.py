@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.evaluation.evaluate import evaluate
 from rewardmodel.evaluation.findings import ALIKE, LARGE, MANY_FLIPS, MOST, NO_SPREAD, UNIFORM, findings, some_of
-from rewardmodel.predictions import PROBABILITIES, average
+from rewardmodel.predictions import PROBABILITIES, average_probabilities
 
 
 def figure(value, low=None, high=None):
@@ -240,7 +240,7 @@ def test_any_evaluation_gives_each_sentence_once_and_its_file_the_same(seed, cou
     true = np.eye(3)[random.integers(3, size=count)]
     orders = random.dirichlet([0.5] * 3, (2, 1 if flat else count)) + np.zeros((2, count, 3))
     columns = {"id": np.arange(count).astype(str), "group": random.integers(groups, size=count)}
-    for prefix, array in {"": average(list(orders)), "ab_": orders[0], "ba_": orders[1]}.items():
+    for prefix, array in {"": average_probabilities(list(orders)), "ab_": orders[0], "ba_": orders[1]}.items():
         columns |= {prefix + name: column for name, column in zip(PROBABILITIES, array.T, strict=True)}
     table = pd.DataFrame(columns | dict(zip(OUTCOMES, true.T, strict=True)))
     chars = {name: random.integers(9, size=count) for name in ("response_a_chars", "response_b_chars")}

@@ -17,8 +17,8 @@ from rewardmodel.evaluation.calibration import METHODS, reliability
 from rewardmodel.evaluation.evaluate import evaluate
 from rewardmodel.evaluation.findings import findings
 from rewardmodel.evaluation.page import ANCHORS, number, render, render_comparison, verdict
-from rewardmodel.metrics import log_loss_terms, paired_difference, summary
-from rewardmodel.predictions import PROBABILITIES, average, predicted, true_outcomes
+from rewardmodel.metrics import log_loss_terms, paired_difference, summarise
+from rewardmodel.predictions import PROBABILITIES, average_probabilities, predicted, true_outcomes
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 SECTIONS = ["summary", "metrics", "calibration", "position", "length", "models", "slices", "learning", "battles", "run"]
@@ -49,7 +49,7 @@ def table_of(count, seed=0, strength=1.0, bias=0.15):
     columns = {"id": [f"{100_000 + row}" for row in range(count)], "group": np.arange(count) // 2}
     columns |= {"source": "arena", "model_a": np.array(NAMES)[models[:, 0]], "model_b": np.array(NAMES)[models[:, 1]]}
     columns |= dict(zip(OUTCOMES, np.eye(3)[winners].T, strict=True))
-    columns |= dict(zip(PROBABILITIES, average([ab, ba]).T, strict=True))
+    columns |= dict(zip(PROBABILITIES, average_probabilities([ab, ba]).T, strict=True))
     for order, given in (("ab", ab), ("ba", ba)):
         columns |= {f"{order}_{name}": p for name, p in zip(PROBABILITIES, given.T, strict=True)}
     columns |= {"turns": random.choice([1, 1, 1, 2, 4], count), "script": random.choice(["Latin", "Han"], count)}
@@ -77,7 +77,7 @@ def facts_of(table):
     floors = {"prior": prior, "length": 0.95 * prior + 0.05 * model, "tfidf": 0.9 * prior + 0.1 * model}
     facts["floors"] = {
         name: {
-            "log_loss": summary(floor, true, groups)["log_loss"],
+            "log_loss": summarise(floor, true, groups)["log_loss"],
             "difference": paired_difference(model, floor, true, groups),
         }
         for name, floor in floors.items()

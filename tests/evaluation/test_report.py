@@ -12,7 +12,7 @@ from rewardmodel.battles import OUTCOMES
 from rewardmodel.errors import InputError
 from rewardmodel.evaluation.evaluate import evaluate, format_evaluation
 from rewardmodel.evaluation.report import report
-from rewardmodel.predictions import predictions_table, write_predictions
+from rewardmodel.predictions import build_predictions, write_predictions
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def make_run(tmp_path):
         orders = np.random.default_rng(seed).dirichlet([1, 1, 1], (2, 60))
         folder = tmp_path / name
         folder.mkdir()
-        write_predictions(predictions_table(from_columns(columns, "made"), *orders), folder / "validation.parquet")
+        write_predictions(build_predictions(from_columns(columns, "made"), *orders), folder / "validation.parquet")
         return folder
 
     return made

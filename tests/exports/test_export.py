@@ -12,7 +12,7 @@ from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file, save_file
 
 from rewardmodel import export
-from rewardmodel.battles import TEXTS
+from rewardmodel.battles import TEXT_COLUMNS
 from rewardmodel.config.loader import load_recipe
 from rewardmodel.config.schema import DataConfig, InferenceConfig, ModelConfig, ObjectiveConfig, PromptConfig, Recipe
 from rewardmodel.errors import InputError
@@ -188,7 +188,7 @@ def test_the_calibrator_goes_along_without_any_text(run_folder, tmp_path, in_thi
     try:
         export(run_folder, tmp_path / "export", dtype="float32")
         part = read_predictions(tmp_path / "export" / "validation.parquet")
-        assert not set(TEXTS) & set(part.columns)
+        assert not set(TEXT_COLUMNS) & set(part.columns)
         battles = battle_frame(3, seed=5)
         found, expected = (predicted(predict(folder, battles)) for folder in (tmp_path / "export", run_folder))
         np.testing.assert_allclose(found, expected, atol=1e-4)

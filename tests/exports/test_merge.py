@@ -18,7 +18,7 @@ from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.batching import pack, pad
 from rewardmodel.model.loading import backbone_folder, build_model, load_classifier, load_model, save_model
 from rewardmodel.model.precision import bits_and_bytes
-from rewardmodel.objectives import JOINT, SEPARATE
+from rewardmodel.objectives import JOINT_HEAD, SEPARATE_HEAD
 from rewardmodel.prompt.tokenization import tokenize
 
 VARIANTS = {
@@ -34,9 +34,9 @@ VARIANTS = {
 }
 
 
-def rows_of(tokenizer, head=JOINT):
-    prompt = PromptConfig(None if head is JOINT else "response", 160)
-    encoding = "joint" if head is JOINT else "separate"
+def rows_of(tokenizer, head=JOINT_HEAD):
+    prompt = PromptConfig(None if head is JOINT_HEAD else "response", 160)
+    encoding = "joint" if head is JOINT_HEAD else "separate"
     return list(tokenize(read_battles(battle_frame(2)), tokenizer, prompt, encoding=encoding))
 
 
@@ -45,7 +45,7 @@ def logits(model, batch):
         return model.eval()(**batch).logits.float()
 
 
-def random_run(folder, backbone, head=JOINT, dtype=torch.float32, scale=0.05, **changes):
+def random_run(folder, backbone, head=JOINT_HEAD, dtype=torch.float32, scale=0.05, **changes):
     """Return a run whose adapter and head are random and large enough to matter."""
     config = ModelConfig(str(backbone), device="cpu", dtype="float32", lora_r=4, **changes)
     model, tokenizer = build_model(resolve_backbone(config), head, seed=0)
@@ -88,7 +88,7 @@ def test_weights_are_those_of_peft_on_the_dequantised_backbone(backbone, tmp_pat
     run, *_ = random_run(tmp_path, backbone("llama"), load_in_4bit=True)
     merge(run, tmp_path / "merged", torch.float32)
     found = load_file(tmp_path / "merged" / "model.safetensors")
-    base = load_classifier(run.recipe.model, backbone("llama"), JOINT)
+    base = load_classifier(run.recipe.model, backbone("llama"), JOINT_HEAD)
     base.dequantize(torch.float32)
     whole = PeftModel.from_pretrained(base, run.model).merge_and_unload()
     expected = {name: weight for name, weight in whole.state_dict().items() if "lora_" not in name}
@@ -145,8 +145,8 @@ def test_the_configuration_names_outcomes_padding_and_class(backbone, tmp_path):
 
 
 def test_a_reward_model_is_a_plain_one_with_its_tie_parameter_beside(backbone, tmp_path):
-    run, model, tokenizer = random_run(tmp_path, backbone("llama"), SEPARATE, load_in_4bit=True)
-    rows = rows_of(tokenizer, SEPARATE)
+    run, model, tokenizer = random_run(tmp_path, backbone("llama"), SEPARATE_HEAD, load_in_4bit=True)
+    rows = rows_of(tokenizer, SEPARATE_HEAD)
     before = logits(model, pack(rows))
     merge(run, tmp_path / "merged", torch.float32)
     assert "score.tie" not in load_file(tmp_path / "merged" / "model.safetensors")
@@ -174,7 +174,7 @@ def test_what_was_merged_is_quantised_once_more_with_the_head_left_out(bits, bac
     assert (after.softmax(-1) - logits(again, pack(rows)).softmax(-1)).abs().max() <= 0.02
     # As transformers itself quantises the merged model when it loads it:
     merge(run, tmp_path / "float32", torch.float32)
-    asked = load_classifier(replace(config, keep_head=True), tmp_path / "float32", JOINT)
+    asked = load_classifier(replace(config, keep_head=True), tmp_path / "float32", JOINT_HEAD)
     ours = dict(again.named_parameters())
     for name, weight in asked.named_parameters():
         assert torch.equal(weight.data, ours[name].data), name

@@ -14,13 +14,13 @@ from rewardmodel.exports.soup import soup
 from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.batching import pack
 from rewardmodel.model.loading import build_model, load_model, save_model
-from rewardmodel.objectives import JOINT
+from rewardmodel.objectives import JOINT_HEAD
 from rewardmodel.prompt.tokenization import tokenize
 
 
 def random_run(folder, backbone, seed, **changes) -> Trained:
     config = ModelConfig(str(backbone), device="cpu", dtype="float32", **{"lora_r": 4, **changes})
-    model, tokenizer = build_model(resolve_backbone(config), JOINT, seed=seed)
+    model, tokenizer = build_model(resolve_backbone(config), JOINT_HEAD, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if weight.requires_grad and ("lora_" in name or "score" in name):

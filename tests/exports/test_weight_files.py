@@ -6,12 +6,12 @@ from rewardmodel.config.schema import ModelConfig
 from rewardmodel.errors import InputError
 from rewardmodel.exports.weight_files import parameter_names, weight_files, write_shards
 from rewardmodel.model.loading import load_classifier
-from rewardmodel.objectives import JOINT
+from rewardmodel.objectives import JOINT_HEAD
 
 
 def test_tensors_are_named_as_transformers_loads_them(backbone):
     config = ModelConfig(str(backbone("llama")), device="cpu", dtype="float32")
-    model = load_classifier(config, backbone("llama"), JOINT)
+    model = load_classifier(config, backbone("llama"), JOINT_HEAD)
     names = parameter_names(model, ["lm_head.weight", "norm.weight", "model.embed_tokens.weight"])
     assert names == {"norm.weight": "model.norm.weight", "model.embed_tokens.weight": "model.embed_tokens.weight"}
 

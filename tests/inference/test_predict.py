@@ -21,9 +21,9 @@ from rewardmodel.evaluation.text_regression import save as save_floor
 from rewardmodel.inference.predict import calibrate, predict, predict_with
 from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.loading import build_model, load_model
-from rewardmodel.objectives import JOINT
-from rewardmodel.predictions import average, predicted, write_predictions
-from rewardmodel.prompt.tokenization import retention, tokenize
+from rewardmodel.objectives import JOINT_HEAD
+from rewardmodel.predictions import average_probabilities, predicted, write_predictions
+from rewardmodel.prompt.tokenization import measure_row_retention, tokenize
 from rewardmodel.run_folder import RunFolder, load_run_recipe
 from rewardmodel.training.train import train
 
@@ -50,7 +50,7 @@ def tiny(backbone):
         prompt=PromptConfig(max_length=160),
         model=ModelConfig(model_name_or_path=str(backbone("llama")), device="cpu", dtype="float32", lora_r=4),
     )
-    model, tokenizer = build_model(resolve_backbone(recipe.model), JOINT, seed=0)
+    model, tokenizer = build_model(resolve_backbone(recipe.model), JOINT_HEAD, seed=0)
     fill_head(model)
     return model.eval(), tokenizer, recipe
 
@@ -86,7 +86,9 @@ def test_the_prediction_is_the_mean_of_both_orders(tiny, battles):
     table = predict_tiny(tiny, battles)
     orders = [predicted(table, "ab"), predicted(table, "ba")]
     np.testing.assert_allclose(predicted(table), (orders[0] + orders[1]) / 2, atol=1e-6)
-    np.testing.assert_array_equal(predicted(table), average([order.astype(np.float32) for order in orders]))
+    np.testing.assert_array_equal(
+        predicted(table), average_probabilities([order.astype(np.float32) for order in orders])
+    )
 
 
 def test_one_order_has_no_columns_of_the_other(tiny, battles):
@@ -124,7 +126,7 @@ def test_unlabelled_battles_are_predicted_like_labelled_ones(tiny, battles):
 
 
 def test_predictions_that_are_no_numbers_name_the_battles(tiny, battles):
-    model, tokenizer = build_model(resolve_backbone(tiny[2].model), JOINT, seed=0)
+    model, tokenizer = build_model(resolve_backbone(tiny[2].model), JOINT_HEAD, seed=0)
     fill_head(model, float("nan"))
     with pytest.raises(FloatingPointError) as caught:
         predict_with(model.eval(), tokenizer, tiny[2], battles)
@@ -155,7 +157,7 @@ def in_memory(run, file, **prompt):
     model, tokenizer = load_model(recipe.model, RunFolder(run).model)
     battles = read_battles(file)
     rows = tokenize(battles, tokenizer, PromptConfig(template="encoder", max_length=100))
-    assert retention(rows)["battles_cut"] > 0
+    assert measure_row_retention(rows)["battles_cut"] > 0
     return predict_with(model, tokenizer, recipe, battles)
 
 

@@ -23,7 +23,7 @@ from rewardmodel.inference import shards
 from rewardmodel.inference.predict import predict
 from rewardmodel.inference.shards import Deadline, remove_shards
 from rewardmodel.model.forward import cut
-from rewardmodel.predictions import in_both_orders, predicted, read_predictions
+from rewardmodel.predictions import has_both_orders, predicted, read_predictions
 from rewardmodel.run_folder import RunFolder, load_run_recipe
 from rewardmodel.training.train import train
 
@@ -150,7 +150,7 @@ def test_one_process_goes_on_where_two_were_killed(run, slow, tmp_path):
     names, _ = ended(slow(ALONE, 0, *command))
     assert len(names) == 80 - kept
     table = read_predictions(output)
-    assert in_both_orders(table).all()
+    assert has_both_orders(table).all()
     np.testing.assert_allclose(predicted(table), predicted(predict(folder, battles)), rtol=0, atol=1e-6)
 
 
@@ -284,7 +284,7 @@ def test_the_shortest_battles_get_the_second_order_in_time(run, computed, tickin
     computed.clear()
     begun = ticking.now
     table = predict(*run, time_limit=first + 2.5)
-    both = in_both_orders(table)
+    both = has_both_orders(table)
     assert first + 1 <= ticking.now - begun <= first + 3  # no more than a shard too long
     assert 0 < both.sum() == sum(computed[first:]) < 40
     chars = table.filter(like="_chars").sum(axis=1)
@@ -300,13 +300,13 @@ def test_all_runs_predict_one_order_before_any_predicts_the_other(run, computed,
     other_model(two[1])
     whole = predict(two, run[1], time_limit=1000)
     shards_of_one = len(computed) // 4
-    assert in_both_orders(whole).all()
+    assert has_both_orders(whole).all()
     np.testing.assert_allclose(predicted(whole), predicted(predict(two, run[1])), rtol=0, atol=1e-6)
     table = predict(two, run[1], time_limit=2 * shards_of_one)
-    assert not in_both_orders(table).any()
+    assert not has_both_orders(table).any()
     np.testing.assert_allclose(predicted(table), predicted(whole, "ab"), rtol=0, atol=1e-6)
     table = predict(two, run[1], time_limit=2 * shards_of_one + 6.5)
-    both = in_both_orders(table)
+    both = has_both_orders(table)
     assert 0 < both.sum() < 40
     np.testing.assert_allclose(predicted(table)[both], predicted(whole)[both], rtol=0, atol=1e-6)
     np.testing.assert_allclose(predicted(table, "ba")[both], predicted(whole, "ba")[both], rtol=0, atol=1e-6)

@@ -19,9 +19,9 @@ from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.batching import pack
 from rewardmodel.model.loading import build_model, load_classifier
 from rewardmodel.model.packing import is_packed, pack_attention
-from rewardmodel.objectives import JOINT, OBJECTIVES, SEPARATE
-from rewardmodel.prompt.encoder import Encoded
-from rewardmodel.prompt.tokenization import merge, tokenize
+from rewardmodel.objectives import JOINT_HEAD, OBJECTIVES, SEPARATE_HEAD
+from rewardmodel.prompt.encoder import EncodedSequence
+from rewardmodel.prompt.tokenization import pack_sequences, tokenize
 
 WINDOW = 32
 """Tokens that some layers of Mistral and Gemma see; fewer than any sequence of `rows_of` has."""
@@ -33,7 +33,7 @@ KINDS = {
 }
 """Rows without shared beginnings, and two kinds with: template, encoding and `both_orders`."""
 
-HEADS = {"joint": (JOINT, "responses"), "separate": (SEPARATE, "last")}
+HEADS = {"joint": (JOINT_HEAD, "responses"), "separate": (SEPARATE_HEAD, "last")}
 """Head and pooling by encoding; every token of a response is read, or the last one of a sequence."""
 
 HERE = [
@@ -178,8 +178,11 @@ def assert_learns_as_plain(name, model, rows, expected=None):
 
 def row_of(sequences):
     """Return the row of sequences, lists of tokens, that are in neither response, in A and in B by turns."""
-    merged = merge(
-        [Encoded(np.array(ids), np.resize(np.int8([0, 1, 2]), len(ids)), (len(ids),), (len(ids),)) for ids in sequences]
+    merged = pack_sequences(
+        [
+            EncodedSequence(np.array(ids), np.resize(np.int8([0, 1, 2]), len(ids)), (len(ids),), (len(ids),))
+            for ids in sequences
+        ]
     )
     return {
         "input_ids": merged.input_ids.tolist(),
@@ -458,7 +461,7 @@ def stranger(tmp_path):
     folder = make_backbone("olmo2", tmp_path)
     assert "olmo2" not in backbone.FAMILIES
     config = ModelConfig(str(folder), device="cpu", dtype="float32")
-    return lambda: load_classifier(config, folder, JOINT).eval()
+    return lambda: load_classifier(config, folder, JOINT_HEAD).eval()
 
 
 def test_a_family_that_is_not_in_the_table_packs_if_it_is_seen_to(stranger, rows_of, caplog):
@@ -521,7 +524,7 @@ def test_an_attention_that_sees_the_whole_row_is_padded_with_a_warning(stranger,
 )
 def test_layers_and_attention_that_are_not_known_to_pack_are_padded(name, layers, packs, backbone):
     folder = backbone("llama")
-    model = load_classifier(ModelConfig(str(folder), device="cpu", dtype="float32"), folder, JOINT)
+    model = load_classifier(ModelConfig(str(folder), device="cpu", dtype="float32"), folder, JOINT_HEAD)
     model.config._attn_implementation, model.config.layer_types = name, layers
     pack_attention(model)
     assert is_packed(model) == packs

@@ -32,7 +32,7 @@ from rewardmodel.model.forward import batching
 from rewardmodel.model.loading import build_model, load_model, save_model
 from rewardmodel.model.packing import is_packed
 from rewardmodel.model.precision import autocast
-from rewardmodel.objectives import JOINT, OBJECTIVES, SEPARATE
+from rewardmodel.objectives import JOINT_HEAD, OBJECTIVES, SEPARATE_HEAD
 from rewardmodel.predictions import predicted
 from rewardmodel.prompt.encoder import PromptEncoder
 from rewardmodel.prompt.tokenization import tokenize
@@ -53,7 +53,7 @@ HEADS = {
     "modernbert": {"head", "classifier"},
 }
 
-SHAPES = {"joint": JOINT, "separate": SEPARATE}
+SHAPES = {"joint": JOINT_HEAD, "separate": SEPARATE_HEAD}
 
 each_family = pytest.mark.parametrize("name", ENCODERS)
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
@@ -84,7 +84,7 @@ def heads(model):
 @each_variant
 @each_family
 def test_heads_are_float32_and_never_quantised_nor_adapted(name, variant, backbone):
-    model, _ = build_model(resolve_backbone(config_of(backbone(name), **VARIANTS[variant])), JOINT, seed=0)
+    model, _ = build_model(resolve_backbone(config_of(backbone(name), **VARIANTS[variant])), JOINT_HEAD, seed=0)
     parts = heads(model)
     assert {part for key in parts for part in key.split(".")} >= HEADS[name]
     for part_name, part in parts.items():
@@ -98,7 +98,7 @@ def test_heads_are_float32_and_never_quantised_nor_adapted(name, variant, backbo
 
 @each_family
 def test_lora_is_on_every_linear_layer_of_the_encoder(name, backbone):
-    model, _ = build_model(resolve_backbone(config_of(backbone(name))), JOINT, seed=0)
+    model, _ = build_model(resolve_backbone(config_of(backbone(name))), JOINT_HEAD, seed=0)
     adapted = {key.split(".lora_A")[0] for key, _ in model.named_parameters() if "lora_A" in key}
     linear = {
         key.removesuffix(".base_layer")
@@ -114,7 +114,7 @@ def test_lora_is_on_every_linear_layer_of_the_encoder(name, backbone):
 @each_family
 def test_lora_only_from_a_layer_up(name, variant, backbone):
     config = config_of(backbone(name), lora_first_layer=1, **VARIANTS[variant])
-    model, _ = build_model(resolve_backbone(config), JOINT, seed=0)
+    model, _ = build_model(resolve_backbone(config), JOINT_HEAD, seed=0)
     adapted = [key for key, _ in model.named_parameters() if "lora_A" in key]
     assert adapted
     assert all(".1." in key for key in adapted)
@@ -222,7 +222,7 @@ def test_padding_changes_nothing(name, backbone):
 @each_family
 def test_heads_compute_in_float32_under_autocast_and_master_weights_are_float32(name, variant, backbone):
     config = dataclasses.replace(config_of(backbone(name), **VARIANTS[variant]), dtype="bfloat16")
-    model, tokenizer = build_model(resolve_backbone(config), JOINT, seed=0)
+    model, tokenizer = build_model(resolve_backbone(config), JOINT_HEAD, seed=0)
     frozen = {weight.dtype for weight in model.parameters() if not weight.requires_grad and weight.is_floating_point()}
     assert {weight.dtype for weight in model.parameters() if weight.requires_grad} == {torch.float32}
     if variant != "full":  # frozen ones may be bfloat16, but DeBERTa's and PEFT's copy of a head
@@ -315,7 +315,7 @@ def test_a_sequence_that_is_longer_than_the_positions_is_refused_before_anything
 
 @pytest.mark.parametrize("name", ["roberta", "distilbert"])
 def test_a_sequence_of_all_positions_is_read(name, backbone):
-    model, _ = build_model(resolve_backbone(config_of(backbone(name))), JOINT, seed=0)
+    model, _ = build_model(resolve_backbone(config_of(backbone(name))), JOINT_HEAD, seed=0)
     ids = torch.full((1, 512), 7)
     assert logits(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).shape == (1, 3)
 
@@ -338,7 +338,7 @@ def test_the_template_of_encoders_is_the_seeds_with_the_tokenizers_own_frame(enc
 
 def test_an_encoder_has_no_other_pooling(backbone):
     with pytest.raises(InputError, match=r"^model\.pooling: 'responses' is for decoders"):
-        build_model(resolve_backbone(config_of(backbone("roberta"), pooling="responses")), JOINT, seed=0)
+        build_model(resolve_backbone(config_of(backbone("roberta"), pooling="responses")), JOINT_HEAD, seed=0)
 
 
 @each_family
@@ -348,18 +348,18 @@ def test_a_published_head_is_kept_whole_or_its_last_layer_is_new(name, tmp_path)
     folder = make_backbone(name, tmp_path / "published", num_labels=1)
     plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     config = config_of(folder, keep_head=True)
-    model, tokenizer = build_model(resolve_backbone(config), SEPARATE, seed=0)
+    model, tokenizer = build_model(resolve_backbone(config), SEPARATE_HEAD, seed=0)
     batch = batch_of(tokenizer, "separate")
     with torch.no_grad():
         theirs = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     assert theirs.std() > 1e-3
     assert (logits(model, batch)[:, :1] - theirs).abs().max() <= 1e-5
-    new, _ = build_model(resolve_backbone(dataclasses.replace(config, keep_head=False)), SEPARATE, seed=0)
+    new, _ = build_model(resolve_backbone(dataclasses.replace(config, keep_head=False)), SEPARATE_HEAD, seed=0)
     assert (logits(new, batch) == 0).all()
-    wider, _ = build_model(resolve_backbone(dataclasses.replace(config, keep_head=False)), JOINT, seed=0)
+    wider, _ = build_model(resolve_backbone(dataclasses.replace(config, keep_head=False)), JOINT_HEAD, seed=0)
     assert logits(wider, batch).shape[1] == 3
     with pytest.raises(InputError, match=r"^model\.keep_head: .* and objective\.name needs \(3, 64\)"):
-        build_model(resolve_backbone(config), JOINT, seed=0)
+        build_model(resolve_backbone(config), JOINT_HEAD, seed=0)
 
 
 @pytest.mark.parametrize("name", ["deberta-v2", "distilbert"])

@@ -12,7 +12,7 @@ from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.features import feature_folder, features, row_keys
 from rewardmodel.model.forward import row_logits
 from rewardmodel.model.loading import build_model, trained_layer
-from rewardmodel.objectives import JOINT, SEPARATE
+from rewardmodel.objectives import JOINT_HEAD, SEPARATE_HEAD
 from rewardmodel.prompt.tokenization import tokenize
 
 FLOAT = torch.float32
@@ -22,7 +22,7 @@ FLOAT = torch.float32
 def probed(backbone, tokenizer):
     """Return a tiny classifier with a frozen backbone, its last layer, and the rows of 16 battles."""
     config = ModelConfig(str(backbone("llama")), device="cpu", dtype="float32", freeze_backbone=True)
-    model, _ = build_model(resolve_backbone(config), SEPARATE, seed=0)
+    model, _ = build_model(resolve_backbone(config), SEPARATE_HEAD, seed=0)
     prompt = PromptConfig("response", max_length=160)
     rows = tokenize(read_battles(battle_frame(4)), tokenizer, prompt, encoding="separate")
     return model.eval(), trained_layer(model), rows
@@ -44,7 +44,7 @@ def computed(monkeypatch):
 @pytest.mark.parametrize(("family", "pooling"), [("llama", "last"), ("gemma2", "responses"), ("roberta", "last")])
 def test_the_last_layer_on_features_gives_the_models_logits(backbone, tokenizer, tmp_path, family, pooling):
     config = ModelConfig(str(backbone(family)), device="cpu", dtype="float32", freeze_backbone=True, pooling=pooling)
-    model, own = build_model(resolve_backbone(config), JOINT, seed=0)
+    model, own = build_model(resolve_backbone(config), JOINT_HEAD, seed=0)
     layer = trained_layer(model.eval())
     torch.nn.init.normal_(layer.weight)
     rows = tokenize(read_battles(battle_frame(3)), own, PromptConfig(max_length=160), both_orders=True)
@@ -141,7 +141,7 @@ def test_heads_of_encoders_that_begin_otherwise_do_not_share_features(peft, back
     config = ModelConfig(str(backbone("roberta")), device="cpu", dtype="float32", use_peft=peft)
     found = []
     for seed in (0, 1, 0):
-        model, own = build_model(resolve_backbone(config), JOINT, seed=seed)
+        model, own = build_model(resolve_backbone(config), JOINT_HEAD, seed=seed)
         rows = tokenize(read_battles(battle_frame(1)), own, PromptConfig(max_length=160))
         found.append(features(model.eval(), trained_layer(model), rows, own.pad_token_id, FLOAT, tmp_path, 500))
     assert np.abs(found[0] - found[1]).max() > 0.01

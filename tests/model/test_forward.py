@@ -14,15 +14,15 @@ from rewardmodel.model.batching import pack, pad, padded_tokens, plan_packed, pl
 from rewardmodel.model.budget import CPU_TOKENS
 from rewardmodel.model.forward import Batching, batching, forward_budget, longest_row, row_logits
 from rewardmodel.model.loading import build_model
-from rewardmodel.objectives import JOINT, SEPARATE
-from rewardmodel.prompt.tokenization import MODEL_COLUMNS, ROWS, tokenize
+from rewardmodel.objectives import JOINT_HEAD, SEPARATE_HEAD
+from rewardmodel.prompt.tokenization import MODEL_COLUMNS, TOKEN_ROW_FEATURES, tokenize
 
 PAD = 0
 FLOAT = torch.float32
 ENCODINGS = {
-    "joint": (JOINT, "instruction", False),
-    "both orders": (JOINT, "instruction", True),
-    "separate": (SEPARATE, "response", False),
+    "joint": (JOINT_HEAD, "instruction", False),
+    "both orders": (JOINT_HEAD, "instruction", True),
+    "separate": (SEPARATE_HEAD, "response", False),
 }
 
 each_encoding = pytest.mark.parametrize("kind", ENCODINGS)
@@ -37,7 +37,7 @@ def rows_of(tmp_path_factory, tokenizer):
         battles = read_battles(battle_frame(2))
         found = {}
         for kind, (head, template, both) in ENCODINGS.items():
-            encoding = "separate" if head is SEPARATE else "joint"
+            encoding = "separate" if head is SEPARATE_HEAD else "joint"
             prompt = PromptConfig(template, max_length=160)
             found[kind] = tokenize(battles, tokenizer, prompt, encoding=encoding, both_orders=both)
     assert len({row["length"] for row in found["joint"]}) > 4
@@ -134,7 +134,7 @@ def test_a_packed_model_is_not_padded_and_another_is(model_of, rows_of):
 def test_what_is_no_number_stays_none_and_in_its_battle(way, model_of, rows_of):
     model, rows = model_of("separate", way), rows_of("separate")
     expected = row_logits(model, rows, PAD, FLOAT, 600)
-    rows = Dataset.from_list(list(rows), features=ROWS)
+    rows = Dataset.from_list(list(rows), features=TOKEN_ROW_FEATURES)
     marked = [dict(row) for row in rows]
     marked[1]["input_ids"] = [*rows[1]["input_ids"]]
     marked[1]["input_ids"][np.flatnonzero(rows[1]["segment_ids"])[-1]] = 255  # in response B alone
@@ -144,7 +144,7 @@ def test_what_is_no_number_stays_none_and_in_its_battle(way, model_of, rows_of):
     with torch.no_grad():
         embedding[255] = torch.nan
         try:
-            found = row_logits(model, Dataset.from_list(marked, features=ROWS), PAD, FLOAT, 600)
+            found = row_logits(model, Dataset.from_list(marked, features=TOKEN_ROW_FEATURES), PAD, FLOAT, 600)
         finally:
             embedding[255] = before
     assert np.argwhere(np.isnan(found[..., 0])).tolist() == [[1, 1]]

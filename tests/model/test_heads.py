@@ -7,7 +7,7 @@ from rewardmodel.errors import InputError
 from rewardmodel.model.batching import pack
 from rewardmodel.model.heads import POOLINGS, FloatHead, FloatLinear, PairTieHead, PooledHead, TieHead, classifier_class
 from rewardmodel.model.loading import load_classifier
-from rewardmodel.objectives import JOINT, SEPARATE
+from rewardmodel.objectives import JOINT_HEAD, SEPARATE_HEAD
 
 HIDDEN = torch.tensor([[1.0, 10], [2, 20], [4, 40], [8, 80], [16, 160]])
 READINGS = {
@@ -85,7 +85,12 @@ ROW = {"input_ids": [5, 6, 7, 8, 9], "segment_ids": [0, 1, 1, 2, 0], "branches":
 
 @pytest.mark.parametrize(
     ("head", "pooling", "width"),
-    [(JOINT, "last", 64), (JOINT, "responses", 128), (SEPARATE, "last", 64), (SEPARATE, "responses", 64)],
+    [
+        (JOINT_HEAD, "last", 64),
+        (JOINT_HEAD, "responses", 128),
+        (SEPARATE_HEAD, "last", 64),
+        (SEPARATE_HEAD, "responses", 64),
+    ],
 )
 def test_the_head_is_as_wide_as_what_it_reads(head, pooling, width, load):
     model = load(head, pooling)
@@ -96,10 +101,10 @@ def test_the_head_is_as_wide_as_what_it_reads(head, pooling, width, load):
 @pytest.mark.parametrize(
     ("head", "pooling", "read"),
     [
-        (JOINT, "last", [[4]]),
-        (JOINT, "responses", [[1, 2], [3]]),
-        (SEPARATE, "last", [[4]]),
-        (SEPARATE, "responses", [[1, 2]]),
+        (JOINT_HEAD, "last", [[4]]),
+        (JOINT_HEAD, "responses", [[1, 2], [3]]),
+        (SEPARATE_HEAD, "last", [[4]]),
+        (SEPARATE_HEAD, "responses", [[1, 2]]),
     ],
 )
 def test_logits_are_those_of_the_states_that_the_head_reads(head, pooling, read, load):
@@ -114,10 +119,10 @@ def test_logits_are_those_of_the_states_that_the_head_reads(head, pooling, read,
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_a_joint_head_is_a_class_of_transformers_own_name(pooling):
-    found = classifier_class(LlamaConfig(), pooling, JOINT)
+    found = classifier_class(LlamaConfig(), pooling, JOINT_HEAD)
     assert found.__name__ == "LlamaForSequenceClassification"
     assert found.__module__ == "transformers.models.llama.modeling_llama"
-    assert (found.pooling, found.shape) == (pooling, JOINT)
+    assert (found.pooling, found.shape) == (pooling, JOINT_HEAD)
 
 
 def test_a_layer_of_the_head_computes_in_float32_under_autocast():
@@ -131,12 +136,12 @@ def test_a_layer_of_the_head_computes_in_float32_under_autocast():
 
 @pytest.mark.parametrize(("config", "kind"), [(GPT2Config(), PooledHead), (BertConfig(), FloatHead)])
 def test_decoders_read_a_pooling_and_encoders_what_their_class_reads(config, kind):
-    assert classifier_class(config, "last", JOINT).__mro__[1] is kind
+    assert classifier_class(config, "last", JOINT_HEAD).__mro__[1] is kind
 
 
 def test_another_pooling_is_for_decoders():
     with pytest.raises(InputError, match=r"^model\.pooling: 'responses' is for decoders; .* type 'bert'"):
-        classifier_class(BertConfig(), "responses", JOINT)
+        classifier_class(BertConfig(), "responses", JOINT_HEAD)
 
 
 @pytest.mark.parametrize("config", [ViTConfig(), T5Config()], ids=lambda config: config.model_type)
@@ -144,7 +149,7 @@ def test_a_backbone_without_a_classifier_of_one_sequence_is_refused(config):
     with pytest.raises(
         InputError, match=rf"^model\.model_name_or_path: a backbone of type '{config.model_type}' has no"
     ):
-        classifier_class(config, "last", JOINT)
+        classifier_class(config, "last", JOINT_HEAD)
 
 
 def test_last_token_and_means_are_read_side_by_side():
@@ -170,7 +175,7 @@ def test_ties_of_pairs_are_known_by_their_distance_and_their_mean_in_either_orde
 
 
 def test_a_new_pair_head_states_what_a_tie_head_states(load):
-    model = load(SEPARATE._replace(pairs=True), "last_and_responses")
+    model = load(SEPARATE_HEAD._replace(pairs=True), "last_and_responses")
     assert type(model.score) is PairTieHead
     assert model.score.in_features == 2 * model.config.hidden_size
     assert not any(weight.any() for weight in (model.score.tie, model.score.tie_apart, model.score.tie_mean))

@@ -30,7 +30,7 @@ from rewardmodel.model.forward import batching
 from rewardmodel.model.loading import build_model, load_classifier, load_model, load_tokenizer, save_model
 from rewardmodel.model.packing import is_packed
 from rewardmodel.model.precision import autocast, compute_dtype
-from rewardmodel.objectives import JOINT, OBJECTIVES, SEPARATE
+from rewardmodel.objectives import JOINT_HEAD, OBJECTIVES, SEPARATE_HEAD
 from rewardmodel.prompt.encoder import PromptEncoder
 from rewardmodel.prompt.tokenization import tokenize
 
@@ -46,7 +46,7 @@ VARIANTS = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_model_predicts_the_same(family, variant, backbone, tmp_path):
     config = config_of(backbone(family), **VARIANTS[variant])
-    model, tokenizer = build_model(resolve_backbone(config), JOINT, seed=0)
+    model, tokenizer = build_model(resolve_backbone(config), JOINT_HEAD, seed=0)
     batch = batch_of(tokenizer)
     train_a_little(model, batch)
     before = logits(model, batch)
@@ -59,7 +59,7 @@ def test_a_saved_model_predicts_the_same(family, variant, backbone, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fresh_process_predicts_the_same_in_4_bits(family, backbone, tmp_path):
     config = config_of(backbone(family), load_in_4bit=True)
-    model, tokenizer = build_model(resolve_backbone(config), JOINT, seed=0)
+    model, tokenizer = build_model(resolve_backbone(config), JOINT_HEAD, seed=0)
     batch = batch_of(tokenizer)
     train_a_little(model, batch)
     save_model(model, tokenizer, resolve_backbone(config), tmp_path / "model")
@@ -70,7 +70,7 @@ def test_a_fresh_process_predicts_the_same_in_4_bits(family, backbone, tmp_path)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_head_and_adapters_are_float32_and_the_backbone_is_quantised(family, variant, backbone):
-    model, _ = build_model(resolve_backbone(config_of(backbone(family), **VARIANTS[variant])), JOINT, seed=0)
+    model, _ = build_model(resolve_backbone(config_of(backbone(family), **VARIANTS[variant])), JOINT_HEAD, seed=0)
     for name, module in model.named_modules():
         if any(head in name.split(".") for head in HEADS):
             assert "bitsandbytes" not in type(module).__module__, name
@@ -80,7 +80,7 @@ def test_head_and_adapters_are_float32_and_the_backbone_is_quantised(family, var
 
 
 def test_a_true_last_token_that_is_the_padding_id_counts(backbone):
-    model, _ = build_model(resolve_backbone(config_of(backbone("llama"))), JOINT, seed=0)
+    model, _ = build_model(resolve_backbone(config_of(backbone("llama"))), JOINT_HEAD, seed=0)
     torch.nn.init.normal_(model.get_submodule("base_model.model.score").modules_to_save["default"].weight)
     whole, shorter = (
         pack([{"input_ids": ids, "segment_ids": [0] * len(ids), "branches": [0, len(ids)], "length": len(ids)}])
@@ -92,7 +92,7 @@ def test_a_true_last_token_that_is_the_padding_id_counts(backbone):
 @pytest.mark.parametrize("pooling", ["last", "responses"])
 def test_a_reward_head_carries_its_tie_parameter_through_saving(pooling, backbone, tmp_path):
     config = config_of(backbone("llama"), pooling=pooling, load_in_4bit=True)
-    model, tokenizer = build_model(resolve_backbone(config), SEPARATE, seed=0)
+    model, tokenizer = build_model(resolve_backbone(config), SEPARATE_HEAD, seed=0)
     battles = read_battles(battle_frame(2))
     batch = pack(list(tokenize(battles, tokenizer, PromptConfig("response", 160), encoding="separate")))
     train_a_little(model, batch)
@@ -111,7 +111,7 @@ def test_peft_alone_gives_the_rewards_of_a_scalar_model(backbone, tmp_path):
     from peft import AutoPeftModelForSequenceClassification
 
     config = config_of(backbone("qwen3"))
-    model, tokenizer = build_model(resolve_backbone(config), SEPARATE, seed=0)
+    model, tokenizer = build_model(resolve_backbone(config), SEPARATE_HEAD, seed=0)
     battles = read_battles(battle_frame(2))
     rows = list(tokenize(battles, tokenizer, PromptConfig("response", 160), encoding="separate"))
     train_a_little(model, pack(rows))
@@ -132,14 +132,14 @@ def test_a_head_has_the_shape_that_its_objective_asks_for(name, backbone):
 
 
 def test_lora_only_from_a_layer_up(backbone):
-    model, _ = build_model(resolve_backbone(config_of(backbone("llama"), lora_first_layer=1)), JOINT, seed=0)
+    model, _ = build_model(resolve_backbone(config_of(backbone("llama"), lora_first_layer=1)), JOINT_HEAD, seed=0)
     adapted = {name for name, weight in model.named_parameters() if weight.requires_grad and "lora_" in name}
     assert adapted
     assert all(".layers.1." in name for name in adapted)
 
 
 def test_lora_is_on_every_linear_layer_but_the_head(backbone):
-    model, _ = build_model(resolve_backbone(config_of(backbone("qwen3"))), JOINT, seed=0)
+    model, _ = build_model(resolve_backbone(config_of(backbone("qwen3"))), JOINT_HEAD, seed=0)
     adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_A" in name}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -147,7 +147,7 @@ def test_lora_is_on_every_linear_layer_but_the_head(backbone):
 @pytest.mark.parametrize("key", ["use_rslora", "use_dora"])
 def test_lora_variants_are_saved_and_reloaded(key, backbone, tmp_path):
     config = config_of(backbone("llama"), **{key: True}, load_in_4bit=True)
-    model, tokenizer = build_model(resolve_backbone(config), JOINT, seed=0)
+    model, tokenizer = build_model(resolve_backbone(config), JOINT_HEAD, seed=0)
     assert getattr(model.peft_config["default"], key)
     batch = batch_of(tokenizer)
     train_a_little(model, batch)
@@ -159,7 +159,7 @@ def test_lora_variants_are_saved_and_reloaded(key, backbone, tmp_path):
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_pissa_leaves_as_plain_lora_on_the_untouched_backbone(use_rslora, backbone, tmp_path):
     config = config_of(backbone("llama"), lora_init="pissa", use_rslora=use_rslora)
-    model, tokenizer = build_model(resolve_backbone(config), JOINT, seed=0)
+    model, tokenizer = build_model(resolve_backbone(config), JOINT_HEAD, seed=0)
     batch = batch_of(tokenizer)
     train_a_little(model, batch)
     save_model(model, tokenizer, resolve_backbone(config), tmp_path / "model")
@@ -173,7 +173,7 @@ def test_peft_alone_loads_the_adapter(backbone, tmp_path):
     from peft import AutoPeftModelForSequenceClassification
 
     config = config_of(backbone("llama"))
-    model, tokenizer = build_model(resolve_backbone(config), JOINT, seed=0)
+    model, tokenizer = build_model(resolve_backbone(config), JOINT_HEAD, seed=0)
     rows = rows_of(tokenizer)
     train_a_little(model, pack(rows))
     save_model(model, tokenizer, resolve_backbone(config), tmp_path / "model")
@@ -186,7 +186,7 @@ def test_peft_alone_loads_the_adapter(backbone, tmp_path):
 
 def test_a_full_fine_tune_is_saved_and_reloaded(backbone, tmp_path):
     config = config_of(backbone("llama"), use_peft=False)
-    model, tokenizer = build_model(resolve_backbone(config), JOINT, seed=0)
+    model, tokenizer = build_model(resolve_backbone(config), JOINT_HEAD, seed=0)
     batch = batch_of(tokenizer)
     train_a_little(model, batch)
     assert all(weight.requires_grad for weight in model.parameters())
@@ -196,7 +196,7 @@ def test_a_full_fine_tune_is_saved_and_reloaded(backbone, tmp_path):
 
 
 def saved_model(config: ModelConfig, folder) -> None:
-    model, tokenizer = build_model(resolve_backbone(config), JOINT, seed=0)
+    model, tokenizer = build_model(resolve_backbone(config), JOINT_HEAD, seed=0)
     save_model(model, tokenizer, resolve_backbone(config), folder)
 
 
@@ -236,12 +236,12 @@ def test_what_cannot_work_is_refused_with_the_mend(changes, message, backbone):
         pytest.skip("this machine has CUDA")
     config = dataclasses.replace(config_of(backbone("llama")), **changes)
     with pytest.raises(InputError, match=message):
-        build_model(resolve_backbone(config), JOINT, seed=0)
+        build_model(resolve_backbone(config), JOINT_HEAD, seed=0)
 
 
 def test_gemma2_is_not_run_with_attention_that_drops_its_cap(backbone):
     with pytest.raises(InputError, match="gemma2"):
-        load_classifier(config_of(backbone("gemma2"), attn_implementation="sdpa"), backbone("gemma2"), JOINT)
+        load_classifier(config_of(backbone("gemma2"), attn_implementation="sdpa"), backbone("gemma2"), JOINT_HEAD)
 
 
 def test_precision_follows_the_hardware(monkeypatch):
@@ -261,13 +261,13 @@ def test_precision_follows_the_hardware(monkeypatch):
 
 def test_the_head_computes_in_float32_under_autocast(backbone):
     config = dataclasses.replace(config_of(backbone("llama")), dtype="bfloat16")
-    model, tokenizer = build_model(resolve_backbone(config), JOINT, seed=0)
+    model, tokenizer = build_model(resolve_backbone(config), JOINT_HEAD, seed=0)
     with autocast(torch.device("cpu"), torch.bfloat16):
         assert logits(model, batch_of(tokenizer)).dtype == torch.float32
 
 
 def test_a_new_head_starts_even_handed(backbone):
-    model, tokenizer = build_model(resolve_backbone(config_of(backbone("gemma2"))), JOINT, seed=0)
+    model, tokenizer = build_model(resolve_backbone(config_of(backbone("gemma2"))), JOINT_HEAD, seed=0)
     assert np.allclose(logits(model, batch_of(tokenizer)).softmax(-1).numpy(), 1 / 3)
 
 
@@ -286,7 +286,7 @@ GENERIC = {
 def test_a_family_that_is_not_in_the_table_trains_and_reloads(family, variant, tmp_path, caplog):
     config = config_of(make_backbone(family, tmp_path / "backbone"), **VARIANTS[variant])
     with caplog.at_level("INFO"):
-        model, tokenizer = build_model(resolve_backbone(config), JOINT, seed=0)
+        model, tokenizer = build_model(resolve_backbone(config), JOINT_HEAD, seed=0)
     assert f"{family} is not in the table of families: generic rules hold for it" in caplog.text
     adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
     assert {name.rpartition(".")[2] for name in adapted} == GENERIC[family]
@@ -315,7 +315,7 @@ def test_a_gemma3_that_sees_is_adapted_where_it_reads(tmp_path):
     Gemma3ForConditionalGeneration(settings).save_pretrained(tmp_path / "backbone")
     make_tokenizer().save_pretrained(tmp_path / "backbone")
     config = config_of(tmp_path / "backbone")
-    model, tokenizer = build_model(resolve_backbone(config), JOINT, seed=0)
+    model, tokenizer = build_model(resolve_backbone(config), JOINT_HEAD, seed=0)
     adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
     assert len(adapted) == 2 * 7
     assert all(".language_model.layers." in name for name in adapted)
@@ -347,7 +347,7 @@ def published_head(folder) -> torch.Tensor:
 @pytest.mark.parametrize("variant", ["plain", "4bit"])
 def test_the_head_of_a_published_reward_model_is_kept_and_goes_on_learning(variant, published, tmp_path):
     config = config_of(published, keep_head=True, **VARIANTS[variant])
-    model, tokenizer = build_model(resolve_backbone(config), SEPARATE, seed=0)
+    model, tokenizer = build_model(resolve_backbone(config), SEPARATE_HEAD, seed=0)
     head = model.get_submodule("base_model.model.score").modules_to_save["default"]
     assert torch.equal(head.weight, published_head(published))
     assert head.tie == 0
@@ -363,7 +363,7 @@ def test_the_head_of_a_published_reward_model_is_kept_and_goes_on_learning(varia
 
 def test_a_head_that_is_kept_stays_float32_over_a_bfloat16_backbone(published):
     config = dataclasses.replace(config_of(published, keep_head=True), dtype="bfloat16")
-    model, _ = build_model(resolve_backbone(config), SEPARATE, seed=0)
+    model, _ = build_model(resolve_backbone(config), SEPARATE_HEAD, seed=0)
     head = model.get_submodule("base_model.model.score").modules_to_save["default"]
     assert torch.equal(head.weight, published_head(published))
 
@@ -372,12 +372,12 @@ def test_older_weight_files_of_a_published_reward_model_are_read_too(published):
     weights = load_file(published / "model.safetensors")
     torch.save(weights, published / "pytorch_model.bin")
     (published / "model.safetensors").unlink()
-    model, _ = build_model(resolve_backbone(config_of(published, keep_head=True)), SEPARATE, seed=0)
+    model, _ = build_model(resolve_backbone(config_of(published, keep_head=True)), SEPARATE_HEAD, seed=0)
     head = model.get_submodule("base_model.model.score").modules_to_save["default"]
     assert torch.equal(head.weight, weights["score.weight"])
 
 
-@pytest.mark.parametrize("shape", [SEPARATE, JOINT])
+@pytest.mark.parametrize("shape", [SEPARATE_HEAD, JOINT_HEAD])
 def test_the_head_of_a_published_reward_model_is_left_unless_it_is_to_be_kept(shape, published):
     model, _ = build_model(resolve_backbone(config_of(published)), shape, seed=0)
     head = model.get_submodule("base_model.model.score").modules_to_save["default"]
@@ -388,8 +388,12 @@ def test_the_head_of_a_published_reward_model_is_left_unless_it_is_to_be_kept(sh
 @pytest.mark.parametrize(
     ("changes", "shape", "message"),
     [
-        ({}, JOINT, r"has 'score\.weight' of size \(1, 64\), and objective\.name needs \(3, 64\); set it to false"),
-        ({"pooling": "responses"}, JOINT, r"of size \(1, 64\), and objective\.name needs \(3, 128\)"),
+        (
+            {},
+            JOINT_HEAD,
+            r"has 'score\.weight' of size \(1, 64\), and objective\.name needs \(3, 64\); set it to false",
+        ),
+        ({"pooling": "responses"}, JOINT_HEAD, r"of size \(1, 64\), and objective\.name needs \(3, 128\)"),
     ],
 )
 def test_a_published_head_of_another_width_is_not_kept(changes, shape, message, published):
@@ -399,23 +403,23 @@ def test_a_published_head_of_another_width_is_not_kept(changes, shape, message, 
 
 def test_a_backbone_without_a_head_has_none_to_keep(backbone):
     with pytest.raises(InputError, match=r"^model\.keep_head: .* has no 'score\.weight'"):
-        build_model(resolve_backbone(config_of(backbone("llama"), keep_head=True)), SEPARATE, seed=0)
+        build_model(resolve_backbone(config_of(backbone("llama"), keep_head=True)), SEPARATE_HEAD, seed=0)
 
 
 def test_a_full_fine_tune_goes_on_from_one_of_ours(backbone, tmp_path):
     config = config_of(backbone("llama"), use_peft=False)
-    model, tokenizer = build_model(resolve_backbone(config), JOINT, seed=0)
+    model, tokenizer = build_model(resolve_backbone(config), JOINT_HEAD, seed=0)
     batch = batch_of(tokenizer)
     train_a_little(model, batch)
     save_model(model, tokenizer, resolve_backbone(config), tmp_path / "model")
-    further, _ = build_model(resolve_backbone(config_of(tmp_path / "model", keep_head=True)), JOINT, seed=0)
+    further, _ = build_model(resolve_backbone(config_of(tmp_path / "model", keep_head=True)), JOINT_HEAD, seed=0)
     assert torch.equal(logits(further, batch), logits(model, batch))
 
 
 def test_a_pooler_that_the_backbone_lacks_is_new_and_saved_with_the_head(tmp_path, caplog):
     config = config_of(make_backbone("bert", tmp_path / "backbone"))
     assert not [key for key in load_file(tmp_path / "backbone" / "model.safetensors") if "pooler" in key]
-    model, tokenizer = build_model(resolve_backbone(config), JOINT, seed=0)
+    model, tokenizer = build_model(resolve_backbone(config), JOINT_HEAD, seed=0)
     save_model(model, tokenizer, resolve_backbone(config), tmp_path / "model")
     saved = load_file(tmp_path / "model" / "adapter_model.safetensors")
     assert {key for key in saved if "lora" not in key} == {
@@ -434,7 +438,7 @@ def test_a_backbone_with_weights_missing_is_refused(tmp_path):
         metadata={"format": "pt"},
     )
     with pytest.raises(InputError, match=r"its weight files lack model\.layers\.1\.mlp\.down_proj\.weight, "):
-        build_model(resolve_backbone(config_of(folder)), JOINT, seed=0)
+        build_model(resolve_backbone(config_of(folder)), JOINT_HEAD, seed=0)
 
 
 def test_weights_of_other_sizes_than_the_configuration_says_are_refused(tmp_path):
@@ -442,7 +446,7 @@ def test_weights_of_other_sizes_than_the_configuration_says_are_refused(tmp_path
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 32}))
     with pytest.raises(InputError, match=r"weights of other sizes than its config\.json says: .*mlp"):
-        build_model(resolve_backbone(config_of(folder)), JOINT, seed=0)
+        build_model(resolve_backbone(config_of(folder)), JOINT_HEAD, seed=0)
 
 
 @pytest.mark.filterwarnings("ignore:builtin type .* has no __module__ attribute:DeprecationWarning")
@@ -492,7 +496,7 @@ def test_what_fsdp_will_cut_up_waits_in_the_hosts_memory(strategy, keys, waits, 
         return loaded(dataclasses.replace(config, load_in_4bit=False), folder, head, spread)
 
     monkeypatch.setattr("rewardmodel.model.loading.load_classifier", load)
-    model, _ = build_model(resolve_backbone(config_of(backbone("llama"), **keys)), JOINT, seed=0)
+    model, _ = build_model(resolve_backbone(config_of(backbone("llama"), **keys)), JOINT_HEAD, seed=0)
     assert asked == [waits]
     assert {weight.device.type for weight in model.parameters()} == {"cpu" if waits else "meta"}
 
@@ -500,7 +504,7 @@ def test_what_fsdp_will_cut_up_waits_in_the_hosts_memory(strategy, keys, waits, 
 def test_every_process_reads_a_saved_model_whole_and_the_launchers_wish_is_restored(backbone, tmp_path, monkeypatch):
     name, seen = "FSDP_CPU_RAM_EFFICIENT_LOADING", []
     config = config_of(backbone("llama"))
-    save_model(*build_model(resolve_backbone(config), JOINT, seed=0), config, tmp_path / "model")
+    save_model(*build_model(resolve_backbone(config), JOINT_HEAD, seed=0), config, tmp_path / "model")
     loaded = load_classifier
 
     def load(*given, **keys):

@@ -22,7 +22,7 @@ from rewardmodel.errors import InputError
 from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.loading import build_model, load_model, save_model
 from rewardmodel.model.precision import bits_and_bytes, quantization_name
-from rewardmodel.objectives import JOINT, SEPARATE
+from rewardmodel.objectives import JOINT_HEAD, SEPARATE_HEAD
 
 
 def classes(model) -> dict[str, str]:
@@ -35,7 +35,7 @@ def test_a_backbone_that_is_stored_quantised_stays_so_and_its_head_is_not(settin
     bits = 8 if settings == "8 bits" else 4
     folder = stored(backbone("llama"), tmp_path, SETTINGS[settings])
     config = config_of(folder, **{f"load_in_{bits}bit": said})
-    model, tokenizer = build_model(resolve_backbone(config), JOINT, seed=0)
+    model, tokenizer = build_model(resolve_backbone(config), JOINT_HEAD, seed=0)
     kinds = classes(model)
     head = model.get_submodule("base_model.model.score")
     assert "bitsandbytes" not in {type(part).__module__.partition(".")[0] for part in head.modules()}
@@ -56,7 +56,7 @@ def test_a_backbone_that_is_stored_quantised_stays_so_and_its_head_is_not(settin
 
 def test_a_fresh_process_predicts_the_same_on_a_backbone_that_is_stored_in_4_bits(backbone, tmp_path):
     config = config_of(stored(backbone("llama"), tmp_path, SETTINGS["as is"]))
-    model, tokenizer = build_model(resolve_backbone(config), JOINT, seed=0)
+    model, tokenizer = build_model(resolve_backbone(config), JOINT_HEAD, seed=0)
     batch = batch_of(tokenizer)
     train_a_little(model, batch)
     save_model(model, tokenizer, resolve_backbone(config), tmp_path / "model")
@@ -70,10 +70,10 @@ def test_a_stored_head_that_was_quantised_itself_gives_way_to_a_new_one_and_is_n
     folder = stored(whole, tmp_path, settings, AutoModelForSequenceClassification)
     with safe_open(folder / "model.safetensors", "pt") as weights:
         assert "score.weight.absmax" in weights.keys()  # noqa: SIM118
-    model, tokenizer = build_model(resolve_backbone(config_of(folder)), JOINT, seed=0)
+    model, tokenizer = build_model(resolve_backbone(config_of(folder)), JOINT_HEAD, seed=0)
     assert (logits(model, batch_of(tokenizer)) == 0).all()
     with pytest.raises(InputError, match=r"^model\.keep_head: .* has 'score\.weight' of size"):
-        build_model(resolve_backbone(config_of(folder, keep_head=True)), JOINT, seed=0)
+        build_model(resolve_backbone(config_of(folder, keep_head=True)), JOINT_HEAD, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_stored_head_that_was_quantised_itself_gives_way_to_a_new_one_and_is_n
 def test_what_a_backbone_that_is_stored_in_4_bits_cannot_do_is_refused(changes, message, backbone, tmp_path):
     config = config_of(stored(backbone("llama"), tmp_path, SETTINGS["as is"]))
     with pytest.raises(InputError, match=message):
-        build_model(resolve_backbone(dataclasses.replace(config, **changes)), JOINT, seed=0)
+        build_model(resolve_backbone(dataclasses.replace(config, **changes)), JOINT_HEAD, seed=0)
 
 
 def test_a_backbone_that_is_stored_quantised_by_others_is_refused(tmp_path):
@@ -95,7 +95,7 @@ def test_a_backbone_that_is_stored_quantised_by_others_is_refused(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(InputError, match=r"^model\.model_name_or_path: the backbone is stored quantised by gptq; give"):
-        build_model(resolve_backbone(config_of(folder)), SEPARATE, seed=0)
+        build_model(resolve_backbone(config_of(folder)), SEPARATE_HEAD, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_fsdp_is_given_four_bits_in_a_type_that_it_spreads(dtype, backbone, monk
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     assert bits_and_bytes(config, dtype).bnb_4bit_quant_storage == dtype
-    model, _ = build_model(resolve_backbone(config), JOINT, seed=0)
+    model, _ = build_model(resolve_backbone(config), JOINT_HEAD, seed=0)
     held = [module.weight for module in model.modules() if isinstance(module, Linear4bit)]
     assert held
     assert {weight.dtype for weight in held} == {torch.float32}  # this backbone computes in it

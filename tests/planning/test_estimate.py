@@ -7,7 +7,7 @@ from transformers import AutoConfig
 
 from rewardmodel.config.schema import ModelConfig
 from rewardmodel.distributed import Launch
-from rewardmodel.objectives import JOINT
+from rewardmodel.objectives import JOINT_HEAD
 from rewardmodel.planning.devices import DEVICES, Device
 from rewardmodel.planning.estimate import (
     BACKWARD,
@@ -192,7 +192,7 @@ def test_the_operations_of_a_layer_are_as_many_as_are_reckoned_with(bits, backbo
         config = AutoConfig.from_pretrained(backbone("llama"))
         config.num_hidden_layers = layers
         model = ModelConfig(str(backbone("llama")), lora_dropout=0.1, load_in_4bit=bits == 4)
-        planned = Planned(Plan(model, config, JOINT, torch.float16, "sdpa", gpu=True))
+        planned = Planned(Plan(model, config, JOINT_HEAD, torch.float16, "sdpa", gpu=True))
         forward, both = Operations(), Operations()
         with forward:
             planned.forward_peak([[0, 60]])

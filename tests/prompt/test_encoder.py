@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from rewardmodel.config.schema import PromptConfig
 from rewardmodel.errors import InputError
-from rewardmodel.prompt.encoder import PromptEncoder, total
+from rewardmodel.prompt.encoder import PromptEncoder, sum_sizes
 from rewardmodel.prompt.template import TEMPLATES
-from rewardmodel.prompt.truncation import LEAST_ROUND, TRUNCATIONS, retention
+from rewardmodel.prompt.truncation import MIN_ROUND_TOKENS, TRUNCATIONS, measure_retention
 
 TOKENIZER = make_tokenizer()
 CHAT_TOKENIZER = chat_tokenizer(CHATML)
@@ -66,7 +66,7 @@ def turns_of(encoded, made: PromptEncoder) -> list[tuple[int, list[int]]]:
     """Return the text number and the tokens of each turn, told by the segments; the fixed text must be in place."""
     pairs = zip(encoded.input_ids.tolist(), encoded.segment_ids, strict=True)
     runs = [[token for token, _ in run] for _, run in itertools.groupby(pairs, lambda pair: pair[1])]
-    fixed = made.fixed(len(runs) // (1 + len(made.responses)))
+    fixed = made.fixed_tokens(len(runs) // (1 + len(made.responses)))
     assert runs[len(fixed.before) :] == ([fixed.after] if fixed.after else [])
     turns = []
     for (_, text), before, run in zip(fixed.turns, fixed.before, runs, strict=False):
@@ -129,7 +129,7 @@ def test_what_is_kept_can_be_counted_in_the_sequence(layout, policy, battle, max
 def test_a_battle_that_fits_keeps_every_token(layout, battle, policy):
     made = of_layout(layout, 20_000, policy)
     encoded = encode(made, *battle)
-    rounds = next(made.rounds(*([turns] for turns in battle[: 1 + len(made.responses)])))
+    rounds = next(made.tokenize_rounds(*([turns] for turns in battle[: 1 + len(made.responses)])))
     assert [tokens for _, tokens in turns_of(encoded, made)] == [tokens for turns in rounds for tokens in turns]
     assert encoded.kept == encoded.full == tuple(sum(map(len, tokens)) for tokens in zip(*rounds, strict=True))
 
@@ -156,7 +156,7 @@ def test_a_swap_keeps_the_same_tokens(layout, policy, battle, max_length):
 @given(battle=battles, max_length=st.integers(160, 400))
 def test_every_sequence_ends_in_the_question(policy, battle, max_length):
     made = encoder(max_length, truncation=policy)
-    end = made.fixed(1).after
+    end = made.fixed_tokens(1).after
     encoded = encode(made, *battle)
     assert TOKENIZER.decode(end).endswith("or is it a tie?\nAnswer:")
     assert encoded.input_ids[-len(end) :].tolist() == end
@@ -216,7 +216,7 @@ def test_a_cut_text_shows_the_mark_and_the_part_that_the_policy_keeps(policy, he
 @given(battle=battles)
 def test_what_stays_of_a_text_is_its_head_and_its_tail(policy, battle):
     made = encoder(170, truncation=policy)
-    rounds = next(made.rounds(*([turns] for turns in battle)))
+    rounds = next(made.tokenize_rounds(*([turns] for turns in battle)))
     turns = turns_of(encode(made, *battle), made)
     latest = [tokens for texts in rounds[len(rounds) - len(turns) // 3 :] for tokens in texts]
     for number, ((_, tokens), full) in enumerate(zip(turns, latest, strict=True)):
@@ -545,7 +545,7 @@ def test_a_budget_below_the_template_is_refused_with_the_least_that_works(layout
         of_layout(layout, 20)
     least = int(re.search(r"take (\d+);", str(caught.value))[1])
     made = of_layout(layout, least)
-    assert least == made.fixed(1).length + len(made.mark) + LEAST_ROUND
+    assert least == made.fixed_tokens(1).length + len(made.mark) + MIN_ROUND_TOKENS
     assert len(encode(made, [NUMBERS] * 2, [NUMBERS] * 2, [NUMBERS] * 2).input_ids) <= least
     with pytest.raises(InputError, match="too few"):
         of_layout(layout, least - 1)
@@ -571,7 +571,7 @@ def smollm2(user_cache):
 
 def kept_before(made: PromptEncoder, sizes: list[tuple[int, ...]], budget: int) -> list[int]:
     """Return how many tokens of each text stand before `budget` in the whole sequence."""
-    fixed = made.fixed(len(sizes))
+    fixed = made.fixed_tokens(len(sizes))
     kept = [0] * len(sizes[0])
     at = 0
     for before, (number, text) in zip(fixed.before, fixed.turns, strict=True):
@@ -583,7 +583,7 @@ def kept_before(made: PromptEncoder, sizes: list[tuple[int, ...]], budget: int) 
 
 def test_tokens_before_a_budget_of_a_known_example():
     made = encoder()
-    before = [len(tokens) for tokens in made.fixed(1).before]
+    before = [len(tokens) for tokens in made.fixed_tokens(1).before]
     assert kept_before(made, [(5, 6, 7)], 10_000) == [5, 6, 7]
     assert kept_before(made, [(5, 6, 7)], sum(before) + 5 + 6 + 2) == [5, 6, 2]
     assert kept_before(made, [(5, 6, 7)], before[0] + 5 + before[1] + 1) == [5, 1, 0]
@@ -595,17 +595,19 @@ def test_of_real_battles_the_less_kept_response_keeps_a_fifth_more_than_with_a_p
     battles = read_battles(real_data / "kaggle" / "train.csv")
     made = PromptEncoder(smollm2, PromptConfig(max_length=1024))
     full, balanced, layout_cut, plain_cut = [], [], [], []
-    for rounds in made.rounds(*(battles[name][:] for name in ("prompt", "response_a", "response_b"))):
+    for rounds in made.tokenize_rounds(*(battles[name][:] for name in ("prompt", "response_a", "response_b"))):
         sizes = [tuple(map(len, texts)) for texts in rounds]
-        full.append(total(sizes))
-        balanced.append(made.total_kept(sizes, made.keep(sizes)))
+        full.append(sum_sizes(sizes))
+        balanced.append(made.count_kept(sizes, made.fit_rounds(sizes)))
         layout_cut.append(kept_before(made, sizes, 1024))
-        plain_cut.append(kept_before(made, [total(sizes)], 1024))  # all of the prompt, all of A, all of B
+        plain_cut.append(kept_before(made, [sum_sizes(sizes)], 1024))  # all of the prompt, all of A, all of B
     full, balanced, layout_cut, plain_cut = map(np.array, (full, balanced, layout_cut, plain_cut))
     cut = (balanced < full).any(axis=1)
     assert cut.mean() == pytest.approx(0.2, abs=0.02)
-    less_kept = [retention(full, kept)["less_kept_response"] for kept in (balanced, plain_cut)]
+    less_kept = [measure_retention(full, kept)["less_kept_response"] for kept in (balanced, plain_cut)]
     assert less_kept[0] >= 1.2 * less_kept[1]  # though four of five battles fit
-    of_the_cut = [retention(full[cut], kept[cut])["less_kept_response"] for kept in (balanced, layout_cut, plain_cut)]
+    of_the_cut = [
+        measure_retention(full[cut], kept[cut])["less_kept_response"] for kept in (balanced, layout_cut, plain_cut)
+    ]
     assert of_the_cut[0] >= 1.4 * of_the_cut[1]
     assert of_the_cut[0] >= 1.8 * of_the_cut[2]

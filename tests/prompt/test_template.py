@@ -4,7 +4,14 @@ import pytest
 from builders import CHATML, GEMMA, OWN, OWN_SEPARATE, chat_tokenizer
 
 from rewardmodel.errors import InputError
-from rewardmodel.prompt.template import JOINT, SEPARATE, TEMPLATES, Layout, Template, markers
+from rewardmodel.prompt.template import (
+    JOINT_RESPONSES,
+    SEPARATE_RESPONSES,
+    TEMPLATES,
+    Template,
+    TemplateLayout,
+    compile_markers,
+)
 
 BRACKETS = (
     "{% for message in messages %}{% if message['role'] == 'user' %}"
@@ -12,7 +19,7 @@ BRACKETS = (
 )
 
 
-def spelled(layout: Layout) -> str:
+def spelled(layout: TemplateLayout) -> str:
     """Return the text of a layout, with each turn as its round and its letter: <1P>, <1A>, <1B>."""
     turns = [f"<{number + 1}{'PAB'[text]}>" for number, text in layout.turns]
     return "".join(before + turn for before, turn in zip(layout.before, turns, strict=True)) + layout.after
@@ -81,11 +88,11 @@ def test_a_template_may_place_the_turns_in_any_order(tokenizer):
 @pytest.mark.parametrize(
     ("template", "chat", "responses"),
     [
-        ("instruction", None, JOINT),
-        ("encoder", None, JOINT),
-        (OWN, None, JOINT),
-        (OWN_SEPARATE, None, SEPARATE),
-        ("chat", CHATML, SEPARATE),
+        ("instruction", None, JOINT_RESPONSES),
+        ("encoder", None, JOINT_RESPONSES),
+        (OWN, None, JOINT_RESPONSES),
+        (OWN_SEPARATE, None, SEPARATE_RESPONSES),
+        ("chat", CHATML, SEPARATE_RESPONSES),
     ],
     ids=["instruction", "encoder", "own", "own-separate", "chat"],
 )
@@ -197,9 +204,9 @@ def test_a_text_of_many_lines_that_is_no_jinja_is_refused_in_one_line(tokenizer)
     assert "\n" not in str(caught.value)
 
 
-def pattern_of(template: str, tokenizer) -> tuple[re.Pattern[str], Layout]:
+def pattern_of(template: str, tokenizer) -> tuple[re.Pattern[str], TemplateLayout]:
     layout = Template(template, tokenizer).layout(2)
-    return markers(layout, tokenizer.all_special_tokens), layout
+    return compile_markers(layout, tokenizer.all_special_tokens), layout
 
 
 INSTRUCTION_MARKERS = {

@@ -9,12 +9,19 @@ import pytest
 from builders import battle_frame, make_tokenizer, write_csv
 from datasets import Dataset
 
-from rewardmodel.battles import OUTCOMES, TEACHER, outcomes, swap, with_column
+from rewardmodel.battles import OUTCOMES, TEACHER_COLUMNS, outcomes, swap, with_column
 from rewardmodel.config.schema import PromptConfig
 from rewardmodel.data.formats import read_battles
 from rewardmodel.errors import InputError
-from rewardmodel.prompt.encoder import Encoded, PromptEncoder
-from rewardmodel.prompt.tokenization import MODEL_COLUMNS, ROWS, merge, retention, saved, tokenize
+from rewardmodel.prompt.encoder import EncodedSequence, PromptEncoder
+from rewardmodel.prompt.tokenization import (
+    MODEL_COLUMNS,
+    TOKEN_ROW_FEATURES,
+    measure_row_retention,
+    pack_sequences,
+    shared_token_fraction,
+    tokenize,
+)
 
 PROMPT = PromptConfig(max_length=160)
 
@@ -54,7 +61,7 @@ def test_rows_follow_a_selection_of_battles(battles, tokenizer):
 
 def test_rows_have_the_columns_and_types_that_are_promised(battles, tokenizer):
     rows = tokenize(battles, tokenizer, PROMPT)
-    assert rows.features == ROWS
+    assert rows.features == TOKEN_ROW_FEATURES
     assert set(MODEL_COLUMNS) <= set(rows.column_names)
     for row in rows:
         assert len(row["input_ids"]) == len(row["segment_ids"]) == row["length"] <= 160
@@ -107,7 +114,7 @@ def test_rows_of_two_processes_are_those_of_one(battles, tokenizer, tmp_path, mo
     monkeypatch.setenv("REWARDMODEL_CACHE", str(tmp_path / "other"))
     by_two = tokenize(battles, tokenizer, PROMPT, num_proc=2)
     assert len(by_two.cache_files) == 2
-    assert by_two.features == ROWS
+    assert by_two.features == TOKEN_ROW_FEATURES
     np.testing.assert_equal(by_two[:], rows[:])
 
 
@@ -195,7 +202,7 @@ def test_the_cache_tells_separators_apart(battles):
 
 def test_retention_of_rows_of_a_known_example():
     rows = Dataset.from_dict({"full": [[10, 20, 30], [4, 5, 6]], "kept": [[10, 20, 15], [4, 5, 6]]})
-    assert retention(rows) == {
+    assert measure_row_retention(rows) == {
         "battles_cut": 0.5,
         "prompt_kept": 1.0,
         "responses_kept": 46 / 61,
@@ -206,9 +213,9 @@ def test_retention_of_rows_of_a_known_example():
 def test_retention_of_tokenised_battles_counts_the_ones_that_lost_text(battles, tokenizer):
     whole, cut = (tokenize(battles, tokenizer, PromptConfig(max_length=length)) for length in (1000, 150))
     counted = [kept != full for kept, full in zip(cut["kept"][:], cut["full"][:], strict=True)]
-    assert retention(whole)["battles_cut"] == 0
-    assert retention(whole)["responses_kept"] == retention(whole)["prompt_kept"] == 1
-    assert 0 < retention(cut)["battles_cut"] == np.mean(counted) < 1
+    assert measure_row_retention(whole)["battles_cut"] == 0
+    assert measure_row_retention(whole)["responses_kept"] == measure_row_retention(whole)["prompt_kept"] == 1
+    assert 0 < measure_row_retention(cut)["battles_cut"] == np.mean(counted) < 1
 
 
 @pytest.fixture
@@ -255,8 +262,8 @@ def test_one_order_is_the_first_of_both(battles, tokenizer):
         ]
 
 
-def encoded(ids, segments=None) -> Encoded:
-    return Encoded(np.array(ids, np.int32), np.array(segments or [0] * len(ids), np.int8), (0,), (0,))
+def encoded(ids, segments=None) -> EncodedSequence:
+    return EncodedSequence(np.array(ids, np.int32), np.array(segments or [0] * len(ids), np.int8), (0,), (0,))
 
 
 @pytest.mark.parametrize(
@@ -272,7 +279,7 @@ def encoded(ids, segments=None) -> Encoded:
     ids=["one", "two", "the same", "a beginning of the other", "one token", "other segments"],
 )
 def test_sequences_are_merged_as_by_hand(sequences, ids, branches):
-    merged = merge(sequences)
+    merged = pack_sequences(sequences)
     assert merged.input_ids.tolist() == ids
     assert merged.branches == branches
     assert len(merged.segment_ids) == len(ids)
@@ -280,7 +287,7 @@ def test_sequences_are_merged_as_by_hand(sequences, ids, branches):
 
 def test_what_is_saved_is_the_share_of_tokens_that_are_in_a_row_once():
     rows = Dataset.from_dict({"branches": [[10, 5, 5], [0, 20]], "length": [20, 20]})
-    assert saved(rows) == pytest.approx(1 - 40 / 50)
+    assert shared_token_fraction(rows) == pytest.approx(1 - 40 / 50)
 
 
 def test_separate_rows_say_what_is_kept_of_prompt_and_responses(battles, tokenizer):
@@ -294,7 +301,7 @@ def test_separate_rows_say_what_is_kept_of_prompt_and_responses(battles, tokeniz
 def test_a_teachers_probabilities_are_in_the_rows_and_swap_with_the_responses(battles, tokenizer):
     assert np.isnan(np.array(tokenize(battles, tokenizer, PROMPT)["teacher"][:])).all()
     soft = np.random.default_rng(0).dirichlet([1, 1, 1], len(battles))
-    for name, values in zip(TEACHER, soft.T, strict=True):
+    for name, values in zip(TEACHER_COLUMNS, soft.T, strict=True):
         battles = with_column(battles, name, values)
     rows, swapped = (np.array(tokenize(one, tokenizer, PROMPT)["teacher"][:]) for one in (battles, swap(battles)))
     np.testing.assert_allclose(rows, soft, atol=1e-7)

@@ -4,16 +4,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewardmodel.prompt.truncation import (
-    LEAST_ROUND,
+    MIN_ROUND_TOKENS,
     TRUNCATIONS,
+    count_kept_tokens,
     cut_head,
     cut_middle,
     cut_tail,
     keep_rounds,
-    retention,
+    measure_retention,
     share_evenly,
     share_in_proportion,
-    text_kept,
 )
 
 IDS, MARK = list(range(10)), [-1, -2]
@@ -143,14 +143,14 @@ def test_a_cut_of_ten_tokens(cut, size, kept):
 def test_a_cut_fills_its_size_and_text_kept_counts_it_without_the_mark(cut, count, size, mark):
     kept = cut(list(range(count)), size, [-1] * mark)
     assert len(kept) == min(count, size)
-    assert text_kept(count, size, mark) == sum(token >= 0 for token in kept)
+    assert count_kept_tokens(count, size, mark) == sum(token >= 0 for token in kept)
 
 
 @pytest.mark.parametrize(
     ("full", "size", "mark", "kept"), [(10, 10, 3, 10), (10, 12, 3, 10), (10, 9, 3, 6), (10, 5, 3, 2), (10, 4, 3, 4)]
 )
 def test_the_mark_is_no_text(full, size, mark, kept):
-    assert text_kept(full, size, mark) == kept
+    assert count_kept_tokens(full, size, mark) == kept
 
 
 def kept_of(rounds, budget, overhead=10, mark=3, share=share_evenly):
@@ -187,7 +187,7 @@ conversations = st.tuples(
     st.lists(st.tuples(*[st.integers(0, 300)] * 3), min_size=1, max_size=6),
     st.integers(3, 60),
     st.integers(0, 9),
-    st.integers(LEAST_ROUND, 1500),
+    st.integers(MIN_ROUND_TOKENS, 1500),
 ).map(lambda drawn: (drawn[0], drawn[1], drawn[2], drawn[1] + drawn[2] + drawn[3]))
 
 
@@ -246,7 +246,7 @@ def test_a_cut_text_is_as_long_as_its_share(policy, drawn):
 def test_retention_of_a_known_example():
     full = np.array([[10, 20, 30], [4, 5, 6], [40, 10, 100], [6, 5, 4]])
     kept = np.array([[10, 20, 15], [4, 5, 6], [20, 10, 60], [6, 5, 4]])
-    assert retention(full, kept) == {
+    assert measure_retention(full, kept) == {
         "battles_cut": 0.5,
         "prompt_kept": 40 / 60,
         "responses_kept": 125 / 180,
@@ -255,11 +255,11 @@ def test_retention_of_a_known_example():
 
 
 def test_retention_of_responses_that_stand_alone():
-    kept = retention(np.array([[10, 20], [10, 40]]), np.array([[10, 20], [5, 10]]))
+    kept = measure_retention(np.array([[10, 20], [10, 40]]), np.array([[10, 20], [5, 10]]))
     assert kept == {"battles_cut": 0.5, "prompt_kept": 0.75, "responses_kept": 0.5, "less_kept_response": 15.0}
 
 
 def test_retention_of_empty_texts_is_a_number():
     nothing = np.zeros((2, 3), int)
-    assert np.isfinite(list(retention(nothing, nothing).values())).all()
-    assert retention(nothing, nothing)["battles_cut"] == 0
+    assert np.isfinite(list(measure_retention(nothing, nothing).values())).all()
+    assert measure_retention(nothing, nothing)["battles_cut"] == 0

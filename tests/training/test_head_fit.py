@@ -74,7 +74,7 @@ def test_both_orders_teach_a_joint_head_to_know_no_order():
     examples = examples_of(side_by_side, labels)
     fit_last_layer(layer, examples, np.arange(len(features)), objective, ObjectiveConfig())
     logits = layer(examples.features.flatten(0, 1)).view(len(features), 2, 3)
-    as_given, exchanged = (one.detach().numpy() for one in objective.orders(logits))
+    as_given, exchanged = (one.detach().numpy() for one in objective.probabilities_by_order(logits))
     np.testing.assert_allclose(as_given, exchanged, atol=5e-3)
     assert (as_given[:, 0] > as_given[:, 1]).mean() == pytest.approx(labels[:, 0].mean(), abs=0.1)
 

@@ -17,12 +17,12 @@ from rewardmodel.battles import OUTCOMES, swap
 from rewardmodel.config.loader import dump_recipe
 from rewardmodel.config.schema import ObjectiveConfig, Source
 from rewardmodel.data.formats import read_battles
-from rewardmodel.data.splits import load_battles, split, trained_on
+from rewardmodel.data.splits import find_seen_battles, load_battles, split
 from rewardmodel.errors import InputError
 from rewardmodel.inference.predict import predict
 from rewardmodel.model.batching import pack
 from rewardmodel.objectives import find_objective
-from rewardmodel.predictions import predicted, predictions_table, write_predictions
+from rewardmodel.predictions import build_predictions, predicted, write_predictions
 from rewardmodel.prompt.tokenization import tokenize
 from rewardmodel.run_folder import RunFolder
 from rewardmodel.training.train import train
@@ -390,7 +390,7 @@ def taught_sources(recipe, frame, labelled):
         given["prompt"] = given["prompt"].str.replace("question", "riddle")
     path = write_csv(given, folder / "taught.csv")
     battles = read_battles(str(path))
-    write_predictions(predictions_table(battles, answers).assign(seen=False), folder / "soft.parquet")
+    write_predictions(build_predictions(battles, answers).assign(seen=False), folder / "soft.parquet")
     return Source(str(path), teacher=str(folder / "soft.parquet")), battles, answers
 
 
@@ -443,5 +443,5 @@ def test_a_run_says_what_it_trained_on_before_it_trains(recipe, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train(recipe)
     parts = split(load_battles(recipe.data), 0)
-    assert trained_on([recipe.run_folder], parts.training).all()
-    assert not trained_on([recipe.run_folder], parts.validation).any()
+    assert find_seen_battles([recipe.run_folder], parts.training).all()
+    assert not find_seen_battles([recipe.run_folder], parts.validation).any()
