@@ -195,7 +195,7 @@ def load_run_recipe(folder: Path) -> Recipe:
     """
     if not RunFolder(folder).recipe.is_file():
         raise InputError(f"{folder}: no recipe.yaml there; give the folder of a run")
-    return load_recipe(RunFolder(folder).recipe)
+    return load_recipe(RunFolder(folder).recipe, of_run=True)
 
 
 def fold_folder(run: Path, fold: int) -> Path:
