@@ -47,6 +47,7 @@ def _prepare(options: Namespace) -> None:
     from rewardmodel.config.loader import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
+    options.output.mkdir(parents=True, exist_ok=True)  # an error here comes before the work
     from rewardmodel.pipeline import prepare
 
     facts = prepare(recipe, options.output)

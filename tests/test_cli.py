@@ -13,7 +13,7 @@ from builders import battle_frame, write_csv
 from safetensors.torch import load_file, save_file
 
 from rewardmodel.battles import OUTCOMES
-from rewardmodel.cli import VERBS, main
+from rewardmodel.cli import COMMANDS, main
 from rewardmodel.config.loader import dump_recipe, load_recipe
 from rewardmodel.config.schema import DataConfig, ModelConfig, PromptConfig, Recipe
 from rewardmodel.inference import predict as inference
@@ -90,9 +90,10 @@ def test_the_commands_are_listed(arguments, capsys):
     assert main(arguments) == 0
     output = capsys.readouterr()
     assert output.err == ""
-    for name, verb in VERBS.items():
+    for name, command in COMMANDS.items():
         assert f"  {name} " in output.out
-        assert verb.__doc__ in output.out
+        assert command.__doc__ in " ".join(output.out.split())
+    assert "register-python-argcomplete rewardmodel" in output.out
 
 
 def test_listing_the_commands_imports_nothing_heavy():
@@ -107,11 +108,11 @@ def test_listing_the_commands_imports_nothing_heavy():
 
 def test_an_unknown_command_names_those_there_are(refusal):
     message = refusal("trian", "recipe.yaml")
-    assert "no command 'trian'" in message
-    assert all(name in message for name in VERBS)
+    assert "no command 'trian'; did you mean 'train'?" in message
+    assert all(name in message for name in COMMANDS)
 
 
-@pytest.mark.parametrize("name", VERBS)
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "schema"])
 def test_a_command_without_its_arguments_shows_its_usage(name, capsys):
     with pytest.raises(SystemExit) as caught:
         main([name])
@@ -119,7 +120,7 @@ def test_a_command_without_its_arguments_shows_its_usage(name, capsys):
     assert f"usage: rewardmodel {name} " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", VERBS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as caught:
         main([name, "--help"])
@@ -245,7 +246,6 @@ LATE_SETTINGS = {
     "attention": {"model": {"attn_implementation": "nonsense"}},
     "both quantisations": {"model": {"load_in_4bit": True, "load_in_8bit": True}},
     "lora_first_layer": {"model": {"lora_first_layer": 9}},
-    "pissa in 4 bits": {"model": {"lora_init": "pissa", "load_in_4bit": True}},
 }
 """What only the backbone and its tokenizer can refuse."""
 
@@ -321,10 +321,10 @@ def test_a_run_that_is_there_is_left_alone(command, refusal, recipe_file, run_fo
         ("prompt:\n  max_length: long\n", ["prompt.max_length", "int", "long"]),
         ("data:\n  swap_augmentation: maybe\n", ["data.swap_augmentation", "maybe"]),
         ("trainer:\n  learning_rate: fast\n", ["trainer.learning_rate", "float", "fast"]),
-        ("trainer:\n  bf16: true\n", ["trainer.bf16 is not taken: set model.dtype"]),
+        ("trainer:\n  bf16: true\n", ["trainer.bf16 is not accepted: set model.dtype"]),
         ("data: [1, 2\nmodel: {\n", ["not YAML", "line 2"]),
-        ("- a\n- list\n", ["one mapping a section"]),
-        ("data: train.csv\n", ["one mapping a section"]),
+        ("- a\n- list\n", ["one mapping per section"]),
+        ("data: train.csv\n", ["one mapping per section"]),
     ],
     ids=[
         *("unknown key", "unknown trainer key", "unknown section", "no number", "no choice", "no float"),
@@ -340,7 +340,9 @@ def test_a_recipe_that_cannot_be_read_is_refused_by_file_and_key(text, expected,
 
 
 def test_a_recipe_that_is_not_there_is_refused(refusal, tmp_path):
-    assert refusal("run", tmp_path / "nowhere.yaml").startswith(f"{tmp_path / 'nowhere.yaml'}: no recipe")
+    assert refusal("run", tmp_path / "nowhere.yaml").startswith(
+        f"{tmp_path / 'nowhere.yaml'}: cannot read a recipe there"
+    )
 
 
 @pytest.mark.parametrize(
@@ -477,7 +479,7 @@ def test_predict_compares_the_ids_with_a_sample_submission(run_folder, test_file
 def test_predict_refuses_a_sample_submission_for_a_table(refusal, run_folder, test_file, tmp_path):
     output, sample = tmp_path / "x.parquet", tmp_path / "sample.csv"
     message = refusal("predict", run_folder, test_file, "--output", output, "--sample-submission", sample)
-    assert message.startswith(f"--sample-submission: {output} is no submission")
+    assert message.startswith(f"--sample-submission: {output} is not a submission")
     assert not output.exists()
 
 
@@ -576,7 +578,7 @@ def test_a_place_that_cannot_be_written_is_one_line(refusal, recipe_file, tmp_pa
     (tmp_path / "file").write_text("")
     given = {"baseline": write_csv(battle_frame(), tmp_path / "train.csv"), "prepare": recipe_file()}[command]
     output = tmp_path / "file" / "x.parquet"
-    assert "mend the path or its permissions" in refusal(command, given, "--output", output)
+    assert "fix the path or its permissions" in refusal(command, given, "--output", output)
 
 
 def test_doctor_tells_of_a_recipe_and_exits_by_whether_it_works(recipe_file, tmp_path, capsys):
@@ -638,7 +640,10 @@ def test_all_folds_are_trained_and_the_run_is_predicted_with(
 
 @pytest.mark.parametrize(
     ("fold", "expected"),
-    [("4", "data.fold: 4, but data.folds makes folds 0 to 3"), ("some", "--fold: some is no fold; give `all`, or a")],
+    [
+        ("4", "data.fold: 4, but data.folds makes folds 0 to 3"),
+        ("some", "--fold: some is not a fold; give `all`, or a"),
+    ],
 )
 def test_a_fold_that_is_not_there_is_refused(fold, expected, refusal, recipe_file, recipe):
     assert expected in refusal("train", recipe_file(), "--fold", fold)
@@ -673,3 +678,120 @@ def test_a_teacher_that_saw_the_battles_is_refused_in_one_line(
     message = refusal("train", recipe_file(data={"train": [source]}), "--objective.name", "distillation")
     assert "the teacher trained on the prompts or responses of 36 of 48 battles" in message
     assert not recipe.run_folder.exists()
+
+
+FRESH = """
+import contextlib, io, json, sys
+from rewardmodel.cli import main
+commands, heavy = json.load(sys.stdin)
+for arguments in commands:
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error):
+        code = main(arguments)
+    print(json.dumps([code, error.getvalue(), [name for name in heavy if name in sys.modules]]))
+"""
+
+HEAVY = ["torch", "transformers", "trl", "peft", "bitsandbytes", "sklearn"]
+
+BROKEN = {
+    "missing": "column 'response_b' is missing",
+    "turns": "row 5, column 'response_b': 2 turns, but the prompt has 1",
+}
+"""Files of battles, and what is reported of each."""
+
+EARLY = {
+    **{
+        f"{name} {fault}": ([*command, *rest], [f"{fault}.csv: {message}"])
+        for fault, message in BROKEN.items()
+        for name, command, rest in (
+            ("prepare", ["prepare", f"{fault}.yaml"], ["--output", "prepared"]),
+            ("train", ["train", f"{fault}.yaml"], []),
+            ("train --fold 1", ["train", f"{fault}.yaml"], ["--fold", "1"]),
+            ("train --fold all", ["train", f"{fault}.yaml"], ["--fold", "all"]),
+            ("run", ["run", f"{fault}.yaml"], []),
+            ("run data.test", ["run", "good.yaml"], ["--data.test", f"{fault}.csv"]),
+            ("predict", ["predict", "run", f"{fault}.csv"], ["--output", "x.csv"]),
+            ("evaluate --data", ["evaluate", "run"], ["--data", f"{fault}.csv"]),
+            ("evaluate --against", ["evaluate", "run", "--against", "run"], ["--data", f"{fault}.csv"]),
+            ("export --battles", ["export", "run"], ["--output", "exported", "--battles", f"{fault}.csv"]),
+            ("baseline", ["baseline", f"{fault}.csv"], []),
+        )
+    },
+    "run without data.test": (["run", "good.yaml", "--data.sample_submission", "x.csv"], ["there is no data.test"]),
+    "run with another sample": (
+        ["run", "good.yaml", "--data.test", "good.csv", "--data.sample_submission", "sample.csv"],
+        ["sample.csv: id '", "is to be predicted, but is not there"],
+    ),
+    "run over a run": (["run", "good.yaml", "--trainer.output_dir", "run"], ["run already holds a run"]),
+    "train over a run": (["train", "good.yaml", "--trainer.output_dir", "run"], ["run already holds a run"]),
+    "train without a teacher's file": (
+        ["train", "good.yaml", "--data.train", "[{path: good.csv, teacher: nowhere.parquet}]"],
+        ["nowhere.parquet: no predictions can be read there"],
+    ),
+    "predict with another sample": (
+        ["predict", "run", "good.csv", "--output", "x.csv", "--sample-submission", "sample.csv"],
+        ["sample.csv: id '", "is to be predicted, but is not there"],
+    ),
+    "predict without a run": (
+        ["predict", "nowhere", "good.csv", "--output", "x.csv"],
+        ["nowhere: no recipe.yaml there"],
+    ),
+    "predict with negative weights": (
+        ["predict", "run", "good.csv", "--output", "x.csv", "--weights", "-1"],
+        ["weights: -1; give numbers from 0"],
+    ),
+    "predict into a folder": (["predict", "run", "good.csv", "--output", "run/x.csv"], ["x.csv is a folder"]),
+    "evaluate unlabelled battles": (
+        ["evaluate", "run", "--data", "unlabelled.csv"],
+        ["--data: unlabelled.csv: the outcomes of these battles are not known"],
+    ),
+    "export without a run": (["export", "nowhere", "--output", "exported"], ["nowhere: no recipe.yaml there"]),
+    "unknown recipe key": (["train", "good.yaml", "--model.lora_rr", "1"], ["did you mean 'model.lora_r'?"]),
+}
+"""Commands that are refused, and what is reported; files are those of `early`."""
+
+
+@pytest.fixture(scope="module")
+def early(tmp_path_factory):
+    """Return what a process that ran the commands of `EARLY` had done after each: code, error, heavy modules loaded."""
+    folder = tmp_path_factory.mktemp("early")
+    frames = {
+        "good": battle_frame(),
+        "missing": battle_frame().drop(columns="response_b"),
+        "turns": more_turns(battle_frame()),
+        "unlabelled": battle_frame().drop(columns=list(OUTCOMES)),
+    }
+    for name, frame in frames.items():
+        write_csv(frame, folder / f"{name}.csv")
+        recipe = Recipe(data=DataConfig(train=f"{name}.csv", folds=4), trainer={"output_dir": "new"})
+        (folder / f"{name}.yaml").write_text(dump_recipe(recipe))
+    rows = pd.DataFrame({"id": frames["good"]["id"], **dict.fromkeys(OUTCOMES, 0.3)})
+    write_csv(rows.head(11), folder / "sample.csv")
+    (folder / "run" / "model").mkdir(parents=True)  # all of a trained run that is looked at before it is loaded
+    (folder / "run" / "x.csv").mkdir()
+    shutil.copy(folder / "good.yaml", folder / "run" / "recipe.yaml")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", FRESH],
+        input=json.dumps([[arguments for arguments, _ in EARLY.values()], HEAVY]),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in folder.iterdir()} - {"prepared"} == {
+        *("run", "sample.csv"),
+        *(f"{name}.{ending}" for name in frames for ending in ("csv", "yaml")),
+    }
+    return dict(zip(EARLY, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_what_is_wrong_with_files_is_reported_before_anything_heavy_is_imported(name, early):
+    code, error, loaded = early[name]
+    last = error.splitlines()[-1]
+    assert code == 2
+    assert last.startswith("error: ")
+    for part in EARLY[name][1]:
+        assert part in last
+    assert loaded == []
