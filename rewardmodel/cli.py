@@ -32,11 +32,12 @@ def _run(options: Namespace) -> None:
         print(dump_recipe(recipe), end="")
         return
     parts = _read_parts(recipe, options)
-    from rewardmodel.evaluation.evaluate import format_metrics
     from rewardmodel.pipeline import run
-    from rewardmodel.run_folder import RunFolder
 
     folder, metrics = run(recipe, parts=parts, resume=options.resume, overwrite=options.overwrite)
+    from rewardmodel.evaluation.evaluate import format_metrics
+    from rewardmodel.run_folder import RunFolder
+
     print(f"\nheld-out prompts: {format_metrics(metrics)}\n\n{RunFolder(folder).report}")
     if recipe.data.test:
         print(RunFolder(folder).submission)

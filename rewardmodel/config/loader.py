@@ -1,20 +1,18 @@
 """A YAML recipe and command-line overrides in, a `Recipe` out, and back; imports neither torch nor trl."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import NoneType
+from typing import Any, get_args
 
 import yaml
 
 from rewardmodel.config.schema import REMOVED_KEYS, SECTIONS, Recipe, Source
-from rewardmodel.config.trainer import TRAINER_DEFAULTS, TRAINER_REFUSED, trainer_keys
+from rewardmodel.config.trainer import TRAINER_REFUSED, trainer_keys
 from rewardmodel.config.types import schema_to_type
 from rewardmodel.errors import InputError, nearest
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, of_run: bool = False) -> Recipe:
@@ -34,21 +32,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, of_run: bool
     _check_sources(given.get("data", {}), path)
     overridden = [word[2:].split("=")[0] for word in overrides if word.startswith("--")]
     asked = {*given.get("trainer", {}), *(key.removeprefix("trainer.") for key in overridden)}
-    known = {f"{name}.{field.name}" for name, section in SECTIONS.items() for field in fields(section)}
-    known |= {f"trainer.{key}" for key in trainer_keys(asked)} | (REMOVED_KEYS.keys() if of_run else set())
-    keys = [*_leaves(given, known), *overridden]
+    types = {f"{name}.{field.name}": field.type for name, section in SECTIONS.items() for field in fields(section)}
+    types |= {f"trainer.{key}": schema_to_type(schema) for key, schema in trainer_keys(asked).items()}
+    types |= dict.fromkeys(REMOVED_KEYS, Any) if of_run else {}
+    keys = [*_leaves(given, types), *overridden]
     for key in keys:
-        _check_key(key, known, path)
-    set_here = {key.removeprefix("trainer.") for key in keys if key.startswith("trainer.")}
-    names = [*TRAINER_DEFAULTS, *sorted(set_here - TRAINER_DEFAULTS.keys())]
-    sections = _parse(path if given else None, overrides, names, path)
-    for key in REMOVED_KEYS:
-        section, _, name = key.partition(".")
-        sections[section].pop(name)
-    sections["prompt"]["template"] = _template_text(sections["prompt"]["template"], path)
-    trainer = {key: sections["trainer"][key] for key in names}
-    if "output_dir" not in set_here:
-        trainer["output_dir"] = str(Path("runs") / path.stem)
+        _check_key(key, types, path)
+    sections = _parse(path if given else None, overrides, {key: types[key] for key in keys}, path)
+    for section, name in (key.split(".") for key in REMOVED_KEYS):
+        sections[section].pop(name, None)
+    if "template" in sections["prompt"]:
+        sections["prompt"]["template"] = _template_text(sections["prompt"]["template"], path)
+    trainer = {"output_dir": str(Path("runs") / path.stem), **dict(sorted(sections["trainer"].items()))}
     return Recipe(trainer=trainer, **{name: section(**sections[name]) for name, section in SECTIONS.items()})
 
 
@@ -57,36 +52,31 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
 
 
-def _parse(config: Path | None, overrides: Sequence[str], trainer: Sequence[str], where: Path) -> dict[str, Any]:
-    """Return the values of every section, checked by type: section -> key -> value.
+def _parse(config: Path | None, overrides: Sequence[str], types: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """Return the values that are given, checked by type: section -> key -> value, for every section.
 
     Args:
         config: the YAML file, unless it is empty.
         overrides: as for `load_recipe`.
-        trainer: the keys of `trainer` to read.
+        types: of the keys that are given, by dotted name.
         where: the file, for messages.
     """
-    try:
-        parsed = _parser(trainer).parse_args([*(["--config", str(config)] if config else []), *overrides])
-    except Exception as error:  # jsonargparse raises errors of many types
-        raise InputError(f"{where}: {_reason(error)}") from error
-    return parsed.as_dict()
-
-
-def _parser(trainer: Sequence[str]) -> "ArgumentParser":
-    """Return a jsonargparse parser of our sections, some keys of `trainer`, and the removed keys."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog="rewardmodel", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config")
-    for name, section in SECTIONS.items():
-        parser.add_class_arguments(section, name)
-    schemas = trainer_keys(trainer)
-    for key in trainer:
-        parser.add_argument(f"--trainer.{key}", type=schema_to_type(schemas[key]), default=schemas[key]["default"])
-    for key in REMOVED_KEYS:
-        parser.add_argument(f"--{key}", type=Any)
-    return parser
+    for key, hint in types.items():
+        parser.add_argument(f"--{key}", type=hint)
+    try:
+        parsed = parser.parse_args([*(["--config", str(config)] if config else []), *overrides])
+    except Exception as error:  # jsonargparse raises errors of many types
+        raise InputError(f"{where}: {_reason(error)}") from error
+    sections = {name: {} for name in (*SECTIONS, "trainer")} | parsed.as_dict()
+    for key, hint in types.items():  # jsonargparse lets every null in a file pass
+        section, _, name = key.partition(".")
+        if sections[section][name] is None and hint is not Any and NoneType not in get_args(hint):
+            raise InputError(f"{where}: {key}: null; give a value, or delete the line for the default")
+    return sections
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
@@ -129,7 +119,7 @@ def _template_text(template: str | None, recipe: Path) -> str | None:
     raise InputError(f"prompt.template: {template}: no such file in the working directory or next to {recipe}")
 
 
-def _leaves(tree: Mapping[str, Any], known: set[str], prefix: str = "") -> Iterator[str]:
+def _leaves(tree: Mapping[str, Any], known: Container[str], prefix: str = "") -> Iterator[str]:
     """Yield the dotted names of a recipe's keys, like `model.lora_r`; a known key that holds a mapping is one."""
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -139,7 +129,7 @@ def _leaves(tree: Mapping[str, Any], known: set[str], prefix: str = "") -> Itera
             yield name
 
 
-def _check_key(key: str, known: set[str], where: Path) -> None:
+def _check_key(key: str, known: Collection[str], where: Path) -> None:
     section, _, name = key.partition(".")
     if key in known:
         return

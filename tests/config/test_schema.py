@@ -134,6 +134,7 @@ def test_an_empty_recipe_is_the_defaults_with_a_run_folder_of_its_name(write):
     [
         ("model:\n  lora_init: pissa\n", [], "model.lora_init does not exist any more: LoRA always starts from a zero"),
         ("trainer:\n  eval_strategy: no\n", [], "YAML reads an unquoted no, yes, off or on as a boolean"),
+        ("model:\n  lora_r: null\n", [], "model.lora_r: null; give a value, or delete the line"),
         ("model:\n  lora_rr: 3\n", [], "unknown key 'model.lora_rr'; did you mean 'model.lora_r'?"),
         ("modle:\n  lora_r: 3\n", [], "unknown key 'modle.lora_r'; did you mean 'model.lora_r'?"),
         ("", ["--trainer.learning_rat", "1"], "did you mean 'trainer.learning_rate'?"),

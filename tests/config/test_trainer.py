@@ -130,7 +130,9 @@ def test_values_are_read_by_the_types_of_the_table(text, value, tmp_path):
     assert type(read) is type(value) or isinstance(value, int)
 
 
-@pytest.mark.parametrize("text", ["max_steps: 5.5", "seed: one", "label_names: one", "liger_kernel_config: {rope: x}"])
+@pytest.mark.parametrize(
+    "text", ["max_steps: 5.5", "seed: one", "seed: null", "label_names: one", "liger_kernel_config: {rope: x}"]
+)
 def test_values_of_another_type_are_refused(text, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(f"trainer:\n  {text}\n")
