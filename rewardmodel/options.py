@@ -78,7 +78,7 @@ def _report(parser: ArgumentParser) -> None:
 def _export(parser: ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="run folders, or the folder of a k-fold run")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    kinds = "adapter, merged, merged_4bit, merged_8bit, soup or kaggle"
+    kinds = "adapter, merged, merged_4bit, soup or kaggle"
     parser.add_argument("--kind", default="merged", help=f"{kinds} (default: merged)")
     parser.add_argument("--dtype", help="of merged weights: bfloat16, float16 or float32 (default: bfloat16)")
     parser.add_argument(
