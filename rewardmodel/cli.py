@@ -209,7 +209,7 @@ def _schema(options: Namespace) -> None:
     print(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
 
 
-COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
+VERBS: dict[str, Callable[[Namespace], int | None]] = {
     "run": _run,
     "doctor": _doctor,
     "prepare": _prepare,
@@ -235,28 +235,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     completing = "_ARGCOMPLETE" in os.environ
     parser = build_parser(
-        {name: command.__doc__ or "" for name, command in COMMANDS.items()},
+        {name: command.__doc__ or "" for name, command in VERBS.items()},
         with_keys=completing or not {"-h", "--help"}.isdisjoint(arguments[1:]),
     )
     if completing:
         import argcomplete
 
-        argcomplete.autocomplete(parser)
+        argcomplete.autocomplete(parser, always_complete_options=False)
     if not arguments or arguments[0] in ("-h", "--help"):
         parser.print_help()
         return 0
     try:
-        if arguments[0] not in (*COMMANDS, "--version"):
-            known = ", ".join(COMMANDS)
-            raise InputError(
-                f"rewardmodel: no command '{arguments[0]}'{nearest(arguments[0], COMMANDS)}; known: {known}"
-            )
+        if arguments[0] not in (*VERBS, "--version"):
+            known = ", ".join(VERBS)
+            raise InputError(f"rewardmodel: no command '{arguments[0]}'{nearest(arguments[0], VERBS)}; known: {known}")
         options = parse(parser, arguments)
         # oneDNN keeps a kernel for each shape it has seen, and every batch has another: gigabytes, and no faster.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
         _set_up_logging()
         with contextlib.nullcontext() if is_main() else contextlib.redirect_stdout(io.StringIO()):
-            return COMMANDS[options.command](options) or 0
+            return VERBS[options.command](options) or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -288,6 +286,9 @@ def _read_parts(recipe: "Recipe", options: Namespace) -> "Parts":
 
 
 def _set_up_logging() -> None:
+    from rewardmodel.progress import quiet_libraries
+
+    quiet_libraries()
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("rewardmodel")

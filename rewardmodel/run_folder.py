@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+import rewardmodel
 from rewardmodel.battles import FEATURES, TEACHER, taught
 from rewardmodel.config.loader import dump_recipe, load_recipe
 from rewardmodel.config.schema import Recipe
+from rewardmodel.config.trainer import trainer_default
 from rewardmodel.errors import InputError
 from rewardmodel.files import clear, write_json, write_text
 
@@ -166,15 +168,13 @@ def open_run(recipe: Recipe, resume: bool, overwrite: bool, before_write: Callab
 
 
 def _check_same_recipe(folder: Path, recipe: Recipe, all_folds: bool) -> None:
-    from trl import RewardConfig  # here, because evaluation reads this module and must not load torch
-
     before, now = asdict(load_run_recipe(folder)), asdict(recipe)
     for section, key in (("data", "test"), ("data", "sample_submission"), ("trainer", "output_dir")):
         before[section][key] = now[section][key]  # not a matter of training
     for section in ("data", "prompt", "model", "objective", "trainer"):
         for key in before[section].keys() | now[section].keys():
-            field = RewardConfig.__dataclass_fields__.get(key) if section == "trainer" else None
-            there, here = (one[section].get(key, field.default if field else None) for one in (before, now))
+            default = trainer_default(key) if section == "trainer" else None
+            there, here = (one[section].get(key, default) for one in (before, now))
             if there != here:
                 mend = "resume with the same recipe, or start anew with --overwrite"
                 if all_folds:
@@ -270,7 +270,7 @@ def check_same_inputs(folder: Path, facts: dict[str, Any]) -> None:
 
 def write_environment(folder: Path, facts: dict[str, Any]) -> None:
     """Write what the run was made with: versions, machine, and the given facts."""
-    packages = {name: metadata.version(name) for name in ("rewardmodel", *PACKAGES)}
+    packages = {"rewardmodel": rewardmodel.__version__, **{name: metadata.version(name) for name in PACKAGES}}
     environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import rewardmodel
 from rewardmodel.battles import OUTCOMES
-from rewardmodel.cli import COMMANDS, main
+from rewardmodel.cli import VERBS, main
 from rewardmodel.config.json_schema import recipe_schema
 from rewardmodel.config.loader import dump_recipe, load_recipe
 from rewardmodel.config.schema import DataConfig, ModelConfig, ObjectiveConfig, PromptConfig, Recipe
@@ -109,7 +109,7 @@ def test_the_commands_are_listed(arguments, capsys):
     assert main(arguments) == 0
     output = capsys.readouterr()
     assert output.err == ""
-    for name, command in COMMANDS.items():
+    for name, command in VERBS.items():
         assert f"  {name} " in output.out
         assert command.__doc__ in " ".join(output.out.split())
     assert "register-python-argcomplete rewardmodel" in output.out
@@ -175,10 +175,10 @@ def test_commands_options_keys_values_and_recipes_are_completed(tmp_path):
 def test_an_unknown_command_names_those_there_are(refusal):
     message = refusal("trian", "recipe.yaml")
     assert "no command 'trian'; did you mean 'train'?" in message
-    assert all(name in message for name in COMMANDS)
+    assert all(name in message for name in VERBS)
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "schema"])
+@pytest.mark.parametrize("name", [name for name in VERBS if name != "schema"])
 def test_a_command_without_its_arguments_shows_its_usage(name, capsys):
     with pytest.raises(SystemExit) as caught:
         main([name])
@@ -186,7 +186,7 @@ def test_a_command_without_its_arguments_shows_its_usage(name, capsys):
     assert f"usage: rewardmodel {name} " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", VERBS)
 def test_a_command_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as caught:
         main([name, "--help"])
@@ -786,6 +786,10 @@ EARLY = {
         ["sample.csv: id '", "is to be predicted, but is not there"],
     ),
     "run over a run": (["run", "good.yaml", "--trainer.output_dir", "run"], ["run already holds a run"]),
+    "run --resume of another recipe": (
+        ["run", "good.yaml", "--resume", "--trainer.output_dir", "run", "--trainer.max_steps", "3"],
+        ["the run there has trainer.max_steps: -1, not 3"],
+    ),
     "train over a run": (["train", "good.yaml", "--trainer.output_dir", "run"], ["run already holds a run"]),
     "train without a teacher's file": (
         ["train", "good.yaml", "--data.train", "[{path: good.csv, teacher: nowhere.parquet}]"],
