@@ -6,29 +6,36 @@ Each command of `rewardmodel --help` is a function here: `from rewardmodel impor
 from importlib import import_module
 from typing import Any
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "InputError": "errors",
     "Recipe": "config.schema",
     "load_recipe": "config.loader",
+    "recipe_schema": "config.json_schema",
     "read_battles": "data.formats",
     "train": "training.train",
     "predict": "inference.predict",
+    "predict_to_file": "inference.to_file",
+    "reward_function": "inference.reward_function",
     "evaluate": "evaluation.evaluate",
     "compare": "evaluation.evaluate",
     "baseline": "evaluation.baselines",
     "report": "evaluation.report",
     "export": "exports.export",
+    "doctor": "planning.doctor",
     "run": "pipeline",
     "prepare": "pipeline",
     "train_fold": "kfold",
     "train_folds": "kfold",
 }
+"""Public names, and the module of each."""
 
 __all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its module when it is first asked for, so that importing does nothing."""
+    """Import a public name from its module at first use, so that `import rewardmodel` alone imports nothing."""
     if name not in _HOMES:
         raise AttributeError(f"module 'rewardmodel' has no attribute '{name}'")
     return getattr(import_module(f"rewardmodel.{_HOMES[name]}"), name)

@@ -1,11 +1,11 @@
-"""The one error for what a person can mend: the command line prints its message and exits with code 2."""
+"""The one error for wrong input: the command line prints its message and exits with code 2."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class InputError(ValueError):
-    """What was given cannot be used; the message is one line: what is wrong, where, what to do."""
+    """Something given cannot be used; the message is one line: what is wrong, where, what to do."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message.replace("\r", "\\r").replace("\n", "\\n"))

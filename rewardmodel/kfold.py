@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from datasets import Dataset
 
 from rewardmodel.config.loader import dump_recipe
@@ -20,12 +19,10 @@ from rewardmodel.config.schema import Recipe
 from rewardmodel.data.splits import fingerprint_parts, load_battles, split
 from rewardmodel.distributed import is_main, wait_for_all
 from rewardmodel.errors import InputError
-from rewardmodel.evaluation.report import report
 from rewardmodel.files import clear, write_text
 from rewardmodel.pipeline import run
 from rewardmodel.predictions import average_tables, read_predictions, write_predictions
 from rewardmodel.run_folder import RunFolder, check_run, check_same_inputs, fold_folder, write_environment
-from rewardmodel.training.train import with_source
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +87,10 @@ def train_fold(
 
 
 def _of_all_folds(recipe: Recipe, battles: Any) -> Recipe:
-    recipe = recipe if battles is None else with_source(recipe, battles)
+    if battles is not None:
+        from rewardmodel.training.train import with_source
+
+        recipe = with_source(recipe, battles)
     return replace(recipe, data=replace(recipe.data, fold=0))
 
 
@@ -118,6 +118,8 @@ def _train(
 
     logger.info("fold %d of 0 to %d: %s", fold, whole.data.folds - 1, folder)
     run(recipe, parts=parts, resume=resume, overwrite=overwrite, before_write=before_write)
+    import torch
+
     gc.collect()  # the model, before the next fold's
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -156,6 +158,8 @@ def gather(recipe: Recipe, battles: Dataset) -> None:
     facts = {"data": fingerprint_parts(parts), "backbone": environments[0]["backbone"], "compute": compute}
     write_text(RunFolder(folder).recipe, dump_recipe(recipe))
     write_environment(folder, facts)
+    from rewardmodel.evaluation.report import report
+
     report(folder)
 
 

@@ -1,4 +1,7 @@
-"""A recipe in, a whole run out: `run` trains, judges and predicts; `prepare` only reads and audits its battles."""
+"""A recipe in, a whole run out: `run` trains, judges and predicts; `prepare` only reads and audits its battles.
+
+Both read and check every file before they import what imports torch or scikit-learn.
+"""
 
 import json
 import logging
@@ -8,25 +11,13 @@ from typing import Any, cast
 
 from rewardmodel.battles import write_parquet
 from rewardmodel.config.schema import Recipe
-from rewardmodel.data.audit import audit
 from rewardmodel.data.formats import read_battles
-from rewardmodel.data.splits import Parts, load_battles
+from rewardmodel.data.splits import Parts, load_battles, split
 from rewardmodel.distributed import is_main, wait_for_all
 from rewardmodel.errors import InputError
-from rewardmodel.evaluation.baselines import fit, predictions
-from rewardmodel.evaluation.calibration import BLENDED
-from rewardmodel.evaluation.report import report
-from rewardmodel.evaluation.text_regression import Regression, predict_each, save
 from rewardmodel.files import atomic_path, write_json
-from rewardmodel.inference.predict import apply_recipe_rules, predict_with, read_calibration
-from rewardmodel.model.loading import load_predictor, load_tokenizer
-from rewardmodel.model.weights import fetch_backbone
-from rewardmodel.objectives import find_objective
 from rewardmodel.predictions import check_sample, with_baseline, write_predictions, write_submission
-from rewardmodel.prompt.encoder import PromptEncoder
-from rewardmodel.prompt.token_counts import count_tokens
 from rewardmodel.run_folder import RunFolder
-from rewardmodel.training.train import train
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +56,16 @@ def run(
         if test is None:
             raise InputError("data.sample_submission: there is no data.test to submit; give it, or leave this out")
         check_sample(Path(data.sample_submission), test["id"])
+    parts = parts or split(load_battles(data), data.fold)
+
+    from rewardmodel.evaluation.baselines import fit, predictions
+    from rewardmodel.evaluation.calibration import BLENDED
+    from rewardmodel.evaluation.report import report
+    from rewardmodel.evaluation.text_regression import Regression, predict_each, save
+    from rewardmodel.inference.predict import apply_recipe_rules, predict_with, read_calibration
+    from rewardmodel.model.loading import load_predictor
+    from rewardmodel.training.train import train
+
     folder, parts = train(recipe, parts=parts, resume=resume, overwrite=overwrite, before_write=before_write)
 
     files = RunFolder(folder)
@@ -93,7 +94,7 @@ def run(
             write_predictions(submitted, files.predictions)
             write_submission(submitted, files.submission)
     wait_for_all()
-    return folder, json.loads((files.metrics).read_text(encoding="utf-8"))
+    return folder, json.loads(files.metrics.read_text(encoding="utf-8"))
 
 
 def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -110,6 +111,14 @@ def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
         InputError: what was given cannot be used; nothing was written then.
     """
     battles = load_battles(recipe.data)
+
+    from rewardmodel.data.audit import audit
+    from rewardmodel.model.loading import load_tokenizer
+    from rewardmodel.model.weights import fetch_backbone
+    from rewardmodel.objectives import find_objective
+    from rewardmodel.prompt.encoder import PromptEncoder
+    from rewardmodel.prompt.token_counts import count_tokens
+
     try:
         backbone = fetch_backbone(recipe.model.model_name_or_path, recipe.model.model_revision, weights=False)
         encoding = find_objective(recipe.objective).encoding

@@ -12,8 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import rewardmodel
 from rewardmodel.config.loader import dump_recipe, load_recipe
 from rewardmodel.config.schema import Recipe
+from rewardmodel.config.trainer import trainer_default
 from rewardmodel.errors import InputError
 from rewardmodel.files import clear, write_json, write_text
 
@@ -161,15 +163,13 @@ def open_run(recipe: Recipe, resume: bool, overwrite: bool, before_write: Callab
 
 
 def _check_same_recipe(folder: Path, recipe: Recipe, all_folds: bool) -> None:
-    from trl import RewardConfig  # here, because evaluation reads this module and must not load torch
-
     before, now = asdict(load_run_recipe(folder)), asdict(recipe)
     for section, key in (("data", "test"), ("data", "sample_submission"), ("trainer", "output_dir")):
         before[section][key] = now[section][key]  # not a matter of training
     for section in ("data", "prompt", "model", "objective", "trainer"):
         for key in before[section].keys() | now[section].keys():
-            field = RewardConfig.__dataclass_fields__.get(key) if section == "trainer" else None
-            there, here = (one[section].get(key, field.default if field else None) for one in (before, now))
+            default = trainer_default(key) if section == "trainer" else None
+            there, here = (one[section].get(key, default) for one in (before, now))
             if there != here:
                 mend = "resume with the same recipe, or start anew with --overwrite"
                 if all_folds:
@@ -190,7 +190,7 @@ def load_run_recipe(folder: Path) -> Recipe:
     """
     if not RunFolder(folder).recipe.is_file():
         raise InputError(f"{folder}: no recipe.yaml there; give the folder of a run")
-    return load_recipe(RunFolder(folder).recipe)
+    return load_recipe(RunFolder(folder).recipe, of_run=True)
 
 
 def fold_folder(run: Path, fold: int) -> Path:
@@ -252,7 +252,7 @@ def check_same_inputs(folder: Path, facts: dict[str, Any]) -> None:
 
 def write_environment(folder: Path, facts: dict[str, Any]) -> None:
     """Write what the run was made with: versions, machine, and the given facts."""
-    packages = {name: metadata.version(name) for name in ("rewardmodel", *PACKAGES)}
+    packages = {"rewardmodel": rewardmodel.__version__, **{name: metadata.version(name) for name in PACKAGES}}
     environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -1,9 +1,14 @@
+import contextlib
 import dataclasses
+import io
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -12,10 +17,12 @@ import yaml
 from builders import battle_frame, write_csv
 from safetensors.torch import load_file, save_file
 
+import rewardmodel
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.cli import VERBS, main
+from rewardmodel.config.json_schema import recipe_schema
 from rewardmodel.config.loader import dump_recipe, load_recipe
-from rewardmodel.config.schema import DataConfig, ModelConfig, PromptConfig, Recipe
+from rewardmodel.config.schema import DataConfig, ModelConfig, ObjectiveConfig, PromptConfig, Recipe
 from rewardmodel.inference import predict as inference
 from rewardmodel.inference.predict import predict
 from rewardmodel.predictions import predicted, read_predictions
@@ -66,18 +73,30 @@ def refusal(capsys):
 
 
 @pytest.fixture(scope="module")
-def run_folder(backbone, tmp_path_factory):
-    """Return the folder of a run that `rewardmodel run` made."""
+def finished_run(backbone, tmp_path_factory):
+    """Return the folder of a run that `rewardmodel run` made, and what it printed."""
     folder = tmp_path_factory.mktemp("cli")
+    test = battle_frame(3, seed=1).drop(columns=list(OUTCOMES))
     recipe = Recipe(
-        data=DataConfig(train=str(write_csv(battle_frame(), folder / "train.csv")), folds=4),
+        data=DataConfig(
+            train=str(write_csv(battle_frame(), folder / "train.csv")),
+            test=str(write_csv(test, folder / "test.csv")),
+            folds=4,
+        ),
         prompt=PromptConfig(max_length=160),
         model=ModelConfig(model_name_or_path=str(backbone("llama")), device="cpu", dtype="float32", lora_r=4),
         trainer={"output_dir": str(folder / "run"), "disable_tqdm": True, "learning_rate": 0.1},
     )
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
-    assert main(["run", str(folder / "recipe.yaml")]) == 0
-    return folder / "run"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["run", str(folder / "recipe.yaml")]) == 0
+    return folder / "run", printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def run_folder(finished_run):
+    """Return the folder of a run."""
+    return finished_run[0]
 
 
 @pytest.fixture
@@ -90,9 +109,10 @@ def test_the_commands_are_listed(arguments, capsys):
     assert main(arguments) == 0
     output = capsys.readouterr()
     assert output.err == ""
-    for name, verb in VERBS.items():
+    for name, command in VERBS.items():
         assert f"  {name} " in output.out
-        assert verb.__doc__ in output.out
+        assert command.__doc__ in " ".join(output.out.split())
+    assert "register-python-argcomplete rewardmodel" in output.out
 
 
 def test_listing_the_commands_imports_nothing_heavy():
@@ -105,13 +125,60 @@ def test_listing_the_commands_imports_nothing_heavy():
     assert "evaluate" in done.stdout
 
 
+@pytest.mark.parametrize("module", ["rewardmodel", "rewardmodel.cli"])
+def test_the_package_is_a_program(module):
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"rewardmodel {rewardmodel.__version__}\n"
+
+
+def test_the_version_is_that_of_the_package_alone():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert "version" not in project["project"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "rewardmodel.__version__"}
+
+
+def test_public_names_are_functions_and_types_of_their_modules():
+    for name in rewardmodel.__all__:
+        assert getattr(rewardmodel, name).__module__ == f"rewardmodel.{rewardmodel._HOMES[name]}"
+        assert getattr(rewardmodel, name).__doc__
+
+
+def test_the_schema_of_a_recipe_is_printed_as_json(capsys):
+    assert main(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out) == recipe_schema()
+
+
+def completions(line, cwd):
+    """Return what tab completion proposes after a line, as bash would ask for it."""
+    file = cwd / "completions"
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
+    asked |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(file), "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_SUPPRESS_SPACE": "1"}
+    code = "import sys; sys.argv[0] = 'rewardmodel'; from rewardmodel.cli import main; sys.exit(main())"
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **path, **asked}, cwd=cwd, check=True)
+    return set(file.read_text().split())
+
+
+def test_commands_options_keys_values_and_recipes_are_completed(tmp_path):
+    (tmp_path / "mine.yaml").touch()
+    (tmp_path / "mine.csv").touch()
+    assert completions("rewardmodel pre", tmp_path) == {"prepare", "predict"}
+    assert completions("rewardmodel run mi", tmp_path) == {"mine.yaml"}
+    assert completions("rewardmodel run mine.yaml --o", tmp_path) == {"--overwrite", "--objective.name"} | {
+        f"--objective.{key}" for key in ObjectiveConfig.__dataclass_fields__
+    }
+    assert completions("rewardmodel train mine.yaml --trainer.learning", tmp_path) == {"--trainer.learning_rate"}
+    assert completions("rewardmodel train mine.yaml --model.dtype f", tmp_path) == {"float16", "float32"}
+    assert completions("rewardmodel predict mine.csv --model.d", tmp_path) == {"--model.device", "--model.dtype"}
+
+
 def test_an_unknown_command_names_those_there_are(refusal):
     message = refusal("trian", "recipe.yaml")
-    assert "no command 'trian'" in message
+    assert "no command 'trian'; did you mean 'train'?" in message
     assert all(name in message for name in VERBS)
 
 
-@pytest.mark.parametrize("name", VERBS)
+@pytest.mark.parametrize("name", [name for name in VERBS if name != "schema"])
 def test_a_command_without_its_arguments_shows_its_usage(name, capsys):
     with pytest.raises(SystemExit) as caught:
         main([name])
@@ -245,34 +312,24 @@ LATE_SETTINGS = {
     "attention": {"model": {"attn_implementation": "nonsense"}},
     "both quantisations": {"model": {"load_in_4bit": True, "load_in_8bit": True}},
     "lora_first_layer": {"model": {"lora_first_layer": 9}},
-    "pissa in 4 bits": {"model": {"lora_init": "pissa", "load_in_4bit": True}},
 }
 """What only the backbone and its tokenizer can refuse."""
 
 
 @pytest.mark.parametrize("fault", LATE_SETTINGS)
-def test_settings_that_the_model_refuses_exit_with_their_key(fault, recipe_file, capsys):
+def test_settings_that_the_model_refuses_exit_with_their_key_and_write_nothing(fault, recipe_file, recipe, capsys):
     assert main(["train", recipe_file(**LATE_SETTINGS[fault])]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     for section, keys in LATE_SETTINGS[fault].items():
         assert section in error
         assert any(key in error for key in keys)
-
-
-@pytest.mark.parametrize("fault", LATE_SETTINGS)
-def test_settings_that_the_model_refuses_leave_no_run_folder(fault, recipe_file, recipe):
-    assert main(["train", recipe_file(**LATE_SETTINGS[fault])]) == 2
     assert not recipe.run_folder.exists()
-
-
-@pytest.mark.parametrize("fault", LATE_SETTINGS)
-def test_settings_that_the_model_refuses_do_not_cost_the_run_that_is_overwritten(fault, recipe_file, recipe):
     model = RunFolder(recipe.run_folder).model
     model.mkdir(parents=True)
     RunFolder(recipe.run_folder).recipe.write_text(dump_recipe(recipe))
     assert main(["train", recipe_file(**LATE_SETTINGS[fault]), "--overwrite"]) == 2
-    assert model.is_dir()
+    assert model.is_dir(), "the run that was to be overwritten is gone"
 
 
 def test_keys_that_transformers_refuses_together_are_refused(refusal, recipe_file, recipe):
@@ -321,10 +378,10 @@ def test_a_run_that_is_there_is_left_alone(command, refusal, recipe_file, run_fo
         ("prompt:\n  max_length: long\n", ["prompt.max_length", "int", "long"]),
         ("data:\n  swap_augmentation: maybe\n", ["data.swap_augmentation", "maybe"]),
         ("trainer:\n  learning_rate: fast\n", ["trainer.learning_rate", "float", "fast"]),
-        ("trainer:\n  bf16: true\n", ["trainer.bf16 is not taken: set model.dtype"]),
+        ("trainer:\n  bf16: true\n", ["trainer.bf16 is not accepted: set model.dtype"]),
         ("data: [1, 2\nmodel: {\n", ["not YAML", "line 2"]),
-        ("- a\n- list\n", ["one mapping a section"]),
-        ("data: train.csv\n", ["one mapping a section"]),
+        ("- a\n- list\n", ["one mapping per section"]),
+        ("data: train.csv\n", ["one mapping per section"]),
     ],
     ids=[
         *("unknown key", "unknown trainer key", "unknown section", "no number", "no choice", "no float"),
@@ -340,7 +397,9 @@ def test_a_recipe_that_cannot_be_read_is_refused_by_file_and_key(text, expected,
 
 
 def test_a_recipe_that_is_not_there_is_refused(refusal, tmp_path):
-    assert refusal("run", tmp_path / "nowhere.yaml").startswith(f"{tmp_path / 'nowhere.yaml'}: no recipe")
+    assert refusal("run", tmp_path / "nowhere.yaml").startswith(
+        f"{tmp_path / 'nowhere.yaml'}: cannot read a recipe there"
+    )
 
 
 @pytest.mark.parametrize(
@@ -350,12 +409,18 @@ def test_a_recipe_that_is_not_there_is_refused(refusal, tmp_path):
         (["--prompt.max_length", "long"], "prompt.max_length"),
         (["--prompt.max_length=1.5"], "prompt.max_length"),
         (["--overwrit"], "unknown key 'overwrit'"),
+        (["--model.lora_init=pissa"], "model.lora_init does not exist any more"),
         (["stray"], "stray"),
     ],
 )
 def test_an_override_that_cannot_be_used_is_refused(override, expected, refusal, recipe_file, recipe):
     assert expected in refusal("run", recipe_file(), *override)
     assert not recipe.run_folder.exists()
+
+
+def test_the_recipe_comes_before_its_keys(refusal, recipe_file):
+    message = refusal("run", "--data.fold", "1", recipe_file())
+    assert "the recipe comes before its keys" in message
 
 
 def test_print_config_prints_the_recipe_and_writes_nothing(recipe_file, recipe, tmp_path, capsys):
@@ -383,12 +448,12 @@ def test_print_config_prints_overrides_of_every_type(recipe_file, tmp_path, caps
     assert recipe.trainer["lr_scheduler_type"] == "linear"
 
 
-def test_run_ends_with_the_metrics_the_folder_and_the_submission(recipe_file, recipe, test_file, capsys):
-    assert main(["run", recipe_file(), "--trainer.max_steps", "1", "--data.test", str(test_file)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+def test_run_ends_with_the_metrics_the_folder_and_the_submission(finished_run):
+    folder, printed = finished_run
+    lines = printed.splitlines()
     assert any(line.startswith("held-out prompts: 12 battles of 3 prompts") for line in lines)
-    assert lines[-2:] == [str(recipe.run_folder / "report.html"), str(RunFolder(recipe.run_folder).submission)]
-    assert RunFolder(recipe.run_folder).submission.is_file()
+    assert lines[-2:] == [str(folder / "report.html"), str(RunFolder(folder).submission)]
+    assert RunFolder(folder).submission.is_file()
 
 
 def test_train_ends_with_the_folder(recipe_file, recipe, capsys):
@@ -477,7 +542,7 @@ def test_predict_compares_the_ids_with_a_sample_submission(run_folder, test_file
 def test_predict_refuses_a_sample_submission_for_a_table(refusal, run_folder, test_file, tmp_path):
     output, sample = tmp_path / "x.parquet", tmp_path / "sample.csv"
     message = refusal("predict", run_folder, test_file, "--output", output, "--sample-submission", sample)
-    assert message.startswith(f"--sample-submission: {output} is no submission")
+    assert message.startswith(f"--sample-submission: {output} is not a submission")
     assert not output.exists()
 
 
@@ -493,7 +558,7 @@ def test_predictions_that_are_no_numbers_exit_with_1_and_write_nothing(run_folde
     save_file({name: weight * float("nan") for name, weight in load_file(adapter).items()}, adapter, {"format": "pt"})
     assert main(["predict", str(broken), str(test_file), "--output", str(tmp_path / "x.csv")]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: 12 predictions are no numbers")
+    assert error.startswith("error: 12 predictions are NaN or infinite")
     assert not (tmp_path / "x.csv").exists()
 
 
@@ -576,7 +641,7 @@ def test_a_place_that_cannot_be_written_is_one_line(refusal, recipe_file, tmp_pa
     (tmp_path / "file").write_text("")
     given = {"baseline": write_csv(battle_frame(), tmp_path / "train.csv"), "prepare": recipe_file()}[command]
     output = tmp_path / "file" / "x.parquet"
-    assert "mend the path or its permissions" in refusal(command, given, "--output", output)
+    assert "fix the path or its permissions" in refusal(command, given, "--output", output)
 
 
 def test_doctor_tells_of_a_recipe_and_exits_by_whether_it_works(recipe_file, tmp_path, capsys):
@@ -606,7 +671,7 @@ def test_training_refuses_what_doctor_refuses_before_weights_are_read(refusal, r
     [
         (["--device", "T5"], "--device: no 'T5'; did you mean 'T4'?"),
         (["--gpus", "0"], "--gpus: 0; give at least 1"),
-        (["--launch", "nowhere.yaml"], "nowhere.yaml: no configuration of accelerate"),
+        (["--launch", "nowhere.yaml"], "nowhere.yaml: not a configuration of accelerate"),
     ],
 )
 def test_doctor_refuses_options_that_are_none(refusal, recipe_file, arguments, message):
@@ -638,7 +703,10 @@ def test_all_folds_are_trained_and_the_run_is_predicted_with(
 
 @pytest.mark.parametrize(
     ("fold", "expected"),
-    [("4", "data.fold: 4, but data.folds makes folds 0 to 3"), ("some", "--fold: some is no fold; give `all`, or a")],
+    [
+        ("4", "data.fold: 4, but data.folds makes folds 0 to 3"),
+        ("some", "--fold: some is not a fold; give `all`, or a"),
+    ],
 )
 def test_a_fold_that_is_not_there_is_refused(fold, expected, refusal, recipe_file, recipe):
     assert expected in refusal("train", recipe_file(), "--fold", fold)
@@ -673,3 +741,124 @@ def test_a_teacher_that_saw_the_battles_is_refused_in_one_line(
     message = refusal("train", recipe_file(data={"train": [source]}), "--objective.name", "distillation")
     assert "the teacher trained on the prompts or responses of 36 of 48 battles" in message
     assert not recipe.run_folder.exists()
+
+
+FRESH = """
+import contextlib, io, json, sys
+from rewardmodel.cli import main
+commands, heavy = json.load(sys.stdin)
+for arguments in commands:
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error):
+        code = main(arguments)
+    print(json.dumps([code, error.getvalue(), [name for name in heavy if name in sys.modules]]))
+"""
+
+HEAVY = ["torch", "transformers", "trl", "peft", "bitsandbytes", "sklearn"]
+
+BROKEN = {
+    "missing": "column 'response_b' is missing",
+    "turns": "row 5, column 'response_b': 2 turns, but the prompt has 1",
+}
+"""Files of battles, and what is reported of each."""
+
+EARLY = {
+    **{
+        f"{name} {fault}": ([*command, *rest], [f"{fault}.csv: {message}"])
+        for fault, message in BROKEN.items()
+        for name, command, rest in (
+            ("prepare", ["prepare", f"{fault}.yaml"], ["--output", "prepared"]),
+            ("train", ["train", f"{fault}.yaml"], []),
+            ("train --fold 1", ["train", f"{fault}.yaml"], ["--fold", "1"]),
+            ("train --fold all", ["train", f"{fault}.yaml"], ["--fold", "all"]),
+            ("run", ["run", f"{fault}.yaml"], []),
+            ("run data.test", ["run", "good.yaml"], ["--data.test", f"{fault}.csv"]),
+            ("predict", ["predict", "run", f"{fault}.csv"], ["--output", "x.csv"]),
+            ("evaluate --data", ["evaluate", "run"], ["--data", f"{fault}.csv"]),
+            ("evaluate --against", ["evaluate", "run", "--against", "run"], ["--data", f"{fault}.csv"]),
+            ("export --battles", ["export", "run"], ["--output", "exported", "--battles", f"{fault}.csv"]),
+            ("baseline", ["baseline", f"{fault}.csv"], []),
+        )
+    },
+    "run without data.test": (["run", "good.yaml", "--data.sample_submission", "x.csv"], ["there is no data.test"]),
+    "run with another sample": (
+        ["run", "good.yaml", "--data.test", "good.csv", "--data.sample_submission", "sample.csv"],
+        ["sample.csv: id '", "is to be predicted, but is not there"],
+    ),
+    "run over a run": (["run", "good.yaml", "--trainer.output_dir", "run"], ["run already holds a run"]),
+    "run --resume of another recipe": (
+        ["run", "good.yaml", "--resume", "--trainer.output_dir", "run", "--trainer.max_steps", "3"],
+        ["the run there has trainer.max_steps: -1, not 3"],
+    ),
+    "train over a run": (["train", "good.yaml", "--trainer.output_dir", "run"], ["run already holds a run"]),
+    "train without a teacher's file": (
+        ["train", "good.yaml", "--data.train", "[{path: good.csv, teacher: nowhere.parquet}]"],
+        ["nowhere.parquet: no predictions can be read there"],
+    ),
+    "predict with another sample": (
+        ["predict", "run", "good.csv", "--output", "x.csv", "--sample-submission", "sample.csv"],
+        ["sample.csv: id '", "is to be predicted, but is not there"],
+    ),
+    "predict without a run": (
+        ["predict", "nowhere", "good.csv", "--output", "x.csv"],
+        ["nowhere: no recipe.yaml there"],
+    ),
+    "predict with negative weights": (
+        ["predict", "run", "good.csv", "--output", "x.csv", "--weights", "-1"],
+        ["weights: -1; give numbers from 0"],
+    ),
+    "predict into a folder": (["predict", "run", "good.csv", "--output", "run/x.csv"], ["x.csv is a folder"]),
+    "evaluate unlabelled battles": (
+        ["evaluate", "run", "--data", "unlabelled.csv"],
+        ["--data: unlabelled.csv: the outcomes of these battles are not known"],
+    ),
+    "export without a run": (["export", "nowhere", "--output", "exported"], ["nowhere: no recipe.yaml there"]),
+    "unknown recipe key": (["train", "good.yaml", "--model.lora_rr", "1"], ["did you mean 'model.lora_r'?"]),
+}
+"""Commands that are refused, and what is reported; files are those of `early`."""
+
+
+@pytest.fixture(scope="module")
+def early(tmp_path_factory):
+    """Return what a process that ran the commands of `EARLY` had done after each: code, error, heavy modules loaded."""
+    folder = tmp_path_factory.mktemp("early")
+    frames = {
+        "good": battle_frame(),
+        "missing": battle_frame().drop(columns="response_b"),
+        "turns": more_turns(battle_frame()),
+        "unlabelled": battle_frame().drop(columns=list(OUTCOMES)),
+    }
+    for name, frame in frames.items():
+        write_csv(frame, folder / f"{name}.csv")
+        recipe = Recipe(data=DataConfig(train=f"{name}.csv", folds=4), trainer={"output_dir": "new"})
+        (folder / f"{name}.yaml").write_text(dump_recipe(recipe))
+    rows = pd.DataFrame({"id": frames["good"]["id"], **dict.fromkeys(OUTCOMES, 0.3)})
+    write_csv(rows.head(11), folder / "sample.csv")
+    (folder / "run" / "model").mkdir(parents=True)  # all of a trained run that is looked at before it is loaded
+    (folder / "run" / "x.csv").mkdir()
+    shutil.copy(folder / "good.yaml", folder / "run" / "recipe.yaml")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", FRESH],
+        input=json.dumps([[arguments for arguments, _ in EARLY.values()], HEAVY]),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in folder.iterdir()} - {"prepared"} == {
+        *("run", "sample.csv"),
+        *(f"{name}.{ending}" for name in frames for ending in ("csv", "yaml")),
+    }
+    return dict(zip(EARLY, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_what_is_wrong_with_files_is_reported_before_anything_heavy_is_imported(name, early):
+    code, error, loaded = early[name]
+    last = error.splitlines()[-1]
+    assert code == 2
+    assert last.startswith("error: ")
+    for part in EARLY[name][1]:
+        assert part in last
+    assert loaded == []

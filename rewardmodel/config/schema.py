@@ -1,7 +1,7 @@
-"""What a recipe holds: one dataclass a section, every default in one place.
+"""What a recipe holds: one dataclass for each section, with every default in one place.
 
-`model` keeps the names of TRL's ModelConfig and `trainer` takes the keys of TRL's RewardConfig as they are.
-A field is documented once, under the field; the command line's help is made from there.
+`model` uses the names of TRL's ModelConfig, and `trainer` takes the keys of TRL's RewardConfig unchanged. A field is
+documented once, in the docstring under it, which `--help` and `rewardmodel schema` print.
 """
 
 from dataclasses import dataclass, field
@@ -14,57 +14,60 @@ from rewardmodel.errors import InputError
 
 @dataclass
 class Source:
-    """One file or hub data set of battles, and how to read it."""
+    """One file or Hugging Face data set of battles, and how to read it."""
 
     path: str
-    """A file (.csv, .jsonl, .json, .parquet, .zip), a hub data set's id, or `sample`."""
+    """A file (.csv, .jsonl, .json, .parquet, .zip), a data set's id on the hub, or `sample`."""
     format: str | None = None
-    """A name out of rewardmodel.data.formats.FORMATS; none: told by the columns."""
+    """A key of rewardmodel.data.formats.FORMATS; default: detected from the column names."""
     columns: dict[str, str | None] = field(default_factory=dict)
-    """The file's own names for our columns, like {prompt: question}; null: do as if the file had no such column."""
+    """Our column name -> the file's, like {prompt: question}; null ignores the file's column of that name."""
     weight: float = 1.0
-    """Weight of its battles in the loss, times their own."""
+    """Weight of its battles in the loss, multiplied by their own weights."""
     limit: int | None = None
-    """Use only about this many of its battles, drawn as whole prompt groups."""
+    """Use about this many of its battles, drawn as whole prompt groups; default: all."""
     validation: bool = True
-    """Whether its battles may be held out; false: they only train, but for those that share a held-out prompt."""
+    """Whether its battles may be held out; false: training only, except those that share a prompt with a held-out
+    battle, which are not used."""
     teacher: str | None = None
-    """A teacher's predictions of these battles, a .parquet of `rewardmodel predict` by runs that did not train on them:
-    what the distillation objective learns from, and the outcome of battles without one, which then only train."""
+    """Predictions of these battles by a teacher that did not train on them (the .parquet of `rewardmodel predict`).
+    The distillation objective learns from them; battles without an outcome take theirs from here, for training only."""
     subset: str | None = None
-    """Configuration of a hub data set."""
+    """Configuration of a data set on the hub."""
     split: str | None = None
-    """Split of a hub data set; none: train, or test for data.test."""
+    """Split of a data set on the hub; default: train, or test for data.test."""
     revision: str = "main"
-    """Branch, tag or commit of a hub data set."""
+    """Branch, tag or commit of a data set on the hub."""
 
 
 @dataclass
 class DataConfig:
-    """Which battles to learn from and to predict."""
+    """Which battles to train on and which to predict."""
 
     train: str | Source | list[str | Source] = "sample"
-    """Labelled battles: a file, a hub data set's id, `sample` for the demonstration set inside the package, or a list
-    of such, each with its own weight, limit and columns."""
+    """Labelled battles: a file, a data set's id on the hub, `sample` for the demonstration set of the package, a
+    mapping of `path` and how to read it, or a list of these."""
     test: str | Source | None = None
-    """Battles to predict for submission.csv, unlabelled or not; none: no submission."""
+    """Battles to predict into submission.csv, labelled or not; default: none."""
     sample_submission: str | None = None
-    """A submission file whose columns and ids submission.csv must repeat."""
+    """A submission file; submission.csv must have the same columns and ids."""
     limit: int | None = None
-    """Use only about this many labelled battles, drawn as whole prompt groups."""
+    """Use about this many labelled battles, drawn as whole prompt groups; default: all."""
     folds: int = 5
-    """Into how many folds the labelled battles are dealt, by prompt group, outcomes and sources alike."""
+    """Number of folds. Battles of one prompt group are in one fold; outcomes and sources are balanced between folds."""
     fold: int = 0
-    """The fold that is held out for validation, from 0."""
+    """The fold that is held out for validation, counted from 0."""
     calibration: float = 0.0
-    """Share of the battles that is in no fold and is kept to fit calibration on."""
+    """Share of the battles set aside, outside the folds, to fit the calibrator on."""
     holdout: float = 0.0
-    """Share of the battles that is in no fold: never trained on or validated on, and predicted only by name."""
+    """Share of the battles set aside, outside the folds, and never used in training or validation: predict them with
+    `rewardmodel predict RUN holdout`."""
     swap_augmentation: Literal["none", "random", "both"] = "random"
-    """Training order of A and B: as given, thrown by a coin once for each battle, or every battle in both orders.
-    Separate objectives know no order."""
+    """Order of A and B in training: as given, exchanged at random once per battle, or each battle in both orders.
+    Separate objectives have no order and ignore this."""
     seed: int = 0
-    """Seed of folds, limits, swaps, and of who stands first in chosen/rejected data; trainer.seed is training's."""
+    """Seed of folds, limits and swaps, and of the order of chosen and rejected in preference data. Training has
+    trainer.seed."""
 
     def __post_init__(self) -> None:
         self.test = Source(**self.test) if isinstance(self.test, dict) else self.test
@@ -75,126 +78,125 @@ class DataConfig:
 
 @dataclass
 class PromptConfig:
-    """How a battle becomes text, and text becomes a bounded number of tokens."""
+    """How a battle becomes text, and text a limited number of tokens."""
 
     template: str | None = None
-    """Text around the turns: a name out of prompt.template.TEMPLATES, `chat` for the tokenizer's own, a .jinja
-    file, or Jinja itself; none: `instruction` for objectives that compare both responses in one sequence, `chat` for
-    those that score each alone; `encoder` and `encoder_response` where the tokenizer has a separator, as those of
-    encoders do."""
+    """Text around the turns: a key of rewardmodel.prompt.template.TEMPLATES, `chat` for the tokenizer's chat template,
+    a .jinja file, or Jinja source. Default: `instruction` for joint objectives (both responses in one sequence) and
+    `chat` for separate ones; for encoders `encoder` and `encoder_response`."""
     max_length: int = 1024
-    """Most tokens of a sequence. Longer battles lose text; none is dropped."""
+    """Maximum tokens of a sequence. Longer battles are truncated, never dropped."""
     truncation: Literal["balanced", "head", "tail", "head_tail"] = "balanced"
-    """What stays of a long battle, recent rounds first: `balanced` shortens the longer response and keeps head and
-    tail of each text; the others shorten texts in proportion and keep that part of each."""
+    """What is kept of a long battle; recent rounds come first. `balanced` shortens the longer response and keeps the
+    beginning and the end of each text; the others shorten all texts in proportion and keep that part of each."""
 
 
 @dataclass
 class ModelConfig:
-    """Backbone, quantisation and LoRA; the names are those of TRL's ModelConfig."""
+    """Backbone, quantisation and LoRA; names as in TRL's ModelConfig."""
 
     model_name_or_path: str = "smollm2-135m-instruct"
-    """A hub id, a local folder, a .gguf file, or a packaged name (rewardmodel.model.weights.PACKAGED)."""
+    """A model's id on the hub, a local folder, a .gguf file, or a key of rewardmodel.model.weights.PACKAGED."""
     model_revision: str = "main"
-    """Branch, tag or commit of a hub id."""
+    """Branch, tag or commit of a model on the hub."""
     num_hidden_layers: int | None = None
-    """Use so many layers of the backbone, from below, and leave the others out; none: all."""
+    """Keep this many layers of the backbone, counted from the embeddings; default: all."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; `auto` takes CUDA where there is a device."""
+    """Where to compute; `auto` uses CUDA if there is a device."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Compute precision; `auto` asks the hardware. Head and trainable weights are always float32."""
+    """Compute precision; `auto` chooses by hardware. The head and all trainable weights are float32 in any case."""
     attn_implementation: str | None = None
-    """Attention kernel by transformers' name; none: the best that the family allows."""
+    """Attention implementation, by its name in transformers; default: the fastest that the backbone's family allows."""
     pooling: Literal["last", "responses", "last_and_responses"] = "last"
-    """What a decoder's head reads: the last token, as plain transformers does; the mean over each response of the
-    sequence, side by side, which small backbones learn from much sooner; or both (only rewardmodel loads such heads).
-    An encoder keeps the head of its class in transformers, which reads the first token or what else it was made for."""
+    """What a decoder's head reads: the hidden state of the last token, as in plain transformers; the mean over each
+    response, concatenated, from which small backbones learn much faster; or both. Only rewardmodel loads heads with the
+    latter two. Encoders keep the pooling of their class in transformers."""
     pair_ties: bool = False
-    """Let P(tie) depend on what the head reads of both responses, on how far they are apart and on their mean, and not
-    on their rewards and one number alone (separate objectives; only rewardmodel loads such a head)."""
+    """Separate objectives: let P(tie) depend on the hidden states of both responses (their distance and mean), in
+    addition to the rewards. Only rewardmodel loads such a head."""
     keep_head: bool = False
-    """Start from the classification head that the backbone comes with, as a published reward model does, and refuse one
-    that has none of the objective's width; false: the head's last layer is new, and starts even-handed."""
+    """Start from the classification head of the backbone's checkpoint, such as a published reward model, which must
+    have the objective's number of outputs; false: a new last layer."""
     head_init: Literal["zero", "fitted"] = "zero"
-    """Start of a new head's last layer: zero, which is even-handed, or fitted to what the untouched backbone reads, as
-    with freeze_backbone, before anything else trains (linear probing first: Kumar et al. 2022)."""
+    """Initial value of a new last layer: zero, which predicts equal probabilities, or fitted to the features of the
+    untrained backbone before anything else trains (linear probing first: Kumar et al. 2022)."""
     load_in_4bit: bool = False
-    """Quantise the backbone to 4 bits with bitsandbytes; the head is left out."""
+    """Quantise the backbone, not the head, to 4 bits with bitsandbytes."""
     load_in_8bit: bool = False
-    """Quantise the backbone to 8 bits with bitsandbytes; the head is left out."""
+    """Quantise the backbone, not the head, to 8 bits with bitsandbytes."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     """4-bit data type."""
     use_bnb_nested_quant: bool = True
-    """Quantise the quantisation constants too (double quantisation)."""
+    """Quantise the quantisation constants as well (double quantisation)."""
     use_peft: bool = True
-    """Train LoRA adapters and the head; false: all weights."""
+    """Train LoRA adapters and the head; false: train all weights."""
     freeze_backbone: bool = False
-    """Train the last layer of the head alone. What it reads of each battle is computed once and kept in the cache, and
-    the head is then fitted exactly: no lora_* key is read, and of `trainer` only where to, the seed and processes."""
+    """Train only the last layer of the head. The backbone's features of each battle are computed once and cached, and
+    the layer is fitted to convergence. The lora_* keys are not used, and of `trainer` only output_dir, seed and
+    dataset_num_proc."""
     lora_r: int = 16
-    """LoRA rank."""
+    """Rank of LoRA."""
     lora_alpha: int = 32
-    """LoRA scale: updates are multiplied by lora_alpha / lora_r."""
+    """Scale of LoRA: updates are multiplied by lora_alpha / lora_r."""
     lora_dropout: float = 0.05
-    """Dropout before LoRA."""
+    """Dropout on the input of LoRA."""
     lora_target_modules: list[str] | None = None
-    """Names of linear layers that get LoRA; none: the family's, all of attention and MLP."""
+    """Names of the linear layers that get LoRA; default: all of attention and MLP, by the backbone's family."""
     lora_first_layer: int = 0
-    """Layers before this one keep no LoRA, and backpropagation stops there."""
-    lora_init: Literal["default", "pissa"] = "default"
-    """Start of LoRA: zero update, or the principal singular vectors (PiSSA; needs an unquantised backbone)."""
+    """Index of the first layer with LoRA. Backpropagation stops there."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(lora_r) (rank-stabilised LoRA)."""
     use_dora: bool = False
-    """Learn magnitude and direction apart (DoRA)."""
+    """Learn magnitude and direction separately (DoRA)."""
 
     @property
     def plain_head(self) -> bool:
-        """Whether plain transformers computes what the head was trained to."""
+        """Whether plain transformers computes the same outputs from the saved head."""
         return self.pooling == "last" and not self.pair_ties
 
 
 @dataclass
 class ObjectiveConfig:
-    """What the model is trained to state."""
+    """The loss, and how outputs become probabilities."""
 
     name: str = "cross_entropy"
-    """A name out of rewardmodel.objectives.OBJECTIVES."""
+    """A key of rewardmodel.objectives.OBJECTIVES: cross_entropy and distillation are joint; bradley_terry, rao_kupper
+    and davidson are separate (one reward per response)."""
     label_smoothing: float = 0.0
-    """Share of probability moved from the outcome to all outcomes evenly, in training only."""
+    """Share of the outcome's probability spread evenly over all outcomes, in training only."""
     margin: float = 0.0
-    """Reward difference that the preferred response is asked for (bradley_terry)."""
+    """Reward difference required of the preferred response (bradley_terry)."""
     center_rewards: float = 0.0
     """Weight of the squared sum of a battle's two rewards, which keeps rewards around 0 (separate objectives)."""
     temperature: float = 1.0
-    """Temperature at which teacher and student are compared (distillation)."""
+    """Softmax temperature of teacher and student (distillation)."""
     weight_votes: float = 1.0
     """Weight of the cross-entropy with the votes (distillation)."""
     weight_teacher: float = 1.0
-    """Weight of the divergence from the teacher's probabilities (distillation)."""
+    """Weight of the Kullback-Leibler divergence from the teacher's probabilities (distillation)."""
     weight_cosine: float = 0.0
-    """Weight of one less the cosine of teacher's and student's probabilities (distillation)."""
+    """Weight of 1 - cosine similarity between the teacher's and the student's probabilities (distillation)."""
 
 
 @dataclass
 class InferenceConfig:
-    """How trained models predict."""
+    """How a trained model predicts."""
 
     swap_tta: Literal["none", "both"] = "both"
-    """Predict each battle as given, or in both orders and average."""
+    """Predict each battle as given, or in both orders of A and B and average."""
     calibrate: bool = True
-    """Apply the run's calibrator, where its evaluation found one that helps beyond noise."""
+    """Apply the run's calibrator, if its evaluation found one that helps beyond noise."""
     blend: bool = False
-    """Mix in the predictions of the floor `tfidf`, which is fitted to the run's training battles, where that beats the
-    other calibrators beyond noise: p ∝ exp(a log p_model + b log p_floor + c for the tie), a and b from 0. It takes the
-    place of the calibrator: a run that has it predicts uncalibrated where this, or `calibrate`, is false."""
+    """Combine with the baseline `tfidf`, fitted to the run's training battles, if that beats other calibrators beyond
+    noise: p ∝ exp(a log p_model + b log p_baseline + c for the tie), a, b ≥ 0. The blend replaces the calibrator: such
+    a run predicts uncalibrated if this key or `calibrate` is set to false."""
     batch_tokens: int | None = None
-    """Tokens of a batch; none: as many as fit into free memory."""
+    """Tokens of a batch; default: as many as fit into free memory."""
     tie_if_same: float | None = None
-    """P(tie) where both responses are the same text, in the place of the model's; A and B share the rest; none: off.
-    A run's own metrics are without rules; `rewardmodel evaluate RUN --data FILE` has them."""
+    """P(tie) for battles with two identical responses, instead of the model's; A and B share the rest. Default: off. A
+    run's own metrics are computed without rules, those of `rewardmodel evaluate RUN --data FILE` with them."""
     win_if_other_empty: float | None = None
-    """P(win) of a response beside one of white space alone; the other and the tie share the rest; none: off."""
+    """P(win) of a response if the other one is only white space; the other and the tie share the rest. Default: off."""
 
     def __post_init__(self) -> None:
         for key in ("tie_if_same", "win_if_other_empty"):
@@ -205,10 +207,10 @@ class InferenceConfig:
 
 @dataclass
 class Recipe:
-    """All that makes a run; a run folder carries its own, resolved, as recipe.yaml.
+    """All settings of a run. A run folder contains its own recipe, with every default filled in, as recipe.yaml.
 
     Raises:
-        InputError: `trainer` has a key out of `TRAINER_REFUSED`.
+        InputError: `trainer` has a key of `TRAINER_REFUSED`.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -216,16 +218,29 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
-    """Keys of trl.RewardConfig, over `TRAINER_DEFAULTS`; trainer.output_dir is the run folder."""
+    """Keys of trl.RewardConfig, on top of `TRAINER_DEFAULTS`; trainer.output_dir is the run folder."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
 
     def __post_init__(self) -> None:
         for key in self.trainer:
             if key in TRAINER_REFUSED:
-                raise InputError(f"recipe: trainer.{key} is not taken: {TRAINER_REFUSED[key]}")
+                raise InputError(f"recipe: trainer.{key} is not accepted: {TRAINER_REFUSED[key]}")
         self.trainer = {**TRAINER_DEFAULTS, **self.trainer}
 
     @property
     def run_folder(self) -> Path:
-        """The folder that the run is written to."""
+        """The folder of the run, `trainer.output_dir`."""
         return Path(self.trainer["output_dir"])
+
+
+SECTIONS: dict[str, Any] = {
+    "data": DataConfig,
+    "prompt": PromptConfig,
+    "model": ModelConfig,
+    "objective": ObjectiveConfig,
+    "inference": InferenceConfig,
+}
+"""The sections that are dataclasses; the sixth, `trainer`, has the keys of `trainer.trainer_keys`."""
+
+REMOVED_KEYS = {"model.lora_init": "LoRA always starts from a zero update; delete the line"}
+"""Keys of earlier versions, and what to do: ignored in the recipe of a saved run, refused in any other."""

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+import rewardmodel
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.config.schema import ModelConfig, Recipe, Source
 from rewardmodel.evaluation.bias import format_bias
@@ -60,7 +60,7 @@ def card_facts(runs: Sequence[Path], model: Path, parity: dict[str, Any], parity
     bits = quantization_name(recipe.model)
     return {
         "title": f"{Path(recipe.trainer['output_dir']).name}, {parity['kind']}",
-        "version": metadata.version("rewardmodel"),
+        "version": rewardmodel.__version__,
         "base": _shown(about["model_name_or_path"]),
         "fingerprint": about["fingerprint"],
         "licence": licence(recipe.model),

@@ -14,12 +14,11 @@ from datasets import Dataset
 
 from rewardmodel.config.schema import Recipe
 from rewardmodel.data.folds import assign_groups
-from rewardmodel.data.formats import read_battles
-from rewardmodel.data.splits import find_seen_battles, fingerprint_parts, load_battles, split
-from rewardmodel.errors import InputError
+from rewardmodel.data.splits import find_seen_battles
 from rewardmodel.evaluation.calibration import BLEND, NONE, Calibrator, load
 from rewardmodel.evaluation.text_regression import load as load_floor
 from rewardmodel.evaluation.text_regression import predict_each
+from rewardmodel.inference.battles import battles_to_predict, check_time_limit, check_weights
 from rewardmodel.inference.shards import Deadline, shard_folder, sharded_logits
 from rewardmodel.model.features import layer_logits, read_features
 from rewardmodel.model.forward import Predictor
@@ -42,17 +41,12 @@ from rewardmodel.predictions import (
 from rewardmodel.prompt.tokenization import tokenize
 from rewardmodel.run_folder import (
     RunFolder,
-    check_same_inputs,
-    is_k_fold,
     load_run_recipe,
     model_folder,
     trained_models,
 )
 
 logger = logging.getLogger(__name__)
-
-OWN_PARTS = ("validation", "calibration", "holdout")
-"""Parts of a run's own battles that it can be asked to predict by name."""
 
 
 def predict(
@@ -89,12 +83,11 @@ def predict(
         FloatingPointError: a prediction that is NaN or infinite; the battles are named.
     """
     # check everything that was given before a model is loaded
-    if time_limit is not None and not 0 <= time_limit < np.inf:
-        raise InputError(f"time limit: {time_limit:g}; give seconds, from 0")
+    check_time_limit(time_limit)
     deadline = None if time_limit is None else Deadline(time_limit)
     folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
     models = [trained_models(run) for run in folders]
-    shares = _check_weights(weights, len(folders))
+    shares = check_weights(weights, len(folders))
     given = [recipe] * len(folders) if isinstance(recipe, Recipe) else recipe
     recipes = list(given or map(load_run_recipe, folders))
     calibrations = [read_calibration(run, own) for run, own in zip(folders, recipes, strict=True)]
@@ -193,17 +186,6 @@ def _predict_job(job: PredictionJob, battles: Dataset, work: Path | None, deadli
     return predict_with(predictor, job.recipe, chosen, shards, deadline).set_index(job.rows)
 
 
-def _check_weights(weights: Sequence[float] | None, runs: int) -> list[float]:
-    shares = [1.0] * runs if weights is None else [float(weight) for weight in weights]
-    if len(shares) != runs:
-        raise InputError(f"weights: {len(shares)} for {runs} runs; give one for each")
-    if not all(0 <= share < np.inf for share in shares) or not any(shares):
-        raise InputError(
-            f"weights: {', '.join(f'{share:g}' for share in shares)}; give numbers from 0, not all of them 0"
-        )
-    return shares
-
-
 def _models_by_battle(folders: list[Path], battles: Dataset) -> tuple[np.ndarray, np.ndarray | None]:
     """Return which model predicts which battles, (n_models, n_battles) bool, and which battles all have seen, (n,).
 
@@ -288,27 +270,6 @@ def apply_recipe_rules(table: pd.DataFrame, recipe: Recipe, battles: Dataset) ->
     """Return predictions, indexed by the battle's number, with the recipe's rules for same and empty responses."""
     rules = rule_probabilities(battles, recipe.inference.tie_if_same, recipe.inference.win_if_other_empty)
     return apply_rules(table, rules[table.index])
-
-
-def battles_to_predict(run: Path, battles: Any) -> Dataset:
-    """Return the battles of a Dataset, a DataFrame or a path, or a part of the run's own that never trained.
-
-    Args:
-        run: the run folder.
-        battles: what to read; `validation`, `calibration` and `holdout` are the run's own.
-
-    Raises:
-        InputError: no such file, or the run's own battles have changed since training.
-    """
-    if not (isinstance(battles, str) and battles in OWN_PARTS):
-        return read_battles(battles, role="test")
-    data = load_run_recipe(run).data
-    parts = split(load_battles(data), None if is_k_fold(run) else data.fold)
-    check_same_inputs(run, {"data": fingerprint_parts(parts)})
-    part: Dataset = getattr(parts, battles)
-    if not len(part):
-        raise InputError(f"{run}: its data.{battles} is 0: no battles were kept for that; set it before training")
-    return part
 
 
 def predict_with(

@@ -1,20 +1,26 @@
 import ast
 import dataclasses
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from builders import make_backbone
 from trl import RewardConfig
 
-from rewardmodel.config.loader import SECTIONS, dump_recipe, load_recipe, recipe_parser
-from rewardmodel.config.schema import TRAINER_DEFAULTS, TRAINER_REFUSED, DataConfig, Recipe, Source
+from rewardmodel.config.json_schema import recipe_keys
+from rewardmodel.config.loader import dump_recipe, load_recipe
+from rewardmodel.config.schema import SECTIONS, DataConfig, Recipe, Source
+from rewardmodel.config.trainer import TRAINER_DEFAULTS, TRAINER_REFUSED, installed_versions, read_trl_keys
 from rewardmodel.data.splits import load_battles
 from rewardmodel.errors import InputError
 from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.loading import build_model
 from rewardmodel.objectives import OBJECTIVES
 from rewardmodel.prompt.tokenization import tokenize
+from rewardmodel.run_folder import load_run_recipe
 from rewardmodel.training.arguments import training_arguments
 
 ROOT = Path(__file__).parents[2]
@@ -126,16 +132,19 @@ def test_an_empty_recipe_is_the_defaults_with_a_run_folder_of_its_name(write):
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
+        ("model:\n  lora_init: pissa\n", [], "model.lora_init does not exist any more: LoRA always starts from a zero"),
+        ("trainer:\n  eval_strategy: no\n", [], "YAML reads an unquoted no, yes, off or on as a boolean"),
+        ("model:\n  lora_r: null\n", [], "model.lora_r: null; give a value, or delete the line"),
         ("model:\n  lora_rr: 3\n", [], "unknown key 'model.lora_rr'; did you mean 'model.lora_r'?"),
         ("modle:\n  lora_r: 3\n", [], "unknown key 'modle.lora_r'; did you mean 'model.lora_r'?"),
         ("", ["--trainer.learning_rat", "1"], "did you mean 'trainer.learning_rate'?"),
         ("", ["--trainer.learning_rat=1"], "did you mean 'trainer.learning_rate'?"),
-        ("trainer:\n  max_length: 3\n", [], "trainer.max_length is not taken: set prompt.max_length"),
-        ("", ["--trainer.bf16", "true"], "trainer.bf16 is not taken: set model.dtype"),
+        ("trainer:\n  max_length: 3\n", [], "trainer.max_length is not accepted: set prompt.max_length"),
+        ("", ["--trainer.bf16", "true"], "trainer.bf16 is not accepted: set model.dtype"),
         ("model:\n  lora_r: many\n", [], "model.lora_r"),
         ("data:\n  swap_augmentation: twice\n", [], "one of ['none', 'random', 'both']"),
-        ("- a list\n", [], "one mapping a section"),
-        ("model: 3\n", [], "one mapping a section"),
+        ("- a list\n", [], "one mapping per section"),
+        ("model: 3\n", [], "one mapping per section"),
         ("model: [\n", [], "not YAML"),
         ("", ["stray"], "stray"),
     ],
@@ -150,21 +159,21 @@ def test_a_mistake_is_one_line_that_names_file_and_key(text, overrides, message,
 
 
 def test_a_recipe_in_python_refuses_the_same_keys():
-    with pytest.raises(InputError, match=r"trainer\.fp16 is not taken: set model\.dtype"):
+    with pytest.raises(InputError, match=r"trainer\.fp16 is not accepted: set model\.dtype"):
         Recipe(trainer={"fp16": True})
 
 
 def test_refused_keys_are_trls_and_name_keys_that_are_there():
-    known = set(recipe_parser("x").get_defaults(skip_validation=True).keys())
+    known = {f"{section}.{key}" for section, content in recipe_keys().items() for key in content["properties"]}
     assert set(TRAINER_REFUSED) <= set(RewardConfig.__dataclass_fields__)
     assert not {f"trainer.{key}" for key in TRAINER_REFUSED} & known
-    for mend in TRAINER_REFUSED.values():
-        assert set(re.findall(r"\w+\.\w+", mend)) <= known
+    for hint in TRAINER_REFUSED.values():
+        assert set(re.findall(r"\w+\.\w+", hint)) <= known
 
 
 def test_every_field_is_documented_under_itself_and_read_by_something():
     config = ast.parse((ROOT / "rewardmodel" / "config" / "schema.py").read_text())
-    others = "".join(path.read_text() for path in (ROOT / "rewardmodel").glob("*.py") if path.name != "config.py")
+    others = "".join(path.read_text() for path in (ROOT / "rewardmodel").rglob("*.py") if path.parent.name != "config")
     for section in (node for node in config.body if isinstance(node, ast.ClassDef) and node.name in class_names()):
         for field, after in zip(section.body, [*section.body[1:], None], strict=True):
             if isinstance(field, ast.AnnAssign):
@@ -205,6 +214,38 @@ def test_a_path_on_the_command_line_takes_the_place_of_sources(write):
 def test_an_unknown_key_of_a_source_names_the_nearest(write, text, message):
     with pytest.raises(InputError, match=message):
         load_recipe(write(text))
+
+
+@pytest.mark.parametrize("value", ["default", "pissa"])
+def test_the_recipe_of_a_saved_run_may_have_keys_that_were_removed(value, tmp_path, write):
+    path = write(f"model:\n  lora_r: 3\n  lora_init: {value}\n")
+    assert load_recipe(path, of_run=True) == load_recipe(write("model:\n  lora_r: 3\n"))
+    (tmp_path / "recipe.yaml").write_text(f"model:\n  lora_r: 3\n  lora_init: {value}\n")
+    assert load_run_recipe(tmp_path).model.lora_r == 3
+
+
+LIGHT = """
+import json, sys
+from rewardmodel.config.json_schema import recipe_schema
+from rewardmodel.config.loader import dump_recipe, load_recipe
+from rewardmodel.errors import InputError
+dump_recipe(load_recipe(sys.argv[1]))
+recipe_schema()
+for override in ("--model.lora_r=x", "--model.lora_rr=1", "--trainer.learning_rat=1", "--trainer.bf16=true"):
+    try:
+        load_recipe(sys.argv[1], [override])
+    except InputError:
+        continue
+    raise AssertionError(override)
+print(json.dumps([name for name in ("torch", "transformers", "trl", "peft", "sklearn") if name in sys.modules]))
+"""
+
+
+def test_recipes_are_read_and_refused_without_torch_or_trl():
+    command = [sys.executable, "-c", LIGHT, ROOT / "recipes" / "quickstart.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    same = read_trl_keys()["versions"] == installed_versions()
+    assert json.loads(done.stdout) == [] or not same  # an unknown trainer key is looked up in another trl
 
 
 @pytest.mark.parametrize("beside", [True, False])

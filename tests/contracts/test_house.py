@@ -29,7 +29,7 @@ MAY_IMPORT = {
 }
 """What a package, or a module at the root, may import of the others; cli, pipeline and kfold may import all."""
 
-WAYS_IN = {"__init__", "cli", "pipeline", "kfold"}
+WAYS_IN = {"__init__", "__main__", "cli", "options", "pipeline", "kfold"}
 
 
 def room(path: Path) -> str:

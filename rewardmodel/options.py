@@ -1,0 +1,195 @@
+"""The command line's options: the parser of all commands, with the recipe keys for help and tab completion.
+
+Options are parsed here and used in `cli`. Recipe keys are passed on as typed, because `config.loader` checks them.
+"""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rewardmodel import __version__
+from rewardmodel.errors import InputError
+
+ALL_KEYS = ("--",)
+
+KEYS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("run", "doctor", "prepare", "train"), ALL_KEYS),
+    "predict": ("--inference.", "--model.device", "--model.dtype"),
+}
+"""How the recipe keys begin that a command takes; the others take none."""
+
+
+def _run(parser: ArgumentParser) -> None:
+    _add_recipe(parser, resume=True)
+    parser.add_argument("--print-config", action="store_true", help="print the recipe with all defaults and stop")
+
+
+def _prepare(parser: ArgumentParser) -> None:
+    _add_recipe(parser)
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+
+
+def _doctor(parser: ArgumentParser) -> None:
+    _add_recipe(parser)
+    parser.add_argument("--device", help="cpu, or a GPU by name, like T4, A100-80GB, H100; default: this machine's")
+    parser.add_argument("--gpus", type=int, help="number of GPUs, one process each; default: 1, or that of --launch")
+    parser.add_argument("--launch", type=Path, help="a configuration of accelerate, like recipes/accelerate/fsdp2.yaml")
+
+
+def _train(parser: ArgumentParser) -> None:
+    _add_recipe(parser, resume=True)
+    parser.add_argument(
+        "--fold",
+        help="number of a fold, to train it into its own folder of the run; or `all`, to train every fold and predict "
+        "every battle out of fold",
+    )
+
+
+def _predict(parser: ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="run", type=Path, nargs="+", help="folder of a trained run, or several")
+    parser.add_argument(
+        "battles",
+        help="a file, a data set's id on the hub, `sample`, or `validation`, `calibration` or `holdout` for the "
+        "(first) run's own",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="file to write: .parquet, or .csv for a submission")
+    parser.add_argument("--sample-submission", type=Path, help="a submission with the columns and ids to be written")
+    parser.add_argument("--weights", nargs="+", metavar="WEIGHT", help="of each run in the mean; default: equal")
+    parser.add_argument(
+        "--time-limit",
+        nargs=1,
+        metavar="SECONDS",
+        help="predict every battle in one order of A and B, then in the other as far as time allows",
+    )
+
+
+def _evaluate(parser: ArgumentParser) -> None:
+    parser.add_argument("predictions", type=Path, help="a run folder (its validation fold), or a predictions.parquet")
+    parser.add_argument("--data", help="labelled battles to predict with the run and to measure, like RewardBench's")
+    parser.add_argument("--against", type=Path, help="another run or predictions.parquet, of the same battles")
+
+
+def _report(parser: ArgumentParser) -> None:
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders; several are compared with the first")
+    parser.add_argument("--output", type=Path, help="HTML file to write; default: report.html in the (first) run")
+
+
+def _export(parser: ArgumentParser) -> None:
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders, or the folder of a k-fold run")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    kinds = "adapter, merged, merged_4bit, soup or kaggle"
+    parser.add_argument("--kind", default="merged", help=f"{kinds} (default: merged)")
+    parser.add_argument("--dtype", help="of merged weights: bfloat16, float16 or float32 (default: bfloat16)")
+    parser.add_argument(
+        "--battles", help="at least 64 to compare export and run on; default: the run's validation fold, or `sample`"
+    )
+    parser.add_argument(
+        "--rewardmodel-only", action="store_true", help="accept a head that plain transformers does not load"
+    )
+    parser.add_argument("--push-to-hub", help="owner/name of a model repository; created as private if it is missing")
+    kaggle = parser.add_argument_group("--kind kaggle")
+    kaggle.add_argument("--dataset", help="owner/name of the Kaggle data set")
+    kaggle.add_argument("--installed", type=Path, help="the packages installed there, as pip freeze prints them")
+    kaggle.add_argument("--contents", help="kind of the model inside (default: adapter)")
+    kaggle.add_argument("--base", help="folder there where the adapter's backbone is mounted")
+    kaggle.add_argument("--python", help="version there (default: 3.12)")
+
+
+def _baseline(parser: ArgumentParser) -> None:
+    parser.add_argument("battles", help="labelled battles: a file, a data set's id on the hub, or `sample`")
+    parser.add_argument("--folds", type=int, default=5, help="folds by prompt group (default: 5)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the folds (default: 0)")
+    parser.add_argument("--output", type=Path, help=".parquet file to write the predictions to")
+
+
+def _add_recipe(parser: ArgumentParser, resume: bool = False) -> None:
+    recipe: Any = parser.add_argument("recipe", help="YAML file of the recipe")
+    recipe.completer = _yaml_files
+    if resume:
+        parser.add_argument("--resume", action="store_true", help="continue the run in trainer.output_dir")
+        parser.add_argument("--overwrite", action="store_true", help="replace the run in trainer.output_dir")
+
+
+def _yaml_files(prefix: str, **_: Any) -> list[str]:
+    from argcomplete.completers import FilesCompleter
+
+    return list(FilesCompleter(["yaml", "yml"])(prefix))
+
+
+OPTIONS = {
+    "run": _run,
+    "doctor": _doctor,
+    "prepare": _prepare,
+    "train": _train,
+    "predict": _predict,
+    "evaluate": _evaluate,
+    "report": _report,
+    "export": _export,
+    "baseline": _baseline,
+}
+"""What adds a command's options to its parser; the others have none."""
+
+
+def build_parser(commands: Mapping[str, str], with_keys: bool) -> ArgumentParser:
+    """Return the parser of all commands.
+
+    Args:
+        commands: name -> help.
+        with_keys: add the recipe keys as options, for help and completion; to parse them is `config.loader`'s.
+    """
+    parser = ArgumentParser(
+        "rewardmodel",
+        description="Reward models from human preference battles. `rewardmodel COMMAND --help` lists its options.",
+        epilog="Tab completion of commands, options, recipe keys and files in bash and zsh: "
+        'eval "$(register-python-argcomplete rewardmodel)"',
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"rewardmodel {__version__}", help="print it and stop")
+    subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
+    for name, about in commands.items():
+        command = subparsers.add_parser(name, help=about, description=about, allow_abbrev=False)
+        command.set_defaults(parser=command)
+        if name in OPTIONS:
+            OPTIONS[name](command)
+        if name in KEYS:
+            usage = " ".join(command.format_usage().removeprefix("usage: ").split())
+            command.usage = f"{usage} [--SECTION.KEY VALUE ...]"  # instead of 150 keys
+            if with_keys:
+                _add_keys(command, KEYS[name])
+    return parser
+
+
+def _add_keys(parser: ArgumentParser, taken: tuple[str, ...]) -> None:
+    """Add recipe keys as options, a group for each section."""
+    from rewardmodel.config.json_schema import choices, help_text, recipe_keys, type_name
+
+    for section, content in recipe_keys().items():
+        options = {f"--{section}.{key}": schema for key, schema in content["properties"].items()}
+        options = {name: schema for name, schema in options.items() if name.startswith(taken)}
+        if options:
+            group = parser.add_argument_group(f"recipe: {section}", content["description"])
+            for name, schema in options.items():
+                text = help_text(schema).replace("%", "%%")
+                group.add_argument(name, metavar=type_name(schema), choices=choices(schema), help=text)
+
+
+def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    """Return a command's options, with `command`, its name, and `overrides`, recipe keys and values as typed.
+
+    Raises:
+        InputError: an option that the command does not have.
+        SystemExit: the command is used in another way than its usage says, which is printed.
+    """
+    options, overrides = parser.parse_known_args(arguments)
+    taken = KEYS.get(options.command, ())
+    if overrides and not taken:
+        options.parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    if overrides and "recipe" in options and arguments.index(options.recipe) > arguments.index(overrides[0]):
+        raise InputError(f"rewardmodel {options.command}: the recipe comes before its keys: RECIPE --section.key VALUE")
+    for word in overrides:
+        if word.startswith("--") and not word.startswith(taken):
+            name = f"rewardmodel {options.command}"
+            raise InputError(f"{name}: unknown option {word}; see {name} --help")
+    options.overrides = overrides
+    return options
