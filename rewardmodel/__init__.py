@@ -14,6 +14,7 @@ _HOMES = {
     "train": "training.train",
     "predict": "inference.predict",
     "evaluate": "evaluation.evaluate",
+    "evaluate_run": "evaluation.evaluate",
     "compare": "evaluation.evaluate",
     "baseline": "evaluation.baselines",
     "report": "evaluation.report",

@@ -34,8 +34,8 @@ def _run(arguments: list[str]) -> None:
     from rewardmodel.pipeline import run
     from rewardmodel.run_folder import RunFolder
 
-    folder, metrics = run(recipe, resume=options.resume, overwrite=options.overwrite)
-    print(f"\nheld-out prompts: {format_metrics(metrics)}\n\n{RunFolder(folder).report}")
+    folder, evaluation = run(recipe, resume=options.resume, overwrite=options.overwrite)
+    print(f"\nheld-out prompts: {format_metrics(evaluation)}\n\n{RunFolder(folder).report}")
     if recipe.data.test:
         print(RunFolder(folder).submission)
 
@@ -116,8 +116,8 @@ def _train_folds(recipe: "Recipe", fold: str, how: dict[str, bool]) -> None:
     from rewardmodel.evaluation.evaluate import format_metrics
     from rewardmodel.run_folder import RunFolder
 
-    folder, metrics = train_folds(recipe, **how)
-    print(f"\nout of fold: {format_metrics(metrics)}\n\n{RunFolder(folder).report}")
+    folder, evaluation = train_folds(recipe, **how)
+    print(f"\nout of fold: {format_metrics(evaluation)}\n\n{RunFolder(folder).report}")
 
 
 def _predict(arguments: list[str]) -> None:
@@ -170,14 +170,25 @@ def _evaluate(arguments: list[str]) -> None:
     parser.add_argument("--data", help="labelled battles to predict with the run and to measure, like RewardBench's")
     parser.add_argument("--against", type=Path, help="another run or predictions.parquet of the same battles")
     options = parser.parse_args(arguments)
-    from rewardmodel.evaluation.evaluate import compare, evaluate, format_difference, format_evaluation
+    from rewardmodel.evaluation.evaluate import (
+        compare,
+        evaluate,
+        evaluate_run,
+        format_difference,
+        format_evaluation,
+    )
 
     given = [options.predictions, *([options.against] if options.against else [])]
     if options.data:
         from rewardmodel.inference.predict import predict
 
         given = [predict(run, options.data) for run in given]
-    print(format_difference(compare(*given)) if options.against else format_evaluation(evaluate(given[0])))
+    if options.against:
+        print(format_difference(compare(*given)))
+    elif not options.data and options.predictions.is_dir():
+        print(format_evaluation(evaluate_run(options.predictions)))
+    else:
+        print(format_evaluation(evaluate(given[0])))
 
 
 def _report(arguments: list[str]) -> None:
@@ -234,13 +245,13 @@ def _baseline(arguments: list[str]) -> None:
     _make_parent(options.output)
     from rewardmodel.config.schema import DataConfig
     from rewardmodel.data.splits import load_battles
-    from rewardmodel.evaluation.baselines import baseline, format_baseline, measure
+    from rewardmodel.evaluation.baselines import baseline, format_baseline, measure_baselines
     from rewardmodel.predictions import write_predictions
 
     table = baseline(load_battles(DataConfig(train=options.battles, folds=options.folds, seed=options.seed)))
     if options.output:
         write_predictions(table, options.output)
-    print(format_baseline(measure(table)))
+    print(format_baseline(measure_baselines(table)))
 
 
 OVERRIDES = "any key of the recipe can be overruled: --SECTION.KEY VALUE"

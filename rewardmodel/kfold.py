@@ -1,6 +1,6 @@
 """A recipe in, one run a fold and out-of-fold predictions of every battle out: `train_folds`.
 
-Each fold's folder is an ordinary run. Beside them stands what the rest asks of a run: predictions and floors, each
+Each fold's folder is an ordinary run. Next to them are the files of an ordinary run: predictions and baselines, each
 battle's by the fold that held it out, the calibrator that is fitted on them, and the report.
 """
 
@@ -20,7 +20,9 @@ from rewardmodel.config.schema import Recipe
 from rewardmodel.data.splits import fingerprint_parts, load_battles, split
 from rewardmodel.distributed import is_main, wait_for_all
 from rewardmodel.errors import InputError
+from rewardmodel.evaluation.evaluate import evaluate_run
 from rewardmodel.evaluation.report import report
+from rewardmodel.evaluation.results import Evaluation, read_evaluation
 from rewardmodel.files import clear, write_text
 from rewardmodel.pipeline import run
 from rewardmodel.predictions import average_tables, read_predictions, write_predictions
@@ -35,7 +37,7 @@ GATHERED = ("metrics", "report", "validation", "calibration", "baselines", "cali
 
 def train_folds(
     recipe: Recipe, battles: Any = None, *, resume: bool = False, overwrite: bool = False
-) -> tuple[Path, dict[str, Any]]:
+) -> tuple[Path, Evaluation]:
     """Train a model for each fold on the others, and gather what each predicts of its own.
 
     Args:
@@ -45,7 +47,7 @@ def train_folds(
         overwrite: replace the run that is there.
 
     Returns:
-        The run folder and what `evaluate` found of the out-of-fold predictions.
+        The run folder and the evaluation of the out-of-fold predictions.
 
     Raises:
         InputError: what was given cannot be used; nothing was written then.
@@ -62,7 +64,7 @@ def train_folds(
     if is_main():
         gather(whole, dealt)
     wait_for_all()
-    return folder, json.loads(RunFolder(folder).metrics.read_text(encoding="utf-8"))
+    return folder, read_evaluation(RunFolder(folder).metrics)
 
 
 def train_fold(
@@ -147,8 +149,8 @@ def gather(recipe: Recipe, battles: Dataset) -> None:
         read_predictions(RunFolder(one).validation).assign(fold=fold) for fold, one in zip(folds, folders, strict=True)
     ]
     write_predictions(_in_order(predictions, ids, folder), RunFolder(folder).validation)
-    floors = [pd.read_parquet(RunFolder(one).baselines) for one in folders]
-    write_predictions(_in_order(floors, ids, folder), RunFolder(folder).baselines)
+    baselines = [pd.read_parquet(RunFolder(one).baselines) for one in folders]
+    write_predictions(_in_order(baselines, ids, folder), RunFolder(folder).baselines)
     if len(parts.calibration):
         kept = [read_predictions(RunFolder(one).calibration) for one in folders]
         write_predictions(average_tables(kept, [1.0] * len(kept)), RunFolder(folder).calibration)
@@ -156,7 +158,7 @@ def gather(recipe: Recipe, battles: Dataset) -> None:
     facts = {"data": fingerprint_parts(parts), "backbone": environments[0]["backbone"], "compute": compute}
     write_text(RunFolder(folder).recipe, dump_recipe(recipe))
     write_environment(folder, facts)
-    report(folder)
+    report(folder, evaluations=[evaluate_run(folder)])
 
 
 def _in_order(tables: list[pd.DataFrame], ids: list[str], run: Path) -> pd.DataFrame:

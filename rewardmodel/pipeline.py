@@ -1,6 +1,5 @@
 """A recipe in, a whole run out: `run` trains, judges and predicts; `prepare` only reads and audits its battles."""
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +12,12 @@ from rewardmodel.data.formats import read_battles
 from rewardmodel.data.splits import Parts, load_battles
 from rewardmodel.distributed import is_main, wait_for_all
 from rewardmodel.errors import InputError
-from rewardmodel.evaluation.baselines import fit, predictions
-from rewardmodel.evaluation.calibration import BLENDED
+from rewardmodel.evaluation.baselines import fit_baselines, predict_baselines
+from rewardmodel.evaluation.calibration import BLEND_BASELINE
+from rewardmodel.evaluation.evaluate import evaluate_run
 from rewardmodel.evaluation.report import report
-from rewardmodel.evaluation.text_regression import Regression, predict_each, save
+from rewardmodel.evaluation.results import Evaluation, read_evaluation
+from rewardmodel.evaluation.text_regression import Regression, predict_each, save_regression
 from rewardmodel.files import atomic_path, write_json
 from rewardmodel.inference.predict import apply_recipe_rules, predict_with, read_calibration
 from rewardmodel.model.loading import load_predictor, load_tokenizer
@@ -41,8 +42,8 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     before_write: Callable[[], None] = lambda: None,
-) -> tuple[Path, dict[str, Any]]:
-    """Train, judge on the held-out fold beside the floors, report, and predict `data.test` if there is one.
+) -> tuple[Path, Evaluation]:
+    """Train, evaluate on the held-out fold next to the baselines, report, and predict `data.test` if there is one.
 
     The model that predicts is read back from disk, so that what is judged is what was saved.
 
@@ -54,7 +55,7 @@ def run(
         before_write: as for `train`.
 
     Returns:
-        The run folder and what `evaluate` found.
+        The run folder and the evaluation of its held-out fold.
 
     Raises:
         InputError: what was given cannot be used.
@@ -76,24 +77,24 @@ def run(
     tables = {name: predict_with(predictor, recipe, part, cached=True) for name, part in judged.items() if part}
     if is_main():
         write_predictions(tables["validation"], files.validation)
-        floors = fit(parts.training)
-        floor = cast(Regression, floors[BLENDED])
-        save(floor, files.blend_baseline)
-        write_predictions(predictions(floors, parts.validation), files.baselines)
+        baselines = fit_baselines(parts.training)
+        blended = cast(Regression, baselines[BLEND_BASELINE])
+        save_regression(blended, files.blend_baseline)
+        write_predictions(predict_baselines(baselines, parts.validation), files.baselines)
         if "calibration" in tables:
-            beside = with_baseline(tables["calibration"], predict_each([floor], parts.calibration)[0])
-            write_predictions(beside, files.calibration)
-        report(folder)
+            stacked = with_baseline(tables["calibration"], predict_each([blended], parts.calibration)[0])
+            write_predictions(stacked, files.calibration)
+        report(folder, evaluations=[evaluate_run(folder)])
         if test is not None:
             submitted = tables["test"]
             calibration = read_calibration(folder, recipe)
             if calibration.blends:
-                submitted = with_baseline(submitted, predict_each([floor], test)[0])
+                submitted = with_baseline(submitted, predict_each([blended], test)[0])
             submitted = apply_recipe_rules(calibration.apply(submitted), recipe, test)
             write_predictions(submitted, files.predictions)
             write_submission(submitted, files.submission)
     wait_for_all()
-    return folder, json.loads((files.metrics).read_text(encoding="utf-8"))
+    return folder, read_evaluation(files.metrics)
 
 
 def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
