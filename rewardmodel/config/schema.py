@@ -185,9 +185,9 @@ class InferenceConfig:
     calibrate: bool = True
     """Apply the run's calibrator, where its evaluation found one that helps beyond noise."""
     blend: bool = False
-    """Mix in the predictions of the floor `tfidf`, which is fitted to the run's training battles, where that beats the
-    other calibrators beyond noise: p ∝ exp(a log p_model + b log p_floor + c for the tie), a and b from 0. It takes the
-    place of the calibrator: a run that has it predicts uncalibrated where this, or `calibrate`, is false."""
+    """Mix in the predictions of the baseline `tfidf`, which is fitted to the run's training battles, where that beats
+    the other calibrators beyond noise: p ∝ exp(a log p_model + b log p_baseline + c for the tie), a and b from 0. It
+    takes the place of the calibrator: a run that has it predicts uncalibrated where this, or `calibrate`, is false."""
     batch_tokens: int | None = None
     """Tokens of a batch; none: as many as fit into free memory."""
     tie_if_same: float | None = None

@@ -39,7 +39,7 @@ from rewardmodel.predictions import (
     true_outcomes,
 )
 
-MODEL_COLUMNS = ["model_a", "model_b"]
+MODEL_NAME_COLUMNS = ["model_a", "model_b"]
 
 MODEL_FAMILY_PREFIXES = {
     "chatgpt": "gpt",
@@ -173,9 +173,9 @@ def measure_model_bias(table: pd.DataFrame, least: int = 30) -> ModelBias | None
             the alphabet.
     """
     true = require_outcomes(table)
-    if not set(MODEL_COLUMNS) <= set(table):
+    if not set(MODEL_NAME_COLUMNS) <= set(table):
         return None
-    names, codes = np.unique(table[MODEL_COLUMNS].fillna("").to_numpy(str), return_inverse=True)
+    names, codes = np.unique(table[MODEL_NAME_COLUMNS].fillna("").to_numpy(str), return_inverse=True)
     families, family_of = np.unique([model_family(name) for name in names], return_inverse=True)
     known = names[codes] != ""
     by_name, by_family = np.where(known, codes, -1), np.where(known, family_of[codes], -1)

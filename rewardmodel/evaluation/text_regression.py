@@ -38,7 +38,7 @@ GRAMS = (
 )
 """What TF-IDF counts, as arguments of `HashingVectorizer`."""
 
-BATTLES_A_BATCH = 2000
+TEXTS_BATCH = 2000
 """Battles whose texts are counted at a time."""
 
 
@@ -163,11 +163,11 @@ def count_texts(battles: Dataset) -> TextCounts:
 
 
 def _batches(battles: Dataset) -> Iterator[TextCounts]:
-    """Yield the counts of `BATTLES_A_BATCH` battles after another."""
+    """Yield the counts of `TEXTS_BATCH` battles after another."""
     vectorizers = [
         HashingVectorizer(**settings, alternate_sign=False, norm=None, dtype=np.float32) for settings in GRAMS
     ]
-    for batch in battles.with_format(None).select_columns(list(TEXT_COLUMNS)).iter(batch_size=BATTLES_A_BATCH):
+    for batch in battles.with_format(None).select_columns(list(TEXT_COLUMNS)).iter(batch_size=TEXTS_BATCH):
         columns = [["\n".join(turns) for turns in batch[name]] for name in TEXT_COLUMNS]
         counts = [*([len(text) for text in texts] for texts in columns), [len(turns) for turns in batch["prompt"]]]
         sizes = np.log(np.array(counts, dtype=np.float64).T + np.array([1, 1, 1, 0]))

@@ -188,7 +188,7 @@ def _check_asked(
 
 
 def _copy_calibrator(run: Path, model: Path) -> None:
-    """Copy a run's calibrator, if it has one, and what that stands on: predictions, without any text, and a baseline."""
+    """Copy a run's calibrator, if it has one, and what it needs: predictions, without any text, and a baseline."""
     calibrator = load_calibrator(RunFolder(run).calibrator)
     if calibrator == NO_CALIBRATION:
         return

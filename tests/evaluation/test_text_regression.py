@@ -105,7 +105,7 @@ def test_the_end_of_a_very_long_response_is_not_counted():
 
 def test_texts_are_counted_some_at_a_time_to_the_same(battles, fitted, monkeypatch):
     whole, counts = predict_each([fitted], battles), count_texts(battles)
-    monkeypatch.setattr(regression, "BATTLES_A_BATCH", 7)
+    monkeypatch.setattr(regression, "TEXTS_BATCH", 7)
     parts, in_parts = predict_each([fitted], battles), count_texts(battles)
     np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-12)
     np.testing.assert_array_equal(in_parts.sizes, counts.sizes)
