@@ -19,6 +19,7 @@ _HOMES = {
     "predict_to_file": "inference.to_file",
     "reward_function": "inference.reward_function",
     "evaluate": "evaluation.evaluate",
+    "evaluate_run": "evaluation.evaluate",
     "compare": "evaluation.evaluate",
     "baseline": "evaluation.baselines",
     "report": "evaluation.report",

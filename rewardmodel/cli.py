@@ -34,11 +34,11 @@ def _run(options: Namespace) -> None:
     parts = _read_parts(recipe, options)
     from rewardmodel.pipeline import run
 
-    folder, metrics = run(recipe, parts=parts, resume=options.resume, overwrite=options.overwrite)
+    folder, evaluation = run(recipe, parts=parts, resume=options.resume, overwrite=options.overwrite)
     from rewardmodel.evaluation.evaluate import format_metrics
     from rewardmodel.run_folder import RunFolder
 
-    print(f"\nheld-out prompts: {format_metrics(metrics)}\n\n{RunFolder(folder).report}")
+    print(f"\nheld-out prompts: {format_metrics(evaluation)}\n\n{RunFolder(folder).report}")
     if recipe.data.test:
         print(RunFolder(folder).submission)
 
@@ -103,11 +103,11 @@ def _train_folds(recipe: "Recipe", fold: str, how: dict[str, bool]) -> None:
     if fold != "all":
         print(train_fold(recipe, int(fold), **how))
         return
-    folder, metrics = train_folds(recipe, **how)
+    folder, evaluation = train_folds(recipe, **how)
     from rewardmodel.evaluation.evaluate import format_metrics
     from rewardmodel.run_folder import RunFolder
 
-    print(f"\nout of fold: {format_metrics(metrics)}\n\n{RunFolder(folder).report}")
+    print(f"\nout of fold: {format_metrics(evaluation)}\n\n{RunFolder(folder).report}")
 
 
 def _predict(options: Namespace) -> None:
@@ -143,9 +143,20 @@ def _evaluate(options: Namespace) -> None:
         from rewardmodel.inference.predict import predict
 
         given = [predict(run, battles) for run in given]
-    from rewardmodel.evaluation.evaluate import compare, evaluate, format_difference, format_evaluation
+    from rewardmodel.evaluation.evaluate import (
+        compare,
+        evaluate,
+        evaluate_run,
+        format_difference,
+        format_evaluation,
+    )
 
-    print(format_difference(compare(*given)) if options.against else format_evaluation(evaluate(given[0])))
+    if options.against:
+        print(format_difference(compare(*given)))
+    elif not options.data and options.predictions.is_dir():
+        print(format_evaluation(evaluate_run(options.predictions)))
+    else:
+        print(format_evaluation(evaluate(given[0])))
 
 
 def _report(options: Namespace) -> None:
@@ -193,13 +204,13 @@ def _baseline(options: Namespace) -> None:
     from rewardmodel.data.splits import load_battles
 
     battles = load_battles(DataConfig(train=options.battles, folds=options.folds, seed=options.seed))
-    from rewardmodel.evaluation.baselines import baseline, format_baseline, measure
+    from rewardmodel.evaluation.baselines import baseline, format_baseline, measure_baselines
     from rewardmodel.predictions import write_predictions
 
     table = baseline(battles)
     if options.output:
         write_predictions(table, options.output)
-    print(format_baseline(measure(table)))
+    print(format_baseline(measure_baselines(table)))
 
 
 def _schema(options: Namespace) -> None:

@@ -1,6 +1,6 @@
-"""A recipe in, one run a fold and out-of-fold predictions of every battle out: `train_folds`.
+"""A recipe -> one run a fold, and out-of-fold predictions of every battle: `train_folds`.
 
-Each fold's folder is an ordinary run. Beside them stands what the rest asks of a run: predictions and floors, each
+Each fold's folder is an ordinary run. Next to them are the files of an ordinary run: predictions and baselines, each
 battle's by the fold that held it out, the calibrator that is fitted on them, and the report.
 """
 
@@ -19,6 +19,9 @@ from rewardmodel.config.schema import Recipe
 from rewardmodel.data.splits import fingerprint_parts, load_battles, split
 from rewardmodel.distributed import is_main, wait_for_all
 from rewardmodel.errors import InputError
+from rewardmodel.evaluation.evaluate import evaluate_run
+from rewardmodel.evaluation.report import report
+from rewardmodel.evaluation.results import Evaluation, read_evaluation
 from rewardmodel.files import clear, write_text
 from rewardmodel.pipeline import run
 from rewardmodel.predictions import average_tables, read_predictions, write_predictions
@@ -27,22 +30,23 @@ from rewardmodel.run_folder import RunFolder, check_run, check_same_inputs, fold
 logger = logging.getLogger(__name__)
 
 GATHERED = ("metrics", "report", "validation", "calibration", "baselines", "calibrator", "environment")
-"""Files of the folds together; they go when a fold is trained anew, first the one by which they count as gathered."""
+"""Files of all folds together, by their names in `RunFolder`. They are removed when a fold is trained again, first the
+one by which a run counts as gathered."""
 
 
 def train_folds(
     recipe: Recipe, battles: Any = None, *, resume: bool = False, overwrite: bool = False
-) -> tuple[Path, dict[str, Any]]:
+) -> tuple[Path, Evaluation]:
     """Train a model for each fold on the others, and gather what each predicts of its own.
 
     Args:
         recipe: what to do; `recipe.run_folder` is written, and in it fold-0, fold-1, ...; `data.fold` does not count.
         battles: a Dataset, a DataFrame or a path in the place of `recipe.data.train`.
-        resume: go on where the run that is there stopped; folds that are done stay as they are.
-        overwrite: replace the run that is there.
+        resume: continue an existing run; finished folds stay as they are.
+        overwrite: replace an existing run.
 
     Returns:
-        The run folder and what `evaluate` found of the out-of-fold predictions.
+        The run folder and the evaluation of the out-of-fold predictions.
 
     Raises:
         InputError: what was given cannot be used; nothing was written then.
@@ -59,13 +63,13 @@ def train_folds(
     if is_main():
         gather(whole, dealt)
     wait_for_all()
-    return folder, json.loads(RunFolder(folder).metrics.read_text(encoding="utf-8"))
+    return folder, read_evaluation(RunFolder(folder).metrics)
 
 
 def train_fold(
     recipe: Recipe, fold: int, battles: Any = None, *, resume: bool = False, overwrite: bool = False
 ) -> Path:
-    """Train and judge one fold of a k-fold run, for machines that share the folds; `train_folds` then gathers them.
+    """Train and evaluate one fold of a k-fold run, for machines that share the folds; `train_folds` then gathers them.
 
     Args:
         recipe: as for `train_folds`.
@@ -97,7 +101,7 @@ def _of_all_folds(recipe: Recipe, battles: Any) -> Recipe:
 def _train(
     whole: Recipe, dealt: Dataset, fold: int, *, resume: bool, overwrite: bool = False, fresh: bool = False
 ) -> Path:
-    """Train and judge a fold unless it is done, and return its folder; `fresh`: nothing stays of the run before."""
+    """Train and evaluate a fold unless it is done; `fresh`: remove the existing k-fold run first. Return its folder."""
     folder, parts = fold_folder(whole.run_folder, fold), split(dealt, fold)
     data = replace(whole.data, fold=fold, test=None, sample_submission=None)
     recipe = replace(whole, data=data, trainer={**whole.trainer, "output_dir": str(folder)})
@@ -120,7 +124,7 @@ def _train(
     run(recipe, parts=parts, resume=resume, overwrite=overwrite, before_write=before_write)
     import torch
 
-    gc.collect()  # the model, before the next fold's
+    gc.collect()  # frees this fold's model before the next one loads
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     wait_for_all()
@@ -128,14 +132,14 @@ def _train(
 
 
 def gather(recipe: Recipe, battles: Dataset) -> None:
-    """Write what the folds of a run predict of their own as that of the run, calibrate it, and report.
+    """Write the out-of-fold predictions of a run's folds as those of the run, evaluate them, and report.
 
     Args:
         recipe: of the run.
-        battles: its battles, dealt; the predictions stand in their order, with the column `fold`.
+        battles: its battles, with folds; the predictions are in their order, with the column `fold`.
 
     Raises:
-        InputError: a fold is not there, or was trained on another backbone, or predicted other battles.
+        InputError: a fold is missing, was trained on another backbone, or predicted other battles.
     """
     folder, folds = recipe.run_folder, range(recipe.data.folds)
     folders = [fold_folder(folder, fold) for fold in folds]
@@ -149,8 +153,8 @@ def gather(recipe: Recipe, battles: Dataset) -> None:
         read_predictions(RunFolder(one).validation).assign(fold=fold) for fold, one in zip(folds, folders, strict=True)
     ]
     write_predictions(_in_order(predictions, ids, folder), RunFolder(folder).validation)
-    floors = [pd.read_parquet(RunFolder(one).baselines) for one in folders]
-    write_predictions(_in_order(floors, ids, folder), RunFolder(folder).baselines)
+    baselines = [pd.read_parquet(RunFolder(one).baselines) for one in folders]
+    write_predictions(_in_order(baselines, ids, folder), RunFolder(folder).baselines)
     if len(parts.calibration):
         kept = [read_predictions(RunFolder(one).calibration) for one in folders]
         write_predictions(average_tables(kept, [1.0] * len(kept)), RunFolder(folder).calibration)
@@ -158,9 +162,7 @@ def gather(recipe: Recipe, battles: Dataset) -> None:
     facts = {"data": fingerprint_parts(parts), "backbone": environments[0]["backbone"], "compute": compute}
     write_text(RunFolder(folder).recipe, dump_recipe(recipe))
     write_environment(folder, facts)
-    from rewardmodel.evaluation.report import report
-
-    report(folder)
+    report(folder, evaluations=[evaluate_run(folder)])
 
 
 def _in_order(tables: list[pd.DataFrame], ids: list[str], run: Path) -> pd.DataFrame:

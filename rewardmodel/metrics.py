@@ -1,12 +1,11 @@
-"""Log loss and other metrics of predicted and true outcomes, with bootstrap intervals; NumPy only.
+"""Log loss and other metrics of predicted and true outcomes; NumPy only.
 
 Arrays are (n_battles, 3) float: A wins, B wins, tie. True outcomes may be soft (probabilities). Every metric is a
 function of the mean of per-battle terms, so that one bootstrap of these means serves all metrics.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 
@@ -56,9 +55,14 @@ class Metric:
     terms: Callable[[np.ndarray, np.ndarray], np.ndarray]
     of_mean: Callable[[np.ndarray], np.ndarray] = lambda mean: mean[..., 0]
 
+    def columns(self, predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
+        """Return the terms as columns, (n_battles, k)."""
+        terms = self.terms(predicted, true)
+        return terms[:, None] if terms.ndim == 1 else terms
+
     def __call__(self, predicted: np.ndarray, true: np.ndarray) -> float:
         """Return the metric over all battles."""
-        return float(self.of_mean(_columns(self.terms(predicted, true)).mean(axis=0)))
+        return float(self.of_mean(self.columns(predicted, true).mean(axis=0)))
 
 
 def decided_terms(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
@@ -106,121 +110,10 @@ METRICS = {
 }
 """Metrics by their name in metrics.json; `log_loss_a` is the log loss of the battles that A won, and so on."""
 
-BOOTSTRAP_SAMPLES = 1000
-"""Bootstrap samples."""
-
 
 def class_prior(true: np.ndarray) -> np.ndarray:
     """Return the mean outcome, (3,): the best prediction that is the same for all battles."""
     return true.mean(axis=0)
-
-
-def bootstrap_means(
-    terms: np.ndarray, groups: np.ndarray, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0
-) -> np.ndarray:
-    """Return the bootstrap means of columns, (samples, k), resampling whole groups (Efron & Tibshirani 1993, ch. 13).
-
-    Battles of one prompt are not independent, so groups are resampled, not battles.
-
-    Args:
-        terms: (n_battles, k) float64.
-        groups: (n_battles,) integer labels.
-        samples: number of bootstrap samples.
-        seed: of the random generator.
-    """
-    _, members = np.unique(groups, return_inverse=True)
-    sizes = np.bincount(members).astype(np.float64)
-    sums = np.stack([np.bincount(members, column) for column in terms.T], axis=1)
-    draws = draw_counts(len(sizes), samples, seed)
-    means = np.empty((samples, terms.shape[1]))
-    block = 20  # samples in memory at a time
-    for start in range(0, samples, block):
-        counts = np.stack(list(islice(draws, block))).astype(np.float64)
-        # einsum instead of @: BLAS threads are slowed down by those of a training run on the same cores
-        mean = np.einsum("sg,gk->sk", counts, sums) / np.einsum("sg,g->s", counts, sizes)[:, None]
-        means[start : start + block] = mean
-    return means
-
-
-def draw_counts(groups: int, samples: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield, for each bootstrap sample, how often each group is in it, (groups,) int64."""
-    random = np.random.default_rng(seed)
-    for _ in range(samples):
-        yield np.bincount(random.integers(groups, size=groups), minlength=groups)
-
-
-def percentile_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Return the percentile interval of bootstrap values, (samples,), without samples where the metric is undefined."""
-    tail = (1 - level) / 2
-    low, high = np.nanquantile(values, [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def bootstrap_interval(
-    metric: Metric,
-    predicted: np.ndarray,
-    true: np.ndarray,
-    groups: np.ndarray,
-    samples: int = BOOTSTRAP_SAMPLES,
-    level: float = 0.95,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Return the bootstrap percentile interval of a metric, resampling whole groups.
-
-    Args:
-        metric: an entry of `METRICS`.
-        predicted: (n_battles, 3).
-        true: (n_battles, 3).
-        groups: (n_battles,) integer labels.
-        samples: number of bootstrap samples.
-        level: coverage, 0 to 1.
-        seed: of the random generator.
-    """
-    means = bootstrap_means(_columns(metric.terms(predicted, true)), groups, samples, seed)
-    return percentile_interval(metric.of_mean(means), level)
-
-
-def summarise(predicted: np.ndarray, true: np.ndarray, groups: np.ndarray) -> dict[str, dict[str, float]]:
-    """Return every metric with its 95 % interval, resampling whole groups: name -> {value, low, high}.
-
-    Metrics that are undefined are left out (`log_loss_tie` without ties, `accuracy_decided` without winners).
-    """
-    columns = {name: _columns(metric.terms(predicted, true)) for name, metric in METRICS.items()}
-    means = bootstrap_means(np.concatenate(list(columns.values()), axis=1), groups)
-    result, start = {}, 0
-    for name, terms in columns.items():
-        metric, drawn = METRICS[name], means[:, start : start + terms.shape[1]]
-        start += terms.shape[1]
-        value = float(metric.of_mean(terms.mean(axis=0)))
-        if np.isfinite(value):
-            low, high = percentile_interval(metric.of_mean(drawn))
-            result[name] = {"value": value, "low": low, "high": high}
-    return result
-
-
-def paired_difference(first: np.ndarray, second: np.ndarray, true: np.ndarray, groups: np.ndarray) -> dict[str, float]:
-    """Return the log loss of `first` minus that of `second` on the same battles, with its 95 % interval and a p-value.
-
-    Args:
-        first: (n_battles, 3) predicted probabilities.
-        second: the same of another model.
-        true: (n_battles, 3).
-        groups: (n_battles,) integer labels; whole groups are resampled.
-
-    Returns:
-        `value` (negative: `first` is better), `low`, `high`, and the two-sided bootstrap p-value `p` of the hypothesis
-        that there is no difference (Efron & Tibshirani 1993, ch. 15).
-    """
-    terms = log_loss_terms(first, true) - log_loss_terms(second, true)
-    drawn = bootstrap_means(terms[:, None], groups)[:, 0]
-    low, high = percentile_interval(drawn)
-    beyond = min((drawn <= 0).sum(), (drawn >= 0).sum())
-    return {
-        "value": float(terms.mean()),
-        "low": low,
-        "high": high,
-        "p": float(min(1, 2 * (beyond + 1) / (len(drawn) + 1))),
-    }
 
 
 def wilson_interval(share: float, count: float, z: float = 1.959964) -> tuple[float, float]:
@@ -228,7 +121,3 @@ def wilson_interval(share: float, count: float, z: float = 1.959964) -> tuple[fl
     centre = share + z * z / (2 * count)
     half = z * np.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return float((centre - half) / (1 + z * z / count)), float((centre + half) / (1 + z * z / count))
-
-
-def _columns(terms: np.ndarray) -> np.ndarray:
-    return terms[:, None] if terms.ndim == 1 else terms

@@ -1,28 +1,31 @@
-"""A recipe in, a whole run out: `run` trains, judges and predicts; `prepare` only reads and audits its battles.
+"""A recipe -> a whole run: `run` trains, predicts, evaluates and reports; `prepare` only reads and audits its battles.
 
-Both read and check every file before they import what imports torch or scikit-learn.
+Both read and check every file that they need before they import torch, transformers or scikit-learn.
 """
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from datasets import Dataset
 
 from rewardmodel.battles import write_parquet
-from rewardmodel.config.schema import Recipe
+from rewardmodel.config.schema import DataConfig, Recipe
 from rewardmodel.data.formats import read_battles
 from rewardmodel.data.splits import Parts, load_battles, split
 from rewardmodel.distributed import is_main, wait_for_all
 from rewardmodel.errors import InputError
+from rewardmodel.evaluation.results import Evaluation, read_evaluation
 from rewardmodel.files import atomic_path, write_json
 from rewardmodel.predictions import check_sample, with_baseline, write_predictions, write_submission
-from rewardmodel.run_folder import RunFolder
+from rewardmodel.run_folder import RunFolder, check_run
+
+if TYPE_CHECKING:
+    from rewardmodel.evaluation.text_regression import Regression
 
 logger = logging.getLogger(__name__)
-
-BATTLES, AUDIT = "battles.parquet", "audit.json"
-"""What `prepare` writes."""
 
 
 def run(
@@ -32,83 +35,127 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     before_write: Callable[[], None] = lambda: None,
-) -> tuple[Path, dict[str, Any]]:
-    """Train, judge on the held-out fold beside the floors, report, and predict `data.test` if there is one.
+) -> tuple[Path, Evaluation]:
+    """Train, predict, evaluate against the baselines, report, and predict `data.test` if there is one.
 
-    The model that predicts is read back from disk, so that what is judged is what was saved.
+    The model that predicts is loaded from disk, so that what is evaluated is what was saved.
 
     Args:
         recipe: what to do; `recipe.run_folder` is written.
         parts: its battles, if they were read before.
-        resume: continue the run that is there.
-        overwrite: replace the run that is there.
+        resume: continue an existing run.
+        overwrite: replace an existing run.
         before_write: as for `train`.
 
     Returns:
-        The run folder and what `evaluate` found.
+        The run folder and the evaluation of its validation fold.
 
     Raises:
-        InputError: what was given cannot be used.
+        InputError: the recipe or its files cannot be used; nothing was written then.
+        FloatingPointError: a loss, a weight or a prediction is NaN or infinite.
     """
-    data = recipe.data
+    check_run(recipe, resume, overwrite)
+    test = read_test(recipe.data)
+    parts = parts or split(load_battles(recipe.data), recipe.data.fold)
+
+    from rewardmodel.evaluation.evaluate import evaluate_run  # scikit-learn and torch from here on
+    from rewardmodel.evaluation.report import report
+    from rewardmodel.training.train import train
+
+    folder, parts = train(recipe, parts=parts, resume=resume, overwrite=overwrite, before_write=before_write)
+    files = RunFolder(folder)
+    to_predict = {"validation": parts.validation, "calibration": parts.calibration, "test": test}
+    predictions = _predict_parts(recipe, to_predict)
+    if is_main():
+        baseline = _fit_run_baselines(files, parts)
+        _write_validation(files, predictions, baseline, parts)
+        report(folder, evaluations=[evaluate_run(folder)])
+        _write_submission(recipe, predictions.get("test"), baseline, test)
+    wait_for_all()
+    return folder, read_evaluation(files.metrics)
+
+
+def read_test(data: DataConfig) -> Dataset | None:
+    """Return the battles of `data.test`, checked against the sample submission; None: there are none to predict.
+
+    Raises:
+        InputError: battles that cannot be read, or a sample submission without them or of others.
+    """
     test = read_battles(data.test, role="test") if data.test else None
     if data.sample_submission:
         if test is None:
             raise InputError("data.sample_submission: there is no data.test to submit; give it, or leave this out")
         check_sample(Path(data.sample_submission), test["id"])
-    parts = parts or split(load_battles(data), data.fold)
+    return test
 
-    from rewardmodel.evaluation.baselines import fit, predictions
-    from rewardmodel.evaluation.calibration import BLENDED
-    from rewardmodel.evaluation.report import report
-    from rewardmodel.evaluation.text_regression import Regression, predict_each, save
-    from rewardmodel.inference.predict import apply_recipe_rules, predict_with, read_calibration
+
+def _predict_parts(recipe: Recipe, parts: dict[str, Dataset | None]) -> dict[str, pd.DataFrame]:
+    """Return the predictions of each part that has battles, by the run's saved model."""
+    from rewardmodel.inference.predict import predict_with
     from rewardmodel.model.loading import load_predictor
-    from rewardmodel.training.train import train
 
-    folder, parts = train(recipe, parts=parts, resume=resume, overwrite=overwrite, before_write=before_write)
+    predictor = load_predictor(recipe.model, RunFolder(recipe.run_folder).model, recipe.inference.batch_tokens)
+    return {name: predict_with(predictor, recipe, part, cached=True) for name, part in parts.items() if part}
 
-    files = RunFolder(folder)
-    predictor = load_predictor(recipe.model, files.model, recipe.inference.batch_tokens)
-    if is_main():
-        for path in (files.predictions, files.submission):  # of another data.test, perhaps
-            path.unlink(missing_ok=True)
-    judged = {"validation": parts.validation, "calibration": parts.calibration, "test": test}
-    tables = {name: predict_with(predictor, recipe, part, cached=True) for name, part in judged.items() if part}
-    if is_main():
-        write_predictions(tables["validation"], files.validation)
-        floors = fit(parts.training)
-        floor = cast(Regression, floors[BLENDED])
-        save(floor, files.blend_baseline)
-        write_predictions(predictions(floors, parts.validation), files.baselines)
-        if "calibration" in tables:
-            beside = with_baseline(tables["calibration"], predict_each([floor], parts.calibration)[0])
-            write_predictions(beside, files.calibration)
-        report(folder)
-        if test is not None:
-            submitted = tables["test"]
-            calibration = read_calibration(folder, recipe)
-            if calibration.blends:
-                submitted = with_baseline(submitted, predict_each([floor], test)[0])
-            submitted = apply_recipe_rules(calibration.apply(submitted), recipe, test)
-            write_predictions(submitted, files.predictions)
-            write_submission(submitted, files.submission)
-    wait_for_all()
-    return folder, json.loads(files.metrics.read_text(encoding="utf-8"))
+
+def _fit_run_baselines(files: RunFolder, parts: Parts) -> "Regression":
+    """Fit the baselines to the training battles, write what they predict, and return the one to blend with."""
+    from rewardmodel.evaluation.baselines import fit_baselines, predict_baselines
+    from rewardmodel.evaluation.calibration import BLEND_BASELINE
+    from rewardmodel.evaluation.text_regression import Regression, save_regression
+
+    baselines = fit_baselines(parts.training)
+    write_predictions(predict_baselines(baselines, parts.validation), files.baselines)
+    blend_baseline = baselines[BLEND_BASELINE]
+    assert isinstance(blend_baseline, Regression)
+    save_regression(blend_baseline, files.blend_baseline)
+    return blend_baseline
+
+
+def _write_validation(
+    files: RunFolder, predictions: dict[str, pd.DataFrame], baseline: "Regression", parts: Parts
+) -> None:
+    """Write what the evaluation reads: predictions of the validation fold and of the calibration part."""
+    from rewardmodel.evaluation.text_regression import predict_each
+
+    write_predictions(predictions["validation"], files.validation)
+    if "calibration" in predictions:
+        found = predict_each([baseline], parts.calibration)[0]
+        write_predictions(with_baseline(predictions["calibration"], found), files.calibration)
+
+
+def _write_submission(
+    recipe: Recipe, predictions: pd.DataFrame | None, baseline: "Regression", test: Dataset | None
+) -> None:
+    """Write the calibrated predictions of the test battles, and none of another `data.test`."""
+    from rewardmodel.evaluation.text_regression import predict_each
+    from rewardmodel.inference.predict import apply_recipe_rules, read_calibration
+
+    files = RunFolder(recipe.run_folder)
+    for path in (files.predictions, files.submission):
+        path.unlink(missing_ok=True)
+    if predictions is None or test is None:
+        return
+    calibration = read_calibration(files.path, recipe)
+    if calibration.blends:
+        predictions = with_baseline(predictions, predict_each([baseline], test)[0])
+    table = apply_recipe_rules(calibration.apply(predictions), recipe, test)
+    write_predictions(table, files.predictions)
+    write_submission(table, files.submission)
 
 
 def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """Read, group and deal the recipe's battles, audit them, and write battles.parquet and audit.json.
+    """Read, group and split the recipe's battles, audit them, and write battles.parquet and audit.json.
 
     Args:
         recipe: its sections data, prompt and model (for the tokenizer) are read.
         folder: where both files go.
 
     Returns:
-        What `data.audit.audit` found.
+        The audit, as `data.audit.audit` returns it.
 
     Raises:
-        InputError: what was given cannot be used; nothing was written then.
+        InputError: the recipe or its battles cannot be used; nothing was written then.
     """
     battles = load_battles(recipe.data)
 
@@ -128,7 +175,7 @@ def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
         logger.warning("no tokenizer, so tokens are not counted: %s", error)
         tokens = None
     facts = audit(battles, tokens)
-    with atomic_path(folder / BATTLES) as partial:
+    with atomic_path(folder / "battles.parquet") as partial:
         write_parquet(battles, partial)
-    write_json(folder / AUDIT, facts)
+    write_json(folder / "audit.json", facts)
     return facts

@@ -6,7 +6,7 @@ Columns:
     p_model_a, p_model_b, p_tie: the prediction.
     ab_p_model_a, ...: the same with the responses in the given order; ba_p_model_a, ...: with A and B exchanged, and
         the result exchanged back; NaN for battles that the time limit left out.
-    floor_p_model_a, ...: predicted by the baseline that the run blends with, if it blends.
+    baseline_p_model_a, ...: predicted by the baseline that the run blends with, if it blends.
     turns, script, prompt_chars, response_a_chars, response_b_chars: for the audits of bias.
     prompt, response_a, response_b: the first characters of the texts, in tables of labelled battles, for the report.
     seen: whether the battle's group was in the training data, where that is known.
@@ -111,13 +111,13 @@ def average_probabilities(probabilities: list[np.ndarray]) -> np.ndarray:
 
 
 def with_baseline(table: pd.DataFrame, probabilities: np.ndarray) -> pd.DataFrame:
-    """Return the table with a baseline's probabilities of the same battles, (n_battles, 3), added as `floor_*`."""
-    return table.assign(**{f"floor_{name}": p for name, p in zip(PROBABILITIES, probabilities.T, strict=True)})
+    """Return the table with a baseline's probabilities of the same battles, (n_battles, 3), added as `baseline_*`."""
+    return table.assign(**{f"baseline_{name}": p for name, p in zip(PROBABILITIES, probabilities.T, strict=True)})
 
 
 def stack_baseline(table: pd.DataFrame) -> np.ndarray:
     """Return the predictions and the baseline's, (n_battles, 6) float64: A, B, tie of each; the inputs of a blend."""
-    return np.hstack([predicted(table), predicted(table, "floor")])
+    return np.hstack([predicted(table), predicted(table, "baseline")])
 
 
 def has_both_orders(table: pd.DataFrame) -> np.ndarray:
@@ -172,7 +172,7 @@ def predicted(table: pd.DataFrame, order: str = "") -> np.ndarray:
 
     Args:
         table: the predictions table.
-        order: prefix of the columns: `ab` or `ba` for one order, `floor` for the baseline; default: the prediction.
+        order: prefix of the columns: `ab` or `ba` for one order, `baseline` for the baseline; default: the prediction.
     """
     prefix = f"{order}_" if order else ""
     return table[[prefix + name for name in PROBABILITIES]].to_numpy(np.float64)
@@ -202,7 +202,7 @@ def write_predictions(table: pd.DataFrame, path: Path) -> None:
 
 
 def read_predictions(path: Path) -> pd.DataFrame:
-    """Return the predictions table of a Parquet file.
+    """Return the predictions table of a Parquet file; columns `floor_*` of earlier releases become `baseline_*`.
 
     Raises:
         InputError: there is no such file, it cannot be read, or a column is missing.
@@ -211,6 +211,7 @@ def read_predictions(path: Path) -> pd.DataFrame:
         table = pd.read_parquet(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as predictions; give a predictions.parquet of a run") from error
+    table = table.rename(columns={f"floor_{name}": f"baseline_{name}" for name in PROBABILITIES})
     return check_columns(table, str(path))
 
 

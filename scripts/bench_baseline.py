@@ -1,11 +1,11 @@
-"""What the scikit-learn floors reach, and what they cost at the size of the competition.
+"""What the scikit-learn baselines reach, and what they cost at the size of the competition.
 
     python scripts/bench_baseline.py train.csv --rows 57477 --json scripts/results/baseline.json
 
 Log losses are those of the file itself, five folds grouped by prompt. Time and memory are of its battles repeated, with
-a mark in every text, up to the rows asked for: one `fit_predict` (four folds train, one is judged) and `baseline` (all
-five folds). The repeated battles are no test of the floors (every answer stands in all folds), so no log loss of theirs
-is told. Each measurement is a process of its own; memory is the peak of anonymous pages.
+a mark in every text, up to the rows asked for: one `fit_predict` (four folds train, one is predicted) and `baseline`
+(all five folds). The repeated battles are no test of the baselines (every answer is in all folds), so their log loss is
+not reported. Each measurement is a separate process; memory is the peak of anonymous pages.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import platform
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from bench_battles import answer, measured, repeated, tell
@@ -22,33 +23,33 @@ FOLDS = 5
 
 
 def log_losses(path: str) -> dict:
-    """Judge the floors on the battles of a file."""
+    """Evaluate the baselines on the battles of a file."""
     from rewardmodel.config.schema import DataConfig
     from rewardmodel.data.splits import load_battles
-    from rewardmodel.evaluation.baselines import baseline, measure
+    from rewardmodel.evaluation.baselines import baseline, measure_baselines
 
     table = baseline(load_battles(DataConfig(train=path, folds=FOLDS)))
     rounded = {
-        floor: {name: {part: round(value, 4) for part, value in metric.items()} for name, metric in found.items()}
-        for floor, found in measure(table).items()
+        name: {metric: {part: round(value, 4) for part, value in asdict(one).items()} for metric, one in found.items()}
+        for name, found in measure_baselines(table).items()
     }
-    return {"battles": len(table), "folds": FOLDS, "floors": rounded}
+    return {"battles": len(table), "folds": FOLDS, "baselines": rounded}
 
 
 def cost(path: str, verb: str) -> dict:
-    """Run `fit_predict` once, or `baseline`, on the battles of a file."""
+    """Fit and predict once, or run `baseline`, on the battles of a file."""
     from rewardmodel.config.schema import DataConfig
     from rewardmodel.data.splits import load_battles, split
-    from rewardmodel.evaluation.baselines import baseline, fit_predict, measure
+    from rewardmodel.evaluation.baselines import baseline, fit_baselines, measure_baselines, predict_baselines
 
     start = time.perf_counter()
     battles = load_battles(DataConfig(train=path, folds=FOLDS))
     loaded = time.perf_counter()
     if verb == "baseline":
-        measure(baseline(battles))
+        measure_baselines(baseline(battles))
     else:
         parts = split(battles, 0)
-        fit_predict(parts.training, parts.validation)
+        predict_baselines(fit_baselines(parts.training), parts.validation)
     seconds = {"load": round(loaded - start, 1), verb: round(time.perf_counter() - loaded, 1)}
     return {"battles": len(battles), "seconds": seconds, "torch_imported": "torch" in sys.modules}
 

@@ -19,7 +19,7 @@ import os
 import platform
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def measure(options: argparse.Namespace, folder: Path, seed: int) -> dict[str, A
     """Train the teacher and its students, and return what each reaches on the held-out battles."""
     from rewardmodel import read_battles, train
     from rewardmodel.data.splits import find_seen_battles
-    from rewardmodel.metrics import paired_difference, summarise
+    from rewardmodel.evaluation.bootstrap import paired_difference, summarise
     from rewardmodel.predictions import predicted, true_outcomes
 
     parts = dealt(options, folder, seed)
@@ -123,7 +123,7 @@ def measure(options: argparse.Namespace, folder: Path, seed: int) -> dict[str, A
         found = summarise(predicted(tables[name]), true_outcomes(tables[name]), tables[name]["group"].to_numpy())
         figures["models"][name] = {
             "trained_on": len(trained.training),
-            "log_loss": {key: round(value, 4) for key, value in found["log_loss"].items()},
+            "log_loss": {key: round(value, 4) for key, value in asdict(found["log_loss"]).items()},
             "seconds": seconds,
         }
         print(seed, name, figures["models"][name], flush=True)
@@ -131,8 +131,8 @@ def measure(options: argparse.Namespace, folder: Path, seed: int) -> dict[str, A
     figures["log_loss_differences"] = {
         f"{first} - {second}": {
             key: round(value, 4)
-            for key, value in paired_difference(
-                *(predicted(tables[one]) for one in (first, second)), true, groups
+            for key, value in asdict(
+                paired_difference(*(predicted(tables[one]) for one in (first, second)), true, groups)
             ).items()
         }
         for first, second in PAIRS

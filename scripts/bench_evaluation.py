@@ -58,7 +58,7 @@ def drawn_predictions(rows: int, seed: int = 0) -> pd.DataFrame:
 
 
 def main() -> None:
-    """Draw, evaluate in a process of its own, write JSON."""
+    """Draw, evaluate in a separate process, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=57_477)
     parser.add_argument("--json", type=Path, help="file to write the figures to")
@@ -68,10 +68,10 @@ def main() -> None:
         start = time.perf_counter()
         from rewardmodel.evaluation.evaluate import evaluate
 
-        facts = evaluate(options.measure)
+        evaluation = evaluate(options.measure)
         seconds = round(time.perf_counter() - start, 1)
         peak = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
-        print(json.dumps({"battles": facts["battles"], "seconds_with_imports": seconds, "peak_gib": peak}))
+        print(json.dumps({"battles": evaluation.battles, "seconds_with_imports": seconds, "peak_gib": peak}))
         return
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"

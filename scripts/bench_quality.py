@@ -5,14 +5,14 @@ r"""What helps a small backbone on real battles, and by how much: paired, on pro
     python scripts/bench_quality.py train.csv more_arena.parquet --read --lora prompt.max_length=1024 --json ...
 
 The first files, arena battles, are dealt into five folds by prompt group, once for each seed; the others only train,
-and what of them shares a prompt with a held-out battle is left out. The floors learn from the arena battles of the
+and what of them shares a prompt with a held-out battle is left out. The baselines learn from the arena battles of the
 other folds. Every lever of levers.py is one change of recipes/arena_small_cpu.yaml, those of LoRA of
 recipes/arena_small_gpu.yaml. What a backbone reads of a battle is computed once and kept in the cache, predictions and
 what LoRA trains in --work: killed, the same command goes on.
 
 Figures are log losses of predictions of left-out folds, with 95 % intervals by prompt group, and paired differences, to
-the TF-IDF floor and to the recipe as it is; negative: better. `blended`: with the floor, by weights fitted on other
-groups; `calibrated`: vector scaling fitted on other groups; `flips`: the share of battles whose likeliest outcome
+the TF-IDF baseline and to the recipe as it is; negative: better. `blended`: with the baseline, by weights fitted on
+other groups; `calibrated`: vector scaling fitted on other groups; `flips`: the share of battles whose likeliest outcome
 changes with the order, before both are averaged, where there is one.
 """
 
@@ -57,8 +57,8 @@ def dealt(options: argparse.Namespace, seed: int) -> Any:
     return load_battles(DataConfig(train=sources, folds=5, seed=seed))
 
 
-def floors_of(battles: Any, dealing: Fold) -> dict[str, np.ndarray]:
-    """Return the floors' predictions of the arena battles, from the arena battles of the other folds."""
+def baselines_of(battles: Any, dealing: Fold) -> dict[str, np.ndarray]:
+    """Return the baselines' predictions of the arena battles, from the arena battles of the other folds."""
     from rewardmodel.evaluation.baselines import baseline
     from rewardmodel.predictions import PROBABILITIES
 
@@ -85,23 +85,24 @@ def digest(*parts: Any) -> str:
 
 
 def judged(
-    orders: np.ndarray, true: np.ndarray, groups: np.ndarray, floor: np.ndarray, before: np.ndarray
+    orders: np.ndarray, true: np.ndarray, groups: np.ndarray, baseline: np.ndarray, before: np.ndarray
 ) -> dict[str, Any]:
-    """Return the figures of the mean of predictions by order, (orders, n, 3), beside the floor's and the recipe's."""
+    """Return the figures of the mean of predictions by order, (orders, n, 3), against the baseline and the recipe."""
+    from rewardmodel.evaluation.bootstrap import paired_difference, summarise
     from rewardmodel.evaluation.calibration import BLEND, cross_fit
-    from rewardmodel.metrics import log_loss, paired_difference, summarise
+    from rewardmodel.metrics import log_loss
 
     predicted = orders.mean(axis=0)
-    blended = cross_fit(BLEND, np.concatenate([predicted, floor], axis=1), true, groups)
+    blended = cross_fit(BLEND, np.concatenate([predicted, baseline], axis=1), true, groups)
     calibrated = cross_fit("vector", predicted, true, groups)
     found = summarise(predicted, true, groups)
     return {
         **{name: rounded(found[name]) for name in ("log_loss", "accuracy")},
-        "to_floor": rounded(paired_difference(predicted, floor, true, groups)),
+        "to_baseline": rounded(paired_difference(predicted, baseline, true, groups)),
         "to_recipe": rounded(paired_difference(predicted, before, true, groups)),
         "calibrated": round(log_loss(calibrated, true), 4),
         "blended": round(log_loss(blended, true), 4),
-        "blended_to_floor": rounded(paired_difference(blended, floor, true, groups)),
+        "blended_to_baseline": rounded(paired_difference(blended, baseline, true, groups)),
         "blended_to_recipe": rounded(paired_difference(blended, before, true, groups)),
         "flips": round(float((orders[0].argmax(axis=1) != orders[1].argmax(axis=1)).mean()), 4)
         if len(orders) > 1
@@ -109,9 +110,9 @@ def judged(
     }
 
 
-def rounded(figures: dict[str, float]) -> dict[str, float]:
-    """Return figures with four decimals."""
-    return {name: round(value, 4) for name, value in figures.items()}
+def rounded(interval: Any) -> dict[str, float]:
+    """Return an interval, or a difference, with four decimals."""
+    return {name: round(value, 4) for name, value in asdict(interval).items()}
 
 
 def sliced(battles: Any, predicted: np.ndarray) -> dict[str, Any]:
@@ -120,9 +121,9 @@ def sliced(battles: Any, predicted: np.ndarray) -> dict[str, Any]:
     from rewardmodel.predictions import build_predictions
 
     table = build_predictions(battles, predicted)
-    found = evaluate(table)["slices"]
+    found = evaluate(table).slices
     return {
-        kind: {one["name"]: {"battles": one["battles"], **rounded(one["log_loss"])} for one in slices}
+        kind: {one.name: {"battles": one.battles, **rounded(one.log_loss)} for one in slices}
         for kind, slices in found.items()
         if slices and kind != "source"
     }
@@ -153,11 +154,10 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     arena = np.isin(sources, np.unique(sources[held_out]))
     work = options.work / f"{seed}-{data_fingerprint(battles)}"
     dealing = Fold(np.asarray(battles["group"][:]), np.asarray(battles["fold"][:]), arena)
-    floors = kept(
-        work / f"floors-{digest(dealing.fold.tobytes(), arena.tobytes())}.npz", lambda: floors_of(battles, dealing)
-    )
+    file = work / f"baselines-{digest(dealing.fold.tobytes(), arena.tobytes())}.npz"
+    baselines = kept(file, lambda: baselines_of(battles, dealing))
     asked = np.isin(dealing.fold[arena], options.folds)
-    floors = {name: predicted[asked] for name, predicted in floors.items()}
+    baselines = {name: predicted[asked] for name, predicted in baselines.items()}
     true, groups = outcomes(battles)[arena][asked], dealing.group[arena][asked]
     found: dict[str, Any] = {}
     before = None
@@ -167,11 +167,11 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         file = folder.with_name(f"{folder.name}-{''.join(map(str, options.folds))}.npz")
         orders = kept(file, partial(predictions, recipe, changes, battles, dealing, options.folds, folder))[:, asked]
         before = orders.mean(axis=0) if before is None else before
-        found[name] = judged(orders, true, groups, floors["tfidf"], before)
+        found[name] = judged(orders, true, groups, baselines["tfidf"], before)
         print(f"seed {seed}, {name}: {found[name]}", flush=True)
     return {
         "battles": len(true), "others": int((~arena).sum()), "groups": len(np.unique(groups)),
-        "floors": {name: judged_floor(floors[name], true, groups) for name in floors},
+        "baselines": {name: judged_baseline(baselines[name], true, groups) for name in baselines},
         "levers": found, "where": sliced(battles.select(np.flatnonzero(arena)[asked]), before),
     }  # fmt: skip
 
@@ -198,9 +198,9 @@ def predictions(
     return trained_out_of_fold(recipe, weighted, dealing, folds, folder)
 
 
-def judged_floor(predicted: np.ndarray, true: np.ndarray, groups: np.ndarray) -> dict[str, float]:
-    """Return a floor's log loss."""
-    from rewardmodel.metrics import summarise
+def judged_baseline(predicted: np.ndarray, true: np.ndarray, groups: np.ndarray) -> dict[str, float]:
+    """Return a baseline's log loss."""
+    from rewardmodel.evaluation.bootstrap import summarise
 
     return rounded(summarise(predicted, true, groups)["log_loss"])
 
@@ -221,7 +221,7 @@ def over_seeds(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return {
         name: {
             "log_loss": mean(name, "log_loss", "value"),
-            "to_floor": mean(name, "to_floor", "value"),
+            "to_baseline": mean(name, "to_baseline", "value"),
             "to_recipe": mean(name, "to_recipe", "value"),
             "blended": mean(name, "blended"),
         }

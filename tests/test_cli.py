@@ -622,12 +622,12 @@ def test_report_writes_a_page_of_one_run_and_a_comparison_of_two(run_folder, tmp
     assert page.read_text().startswith("<!doctype html>")
 
 
-def test_baseline_measures_the_floors_out_of_fold(tmp_path, capsys):
+def test_baseline_measures_the_baselines_out_of_fold(tmp_path, capsys):
     path = write_csv(battle_frame(), tmp_path / "train.csv")
-    assert main(["baseline", str(path), "--folds", "4", "--output", str(tmp_path / "floors.parquet")]) == 0
+    assert main(["baseline", str(path), "--folds", "4", "--output", str(tmp_path / "baselines.parquet")]) == 0
     output = capsys.readouterr().out
     assert all(name in output for name in ("prior", "length", "tfidf"))
-    assert len(pd.read_parquet(tmp_path / "floors.parquet")) == 48
+    assert len(pd.read_parquet(tmp_path / "baselines.parquet")) == 48
 
 
 def test_two_runs_are_compared_on_other_data(run_folder, tmp_path, capsys):
@@ -685,7 +685,7 @@ def test_a_baseline_file_ends_in_parquet(refusal, tmp_path):
 def test_all_folds_are_trained_and_the_run_is_predicted_with(
     recipe_file, recipe, test_file, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("rewardmodel.evaluation.report.render", lambda *_: "page")  # charts are most of the time
+    monkeypatch.setattr("rewardmodel.evaluation.report.render_run", lambda *_: "page")  # charts are most of the time
     path = recipe_file(data={"folds": 2})
     assert main(["train", path, "--fold", "1", "--trainer.max_steps", "1"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(recipe.run_folder / "fold-1")

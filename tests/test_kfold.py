@@ -27,11 +27,10 @@ from rewardmodel.data.formats import read_battles
 from rewardmodel.data.splits import find_seen_battles, load_battles, split
 from rewardmodel.errors import InputError
 from rewardmodel.evaluation.baselines import baseline
-from rewardmodel.evaluation.calibration import load
+from rewardmodel.evaluation.calibration import load_calibrator
 from rewardmodel.evaluation.evaluate import compare, evaluate
 from rewardmodel.evaluation.report import report
-from rewardmodel.evaluation.text_regression import load as load_floor
-from rewardmodel.evaluation.text_regression import predict_each
+from rewardmodel.evaluation.text_regression import load_regression, predict_each
 from rewardmodel.inference.predict import predict
 from rewardmodel.kfold import GATHERED, train_fold, train_folds
 from rewardmodel.predictions import predicted, read_predictions, write_predictions
@@ -83,7 +82,7 @@ def small(backbone, tmp_path):
 @pytest.fixture(autouse=True)
 def no_charts(monkeypatch):
     """Write reports without their charts, which are most of the time; `finished` has real ones."""
-    monkeypatch.setattr("rewardmodel.evaluation.report.render", lambda *_: "page")
+    monkeypatch.setattr("rewardmodel.evaluation.report.render_run", lambda *_: "page")
 
 
 @pytest.fixture(scope="module")
@@ -148,18 +147,18 @@ def test_no_battle_is_predicted_by_a_fold_that_trained_on_its_group(finished):
     np.testing.assert_array_equal(seen, fold != np.arange(FOLDS)[:, None])
 
 
-def test_floors_are_out_of_fold_too(finished):
+def test_baselines_are_out_of_fold_too(finished):
     recipe, folder, metrics = finished
     expected, found = baseline(load_battles(recipe.data)), pd.read_parquet(RunFolder(folder).baselines)
     assert found["id"].tolist() == expected["id"].tolist()
     names = [name for name in found if name != "id"]
     np.testing.assert_allclose(found[names], expected[names], atol=1e-5)
-    assert set(metrics["floors"]) == {"prior", "length", "tfidf"}
+    assert set(metrics.baselines) == {"prior", "length", "tfidf"}
 
 
 def test_it_is_evaluated_reported_and_compared_as_any_run(finished):
     _, folder, metrics = finished
-    assert metrics["battles"] == 40
+    assert metrics.battles == 40
     assert evaluate(folder) == metrics == json.loads(RunFolder(folder).metrics.read_text())
     assert report(folder) == RunFolder(folder).report
     assert compare(folder, folder)["value"] == 0
@@ -198,33 +197,33 @@ def blending(backbone, tmp_path_factory):
     return train_folds(recipe)
 
 
-def test_a_k_fold_run_blends_with_the_floors_of_its_folds(blending):
+def test_a_k_fold_run_blends_with_the_baselines_of_its_folds(blending):
     folder, metrics = blending
-    assert metrics["calibration"]["method"] == "blend"
-    floors = [load_floor(RunFolder(fold_folder(folder, fold)).blend_baseline) for fold in range(FOLDS)]
+    assert metrics.calibration.method == "blend"
+    baselines = [load_regression(RunFolder(fold_folder(folder, fold)).blend_baseline) for fold in range(FOLDS)]
     assert not RunFolder(folder).blend_baseline.exists()
     new = riddles(3, seed=9)
-    table, each = predict(folder, new), predict_each(floors, read_battles(new))
+    table, each = predict(folder, new), predict_each(baselines, read_battles(new))
     assert np.abs(each[0] - each[1]).max() > 1e-3
-    np.testing.assert_allclose(predicted(table, "floor"), each.mean(axis=0), atol=1e-12)
+    np.testing.assert_allclose(predicted(table, "baseline"), each.mean(axis=0), atol=1e-12)
     model = (predicted(table, "ab") + predicted(table, "ba")) / 2
-    calibrator = load(RunFolder(folder).calibrator)
+    calibrator = load_calibrator(RunFolder(folder).calibrator)
     np.testing.assert_allclose(predicted(table), calibrator(np.hstack([model, each.mean(axis=0)])), atol=1e-6)
 
 
-def test_a_floor_predicts_the_battles_alone_that_its_model_does(blending):
+def test_a_baseline_predicts_the_battles_alone_that_its_model_does(blending):
     folder, _ = blending
-    table, floors = predict(folder, "validation"), pd.read_parquet(RunFolder(folder).baselines)
-    assert table["id"].tolist() == floors["id"].tolist()
-    np.testing.assert_allclose(predicted(table, "floor"), predicted(floors, "tfidf"), atol=1e-12)
+    table, baselines = predict(folder, "validation"), pd.read_parquet(RunFolder(folder).baselines)
+    assert table["id"].tolist() == baselines["id"].tolist()
+    np.testing.assert_allclose(predicted(table, "baseline"), predicted(baselines, "tfidf"), atol=1e-12)
     np.testing.assert_allclose(predicted(table), predicted(read_predictions(RunFolder(folder).validation)), atol=1e-6)
 
 
-def test_folds_that_were_trained_without_a_floor_get_one_when_they_are_to_blend(blending, tmp_path):
+def test_folds_that_were_trained_without_a_baseline_get_one_when_they_are_to_blend(blending, tmp_path):
     folder = shutil.copytree(blending[0], tmp_path / "copy")
     kept = RunFolder(folder / "fold-0").blend_baseline.read_bytes()
     RunFolder(folder / "fold-1").blend_baseline.unlink()
-    with pytest.raises(InputError, match=r"fold-1/floor\.npz: no floor can be read there"):
+    with pytest.raises(InputError, match=r"fold-1/blend_baseline\.npz: cannot read a baseline"):
         predict(folder, riddles(3, seed=9))
     recipe = with_folder(load_run_recipe(folder), folder)
     assert train_folds(recipe, resume=True)[1] == blending[1]
@@ -341,7 +340,7 @@ def test_overwriting_replaces_all_folds_and_a_mistake_costs_none(finished, tmp_p
     assert sorted(recipe.run_folder.rglob("*")) == before
     folder, metrics = train_folds(with_data(recipe, folds=2), overwrite=True)
     assert {path.name for path in folder.glob("fold-*")} == {"fold-0", "fold-1"}
-    assert metrics["battles"] == 40
+    assert metrics.battles == 40
     assert load_run_recipe(folder).data.folds == 2
 
 
@@ -391,7 +390,7 @@ def test_an_overwriting_that_is_killed_is_resumed_to_new_folds_alone(finished, t
         with pytest.raises(KeyboardInterrupt):
             train_folds(new, overwrite=True)
     folder, metrics = train_folds(new, resume=True)
-    assert metrics["battles"] == 40
+    assert metrics.battles == 40
     assert {path.name for path in folder.glob("fold-*")} == {"fold-0", "fold-1"}
     for run in (folder, *(fold_folder(folder, fold) for fold in range(2))):
         assert load_run_recipe(run).trainer["seed"] == 7

@@ -9,8 +9,6 @@ from rewardmodel.metrics import (
     accuracy,
     accuracy_decided,
     accuracy_terms,
-    bootstrap_interval,
-    bootstrap_means,
     brier,
     brier_terms,
     calibration_terms,
@@ -18,8 +16,6 @@ from rewardmodel.metrics import (
     expected_calibration_error,
     log_loss,
     log_loss_terms,
-    paired_difference,
-    summarise,
 )
 
 A, B, TIE = np.eye(3)
@@ -150,94 +146,6 @@ def test_no_constant_prediction_has_less_log_loss_than_the_class_prior(seed):
     assert log_loss(prior, true) <= log_loss(other, true) + 1e-12
 
 
-def bernoulli(hits, count):
-    predicted = np.tile([0.8, 0.1, 0.1], (count, 1))
-    return predicted, np.array([A] * hits + [B] * (count - hits))
-
-
-def test_bootstrap_with_one_battle_a_group_is_the_normal_interval_of_a_bernoulli_mean():
-    predicted, true = bernoulli(280, 400)
-    low, high = bootstrap_interval(accuracy, predicted, true, np.arange(400), samples=4000)
-    half = 1.96 * np.sqrt(0.7 * 0.3 / 400)
-    assert low == pytest.approx(0.7 - half, abs=0.005)
-    assert high == pytest.approx(0.7 + half, abs=0.005)
-
-
-def test_bootstrap_level_sets_the_width():
-    predicted, true = bernoulli(280, 400)
-    low, high = bootstrap_interval(accuracy, predicted, true, np.arange(400), samples=4000, level=0.6827)
-    assert high - low == pytest.approx(2 * np.sqrt(0.7 * 0.3 / 400), abs=0.005)
-
-
-@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
-def test_bootstrap_of_copies_in_one_group_is_the_interval_of_the_originals(metric):
-    predicted, true = random_predictions(50)
-    copied, copied_true, groups = (np.repeat(array, 4, axis=0) for array in (predicted, true, np.arange(50)))
-    once = bootstrap_interval(metric, predicted, true, np.arange(50))
-    assert bootstrap_interval(metric, copied, copied_true, groups) == pytest.approx(once)
-
-
-def test_bootstrap_interval_widens_when_identical_rows_share_a_group():
-    predicted, true = (np.repeat(array, 4, axis=0) for array in bernoulli(70, 100))
-    grouped, single = (
-        np.diff(bootstrap_interval(accuracy, predicted, true, groups))[0]
-        for groups in (np.repeat(np.arange(100), 4), np.arange(400))
-    )
-    assert grouped / single == pytest.approx(2, abs=0.25)  # sqrt(4 copies)
-
-
-def test_bootstrap_reads_groups_as_labels_in_any_order():
-    predicted, true = random_predictions(30)
-    groups = np.repeat(np.arange(10), 3)
-    order = np.random.default_rng(1).permutation(30)
-    expected = bootstrap_interval(log_loss, predicted, true, groups)
-    assert bootstrap_interval(log_loss, predicted, true, groups * 7 - 5) == expected
-    assert bootstrap_interval(log_loss, predicted[order], true[order], groups[order]) == pytest.approx(expected)
-
-
-def test_bootstrap_of_one_group_is_a_point():
-    predicted, true = random_predictions(10)
-    low, high = bootstrap_interval(log_loss, predicted, true, np.zeros(10, int))
-    assert (low, high) == pytest.approx((log_loss(predicted, true),) * 2)
-
-
-def test_bootstrap_divides_by_the_battles_drawn_where_groups_differ_in_size():
-    predicted, true = bernoulli(60, 60)
-    groups = np.repeat(np.arange(4), [1, 2, 7, 50])
-    assert bootstrap_interval(accuracy, predicted, true, groups) == (1, 1)
-
-
-def test_bootstrap_is_deterministic_by_seed():
-    arguments = (log_loss, *random_predictions(30), np.arange(30))
-    assert bootstrap_interval(*arguments, seed=1) == bootstrap_interval(*arguments, seed=1)
-    assert bootstrap_interval(*arguments, seed=1) != bootstrap_interval(*arguments, seed=2)
-
-
-def test_summary_has_every_metric_with_its_interval():
-    predicted, true = random_predictions(60)
-    groups = np.repeat(np.arange(20), 3)
-    result = summarise(predicted, true, groups)
-    assert list(result) == list(METRICS)
-    for name, entry in result.items():
-        low, high = bootstrap_interval(METRICS[name], predicted, true, groups)
-        expected = {"value": METRICS[name](predicted, true), "low": low, "high": high}
-        assert entry == pytest.approx(expected, rel=1e-12)
-        assert {type(value) for value in entry.values()} == {float}
-
-
-@pytest.mark.parametrize("name", ["log_loss", "brier", "accuracy"])
-def test_summary_value_lies_in_its_interval(name):
-    entry = summarise(*random_predictions(200), np.arange(200))[name]
-    assert entry["low"] < entry["value"] < entry["high"]
-
-
-def test_a_metric_of_battles_that_are_not_there_is_left_out():
-    predicted, true = np.full((4, 3), 1 / 3), np.array([A, A, A, A])
-    assert set(METRICS) - set(summarise(predicted, true, np.arange(4))) == {"log_loss_b", "log_loss_tie"}
-    ties = np.array([TIE, TIE, TIE, TIE])
-    assert "accuracy_decided" not in summarise(predicted, ties, np.arange(4))
-
-
 def test_accuracy_on_decided_battles_leaves_ties_out_and_reads_who_is_ahead():
     predicted = np.array([[0.3, 0.2, 0.5], [0.1, 0.2, 0.7], [0.6, 0.2, 0.2], [0.4, 0.4, 0.2]])
     assert accuracy_decided(predicted, np.array([A, A, TIE, B])) == pytest.approx((1 + 0 + 0.5) / 3)
@@ -260,39 +168,3 @@ def test_log_loss_of_an_outcome_is_that_of_its_battles():
     predicted, true = random_predictions(100)
     ties = true[:, 2] == 1
     assert METRICS["log_loss_tie"](predicted, true) == pytest.approx(log_loss(predicted[ties], true[ties]))
-
-
-def test_bootstrap_means_are_drawn_in_whole_groups():
-    means = bootstrap_means(np.array([[0.0], [0.0], [3.0]]), np.array([7, 7, 9]), samples=400)
-    assert set(np.round(means[:, 0], 9)) == {0.0, 1.0, 3.0}  # both groups, or one of them twice
-    assert means.shape == (400, 1)
-
-
-def test_a_paired_difference_of_a_model_to_itself_is_nothing():
-    predicted, true = random_predictions(50)
-    assert paired_difference(predicted, predicted, true, np.arange(50)) == {"value": 0, "low": 0, "high": 0, "p": 1}
-
-
-def test_a_paired_difference_changes_its_sign_when_the_models_are_exchanged():
-    first, true = random_predictions(80)
-    second, _ = random_predictions(80, 1)
-    there, back = (paired_difference(*pair, true, np.arange(80)) for pair in ((first, second), (second, first)))
-    assert there["value"] == pytest.approx(log_loss(first, true) - log_loss(second, true))
-    assert (there["value"], there["low"], there["high"]) == pytest.approx((-back["value"], -back["high"], -back["low"]))
-    assert there["p"] == back["p"]
-
-
-def test_a_paired_difference_is_sharper_than_the_intervals_of_both_models():
-    first, true = random_predictions(300)
-    second = 0.95 * first + 0.05 / 3
-    found = paired_difference(second, first, true, np.arange(300))
-    low, high = bootstrap_interval(log_loss, first, true, np.arange(300))
-    assert found["high"] - found["low"] < 0.5 * (high - low)
-    assert found["high"] < 0
-    assert found["p"] < 0.01
-
-
-def test_the_p_value_of_a_difference_that_is_noise_is_large():
-    first, true = random_predictions(300)
-    second = np.random.default_rng(3).permutation(first)
-    assert paired_difference(first, second, true, np.arange(300))["p"] > 0.05

@@ -15,9 +15,8 @@ from rewardmodel.data import folds
 from rewardmodel.data.formats import read_battles
 from rewardmodel.data.splits import fingerprint_parts, load_battles, split
 from rewardmodel.errors import InputError
-from rewardmodel.evaluation.calibration import load
-from rewardmodel.evaluation.text_regression import load as load_floor
-from rewardmodel.evaluation.text_regression import predict_each
+from rewardmodel.evaluation.calibration import load_calibrator
+from rewardmodel.evaluation.text_regression import load_regression, predict_each
 from rewardmodel.inference.predict import predict
 from rewardmodel.predictions import average_probabilities, predicted, read_predictions
 from rewardmodel.run_folder import RunFolder, load_run_recipe
@@ -131,8 +130,8 @@ def test_metrics_are_returned_and_written_and_are_the_log_loss_of_the_validation
     assert json.loads(RunFolder(folder).metrics.read_text()) == metrics
     table = read_predictions(RunFolder(folder).validation)
     likelihood = (predicted(table) * table[list(OUTCOMES)].to_numpy()).sum(axis=1)
-    assert metrics["metrics"]["log_loss"]["value"] == pytest.approx(-np.log(likelihood).mean(), abs=1e-9)
-    assert (metrics["battles"], metrics["groups"]) == (12, 3)
+    assert metrics.metrics["log_loss"].value == pytest.approx(-np.log(likelihood).mean(), abs=1e-9)
+    assert (metrics.battles, metrics.groups) == (12, 3)
 
 
 def test_a_finished_run_is_judged_again_without_training(finished):
@@ -147,7 +146,7 @@ def test_a_finished_run_is_judged_again_without_training(finished):
 
 def test_without_a_test_file_there_is_no_submission(recipe):
     folder, metrics = pipeline.run(quick(recipe))
-    assert metrics["battles"] == 12
+    assert metrics.battles == 12
     assert not RunFolder(folder).submission.exists()
     assert not RunFolder(folder).predictions.exists()
 
@@ -270,22 +269,22 @@ def test_a_run_that_blends_does_so_with_its_test_battles(recipe, tmp_path, calib
         calibration=calibration,
     )
     folder, metrics = pipeline.run(dataclasses.replace(recipe, inference=InferenceConfig(blend=True)))
-    assert metrics["calibration"]["method"] == "blend"  # one step of a random model against words that tell it all
-    assert metrics["calibration"]["gain"]["high"] < 0
+    assert metrics.calibration.method == "blend"  # one step of a random model against words that tell it all
+    assert metrics.calibration.gain.high < 0
     table = read_predictions(RunFolder(folder).predictions)
     battles = read_battles(recipe.data.test)
     np.testing.assert_array_equal(
-        predicted(table, "floor"), predict_each([load_floor(RunFolder(folder).blend_baseline)], battles)[0]
+        predicted(table, "baseline"), predict_each([load_regression(RunFolder(folder).blend_baseline)], battles)[0]
     )
-    calibrator = load(RunFolder(folder).calibrator)
+    calibrator = load_calibrator(RunFolder(folder).calibrator)
     model = average_probabilities([predicted(table, "ab"), predicted(table, "ba")])
-    both = np.hstack([model, predicted(table, "floor")])
+    both = np.hstack([model, predicted(table, "baseline")])
     np.testing.assert_allclose(predicted(table), calibrator(both), atol=1e-6)
     again = predict(folder, battles)
     np.testing.assert_allclose(predicted(again), predicted(table), atol=1e-6)
-    floors = pd.read_parquet(RunFolder(folder).baselines)
+    baselines = pd.read_parquet(RunFolder(folder).baselines)
     own = predict(folder, "validation")
-    np.testing.assert_allclose(predicted(own, "floor"), predicted(floors, "tfidf"), atol=1e-12)
+    np.testing.assert_allclose(predicted(own, "baseline"), predicted(baselines, "tfidf"), atol=1e-12)
     assert ("calibration.parquet" in {path.name for path in folder.iterdir()}) == bool(calibration)
     fitted = own if not calibration else predict(folder, "calibration")
     np.testing.assert_allclose(

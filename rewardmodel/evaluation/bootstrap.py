@@ -1,7 +1,7 @@
-"""Groups of battles in, the same groups drawn again out, and sums, ratios and slopes on every draw with intervals.
+"""The bootstrap by prompt group: intervals of means, ratios, differences and slopes.
 
-For audits of many figures at once: the draws are made once and kept, terms may be sparse. One interval of one metric
-is `metrics.bootstrap_interval`, which draws the same groups.
+Battles of one prompt are not independent, so whole groups are drawn, not rows (Efron & Tibshirani 1993, ch. 13). The
+draws of one seed are made once and kept, so that many figures share them; terms may be sparse.
 """
 
 from dataclasses import dataclass
@@ -9,20 +9,20 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-from rewardmodel.metrics import BOOTSTRAP_SAMPLES, draw_counts, percentile_interval
+from rewardmodel.evaluation.results import Difference, Interval
+from rewardmodel.metrics import METRICS, log_loss_terms
 
-STEEPEST = 50.0
-"""Slopes are held within this, either side of 0: where every winner has the larger x there is no finite one."""
+BOOTSTRAP_SAMPLES = 1000
 
-_BLOCK, _CELLS = 100, 1_000_000
-"""Draws that sums, and draws times rows that slopes, hold as float64 at a time."""
+MAX_SLOPE = 50.0
+"""Slopes are clipped to ± this: where every winner has the larger x there is no finite one."""
 
 
 @dataclass(frozen=True)
 class Draws:
-    """How often each group stands in the table as it is (row 0: once) and in bootstrap samples (the other rows).
+    """How often each group is counted in the table itself (row 0: once) and in bootstrap samples (the other rows).
 
-    `members`: (n_battles,) the number of each battle's group; `counts`: (1 + samples, n_groups) uint8.
+    `members`: (n_battles,) int, the number of each battle's group; `counts`: (1 + samples, n_groups) uint8.
     """
 
     members: np.ndarray
@@ -33,48 +33,96 @@ class Draws:
         battles, groups = len(self.members), self.counts.shape[1]
         member = sparse.csr_array((np.ones(battles), (self.members, np.arange(battles))), (groups, battles))
         by_group = (member @ sparse.csr_array(terms)).T.tocsr()
-        blocks = [self.counts[start : start + _BLOCK].T for start in range(0, len(self.counts), _BLOCK)]
+        # 100 draws at a time: the counts as float64 are eight times their size
+        blocks = [self.counts[start : start + 100].T for start in range(0, len(self.counts), 100)]
         return np.concatenate([by_group @ np.ascontiguousarray(block, np.float64) for block in blocks], axis=1).T
 
+    def means(self, terms: np.ndarray) -> np.ndarray:
+        """Return the means over battles of (n_battles, k) terms, (1 + samples, k) float64."""
+        sums = self.sums(np.column_stack([terms, np.ones(len(terms))]))
+        return sums[:, :-1] / sums[:, -1:]
+
     def times(self, rows: np.ndarray, samples: int) -> np.ndarray:
-        """Return how often each battle of a mask stands in the table and in some samples, (1 + samples, n_rows)."""
+        """Return how often each battle of a mask is counted in the table and in some samples, (1 + samples, n_rows)."""
         return self.counts[: 1 + samples, self.members[rows]]
 
 
 def draw_groups(groups: np.ndarray, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0) -> Draws:
-    """Return bootstrap samples of whole groups (Efron & Tibshirani 1993, ch. 13).
+    """Return bootstrap samples of whole groups.
 
     Args:
         groups: (n_battles,) integer labels.
         samples: how many.
-        seed: of the draws, which are those of `metrics.bootstrap_means`.
+        seed: of the draws.
     """
     labels, members = np.unique(groups, return_inverse=True)
+    random = np.random.default_rng(seed)
     counts = np.ones((1 + samples, len(labels)), np.uint8)
-    for sample, drawn in enumerate(draw_counts(len(labels), samples, seed), start=1):
-        counts[sample] = drawn
+    for sample in counts[1:]:
+        sample[:] = np.bincount(random.integers(len(labels), size=len(labels)), minlength=len(labels))
     return Draws(members, counts)
 
 
-def ratio(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def percentile_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Return the percentile interval of bootstrap values, (samples,); NaN is left out."""
+    tail = (1 - level) / 2
+    low, high = np.nanquantile(values, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def interval_of(values: np.ndarray) -> Interval:
+    """Return the interval of (1 + samples,) values, the table's own first; a point where no sample has a value."""
+    drawn = values[1:] if np.isfinite(values[1:]).any() else values[:1]
+    return Interval(float(values[0]), *percentile_interval(drawn))
+
+
+def summarise(predicted: np.ndarray, true: np.ndarray, groups: np.ndarray) -> dict[str, Interval]:
+    """Return every metric of `metrics.METRICS` with its interval, by name.
+
+    A metric of battles that are not there (no ties, none decided) is left out.
+
+    Args:
+        predicted: (n_battles, 3) probabilities.
+        true: (n_battles, 3) outcomes.
+        groups: (n_battles,) integer labels.
+    """
+    columns = {name: metric.columns(predicted, true) for name, metric in METRICS.items()}
+    means = draw_groups(groups).means(np.concatenate(list(columns.values()), axis=1))
+    result, start = {}, 0
+    for name, terms in columns.items():
+        of_mean, drawn = METRICS[name].of_mean, means[1:, start : start + terms.shape[1]]
+        start += terms.shape[1]
+        value = float(of_mean(terms.mean(axis=0)))
+        if np.isfinite(value):
+            result[name] = Interval(value, *percentile_interval(of_mean(drawn)))
+    return result
+
+
+def paired_difference(first: np.ndarray, second: np.ndarray, true: np.ndarray, groups: np.ndarray) -> Difference:
+    """Return the log loss of `first` minus that of `second` on the same battles, with its interval and p-value.
+
+    The p-value is two-sided: how rarely a difference of either sign is drawn if there is none (Efron & Tibshirani
+    1993, ch. 15).
+
+    Args:
+        first: (n_battles, 3) predicted probabilities.
+        second: the same of another model.
+        true: (n_battles, 3) outcomes.
+        groups: (n_battles,) integer labels.
+    """
+    terms = log_loss_terms(first, true) - log_loss_terms(second, true)
+    drawn = draw_groups(groups).means(terms[:, None])[1:, 0]
+    beyond = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    p = float(min(1, 2 * (beyond + 1) / (len(drawn) + 1)))
+    return Difference(float(terms.mean()), *percentile_interval(drawn), p)
+
+
+def divide(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return sums over weights, NaN where there is no weight."""
     return np.divide(sums, weights, out=np.full(np.shape(sums), np.nan), where=weights > 0)
 
 
-def figure(values: np.ndarray) -> dict[str, float] | None:
-    """Return {value, low, high} (95 %) of (1 + samples,) values, row 0 the table's own; None if it has none."""
-    if not np.isfinite(values[0]):
-        return None
-    low, high = percentile_interval(values[1:] if np.isfinite(values[1:]).any() else values)
-    return {"value": float(values[0]), "low": low, "high": high}
-
-
-def apart(found: dict[str, float], other: float = 0) -> bool:
-    """Return whether a value is outside an interval; one that is a point, as that of a single group, tells nothing."""
-    return found["low"] < found["high"] and not found["low"] <= other <= found["high"]
-
-
-def slopes(x: np.ndarray, share: np.ndarray, weight: np.ndarray, times: np.ndarray) -> np.ndarray:
+def fit_slopes(x: np.ndarray, share: np.ndarray, weight: np.ndarray, times: np.ndarray) -> np.ndarray:
     """Return slopes of logistic regressions of shares on x without intercept, one a draw, (1 + samples,).
 
     Args:
@@ -84,35 +132,37 @@ def slopes(x: np.ndarray, share: np.ndarray, weight: np.ndarray, times: np.ndarr
         times: (1 + samples, n_rows) how often each row is drawn.
 
     Returns:
-        The slopes, within `STEEPEST`; NaN in draws without rows.
+        The slopes, clipped to ± `MAX_SLOPE`; NaN in draws without rows.
     """
     if not len(x):
         return np.full(len(times), np.nan)
+    # the table's own slope is where the search starts in every draw
     own = _solve(x, share, weight, times[:1], np.zeros(1))
-    step = max(1, _CELLS // len(x))
+    step = max(1, 1_000_000 // len(x))  # float64 that are in memory at a time
     blocks = [times[start : start + step] for start in range(0, len(times), step)]
     return np.concatenate([_solve(x, share, weight, block, np.full(len(block), own[0])) for block in blocks])
 
 
 def _solve(x: np.ndarray, share: np.ndarray, weight: np.ndarray, times: np.ndarray, slope: np.ndarray) -> np.ndarray:
     """Return the slopes where the score is 0, by Newton's method, or bisection where that leaves the bracket."""
+    # draws without rows have no slope, those where one sign of x always wins an infinite one
     rising = weight * np.where(x > 0, share, 1 - share)
     up, down = (times.astype(np.float64) @ np.stack([rising, weight - rising], axis=1)).T
     least = 1e-12 * (up + down)
-    ends = np.select([up + down == 0, down <= least, up <= least], [np.nan, STEEPEST, -STEEPEST], 0.0)
+    ends = np.select([up + down == 0, down <= least, up <= least], [np.nan, MAX_SLOPE, -MAX_SLOPE], 0.0)
     slope = np.where(ends == 0, slope, ends)
     pull = times * (weight * x)
-    low, high = np.full(len(slope), -STEEPEST), np.full(len(slope), STEEPEST)
+    low, high = np.full(len(slope), -MAX_SLOPE), np.full(len(slope), MAX_SLOPE)
     for _ in range(60):
         half = np.tanh(slope[:, None] * x / 2)
         score = pull @ (share - 0.5) - np.einsum("sn,sn->s", pull, half) / 2
         information = (pull * (1 - half**2)) @ x / 4
         low, high = np.where(score > 0, slope, low), np.where(score < 0, slope, high)
-        newton = slope + ratio(score, information)
+        newton = slope + divide(score, information)
         moved = np.where((newton >= low) & (newton <= high), newton, (low + high) / 2)
         moved = np.where(ends == 0, moved, slope)
-        settled = not (np.abs(moved - slope) > 1e-8).any()
+        converged = not (np.abs(moved - slope) > 1e-8).any()
         slope = moved
-        if settled:
+        if converged:
             break
     return slope

@@ -1,7 +1,7 @@
-"""Predictions with known outcomes in, a calibrator out: fitted across groups, and used only if it helps beyond noise.
+"""Predictions with known outcomes in, a calibrator out: fitted across groups, used only if it helps beyond noise.
 
-Every method treats A and B alike, so that what was exact under a swap stays so. One, the blend, also reads what a floor
-predicts of the same battles; it stands beside, in three further columns.
+Every method treats A and B alike, so that what is exact under a swap stays so. One method, the blend, also uses what a
+baseline predicts of the same battles, in three further columns.
 """
 
 import json
@@ -14,25 +14,20 @@ import numpy as np
 from scipy.optimize import minimize
 
 from rewardmodel.errors import InputError
+from rewardmodel.evaluation.bootstrap import paired_difference
+from rewardmodel.evaluation.results import Difference, ReliabilityBin
 from rewardmodel.files import write_text
-from rewardmodel.metrics import paired_difference, wilson_interval
+from rewardmodel.metrics import wilson_interval
 
-FOLDS = 5
-"""Parts of the groups; each is calibrated by what was fitted on the others."""
+CALIBRATION_FOLDS = 5
+"""Parts of the groups in cross-fitting; each is calibrated by what was fitted on the others."""
 
-FLOOR = 1e-12
-"""Probabilities below it count as it, where their logarithm is taken."""
-
-
-BOUND = 5.0
-"""No parameter leaves [-BOUND, BOUND]: a perfect separation has no best temperature."""
-
-FREE, WEIGHT = (-BOUND, BOUND), (0.0, BOUND)
-"""Bounds of a parameter."""
+_FREE, _WEIGHT = (-5.0, 5.0), (0.0, 5.0)
+"""Bounds of a parameter: perfectly separated battles have no best temperature."""
 
 
 @dataclass(frozen=True)
-class Method:
+class CalibrationMethod:
     """Changes log-probabilities, (n, `columns`), by parameters within `bounds`; `start` changes nothing."""
 
     change: Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -56,25 +51,25 @@ def _vector(logs: np.ndarray, parameters: np.ndarray) -> np.ndarray:
 
 
 def _blend(logs: np.ndarray, parameters: np.ndarray) -> np.ndarray:
-    model, floor, mass = parameters
-    return model * logs[:, :3] + floor * logs[:, 3:] + np.array([0, 0, mass])
+    model, baseline, mass = parameters
+    return model * logs[:, :3] + baseline * logs[:, 3:] + np.array([0, 0, mass])
 
 
 BLEND = "blend"
 
-BLENDED = "tfidf"
-"""The baseline that it blends in."""
+BLEND_BASELINE = "tfidf"
+"""The baseline that the blend mixes in."""
 
-METHODS = {
-    "temperature": Method(_temperature, (0.0,), (FREE,)),
-    "tie_mass": Method(_tie_mass, (0.0,), (FREE,)),
-    "vector": Method(_vector, (0.0, 0.0, 0.0), (FREE, FREE, FREE)),
-    BLEND: Method(_blend, (1.0, 0.0, 0.0), (WEIGHT, WEIGHT, FREE), columns=6),
+CALIBRATION_METHODS = {
+    "temperature": CalibrationMethod(_temperature, (0.0,), (_FREE,)),
+    "tie_mass": CalibrationMethod(_tie_mass, (0.0,), (_FREE,)),
+    "vector": CalibrationMethod(_vector, (0.0, 0.0, 0.0), (_FREE, _FREE, _FREE)),
+    BLEND: CalibrationMethod(_blend, (1.0, 0.0, 0.0), (_WEIGHT, _WEIGHT, _FREE), columns=6),
 }
-"""Methods by name. `temperature`: the logarithm of an inverse one. `tie_mass`: a constant added to the tie. `vector`:
+"""By name. `temperature`: the logarithm of an inverse temperature. `tie_mass`: a constant added to the tie. `vector`:
 both, with one temperature for A against B and another for the tie against their mean, which is the vector scaling of
-Guo et al. (2017) that treats A and B alike. `blend`: weights of the model's and of the floor's log-probabilities, from
-0, and a constant added to the tie: a logarithmic opinion pool (Genest & Zidek 1986)."""
+Guo et al. (2017) that treats A and B alike. `blend`: weights, from 0, of the log-probabilities of the model and of the
+baseline, and a constant added to the tie: a logarithmic opinion pool (Genest & Zidek 1986)."""
 
 
 @dataclass(frozen=True)
@@ -85,19 +80,19 @@ class Calibrator:
     parameters: tuple[float, ...] = ()
 
     def __call__(self, predicted: np.ndarray) -> np.ndarray:
-        """Return calibrated probabilities, (n_battles, 3) float64, of predicted ones.
+        """Return calibrated probabilities, (n_battles, 3) float64.
 
         Args:
-            predicted: (n_battles, 3), or with the floor's beside (n_battles, 6), which the blend needs.
+            predicted: (n_battles, 3) probabilities; (n_battles, 6) with those of the baseline, which the blend needs.
         """
         if self.method is None:
             return predicted[:, :3]
-        logs = _logs(predicted, self.method)
-        return np.exp(_log_softmax(METHODS[self.method].change(logs, np.array(self.parameters))))
+        logs = _log_probabilities(predicted, self.method)
+        return np.exp(_log_softmax(CALIBRATION_METHODS[self.method].change(logs, np.array(self.parameters))))
 
 
-def _logs(predicted: np.ndarray, method: str) -> np.ndarray:
-    return np.log(np.clip(predicted[:, : METHODS[method].columns], FLOOR, None))
+def _log_probabilities(predicted: np.ndarray, method: str) -> np.ndarray:
+    return np.log(np.clip(predicted[:, : CALIBRATION_METHODS[method].columns], 1e-12, None))
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -105,18 +100,18 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
-NONE = Calibrator(None)
+NO_CALIBRATION = Calibrator(None)
 
 
-def fit(method: str, predicted: np.ndarray, true: np.ndarray) -> Calibrator:
+def fit_calibrator(method: str, predicted: np.ndarray, true: np.ndarray) -> Calibrator:
     """Return the calibrator of a method that has the least log loss on these battles.
 
     Args:
-        method: a name out of `METHODS`.
+        method: a name in `CALIBRATION_METHODS`.
         predicted: as a `Calibrator` takes it.
         true: (n_battles, 3) outcomes.
     """
-    logs, how = _logs(predicted, method), METHODS[method]
+    logs, how = _log_probabilities(predicted, method), CALIBRATION_METHODS[method]
 
     def loss(parameters: np.ndarray) -> float:
         return -float((true * _log_softmax(how.change(logs, parameters))).sum(axis=1).mean())
@@ -126,112 +121,119 @@ def fit(method: str, predicted: np.ndarray, true: np.ndarray) -> Calibrator:
 
 
 def cross_fit(method: str, predicted: np.ndarray, true: np.ndarray, groups: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Return calibrated probabilities, each battle's by a calibrator that saw no battle of its group."""
+    """Return calibrated probabilities, (n_battles, 3), each battle's by a calibrator that saw no battle of its group.
+
+    Args:
+        method: a name in `CALIBRATION_METHODS`.
+        predicted: as a `Calibrator` takes it.
+        true: (n_battles, 3) outcomes.
+        groups: (n_battles,) integer labels.
+        seed: of the groups' assignment to folds.
+    """
     _, members = np.unique(groups, return_inverse=True)
-    part = (np.random.default_rng(seed).permutation(members.max() + 1) % FOLDS)[members]
+    folds = (np.random.default_rng(seed).permutation(members.max() + 1) % CALIBRATION_FOLDS)[members]
     result = np.empty((len(predicted), 3))
-    for number in range(FOLDS):
-        judged = part == number
-        result[judged] = fit(method, predicted[~judged], true[~judged])(predicted[judged])
+    for fold in range(CALIBRATION_FOLDS):
+        rows = folds == fold
+        result[rows] = fit_calibrator(method, predicted[~rows], true[~rows])(predicted[rows])
     return result
 
 
 @dataclass(frozen=True)
-class Choice:
+class CalibrationChoice:
     """What was tried, and the calibrator that is used.
 
-    `tried` is method -> cross-fitted log loss minus that before (value, low, high, p); `cross_fitted` are the chosen
-    method's probabilities, (n_battles, 3), or those given, where none is used; `blended` is the cross-fitted log loss
-    of the blend minus that of what is chosen without it (value, low, high, p), None where it was not tried.
+    Attributes:
+        calibrator: fitted on all battles; `NO_CALIBRATION` where none helps.
+        tried: cross-fitted log loss minus that before, by method.
+        verdict: the reason in words.
+        cross_fitted: (n_battles, 3) probabilities of the chosen method, or those given where none is used.
+        blended: cross-fitted log loss of the blend minus that of what is chosen without it; None: not tried.
     """
 
     calibrator: Calibrator
-    tried: dict[str, dict[str, float]]
+    tried: dict[str, Difference]
     verdict: str
     cross_fitted: np.ndarray
-    blended: dict[str, float] | None = None
+    blended: Difference | None = None
 
 
-def choose(predicted: np.ndarray, true: np.ndarray, groups: np.ndarray, blend: bool = False) -> Choice:
+def choose_calibrator(
+    predicted: np.ndarray, true: np.ndarray, groups: np.ndarray, blend: bool = False
+) -> CalibrationChoice:
     """Return the method with the least cross-fitted log loss, if its gain is beyond noise, fitted on all battles.
 
-    The blend is tried where there is a floor to blend with, and chosen if it is asked for and beats beyond noise what
-    is chosen without it.
+    The blend is tried where there is a baseline to blend with, and chosen if it is allowed and is better, beyond noise,
+    than what is chosen without it.
 
     Args:
-        predicted: (n_battles, 3) probabilities, or with the floor's beside (n_battles, 6).
+        predicted: (n_battles, 3) probabilities; (n_battles, 6) with those of the baseline.
         true: (n_battles, 3) outcomes.
-        groups: (n_battles,) labels; a group is never calibrated by itself.
-        blend: whether it is asked for.
+        groups: (n_battles,) integer labels; no group is calibrated by itself.
+        blend: whether the blend may be chosen.
     """
-    stated = predicted[:, :3]
-    if len(np.unique(groups)) < 2 * FOLDS:
-        return Choice(NONE, {}, f"left as it is: fewer than {2 * FOLDS} prompts to fit on", stated)
-    methods = [method for method in METHODS if METHODS[method].columns <= predicted.shape[1]]
+    uncalibrated = predicted[:, :3]
+    if len(np.unique(groups)) < 2 * CALIBRATION_FOLDS:
+        verdict = f"left as it is: fewer than {2 * CALIBRATION_FOLDS} prompts to fit on"
+        return CalibrationChoice(NO_CALIBRATION, {}, verdict, uncalibrated)
+
+    # every method that has its columns
+    methods = [name for name, method in CALIBRATION_METHODS.items() if method.columns <= predicted.shape[1]]
     crossed = {method: cross_fit(method, predicted, true, groups) for method in methods}
-    tried = {method: paired_difference(crossed[method], stated, true, groups) for method in methods}
-    best = min((method for method in methods if method != BLEND), key=lambda method: tried[method]["value"])
-    if tried[best]["high"] < 0:
-        choice = Choice(fit(best, predicted, true), tried, f"applied: {_told(best, tried[best])}", crossed[best])
+    tried = {method: paired_difference(crossed[method], uncalibrated, true, groups) for method in methods}
+
+    # the best without the blend
+    best = min((method for method in methods if method != BLEND), key=lambda method: tried[method].value)
+    if tried[best].high < 0:
+        verdict = f"applied: {best} {tried[best].describe()}"
+        choice = CalibrationChoice(fit_calibrator(best, predicted, true), tried, verdict, crossed[best])
     else:
-        verdict = f"left as it is: at best, {_told(best, tried[best])}, which is not beyond noise"
-        choice = Choice(NONE, tried, verdict, stated)
+        verdict = f"left as it is: at best, {best} {tried[best].describe()}, which is not beyond noise"
+        choice = CalibrationChoice(NO_CALIBRATION, tried, verdict, uncalibrated)
     if BLEND not in methods:
         return choice
+
+    # the blend against it
     further = paired_difference(crossed[BLEND], choice.cross_fitted, true, groups)
-    if blend and further["high"] < 0:
-        return Choice(
-            fit(BLEND, predicted, true), tried, f"applied: {_told(BLEND, tried[BLEND])}", crossed[BLEND], further
-        )
+    if blend and further.high < 0:
+        verdict = f"applied: {BLEND} {tried[BLEND].describe()}"
+        return CalibrationChoice(fit_calibrator(BLEND, predicted, true), tried, verdict, crossed[BLEND], further)
     verdict = f"{choice.verdict}; not blended, which is no better beyond noise" if blend else choice.verdict
     return replace(choice, verdict=verdict, blended=further)
 
 
-def _told(method: str, change: dict[str, float]) -> str:
-    return f"{method} changes the log loss by {change['value']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]"
-
-
-def save(calibrator: Calibrator, path: Path) -> None:
-    """Write a calibrator as JSON."""
+def save_calibrator(calibrator: Calibrator, path: Path) -> None:
+    """Write a calibrator as JSON, e.g. {"method": "temperature", "parameters": [-0.1]}."""
     write_text(path, json.dumps(asdict(calibrator)) + "\n")
 
 
-def load(path: Path) -> Calibrator:
-    """Return the calibrator of a file; none where there is no file.
+def load_calibrator(path: Path) -> Calibrator:
+    """Return the calibrator of a file; `NO_CALIBRATION` where there is no file.
 
     Raises:
-        InputError: not such a file.
+        InputError: something else in the file.
     """
     if not path.is_file():
-        return NONE
+        return NO_CALIBRATION
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         calibrator = Calibrator(content["method"], tuple(map(float, content["parameters"])))
-        if calibrator != NONE and len(calibrator.parameters) != len(METHODS[calibrator.method or ""].start):
+        expected = CALIBRATION_METHODS[calibrator.method].start if calibrator.method is not None else ()
+        if len(calibrator.parameters) != len(expected):
             raise ValueError(f"{len(calibrator.parameters)} parameters")
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: no calibrator can be read there; run `rewardmodel evaluate` on the run again"
-        ) from error
+        raise InputError(f"{path}: cannot read a calibrator; run `rewardmodel evaluate` on the run again") from error
     return calibrator
 
 
-def reliability(predicted: np.ndarray, true: np.ndarray, bins: int = 10) -> list[dict[str, float]]:
-    """Return confidence against hit rate of the likeliest outcome, by equal-width bins that hold battles.
-
-    Returns:
-        For each bin `low`, `high` (of confidence), `battles`, mean `confidence`, `hit_rate` and its Wilson interval
-        `hit_low`, `hit_high` (95 %).
-    """
+def reliability_bins(predicted: np.ndarray, true: np.ndarray, bins: int = 10) -> list[ReliabilityBin]:
+    """Return the confidence and the hit rate of the likeliest outcome, by equal-width bins that hold battles."""
     confidence, hit = predicted.max(axis=1), predicted.argmax(axis=1) == true.argmax(axis=1)
-    number = np.minimum((confidence * bins).astype(int), bins - 1)
+    numbers = np.minimum((confidence * bins).astype(int), bins - 1)
     result = []
-    for one in np.unique(number):
-        here = number == one
-        count, rate = int(here.sum()), float(hit[here].mean())
-        low, high = wilson_interval(rate, count)
-        facts = {"low": one / bins, "high": (one + 1) / bins, "battles": count}
-        result.append(
-            {**facts, "confidence": float(confidence[here].mean()), "hit_rate": rate, "hit_low": low, "hit_high": high}
-        )
+    for number in np.unique(numbers).tolist():
+        here = numbers == number
+        count, rate, mean = int(here.sum()), float(hit[here].mean()), float(confidence[here].mean())
+        ends, wilson = (number / bins, (number + 1) / bins), wilson_interval(rate, count)
+        result.append(ReliabilityBin(*ends, count, mean, rate, *wilson))
     return result

@@ -1,8 +1,8 @@
-"""Figures of an evaluation in, inline SVG out: drawn for 360 px, text as text, colours by CSS variable.
+"""Results of an evaluation in, inline SVG charts out: drawn for 360 px, text as text, colours by CSS variable.
 
-Every function returns one `<svg>` that stands in a page of HTML: no XML header, no style sheet, no address, ids that
-begin with the chart's `name` (which is unique in its page), and the same bytes for the same input. A page may set the
-CSS variables of `COLOURS`, for dark mode say; without them the colours stand as they are written here.
+Every function returns one `<svg>` to embed in HTML: no XML header, no style sheet, no URL, ids that begin with the
+chart's `name` (which is unique in its page), and the same bytes for the same input. A page may set the CSS variables
+of `COLOURS`, e.g. for dark mode; without them the colours are those written here.
 """
 
 import html
@@ -13,13 +13,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from rewardmodel.evaluation.results import ReliabilityBin
 
 INK, MUTED, GRID, PAPER = "#1f2329", "#5c6570", "#d9dde2", "#fffffe"
 MODEL, HUMANS = "#0b62a8", "#c2510a"
@@ -28,19 +30,19 @@ COLOURS = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper", MODEL: "mod
 """Colour -> CSS variable. The model's blue and the humans' vermilion differ for every kind of colour vision, and in
 marker and dash too."""
 
-WIDTH = 5.0
+CHART_WIDTH = 5.0
 """Inches of every chart: 360 px at the 72 px an inch of SVG."""
 
-RUNS, FLOOR, PUBLISHED, HEADING = "run", "floor", "published", "heading"
-"""Kinds of a `Row`: what is judged, what it is compared with on the same battles, figures of others; words alone."""
+RowKind = Literal["run", "baseline", "published", "heading"]
+"""What is evaluated; what it is compared with on the same battles; results of others; words alone."""
 
-FEWEST = 50
-"""Battles that `by_length` needs; a bin has half of them or more."""
+MIN_LENGTH_BATTLES = 50
+"""Battles that `draw_win_rates` needs; a bin has half of them or more."""
 
-MANY = 50
-"""Logged losses from which on a learning curve shows their means beside them."""
+MANY_LOSSES = 50
+"""Logged losses from which on a learning curve also shows their means."""
 
-_MARKS = {RUNS: ("o", MODEL, MODEL), FLOOR: ("s", INK, INK), PUBLISHED: ("D", MUTED, PAPER)}
+_MARKERS = {"run": ("o", MODEL, MODEL), "baseline": ("s", INK, INK), "published": ("D", MUTED, PAPER)}
 """Marker, its edge and its face by kind."""
 
 _STYLE: dict[str, Any] = {
@@ -71,93 +73,92 @@ _STYLE: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Row:
+class ChartRow:
     """One line of a chart of intervals; `low` and `high` are NaN where there is no interval."""
 
     label: str
     value: float = math.nan
     low: float = math.nan
     high: float = math.nan
-    kind: str = RUNS
+    kind: RowKind = "run"
 
 
-def intervals(rows: Sequence[Row], axis: str, name: str, line: float | None = None, digits: int = 3) -> str:
-    """Return a horizontal chart: a mark, its interval and its figure a row, the first row on top.
+def draw_intervals(rows: Sequence[ChartRow], axis: str, name: str, line: float | None = None, digits: int = 3) -> str:
+    """Return a horizontal chart: a marker, its interval and its value a row, the first row on top.
 
     Args:
         rows: one or more.
-        axis: what the figures are, under the horizontal axis.
-        name: begins the chart's ids.
-        line: a figure to draw a dashed vertical line at.
-        digits: decimals of the figures.
+        axis: label of the horizontal axis.
+        name: prefix of the chart's ids.
+        line: a value to draw a dashed vertical line at.
+        digits: decimals of the values.
     """
     with _style():
-        figure = Figure(figsize=(WIDTH, 0.95 + 0.31 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(CHART_WIDTH, 0.95 + 0.31 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
         if line is not None:
             axes.axvline(line, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         for place, row in enumerate(rows):
-            if row.kind == HEADING:
+            if row.kind == "heading":
                 continue
-            marker, edge, face = _MARKS[row.kind]
+            marker, edge, face = _MARKERS[row.kind]
             if math.isfinite(row.low) and math.isfinite(row.high):
                 axes.plot([row.low, row.high], [place, place], color=edge, linewidth=2.2, solid_capstyle="round")
             axes.plot([row.value], [place], marker, color=edge, markerfacecolor=face, markersize=7, linestyle="none")
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_yticks(range(len(rows)), [_label(row.label) for row in rows])
-        figures = axes.secondary_yaxis("right")
-        figures.set_yticks(range(len(rows)), [_figure(row, digits) for row in rows])
-        for side, one in (("left", axes), ("right", figures)):
+        values = axes.secondary_yaxis("right")
+        values.set_yticks(range(len(rows)), [_format_value(row, digits) for row in rows])
+        for side, one in (("left", axes), ("right", values)):
             one.tick_params(axis="y", length=0, pad=6, labelcolor=INK)
             one.spines[side].set_visible(False)
         for row, text in zip(rows, axes.get_yticklabels(), strict=True):
-            text.set_color(MUTED if row.kind == HEADING else INK)
+            text.set_color(MUTED if row.kind == "heading" else INK)
         axes.grid(axis="x")
         axes.margins(x=0.06)
         axes.xaxis.set_major_locator(MaxNLocator(4, min_n_ticks=3))
         axes.set_xlabel(axis)
-        told = ", ".join(f"{row.label} {_figure(row, digits)}" for row in rows if row.kind != HEADING)
-        return _svg(figure, name, f"{axis}: {told}")
+        listed = ", ".join(f"{row.label} {_format_value(row, digits)}" for row in rows if row.kind != "heading")
+        return _svg(figure, name, f"{axis}: {listed}")
 
 
-def reliability(bins: Sequence[dict[str, float]], name: str) -> str:
+def draw_reliability(bins: Sequence[ReliabilityBin], name: str) -> str:
     """Return a reliability diagram over a histogram of its battles.
 
     Args:
-        bins: `low, high, battles, confidence, hit_rate, hit_low, hit_high` of each bin of confidence.
-        name: begins the chart's ids.
+        bins: one or more, none of them empty.
+        name: prefix of the chart's ids.
     """
-    kept = [one for one in bins if one["battles"]]
-    columns = ("hit_rate", "battles", "confidence", "hit_low", "hit_high")
-    hits, counts, confidence, low, high = np.array([[one[key] for key in columns] for one in kept]).T
+    columns = [(one.hit_rate, one.battles, one.confidence, one.hit_low, one.hit_high) for one in bins]
+    hits, counts, confidence, low, high = np.array(columns).T
     with _style():
-        figure = Figure(figsize=(WIDTH, 5.3), layout="constrained")
+        figure = Figure(figsize=(CHART_WIDTH, 5.3), layout="constrained")
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[3.4, 1])
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         axes.vlines(confidence, low, high, color=MODEL, linewidth=2.2)
         axes.plot(confidence, hits, "o-", color=MODEL, markersize=6, linewidth=1.2)
-        axes.set(ylim=(0, 1.02), ylabel="share that is right")
-        widths = [one["high"] - one["low"] for one in kept]
-        below.bar([one["low"] for one in kept], counts, widths, align="edge", color=MODEL, edgecolor=PAPER, linewidth=1)
+        axes.set(ylim=(0, 1.02), ylabel="accuracy")
+        widths = [one.high - one.low for one in bins]
+        below.bar([one.low for one in bins], counts, widths, align="edge", color=MODEL, edgecolor=PAPER, linewidth=1)
         below.set(xlim=(0, 1), xlabel="probability of the likeliest outcome", ylabel="battles")
         below.yaxis.set_major_locator(MaxNLocator(3, integer=True))
         for one in (axes, below):
             one.grid(axis="both")
             one.tick_params(length=0, pad=6)
         figure.align_ylabels()
-        return _svg(figure, name, f"Reliability diagram of {int(counts.sum())} battles in {len(kept)} bins")
+        return _svg(figure, name, f"Reliability diagram of {int(counts.sum())} battles in {len(bins)} bins")
 
 
-def both_orders(as_given: np.ndarray, exchanged: np.ndarray, name: str) -> str:
-    """Return how P(A) with A shown first goes with P(A) with B shown first, as hexagons; darker is more battles.
+def draw_orders(as_given: np.ndarray, exchanged: np.ndarray, name: str) -> str:
+    """Return P(A) with A shown first against P(A) with B shown first, as hexagons; darker is more battles.
 
     Args:
-        as_given: (n_battles,) float.
-        exchanged: (n_battles,) float, of the same A.
-        name: begins the chart's ids.
+        as_given: (n_battles,) float, A shown first.
+        exchanged: (n_battles,) float of the same A, B shown first.
+        name: prefix of the chart's ids.
     """
     with _style():
-        figure = Figure(figsize=(WIDTH, 4.9), layout="constrained")
+        figure = Figure(figsize=(CHART_WIDTH, 4.9), layout="constrained")
         axes = figure.add_subplot()
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=3)
         extent = (0.0, 1.0, 0.0, 1.0)
@@ -174,20 +175,20 @@ def both_orders(as_given: np.ndarray, exchanged: np.ndarray, name: str) -> str:
         return _svg(figure, name, f"P(A) in both orders of {len(as_given)} battles")
 
 
-def by_length(ratio: np.ndarray, humans: np.ndarray, model: np.ndarray, groups: np.ndarray, name: str) -> str:
+def draw_win_rates(ratio: np.ndarray, humans: np.ndarray, model: np.ndarray, groups: np.ndarray, name: str) -> str:
     """Return the win rate of A against how much longer A is than B, in bins of equally many battles.
 
     Args:
-        ratio: (n_battles,) log2 of the length of A by that of B; `FEWEST` battles or more.
+        ratio: (n_battles,) log2 of the length of A over that of B; `MIN_LENGTH_BATTLES` or more.
         humans: (n_battles,) 1 where A won, 0 where B won, a half for a tie.
         model: (n_battles,) the same of the predicted probabilities.
         groups: (n_battles,) labels, for the intervals.
-        name: begins the chart's ids.
+        name: prefix of the chart's ids.
     """
-    bins = np.array_split(np.argsort(ratio, kind="stable"), min(len(ratio) // (FEWEST // 2), 10))
+    bins = np.array_split(np.argsort(ratio, kind="stable"), min(len(ratio) // (MIN_LENGTH_BATTLES // 2), 10))
     places = [float(ratio[one].mean()) for one in bins]
     with _style():
-        figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
+        figure = Figure(figsize=(CHART_WIDTH, 4.0), layout="constrained")
         axes = figure.add_subplot()
         axes.axhline(0.5, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         for label, wins, colour, form in (("people", humans, HUMANS, "s--"), ("model", model, MODEL, "o-")):
@@ -206,30 +207,30 @@ def by_length(ratio: np.ndarray, humans: np.ndarray, model: np.ndarray, groups: 
         return _svg(figure, name, f"Win rate of A by length in {len(bins)} bins, people and model")
 
 
-def _mean(values: np.ndarray, groups: np.ndarray) -> Row:
+def _mean(values: np.ndarray, groups: np.ndarray) -> ChartRow:
     """Return a mean with its 95 % normal interval, from the sums of residuals by group (Liang & Zeger 1986)."""
     mean, (_, members) = float(values.mean()), np.unique(groups, return_inverse=True)
     half = 1.96 * math.sqrt((np.bincount(members, values - mean) ** 2).sum()) / len(values)
-    return Row("", mean, mean - half, mean + half)
+    return ChartRow("", mean, mean - half, mean + half)
 
 
-def learning_curve(
+def draw_learning_curve(
     training: Sequence[tuple[float, float]], validation: Sequence[tuple[float, float]], prior: float | None, name: str
 ) -> str:
     """Return training loss and validation log loss by step.
 
     Args:
-        training: step and loss; a loss that is no number leaves a gap. Of `MANY` or more, means of stretches, too.
+        training: step and loss; NaN leaves a gap. From `MANY_LOSSES` on, means over ranges of steps are drawn, too.
         validation: step and log loss.
         prior: log loss of the class prior, a dashed line, or None.
-        name: begins the chart's ids.
+        name: prefix of the chart's ids.
     """
     with _style():
-        figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
+        figure = Figure(figsize=(CHART_WIDTH, 3.9), layout="constrained")
         axes = figure.add_subplot()
         if training:
             steps, losses = np.array(training, dtype=np.float64).T
-            if len(steps) >= MANY:
+            if len(steps) >= MANY_LOSSES:
                 axes.plot(steps, losses, color=HUMANS, linewidth=0.8, alpha=0.4)
                 pieces = min(len(steps) // 5, 25)
                 steps, losses = (
@@ -251,29 +252,27 @@ def learning_curve(
 
 _ILLEGIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
-LABEL = 27
-"""Characters of a row's label; longer ones are cut."""
 
-
-def legible(text: str) -> str:
-    """Return a text with what HTML, XML and UTF-8 cannot hold (NUL, other controls, half characters) as U+FFFD."""
+def make_legible(text: str) -> str:
+    """Return a text with what HTML, XML and UTF-8 cannot hold (NUL, other controls, lone surrogates) as U+FFFD."""
     return _ILLEGIBLE.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def _label(text: str) -> str:
-    words = " ".join(legible(text).split())
-    return words if len(words) <= LABEL else words[: LABEL - 1].rstrip() + "…"
+    """Return a row's label, at most 27 characters."""
+    words = " ".join(make_legible(text).split())
+    return words if len(words) <= 27 else words[:26].rstrip() + "…"
 
 
-def _figure(row: Row, digits: int) -> str:
-    if row.kind == HEADING:
+def _format_value(row: ChartRow, digits: int) -> str:
+    if row.kind == "heading":
         return ""
-    return f"{row.value:.{digits}f}".replace("-", "−") if math.isfinite(row.value) else "no number"
+    return f"{row.value:.{digits}f}".replace("-", "−") if math.isfinite(row.value) else "not finite"
 
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """Set the style for one chart; characters without a glyph here have one in the reader's browser."""
+    """Set the style for one chart; a character without a glyph in this font has one in the reader's browser."""
     with mpl.style.context(["default", _STYLE]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         yield
@@ -287,7 +286,7 @@ def _svg(figure: Figure, name: str, description: str) -> str:
     size = re.findall('viewBox="[^"]+"', head)[0]
     body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)
     body = re.sub("<[^>]+>", lambda tag: _tag(tag[0], name), body)  # not the text between tags: it may look like one
-    label = html.escape(legible(description))
+    label = html.escape(make_legible(description))
     return f'<svg class="chart" role="img" aria-label="{label}" {size}>{body.strip()}'
 
 

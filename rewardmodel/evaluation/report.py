@@ -1,39 +1,44 @@
-"""Trained runs in, HTML pages out: one run's report, or a comparison of several; needs no torch."""
+"""Evaluated runs in, HTML pages out: one run's report, or a comparison of several. Needs no torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from rewardmodel.evaluation.evaluate import compare, measure_run
-from rewardmodel.evaluation.page import render, render_comparison
+from rewardmodel.evaluation.evaluate import compare, evaluate, evaluated_predictions
+from rewardmodel.evaluation.page import ComparedRun, render_comparison, render_run
+from rewardmodel.evaluation.results import Evaluation
 from rewardmodel.files import write_text
 from rewardmodel.run_folder import RunFolder
 
 
-def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = None) -> Path:
-    """Return the path of one self-contained HTML file about a run, or about several side by side.
+def report(
+    runs: str | Path | Sequence[str | Path],
+    output: str | Path | None = None,
+    evaluations: Sequence[Evaluation] | None = None,
+) -> Path:
+    """Write one self-contained HTML file about a run, or about several side by side, and nothing else.
 
-    The runs are evaluated again, so that metrics.json has every figure of the page. Several runs are compared on the
-    battles of their validation folds, which must be the same.
+    Several runs are compared on the battles of their validation folds, which must be the same.
 
     Args:
         runs: a run folder, or several; all are compared with the first.
-        output: the file to write; none: report.html in the run, comparison.html in the first of several.
+        output: the file to write; default: report.html in the run, comparison.html in the first of several.
+        evaluations: of the runs, as `evaluate_run` returned them, in their order; default: they are computed.
+
+    Returns:
+        The path of the file.
 
     Raises:
         InputError: no such run, or runs that were validated on different battles.
     """
     folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(one) for one in runs]
+    found = [evaluate(folder) for folder in folders] if evaluations is None else list(evaluations)
     if len(folders) == 1:
         path = Path(output or RunFolder(folders[0]).report)
-        facts, table = measure_run(folders[0])
-        write_text(path, render(facts, table, folders[0]))
-        return path
-    measured = [measure_run(folder)[0] for folder in folders]
-    differences = [None, *(compare(folder, folders[0]) for folder in folders[1:])]
-    rows = [
-        {"name": folder.name, "facts": found, "difference_to_first": difference}
-        for folder, found, difference in zip(folders, measured, differences, strict=True)
-    ]
-    path = Path(output or folders[0] / "comparison.html")
-    write_text(path, render_comparison(rows))
+        page = render_run(found[0], evaluated_predictions(folders[0], found[0]), folders[0])
+    else:
+        path = Path(output or folders[0] / "comparison.html")
+        differences = [None, *(compare(folder, folders[0]) for folder in folders[1:])]
+        rows = zip((folder.name for folder in folders), found, differences, strict=True)
+        page = render_comparison([ComparedRun(*row) for row in rows])
+    write_text(path, page)
     return path

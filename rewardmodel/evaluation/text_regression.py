@@ -1,4 +1,4 @@
-"""Battles in, what a logistic regression on their lengths and words says of them out: fitted once, saved, read back.
+"""Battles in, probabilities from logistic regressions on their lengths and words out: fitted, saved, read back.
 
 P(tie) is a logistic regression on features that a swap leaves alone, P(A | no tie) one without intercept on features
 whose sign a swap changes. The three-class log loss is the sum of the two, and each is the same in both orders: that is
@@ -29,30 +29,30 @@ INVERSE_PENALTY = 0.3
 grouped folds: 1.040, 1.036, 1.038, 1.057; with 3,189 battles of other sources to train on: 1.043, 1.041, 1.051, 1.089.
 `length` hardly depends on it (1.050)."""
 
-CHARACTERS = 3000
-"""What is read of a response, from its beginning, for TF-IDF; lengths count all of it."""
+MAX_CHARACTERS = 3000
+"""Of a response, from its start, that TF-IDF counts; lengths count all of it."""
 
 GRAMS = (
     {"analyzer": "word", "ngram_range": (1, 2), "n_features": 2**18},
     {"analyzer": "char_wb", "ngram_range": (3, 3), "n_features": 2**16},
 )
-"""What TF-IDF counts, as `HashingVectorizer` says it."""
+"""What TF-IDF counts, as arguments of `HashingVectorizer`."""
 
-BATCH = 2000
-"""Battles that are read at a time."""
+TEXTS_BATCH = 2000
+"""Battles whose texts are counted at a time."""
 
 
-class Reading(NamedTuple):
-    """What the regressions know of n_battles battles."""
+class TextCounts(NamedTuple):
+    """What is counted in the texts of n_battles battles."""
 
     sizes: np.ndarray
-    """(n_battles, 4) float64: the logarithms of 1 + characters of prompt, A and B, and of the turns."""
+    """(n_battles, 4) float64: the logarithms of 1 + characters of prompt, A and B, and of the number of turns."""
     grams: list[tuple[csr_array, csr_array]]
     """For each of `GRAMS`, A's and B's 1 + log(count), (n_battles, n_features) float32."""
 
-    def rows(self, rows: np.ndarray) -> "Reading":
-        """Return what is known of some of the battles."""
-        return Reading(self.sizes[rows], [(first[rows], second[rows]) for first, second in self.grams])
+    def rows(self, rows: np.ndarray) -> "TextCounts":
+        """Return the counts of some of the battles."""
+        return TextCounts(self.sizes[rows], [(first[rows], second[rows]) for first, second in self.grams])
 
 
 class Coefficients(NamedTuple):
@@ -61,7 +61,7 @@ class Coefficients(NamedTuple):
     text: np.ndarray
     """(n_features,) float32, of all `GRAMS` one after another; of lengths alone (0,)."""
     further: np.ndarray
-    """(k,) float64, of lengths and likeness."""
+    """(k,) float64, of lengths and similarity."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Regression:
     """Two fitted regressions.
 
     Attributes:
-        scales: the inverse document frequencies of each of `GRAMS`, (n_features,) float32; none: of lengths alone.
+        scales: the inverse document frequencies of each of `GRAMS`, (n_features,) float32; empty: lengths alone.
         lead: log-odds of A against B.
         tie: log-odds of a tie.
     """
@@ -78,105 +78,106 @@ class Regression:
     lead: Coefficients
     tie: Coefficients
 
-    def __call__(self, reading: Reading) -> np.ndarray:
-        """Return P(A), P(B), P(tie) of the battles of a reading, (n_battles, 3) float64."""
-        features = _features(reading, self.scales)
+    def __call__(self, counts: TextCounts) -> np.ndarray:
+        """Return P(A), P(B), P(tie), (n_battles, 3) float64."""
+        features = _features(counts, self.scales)
         lead = features.difference @ self.lead.text + features.signed @ self.lead.further
-        undecided = expit(abs(features.difference) @ self.tie.text + features.even @ self.tie.further)
-        return np.stack([(1 - undecided) * expit(lead), (1 - undecided) * expit(-lead), undecided], axis=1)
+        tie = expit(abs(features.difference) @ self.tie.text + features.even @ self.tie.further)
+        return np.stack([(1 - tie) * expit(lead), (1 - tie) * expit(-lead), tie], axis=1)
 
 
-def fit_lengths(reading: Reading, mass: np.ndarray) -> Regression:
+def fit_lengths(counts: TextCounts, mass: np.ndarray) -> Regression:
     """Return the regressions on lengths alone; arguments as for `fit_tfidf`."""
-    return _fitted(reading, mass, ())
+    return _fit_both(counts, mass, ())
 
 
-def fit_tfidf(reading: Reading, mass: np.ndarray) -> Regression:
-    """Return the regressions on the difference of the responses' TF-IDF vectors, beside the lengths.
+def fit_tfidf(counts: TextCounts, mass: np.ndarray) -> Regression:
+    """Return the regressions on the difference of the responses' TF-IDF vectors and on the lengths.
 
     What changes sign with the order is the difference; what does not is its absolute value and the cosines of the
-    vectors, with their squares: like answers tie.
+    vectors, with their squares: similar answers tie.
 
     Args:
-        reading: of n training battles.
+        counts: of n training battles.
         mass: (n, 3) float64 outcome probabilities times weight.
     """
-    return _fitted(reading, mass, tuple(_inverse_document_frequency(*pair, mass) for pair in reading.grams))
+    return _fit_both(counts, mass, tuple(_inverse_document_frequency(*pair, mass) for pair in counts.grams))
 
 
-def _fitted(reading: Reading, mass: np.ndarray, scales: tuple[np.ndarray, ...]) -> Regression:
-    features = _features(reading, scales)
+def _fit_both(counts: TextCounts, mass: np.ndarray, scales: tuple[np.ndarray, ...]) -> Regression:
+    features = _features(counts, scales)
     first, second, tie = mass.T
     text = features.difference
     lead = _coefficients(text, features.signed, first, second)
-    np.abs(text.data, out=text.data)  # in place, because no array is larger
+    np.abs(text.data, out=text.data)  # in place: it is the largest array
     return Regression(scales, lead, _coefficients(text, features.even, tie, first + second))
 
 
-def predict_each(fitted: Sequence[Callable[[Reading], np.ndarray]], battles: Dataset) -> np.ndarray:
-    """Return what several predict of battles, which are read once: (n_fitted, n_battles, 3) float64."""
+def predict_each(fitted: Sequence[Callable[[TextCounts], np.ndarray]], battles: Dataset) -> np.ndarray:
+    """Return what several predict of battles, whose texts are counted once: (n_fitted, n_battles, 3) float64."""
     found = [np.empty((len(fitted), 0, 3))]
-    found += [np.stack([one(reading) for one in fitted]) for reading in _readings(battles)]
+    found += [np.stack([one(counts) for one in fitted]) for counts in _batches(battles)]
     return np.concatenate(found, axis=1)
 
 
-def save(regression: Regression, path: Path) -> None:
-    """Write a regression as a compressed .npz, whole or not at all, with what it counts, by which it is known again."""
+def save_regression(regression: Regression, path: Path) -> None:
+    """Write a regression as a compressed .npz, whole or not at all, with the settings that `load_regression` checks."""
     arrays: dict[str, Any] = {f"scale_{number}": scale for number, scale in enumerate(regression.scales)}
     for name in ("lead", "tie"):
         arrays |= {f"{name}_{part}": array for part, array in getattr(regression, name)._asdict().items()}
     with atomic_path(path) as partial, partial.open("wb") as file:
-        np.savez_compressed(file, counted=np.array(_counted()), **arrays)
+        np.savez_compressed(file, counted=np.array(_count_settings()), **arrays)
 
 
-def load(path: Path) -> Regression:
+def load_regression(path: Path) -> Regression:
     """Return the regression of a file.
 
     Raises:
-        InputError: there is none, or one of a version that counts other features.
+        InputError: no such file, something else in it, or a regression of a version that counts other features.
     """
     try:
         with path.open("rb") as file, np.load(file) as arrays:
-            if arrays["counted"].item() != _counted():
+            if arrays["counted"].item() != _count_settings():
                 raise ValueError("counts other features than this version of rewardmodel")
             lead, tie = (Coefficients(arrays[f"{name}_text"], arrays[f"{name}_further"]) for name in ("lead", "tie"))
             scales = tuple(arrays[f"scale_{number}"] for number in range(len(GRAMS)) if f"scale_{number}" in arrays)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split()) if path.is_file() else "no such file"
         raise InputError(
-            f"{path}: no floor can be read there ({reason}); train again with --resume, which writes it, or switch it "
-            "off with --inference.blend false"
+            f"{path}: cannot read a baseline ({reason}); train again with --resume, which writes it, or switch it off "
+            "with --inference.blend false"
         ) from error
     return Regression(scales, lead, tie)
 
 
-def _counted() -> str:
-    return json.dumps({"grams": GRAMS, "characters": CHARACTERS})
+def _count_settings() -> str:
+    return json.dumps({"grams": GRAMS, "characters": MAX_CHARACTERS})
 
 
-def read(battles: Dataset) -> Reading:
+def count_texts(battles: Dataset) -> TextCounts:
     """Return lengths and n-gram counts of battles."""
-    sizes, grams = zip(*_readings(battles), strict=True)
+    sizes, grams = zip(*_batches(battles), strict=True)
+    # grams = ([(a, b), (a, b)], ...): for each batch the pairs of GRAMS; sides = [[a, b], [a, b]] of all battles
     sides = [[vstack(parts, format="csr") for parts in zip(*pairs, strict=True)] for pairs in zip(*grams, strict=True)]
-    return Reading(np.concatenate(sizes), [(first, second) for first, second in sides])
+    return TextCounts(np.concatenate(sizes), [(first, second) for first, second in sides])
 
 
-def _readings(battles: Dataset) -> Iterator[Reading]:
-    """Yield what is read of `BATCH` battles after another."""
+def _batches(battles: Dataset) -> Iterator[TextCounts]:
+    """Yield the counts of `TEXTS_BATCH` battles after another."""
     vectorizers = [
         HashingVectorizer(**settings, alternate_sign=False, norm=None, dtype=np.float32) for settings in GRAMS
     ]
-    for batch in battles.with_format(None).select_columns(list(TEXT_COLUMNS)).iter(batch_size=BATCH):
+    for batch in battles.with_format(None).select_columns(list(TEXT_COLUMNS)).iter(batch_size=TEXTS_BATCH):
         columns = [["\n".join(turns) for turns in batch[name]] for name in TEXT_COLUMNS]
         counts = [*([len(text) for text in texts] for texts in columns), [len(turns) for turns in batch["prompt"]]]
         sizes = np.log(np.array(counts, dtype=np.float64).T + np.array([1, 1, 1, 0]))
-        heads = [[text[:CHARACTERS] for text in texts] for texts in columns[1:]]
-        pairs = [[_damped(vectorizer.transform(texts)) for texts in heads] for vectorizer in vectorizers]
-        yield Reading(sizes, [(first, second) for first, second in pairs])
+        heads = [[text[:MAX_CHARACTERS] for text in texts] for texts in columns[1:]]
+        pairs = [[_dampen(vectorizer.transform(texts)) for texts in heads] for vectorizer in vectorizers]
+        yield TextCounts(sizes, [(first, second) for first, second in pairs])
 
 
-def _damped(counts: Any) -> csr_array:
-    """Return 1 + log(count) of the counts that are not zero (scikit-learn's `sublinear_tf`)."""
+def _dampen(counts: Any) -> csr_array:
+    """Return 1 + log(count) of the counts above zero (scikit-learn's `sublinear_tf`)."""
     matrix = csr_array(counts, dtype=np.float32)
     matrix.data = 1 + np.log(matrix.data)
     return matrix
@@ -185,7 +186,7 @@ def _damped(counts: Any) -> csr_array:
 def _length_features(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return features of the lengths: (n, 5) that change sign with the order, (n, 5) that do not, a constant first.
 
-    The constants that are taken off are typical of the arena; the constant feature is large so that its coefficient,
+    The constants that are subtracted are typical of the arena; the constant feature is large so that its coefficient,
     the intercept, is hardly penalised.
     """
     prompt, first, second, turns = sizes.T
@@ -195,36 +196,36 @@ def _length_features(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(signed, axis=1), np.stack([constant, abs(signed[0]), longer, prompt - 5, turns], axis=1)
 
 
-class Features(NamedTuple):
-    """What the regressions see of n_battles battles."""
+class RegressionFeatures(NamedTuple):
+    """The features of n_battles battles."""
 
     difference: csr_array
-    """(n_battles, n_features) float32: A's TF-IDF vectors less B's; its absolute value speaks for a tie."""
+    """(n_battles, n_features) float32: A's TF-IDF vectors minus B's; its absolute value predicts a tie."""
     signed: np.ndarray
     """(n_battles, k) float64 further features that change sign with the order."""
     even: np.ndarray
     """(n_battles, l) float64 further features that do not."""
 
 
-def _features(reading: Reading, scales: tuple[np.ndarray, ...]) -> Features:
+def _features(counts: TextCounts, scales: tuple[np.ndarray, ...]) -> RegressionFeatures:
     """Return the features of battles; without scales, of lengths alone."""
-    signed, even = _length_features(reading.sizes)
+    signed, even = _length_features(counts.sizes)
     if not scales:
-        return Features(csr_array((len(signed), 0), dtype=np.float32), signed, even)
+        return RegressionFeatures(csr_array((len(signed), 0), dtype=np.float32), signed, even)
     differences, cosines = [], []
-    for pair, scale in zip(reading.grams, scales, strict=True):
+    for pair, scale in zip(counts.grams, scales, strict=True):
         vectors = [_unit(matrix, scale) for matrix in pair]
         differences.append(vectors[0] - vectors[1])
         cosine = np.asarray((vectors[0] * vectors[1]).sum(axis=1), dtype=np.float64)
         cosines += [cosine, cosine**2]
     del vectors
-    return Features(hstack(differences, format="csr"), signed, np.column_stack([even, *cosines]))
+    return RegressionFeatures(hstack(differences, format="csr"), signed, np.column_stack([even, *cosines]))
 
 
 def _inverse_document_frequency(first: csr_array, second: csr_array, mass: np.ndarray) -> np.ndarray:
     """Return log((1 + n) / (1 + df)) + 1 of each column, float32, over the responses, by their weight.
 
-    The formula is that of scikit-learn's `TfidfTransformer`.
+    It is the formula of scikit-learn's `TfidfTransformer`.
     """
     weight = mass.sum(axis=1)
     frequency = np.zeros(first.shape[1])
@@ -243,9 +244,9 @@ def _coefficients(text: csr_array, further: np.ndarray, yes: np.ndarray, no: np.
     """Return the coefficients of an L2-penalised logistic regression without intercept.
 
     They minimise sum(yes log(1 + exp(-z)) + no log(1 + exp(z))) + |c|^2 / (2 `INVERSE_PENALTY`) where z = features @ c:
-    scikit-learn's `LogisticRegression` on every battle with either label and these weights. The search is in units in
-    which the curvature at c = 0 is about 1, which takes a quarter of the steps: text columns are scaled, the few other
-    ones whitened.
+    scikit-learn's `LogisticRegression` on every battle with both labels and these weights. The search is preconditioned
+    to a curvature of about 1 at c = 0, which takes a quarter of the steps, and a third of the time of scikit-learn's
+    solver: text columns are scaled, the few other ones whitened.
 
     Args:
         text: (n, n_features) float32.
@@ -253,10 +254,13 @@ def _coefficients(text: csr_array, further: np.ndarray, yes: np.ndarray, no: np.
         yes: (n,) float64 weight of the label 1.
         no: (n,) float64 weight of the label 0.
     """
+    # battles without weight, e.g. ties where A is held against B, are left out; no copy where there are none
     known = yes + no > 0
     own, dense, yes, no, count = text, further[known], yes[known], no[known], text.shape[1]
     if not known.all():
         own = text[known]
+
+    # the preconditioner: a scale for each text column, the inverse Cholesky factor for the others
     weight = (yes + no) / 4
     curvature = np.bincount(own.indices, own.data**2 * np.repeat(weight, np.diff(own.indptr)), minlength=text.shape[1])
     unit = 1 / np.sqrt(curvature + 1 / INVERSE_PENALTY)
@@ -275,10 +279,6 @@ def _coefficients(text: csr_array, further: np.ndarray, yes: np.ndarray, no: np.
         gradient = np.concatenate([gradient[:count] * unit, mixed.T @ gradient[count:]])
         return value + found @ found / (2 * INVERSE_PENALTY), gradient
 
-    start = np.zeros(count + dense.shape[1])
-    found = coefficients(minimize(loss, start, jac=True, method="L-BFGS-B", options=SEARCH).x)
+    start, stop = np.zeros(count + dense.shape[1]), {"maxiter": 200, "ftol": 1e-6, "gtol": 1e-3}
+    found = coefficients(minimize(loss, start, jac=True, method="L-BFGS-B", options=stop).x)
     return Coefficients(found[:count].astype(np.float32), found[count:])
-
-
-SEARCH = {"maxiter": 200, "ftol": 1e-6, "gtol": 1e-3}
-"""When the search for coefficients ends."""

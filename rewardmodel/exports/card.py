@@ -14,6 +14,7 @@ from rewardmodel.config.schema import ModelConfig, Recipe, Source
 from rewardmodel.evaluation.bias import format_bias
 from rewardmodel.evaluation.calibration import BLEND
 from rewardmodel.evaluation.evaluate import format_metrics
+from rewardmodel.evaluation.results import read_evaluation
 from rewardmodel.files import write_text
 from rewardmodel.model.loading import load_tokenizer
 from rewardmodel.model.precision import quantization_name
@@ -144,7 +145,8 @@ def _example(model: Path, recipe: Recipe) -> str:
 
 def _run_facts(run: Path) -> dict[str, Any]:
     data = _json(RunFolder(run).environment).get("data", {})
-    facts = _json(RunFolder(run).metrics)
+    metrics = RunFolder(run).metrics
+    evaluation = read_evaluation(metrics) if metrics.is_file() else None
     given = load_run_recipe(run).data.train
     sources = [one.path if isinstance(one, Source) else one for one in (given if isinstance(given, list) else [given])]
     return {
@@ -152,8 +154,8 @@ def _run_facts(run: Path) -> dict[str, Any]:
         "source": ", ".join(map(_shown, sources)),
         "training": data.get("training", "unknown"),
         "validation": data.get("validation", "unknown"),
-        "metrics": format_metrics(facts) if facts else None,
-        "bias": format_bias(facts) if facts else None,
+        "metrics": format_metrics(evaluation) if evaluation else None,
+        "bias": format_bias(evaluation) if evaluation else None,
     }
 
 
@@ -169,9 +171,9 @@ def _calibration(runs: Sequence[Path], model: Path) -> str:
     if not calibrator.get("method"):
         return "None is applied: it did not help beyond noise, or was switched off."
     parameters = ", ".join(f"{value:.4f}" for value in calibrator["parameters"])
-    beside = f", with the floor in {RunFolder(model).blend_baseline.name}" if calibrator["method"] == BLEND else ""
+    blended = f", with the baseline in {RunFolder(model).blend_baseline.name}" if calibrator["method"] == BLEND else ""
     return (
-        f"`rewardmodel predict` applies {calibrator['method']} ({parameters}), of calibrator.json{beside}; plain "
+        f"`rewardmodel predict` applies {calibrator['method']} ({parameters}), of calibrator.json{blended}; plain "
         "transformers gives the probabilities before it."
     )
 

@@ -22,8 +22,8 @@ from rewardmodel.battles import TEXT_COLUMNS
 from rewardmodel.config.loader import dump_recipe
 from rewardmodel.config.schema import ModelConfig, Recipe
 from rewardmodel.errors import InputError, nearest
-from rewardmodel.evaluation import calibration
-from rewardmodel.evaluation import text_regression as regression
+from rewardmodel.evaluation.calibration import BLEND, NO_CALIBRATION, load_calibrator
+from rewardmodel.evaluation.text_regression import load_regression
 from rewardmodel.exports.card import write_card
 from rewardmodel.exports.kaggle import BUNDLED_MODEL, Bundle, check_installed, write_bundle
 from rewardmodel.exports.merge import Trained, merge, trained
@@ -188,13 +188,13 @@ def _check_asked(
 
 
 def _copy_calibrator(run: Path, model: Path) -> None:
-    """Copy a run's calibrator, if it has one, and what that stands on: predictions, without any text, and a floor."""
-    calibrator = calibration.load(RunFolder(run).calibrator)
-    if calibrator == calibration.NONE:
+    """Copy a run's calibrator, if it has one, and what it needs: predictions, without any text, and a baseline."""
+    calibrator = load_calibrator(RunFolder(run).calibrator)
+    if calibrator == NO_CALIBRATION:
         return
     shutil.copy(RunFolder(run).calibrator, RunFolder(model).calibrator)
-    if calibrator.method == calibration.BLEND:
-        regression.load(RunFolder(run).blend_baseline)  # refuses what is no floor
+    if calibrator.method == BLEND:
+        load_regression(RunFolder(run).blend_baseline)  # raises if it is something else
         shutil.copy(RunFolder(run).blend_baseline, RunFolder(model).blend_baseline)
     fitted_on = RunFolder(run).calibrated_on
     table = read_predictions(fitted_on).drop(columns=list(TEXT_COLUMNS), errors="ignore")

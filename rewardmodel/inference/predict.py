@@ -15,9 +15,8 @@ from datasets import Dataset
 from rewardmodel.config.schema import Recipe
 from rewardmodel.data.folds import assign_groups
 from rewardmodel.data.splits import find_seen_battles
-from rewardmodel.evaluation.calibration import BLEND, NONE, Calibrator, load
-from rewardmodel.evaluation.text_regression import load as load_floor
-from rewardmodel.evaluation.text_regression import predict_each
+from rewardmodel.evaluation.calibration import BLEND, NO_CALIBRATION, Calibrator, load_calibrator
+from rewardmodel.evaluation.text_regression import load_regression, predict_each
 from rewardmodel.inference.battles import battles_to_predict, check_time_limit, check_weights
 from rewardmodel.inference.shards import Deadline, shard_folder, sharded_logits
 from rewardmodel.model.features import layer_logits, read_features
@@ -62,7 +61,7 @@ def predict(
 
     Template and truncation are those that each run was trained with. The predictions of several runs, each with its
     calibrator applied, are averaged. A k-fold run is the mean of its folds, calibrated. One model is in memory at a
-    time. Where a run blends (`inference.blend`), its baseline predicts the same battles, in `floor_*`.
+    time. Where a run blends (`inference.blend`), its baseline predicts the same battles, in `baseline_*`.
 
     A battle is predicted only by those runs and folds that had no battle of its group in training, or by all of them
     if there are none: the column `seen` says so (absent if a run has no training_keys.npy).
@@ -157,7 +156,7 @@ def _baseline_predictions(jobs: list[PredictionJob], run_blends: list[bool], bat
         battles: all of them.
     """
     places = [place for place, job in enumerate(jobs) if run_blends[job.run]]
-    baselines = [load_floor(RunFolder(jobs[place].folder).blend_baseline) for place in places]
+    baselines = [load_regression(RunFolder(jobs[place].folder).blend_baseline) for place in places]
     found = predict_each(baselines, battles) if baselines else ()
     return {place: one[jobs[place].rows] for place, one in zip(places, found, strict=True)}
 
@@ -213,7 +212,7 @@ class RunCalibration(NamedTuple):
     """A run's calibrator and what it was fitted on.
 
     Attributes:
-        calibrator: to apply; `NONE` where the run has none, or its recipe switches it off.
+        calibrator: to apply; `NO_CALIBRATION` where the run has none, or its recipe switches it off.
         fitted_on: predictions that it was fitted on; None without a calibrator.
     """
 
@@ -257,12 +256,12 @@ def read_calibration(run: Path, recipe: Recipe) -> RunCalibration:
         InputError: a calibrator, or the predictions that it was fitted on, that cannot be read.
     """
     files = RunFolder(run)
-    calibrator = load(files.calibrator)
-    if calibrator == NONE or not recipe.inference.calibrate:
-        return RunCalibration(NONE, None)
+    calibrator = load_calibrator(files.calibrator)
+    if calibrator == NO_CALIBRATION or not recipe.inference.calibrate:
+        return RunCalibration(NO_CALIBRATION, None)
     if calibrator.method == BLEND and not recipe.inference.blend:
         logger.info("not calibrated: the run's calibrator is a blend, which inference.blend switches off")
-        return RunCalibration(NONE, None)
+        return RunCalibration(NO_CALIBRATION, None)
     return RunCalibration(calibrator, read_predictions(files.calibrated_on))
 
 

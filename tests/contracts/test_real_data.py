@@ -42,9 +42,9 @@ def test_the_arena_recipe_ends_with_a_valid_submission(real_data, user_cache, tm
     assert list(submission.columns) == ["id", "winner_model_a", "winner_model_b", "winner_tie"]
     assert submission["id"].tolist() == pd.read_csv(kaggle / "test.csv")["id"].tolist()
     assert submission.drop(columns="id").sum(axis=1).tolist() == pytest.approx([1, 1, 1], abs=1e-9)
-    assert metrics["prior"] > 0
+    assert metrics.prior > 0
     held_out = pd.read_parquet(folder / "validation.parquet")
-    assert len(held_out) == metrics["battles"]
+    assert len(held_out) == metrics.battles
     assert true_outcomes(held_out).sum(axis=1).tolist() == pytest.approx([1] * len(held_out))
     assert evaluate(folder) == metrics
     again = dataclasses.replace(recipe)

@@ -14,7 +14,14 @@ from rewardmodel.data.folds import CALIBRATION_FOLD, HOLDOUT_FOLD, TRAIN_ONLY
 from rewardmodel.data.splits import load_battles
 from rewardmodel.errors import InputError
 from rewardmodel.evaluation import text_regression as regression
-from rewardmodel.evaluation.baselines import FLOORS, baseline, fit, fit_predict, format_baseline, measure, predictions
+from rewardmodel.evaluation.baselines import (
+    BASELINES,
+    baseline,
+    fit_baselines,
+    format_baseline,
+    measure_baselines,
+    predict_baselines,
+)
 from rewardmodel.metrics import class_prior, log_loss
 from rewardmodel.predictions import PROBABILITIES
 
@@ -28,11 +35,15 @@ def _few_columns():
         yield
 
 
-ALL = [f"{floor}_{name}" for floor in FLOORS for name in PROBABILITIES]
+def fit_predict(training, judged):
+    return predict_baselines(fit_baselines(training), judged)
 
 
-def array(table, floor):
-    return table[[f"{floor}_{name}" for name in PROBABILITIES]].to_numpy()
+ALL = [f"{name}_{outcome}" for name in BASELINES for outcome in PROBABILITIES]
+
+
+def array(table, name):
+    return table[[f"{name}_{outcome}" for outcome in PROBABILITIES]].to_numpy()
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +61,7 @@ def test_words_that_win_are_found_by_tfidf_alone(trained):
     judged = drawn(200, seed=1)
     table = fit_predict(trained, judged)
     true = np.stack([judged[name] for name in OUTCOMES], axis=1)
-    loss = {floor: log_loss(array(table, floor), true) for floor in FLOORS}
+    loss = {name: log_loss(array(table, name), true) for name in BASELINES}
     assert loss["tfidf"] < loss["length"] - 0.02
     assert loss["length"] < loss["prior"] - 0.02
 
@@ -62,9 +73,9 @@ texts = st.text(alphabet=st.sampled_from("ab é雪\u0000\n\U0001f600"), max_size
 @given(st.lists(st.tuples(texts, texts), min_size=1, max_size=6))
 def test_a_swap_is_exact(trained, pairs):
     judged = battles_of(pairs, np.full((len(pairs), 3), np.nan))
-    reading, exchanged = regression.read(judged), regression.read(swap(judged))
-    for floor in fit(trained).values():
-        given, swapped = floor(reading), floor(exchanged)
+    counts, exchanged = regression.count_texts(judged), regression.count_texts(swap(judged))
+    for fitted in fit_baselines(trained).values():
+        given, swapped = fitted(counts), fitted(exchanged)
         assert swapped[:, [1, 0, 2]] == pytest.approx(given, abs=1e-9)
         assert given.sum(axis=1) == pytest.approx(1, abs=1e-12)
         assert (given > 0).all()
@@ -139,7 +150,7 @@ def test_every_battle_of_a_fold_is_judged_in_order_and_no_other(trained):
 
 
 @pytest.mark.parametrize("part", [0, 3, CALIBRATION_FOLD])
-def test_no_floor_sees_the_outcomes_of_what_it_judges(trained, part):
+def test_no_baseline_sees_the_outcomes_of_what_it_judges(trained, part):
     folds = np.array(trained["fold"][:])
     folds[:40] = CALIBRATION_FOLD
     there = folds == part
@@ -170,43 +181,45 @@ def test_odd_texts_and_outcomes_are_predicted():
 
 def test_measure_gives_intervals_by_group_and_a_table(trained):
     table = baseline(trained)
-    facts = measure(table)
-    assert list(facts) == list(FLOORS)
+    facts = measure_baselines(table)
+    assert list(facts) == list(BASELINES)
     true = table[list(OUTCOMES)].to_numpy()
-    for floor, found in facts.items():
+    for name, found in facts.items():
         assert list(found) == ["log_loss", "accuracy"]
-        assert found["log_loss"]["value"] == log_loss(array(table, floor), true)
+        assert found["log_loss"].value == log_loss(array(table, name), true)
         for metric in found.values():
-            assert metric["low"] < metric["value"] < metric["high"]
-    wide = measure(table.assign(group=table["group"] // 20))
-    spread = [one["length"]["log_loss"]["high"] - one["length"]["log_loss"]["low"] for one in (facts, wide)]
+            assert metric.low < metric.value < metric.high
+    wide = measure_baselines(table.assign(group=table["group"] // 20))
+    spread = [one["length"]["log_loss"].high - one["length"]["log_loss"].low for one in (facts, wide)]
     assert spread[0] != spread[1]
-    assert facts["prior"]["log_loss"]["value"] == pytest.approx(
+    assert facts["prior"]["log_loss"].value == pytest.approx(
         log_loss(np.broadcast_to(class_prior(true), true.shape), true), abs=0.03
     )
     lines = format_baseline(facts).splitlines()
-    assert [line.split()[0] for line in lines[1:]] == list(FLOORS)
-    assert f"{facts['tfidf']['log_loss']['value']:.4f}" in lines[3]
+    assert [line.split()[0] for line in lines[1:]] == list(BASELINES)
+    assert f"{facts['tfidf']['log_loss'].value:.4f}" in lines[3]
 
 
-def test_floors_are_fitted_once_and_predict_any_battles(trained):
-    floors = fit(trained)
+def test_baselines_are_fitted_once_and_predict_any_battles(trained):
+    baselines = fit_baselines(trained)
     for seed in (1, 2):
         judged = drawn(20, seed=seed)
-        assert predictions(floors, judged).equals(fit_predict(trained, judged))
-    assert predictions(floors, judged.select([])).columns.tolist() == ["id", *ALL]
+        assert predict_baselines(baselines, judged).equals(fit_predict(trained, judged))
+    assert predict_baselines(baselines, judged.select([])).columns.tolist() == ["id", *ALL]
 
 
-def test_the_floors_need_no_torch():
+@pytest.mark.slow
+def test_the_baselines_need_no_torch():
     code = "import sys, rewardmodel.evaluation.baselines; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-# Five folds of 1,870 long battles: 5 to 15 s.
-def test_the_floors_of_real_battles(real_data, monkeypatch):
+@pytest.mark.slow  # five folds of 1,870 long battles
+def test_the_baselines_of_real_battles(real_data, monkeypatch):
     monkeypatch.setattr(regression, "GRAMS", GRAMS)
-    facts = measure(baseline(load_battles(DataConfig(train=str(real_data / "kaggle" / "train.csv"), folds=5))))
-    loss = {floor: found["log_loss"]["value"] for floor, found in facts.items()}
+    battles = load_battles(DataConfig(train=str(real_data / "kaggle" / "train.csv"), folds=5))
+    facts = measure_baselines(baseline(battles))
+    loss = {name: found["log_loss"].value for name, found in facts.items()}
     assert loss["prior"] == pytest.approx(1.097, abs=0.003)
     assert loss["length"] <= 1.06
     assert loss["tfidf"] <= loss["length"] - 0.005
@@ -221,5 +234,5 @@ def test_battles_without_an_outcome_teach_and_judge_nothing():
     only = battles.select(np.flatnonzero(known))
     assert baseline(battles).equals(baseline(only))
     assert fit_predict(battles, only).equals(fit_predict(only, only))
-    with pytest.raises(InputError, match="the floors need training battles with outcomes"):
+    with pytest.raises(InputError, match="the baselines need training battles with outcomes"):
         fit_predict(battles.select(np.flatnonzero(~known)), only)

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import re
 import warnings
@@ -9,27 +10,25 @@ import numpy as np
 import pytest
 
 from rewardmodel.evaluation.charts import (
+    CHART_WIDTH,
     COLOURS,
-    FLOOR,
-    HEADING,
-    PUBLISHED,
-    WIDTH,
-    Row,
-    both_orders,
-    by_length,
-    intervals,
-    learning_curve,
-    legible,
-    reliability,
+    ChartRow,
+    draw_intervals,
+    draw_learning_curve,
+    draw_orders,
+    draw_reliability,
+    draw_win_rates,
+    make_legible,
 )
+from rewardmodel.evaluation.results import ReliabilityBin
 
-BIN = {"low": 0.3, "high": 0.4, "battles": 123, "confidence": 0.35, "hit_rate": 0.4, "hit_low": 0.3, "hit_high": 0.5}
-BINS = [BIN, BIN | {"low": 0.4, "high": 0.5, "battles": 45, "confidence": 0.44}]
+BIN = ReliabilityBin(0.3, 0.4, 123, confidence=0.35, hit_rate=0.4, hit_low=0.3, hit_high=0.5)
+BINS = [BIN, dataclasses.replace(BIN, low=0.4, high=0.5, battles=45, confidence=0.44)]
 ROWS = [
-    Row("on these battles", kind=HEADING),
-    Row("this model", 0.931, 0.91, 0.95),
-    Row("class prior", 1.097, 1.09, 1.1, FLOOR),
-    Row("Gemma-2-9B", 0.93, kind=PUBLISHED),
+    ChartRow("on these battles", kind="heading"),
+    ChartRow("this model", 0.931, 0.91, 0.95),
+    ChartRow("class prior", 1.097, 1.09, 1.1, "baseline"),
+    ChartRow("Gemma-2-9B", 0.93, kind="published"),
 ]
 
 
@@ -46,15 +45,15 @@ def lengths(count=300):
 
 
 CHARTS = {
-    "intervals": lambda name: intervals(ROWS, "log loss", name, 1.0986),
-    "reliability": lambda name: reliability(BINS, name),
-    "both_orders": lambda name: both_orders(*orders(), name),
-    "by_length": lambda name: by_length(*lengths(), name),
-    "learning_curve": lambda name: learning_curve([(10, 1.1), (20, 1.0)], [(20, 1.05)], 1.09, name),
+    "intervals": lambda name: draw_intervals(ROWS, "log loss", name, 1.0986),
+    "reliability": lambda name: draw_reliability(BINS, name),
+    "both_orders": lambda name: draw_orders(*orders(), name),
+    "by_length": lambda name: draw_win_rates(*lengths(), name),
+    "learning_curve": lambda name: draw_learning_curve([(10, 1.1), (20, 1.0)], [(20, 1.05)], 1.09, name),
 }
 LABELS = {
     "intervals": ["log loss", "on these battles", "this model", "0.931", "class prior", "1.097", "Gemma-2-9B", "0.930"],
-    "reliability": ["probability of the likeliest outcome", "share that is right", "battles"],
+    "reliability": ["probability of the likeliest outcome", "accuracy", "battles"],
     "both_orders": ["P(A wins), A shown first", "P(A wins), B shown first"],
     "by_length": ["length of A against B, in characters", "win rate of A", "people", "model", "same", "2×", "longer"],
     "learning_curve": ["optimiser step", "loss", "training loss", "validation log loss", "class prior"],
@@ -77,7 +76,7 @@ def test_chart_stands_in_a_page(chart):
     assert root.tag == "svg"
     assert root.get("role") == "img"
     assert root.get("aria-label")
-    assert root.get("viewBox").startswith(f"0 0 {72 * WIDTH:.0f} ")
+    assert root.get("viewBox").startswith(f"0 0 {72 * CHART_WIDTH:.0f} ")
     assert "width" not in root.attrib
     ids = [one.get("id") for one in root.iter() if one.get("id")]
     assert len(ids) == len(set(ids))
@@ -119,8 +118,8 @@ def marks(svg, name, colour):
 
 
 def test_marks_stand_where_their_figures_are():
-    rows = [Row("a", 1.0), Row("b", 2.0), Row("c", 4.0)]
-    places = marks(intervals(rows, "log loss", "mine"), "mine", "model")
+    rows = [ChartRow("a", 1.0), ChartRow("b", 2.0), ChartRow("c", 4.0)]
+    places = marks(draw_intervals(rows, "log loss", "mine"), "mine", "model")
     assert len(places) == 3
     assert (places[2] - places[1]) / (places[1] - places[0]) == pytest.approx(2, rel=1e-4)
 
@@ -131,43 +130,47 @@ def test_marks_stand_where_their_figures_are():
 def test_any_label_is_text(label):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        svg = intervals([Row(label, 1.0)], "log loss", "mine")
+        svg = draw_intervals([ChartRow(label, 1.0)], "log loss", "mine")
     svg.encode()
-    shown = " ".join(legible(label).split())
+    shown = " ".join(make_legible(label).split())
     if shown:
         assert any(one == shown or (one.endswith("…") and shown.startswith(one[:-1])) for one in texts(svg))
     assert len(ElementTree.fromstring(svg).findall(".//b")) == 0
 
 
-def test_no_number_is_told_and_not_drawn():
-    svg = intervals([Row("gone", math.nan), Row("far", math.inf), Row("there", 1.0, 0.9, math.nan)], "log loss", "mine")
-    assert texts(svg).count("no number") == 2
+def test_a_value_that_is_not_finite_is_named_and_not_drawn():
+    svg = draw_intervals(
+        [ChartRow("gone", math.nan), ChartRow("far", math.inf), ChartRow("there", 1.0, 0.9, math.nan)],
+        "log loss",
+        "mine",
+    )
+    assert texts(svg).count("not finite") == 2
     assert len(marks(svg, "mine", "model")) == 1
 
 
 def test_nothing_but_one_row_or_one_bin_or_one_step_is_drawn():
-    assert "0.500" in texts(intervals([Row("one", 0.5)], "log loss", "mine"))
-    assert texts(reliability([BIN], "mine"))
-    assert texts(both_orders(np.array([0.5]), np.array([0.5]), "mine"))
-    assert "validation log loss" not in texts(learning_curve([(1, 1.0)], [], None, "mine"))
-    assert "class prior" not in texts(learning_curve([(1, 1.0)], [], math.nan, "mine"))
+    assert "0.500" in texts(draw_intervals([ChartRow("one", 0.5)], "log loss", "mine"))
+    assert texts(draw_reliability([BIN], "mine"))
+    assert texts(draw_orders(np.array([0.5]), np.array([0.5]), "mine"))
+    assert "validation log loss" not in texts(draw_learning_curve([(1, 1.0)], [], None, "mine"))
+    assert "class prior" not in texts(draw_learning_curve([(1, 1.0)], [], math.nan, "mine"))
 
 
-def test_losses_that_are_no_numbers_leave_gaps():
+def test_losses_that_are_nan_leave_gaps():
     losses = [(step, math.nan if step % 7 == 0 else 1.0) for step in range(60)]
-    assert "nan" not in learning_curve(losses, [(59, math.nan)], 1.0, "mine").lower()
+    assert "nan" not in draw_learning_curve(losses, [(59, math.nan)], 1.0, "mine").lower()
 
 
 def test_lengths_that_do_not_differ_are_drawn():
     flat = np.zeros(50)
-    assert "same" in texts(by_length(flat, flat + 0.5, flat + 0.5, np.arange(50), "mine"))
+    assert "same" in texts(draw_win_rates(flat, flat + 0.5, flat + 0.5, np.arange(50), "mine"))
 
 
 def test_many_battles_stay_small():
-    assert len(both_orders(*orders(50_000), "mine")) < 200_000
-    assert len(learning_curve([(step, 1.0) for step in range(5000)], [], 1.0, "mine")) < 300_000
+    assert len(draw_orders(*orders(50_000), "mine")) < 200_000
+    assert len(draw_learning_curve([(step, 1.0) for step in range(5000)], [], 1.0, "mine")) < 300_000
 
 
 def test_legible_keeps_text_and_replaces_what_no_page_can_hold():
-    assert legible("a\tb\r\nc\rd é 漢 👩") == "a\tb\nc\nd é 漢 👩"
-    assert legible("\0\x1b\x7f\x85\ud800\ufffe") == "\ufffd" * 6
+    assert make_legible("a\tb\r\nc\rd é 漢 👩") == "a\tb\nc\nd é 漢 👩"
+    assert make_legible("\0\x1b\x7f\x85\ud800\ufffe") == "\ufffd" * 6

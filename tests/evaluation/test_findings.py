@@ -1,5 +1,5 @@
-import json
 import math
+from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
@@ -9,136 +9,161 @@ from hypothesis import strategies as st
 
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.evaluation.evaluate import evaluate
-from rewardmodel.evaluation.findings import ALIKE, LARGE, MANY_FLIPS, MOST, NO_SPREAD, UNIFORM, findings, some_of
+from rewardmodel.evaluation.findings import (
+    LARGE_GAP,
+    MANY_FLIPS,
+    MAX_NAMES,
+    MIN_GROUPS,
+    MIN_SPREAD,
+    UNIFORM_LOG_LOSS,
+    join_names,
+    list_findings,
+)
+from rewardmodel.evaluation.results import (
+    Evaluation,
+    Interval,
+    ModelBias,
+    PositionBias,
+    Reliability,
+    ReliabilityBin,
+    Slice,
+    VerbosityBias,
+    WinRate,
+    read_evaluation,
+)
+from rewardmodel.files import write_json
 from rewardmodel.predictions import PROBABILITIES, average_probabilities
 
 
-def figure(value, low=None, high=None):
-    """Return a figure; one number alone is a point."""
-    return {"value": value, "low": value if low is None else low, "high": value if high is None else high}
+def interval(value, low=None, high=None):
+    """Return an interval; one number alone is a point."""
+    return Interval(value, value if low is None else low, value if high is None else high)
 
 
 def measured(groups=100, **metrics):
-    return {"battles": groups, "groups": groups, "metrics": metrics}
+    return Evaluation(groups, groups, metrics=metrics)
 
 
 def ordered(groups=100, **position):
-    return {"battles": groups, "groups": groups, "position": position}
+    nothing = {name: interval(0) for name in ("flip_rate", "mean_abs_difference", "preference", "gain")}
+    return Evaluation(groups, groups, position=PositionBias(**nothing | position, log_loss={}))
 
 
-def confident(says, hits, after=None):
-    """Return facts of two bins whose mean confidence is `says`."""
-    bins = [{"battles": 30, "confidence": says - 0.1}, {"battles": 10, "confidence": says + 0.3}]
-    later = None if after is None else [{"battles": 5, "confidence": after}]
-    return measured(accuracy=hits) | {"reliability": {"before": bins, "after": later}}
+def confident(mean, hits, after=None):
+    """Return an evaluation of two bins whose mean confidence is `mean`."""
+    bins = [ReliabilityBin(0, 1, *one, 0, 0, 0) for one in ((30, mean - 0.1), (10, mean + 0.3))]
+    later = None if after is None else [ReliabilityBin(0, 1, 5, after, 0, 0, 0)]
+    return replace(measured(accuracy=hits), reliability=Reliability(bins, later))
 
 
-def confused(rows, groups, stated):
-    return {"confusion": rows, "groups": groups, "battles": sum(map(sum, rows)), "stated": stated}
+def confused(rows, groups, means):
+    return Evaluation(sum(map(sum, rows)), groups, confusion=rows, mean_probabilities=means)
 
 
 def longer(slope, low, high):
-    return {"groups": 100, "verbosity": {"difference": figure(slope, low, high)}}
+    difference = interval(slope, low, high)
+    return Evaluation(100, 100, verbosity=VerbosityBias(100, None, None, difference, "", None, None))
 
 
-def favoured(gaps, kind="families", names=None):
-    """Return facts of models whose win rate is off by known gaps, a point each side."""
-    rows = [{"name": f"m{row}", "difference": figure(gap, gap - 0.01, gap + 0.01)} for row, gap in enumerate(gaps)]
-    return {"models": {"families": [], "names": names or [], "pairs": []} | {kind: rows}}
+def favoured(gaps, kind="families", names=()):
+    """Return an evaluation of models whose win rate is off by known gaps, a point each side."""
+    rows = [WinRate(f"m{row}", 50, 0, 0, interval(gap, gap - 0.01, gap + 0.01)) for row, gap in enumerate(gaps)]
+    return Evaluation(100, 100, models=ModelBias(**{"families": [], "names": list(names), "pairs": []} | {kind: rows}))
 
 
 def sliced(*losses, dimension="source", width=0.01):
-    """Return facts of slices of 50 battles whose outcome shares have a log loss of 1.05."""
+    """Return an evaluation of slices of 50 battles whose outcome shares have a log loss of 1.05."""
+    other = {"battles": 50, "accuracy": interval(0), "accuracy_decided": None, "prior": 1.05, "prior_all": 1.05}
     rows = [
-        {"name": f"s{row}", "battles": 50, "prior_all": 1.05, "log_loss": figure(loss, loss - width, loss + width)}
+        Slice(name=f"s{row}", log_loss=interval(loss, loss - width, loss + width), **other)
         for row, loss in enumerate(losses)
     ]
-    return {"slices": {"turns": None, dimension: rows}}
+    return Evaluation(100, 100, slices={"turns": None, dimension: rows})
 
 
-TWICE_AS_LONG = 2 * math.atanh(LARGE) / math.log(2)
-"""Slope at which a response twice as long is favoured by `LARGE`."""
+TWICE_AS_LONG = 2 * math.atanh(LARGE_GAP) / math.log(2)
+"""Slope at which a response twice as long is favoured by `LARGE_GAP`."""
 
 RULES = {
     "log loss": (
-        measured(log_loss=figure(1.2, UNIFORM + 0.001, 1.3)),
-        measured(log_loss=figure(1.2, UNIFORM - 0.001, 1.3)),
-        "The log loss, 1.2000, is above 1.0986: saying one third each would be better.",
+        measured(log_loss=interval(1.2, UNIFORM_LOG_LOSS + 0.001, 1.3)),
+        measured(log_loss=interval(1.2, UNIFORM_LOG_LOSS - 0.001, 1.3)),
+        "The log loss, 1.2000, is worse than 1.0986, that of one third each.",
     ),
     "log loss, the same in every group": (
-        measured(ALIKE, log_loss=figure(1.2)),
-        measured(ALIKE - 1, log_loss=figure(1.2)),
-        "The log loss, 1.2000, is above 1.0986: saying one third each would be better.",
+        measured(MIN_GROUPS, log_loss=interval(1.2)),
+        measured(MIN_GROUPS - 1, log_loss=interval(1.2)),
+        "The log loss, 1.2000, is worse than 1.0986, that of one third each.",
     ),
     "spread": (
-        {"battles": 2, "spread": NO_SPREAD * 0.99},
-        {"battles": 2, "spread": NO_SPREAD},
-        "All battles get nearly the same prediction: the model reads nothing from them.",
+        Evaluation(2, 2, spread=MIN_SPREAD * 0.99),
+        Evaluation(2, 2, spread=MIN_SPREAD),
+        "All battles get nearly the same prediction: the model ignores its input.",
     ),
     "spread of one battle": (
-        {"battles": 2, "spread": 0.0},
-        {"battles": 1, "spread": 0.0},
-        "All battles get nearly the same prediction: the model reads nothing from them.",
+        Evaluation(2, 2, spread=0.0),
+        Evaluation(1, 1, spread=0.0),
+        "All battles get nearly the same prediction: the model ignores its input.",
     ),
     "winners": (
-        measured(accuracy_decided=figure(0.58, 0.499, 0.66)),
-        measured(accuracy_decided=figure(0.58, 0.501, 0.66)),
-        "That the model tells winner from loser is not shown: it finds 58 % of the winners [50, 66], a coin 50 %.",
+        measured(accuracy_decided=interval(0.58, 0.499, 0.66)),
+        measured(accuracy_decided=interval(0.58, 0.501, 0.66)),
+        "Picking the winner is not shown to be better than chance: 58 % [50, 66] of decided battles are right.",
     ),
     "winners, all of them": (
-        measured(ALIKE - 1, accuracy_decided=figure(1.0)),
-        measured(ALIKE, accuracy_decided=figure(1.0)),
-        "That the model tells winner from loser is not shown: it finds 100 % of the winners [100, 100], a coin 50 %.",
+        measured(MIN_GROUPS - 1, accuracy_decided=interval(1.0)),
+        measured(MIN_GROUPS, accuracy_decided=interval(1.0)),
+        "Picking the winner is not shown to be better than chance: 100 % [100, 100] of decided battles are right.",
     ),
     "losers": (
-        measured(accuracy_decided=figure(0.4, 0.35, 0.45)),
-        measured(accuracy_decided=figure(0.6, 0.55, 0.65)),
-        "That the model tells winner from loser is not shown: it finds 40 % of the winners [35, 45], a coin 50 %.",
+        measured(accuracy_decided=interval(0.4, 0.35, 0.45)),
+        measured(accuracy_decided=interval(0.6, 0.55, 0.65)),
+        "Picking the winner is not shown to be better than chance: 40 % [35, 45] of decided battles are right.",
     ),
     "too sure by a size that matters": (
-        confident(0.551, figure(0.5, 0.49, 0.51)),
-        confident(0.549, figure(0.5, 0.49, 0.51)),
-        "The model is too sure: it gives the likeliest outcome 55 % on average, which happens in 50 %.",
+        confident(0.551, interval(0.5, 0.49, 0.51)),
+        confident(0.549, interval(0.5, 0.49, 0.51)),
+        "The model is overconfident: the likeliest outcome gets 55 % on average, and happens in 50 % of battles.",
     ),
     "too unsure beyond chance": (
-        confident(0.4, figure(0.5, 0.401, 0.6)),
-        confident(0.4, figure(0.5, 0.399, 0.6)),
-        "The model is too unsure: it gives the likeliest outcome 40 % on average, which happens in 50 %.",
+        confident(0.4, interval(0.5, 0.401, 0.6)),
+        confident(0.4, interval(0.5, 0.399, 0.6)),
+        "The model is underconfident: the likeliest outcome gets 40 % on average, and happens in 50 % of battles.",
     ),
     "too sure after calibration": (
-        confident(0.5, figure(0.5, 0.49, 0.51), after=0.6),
-        confident(0.6, figure(0.5, 0.49, 0.51), after=0.5),
-        "The model is too sure: it gives the likeliest outcome 60 % on average, which happens in 50 %.",
+        confident(0.5, interval(0.5, 0.49, 0.51), after=0.6),
+        confident(0.6, interval(0.5, 0.49, 0.51), after=0.5),
+        "The model is overconfident: the likeliest outcome gets 60 % on average, and happens in 50 % of battles.",
     ),
     "too little for a tie beyond chance": (  # 20 of 100 are 13.3 to 28.9 % (Wilson)
         confused([[30, 10, 0], [10, 30, 0], [15, 5, 0]], 100, [0.45, 0.43, 0.12]),
         confused([[30, 10, 0], [10, 30, 0], [15, 5, 0]], 100, [0.43, 0.43, 0.14]),
-        "The model gives a tie 12 % on average, which happens in 20 %, and never finds it likeliest.",
+        "P(tie) is 12 % on average, but it happens in 20 %; it is never the likeliest outcome.",
     ),
     "too much for a win of B, by what matters": (
         confused([[300, 100, 0], [100, 300, 0], [100, 99, 1]], 1000, [0.37, 0.451, 0.179]),
         confused([[300, 100, 0], [100, 300, 0], [100, 99, 1]], 1000, [0.37, 0.449, 0.181]),
-        "The model gives a win of B 45 % on average, which happens in 40 %.",
+        "P(B wins) is 45 % on average, but it happens in 40 %.",
     ),
     "flips": (
-        ordered(flip_rate=figure(0.42, MANY_FLIPS + 0.001, 0.5)),
-        ordered(flip_rate=figure(0.42, MANY_FLIPS - 0.001, 0.5)),
+        ordered(flip_rate=interval(0.42, MANY_FLIPS + 0.001, 0.5)),
+        ordered(flip_rate=interval(0.42, MANY_FLIPS - 0.001, 0.5)),
         "The verdict flips with the order of the responses in 42 % of battles.",
     ),
     "flips, all of them": (
-        ordered(ALIKE, flip_rate=figure(1.0)),
-        ordered(ALIKE - 1, flip_rate=figure(1.0)),
+        ordered(MIN_GROUPS, flip_rate=interval(1.0)),
+        ordered(MIN_GROUPS - 1, flip_rate=interval(1.0)),
         "The verdict flips with the order of the responses in 100 % of battles.",
     ),
     "first place, of a size that matters": (
-        ordered(preference=figure(LARGE, 0.04, 0.06)),
-        ordered(preference=figure(LARGE - 0.001, 0.04, 0.06)),
-        "The model favours what stands first, by 5 points of probability.",
+        ordered(preference=interval(LARGE_GAP, 0.04, 0.06)),
+        ordered(preference=interval(LARGE_GAP - 0.001, 0.04, 0.06)),
+        "The model favours the response that stands first, by 5 points of probability.",
     ),
     "second place, beyond chance": (
-        ordered(preference=figure(-0.1, -0.2, -0.001)),
-        ordered(preference=figure(-0.1, -0.2, 0.001)),
-        "The model favours what stands second, by 10 points of probability.",
+        ordered(preference=interval(-0.1, -0.2, -0.001)),
+        ordered(preference=interval(-0.1, -0.2, 0.001)),
+        "The model favours the response that stands second, by 10 points of probability.",
     ),
     "longer, of a size that matters": (
         longer(TWICE_AS_LONG + 0.001, 0.01, 0.3),
@@ -153,19 +178,18 @@ RULES = {
     "families, more than chance has it": (  # .05 * 20 + 2 sqrt(.05 * .95 * 20) = 2.95
         favoured([0.1, -0.2, 0.06, *[0] * 17]),
         favoured([0.1, -0.2, *[0] * 18]),
-        "Predicted to win more or less often than people let them, 3 of 20 families: "
-        "m0 10 points more, m1 20 points less, m2 6 points more.",
+        "The predicted win rate of 3 of 20 families is off: "
+        "m0 10 points too high, m1 20 points too low, m2 6 points too high.",
     ),
     "a family, of a size that matters": (
-        favoured([LARGE]),
-        favoured([LARGE - 0.001]),
-        "Predicted to win more or less often than people let them, 1 of 1 families: m0 5 points more.",
+        favoured([LARGE_GAP]),
+        favoured([LARGE_GAP - 0.001]),
+        "The predicted win rate of 1 of 1 families is off: m0 5 points too high.",
     ),
     "models of families that are not off": (
         favoured([0.1, -0.1], kind="names"),
         favoured([0.005, -0.005], kind="names"),
-        "Predicted to win more or less often than people let them, 2 of 2 models: "
-        "m0 10 points more, m1 10 points less.",
+        "The predicted win rate of 2 of 2 models is off: m0 10 points too high, m1 10 points too low.",
     ),
     "a slice": (
         sliced(1.07, 0.9),
@@ -183,59 +207,59 @@ RULES = {
 
 @pytest.mark.parametrize(("beyond", "short", "sentence"), RULES.values(), ids=RULES)
 def test_a_rule_speaks_just_beyond_its_threshold_and_not_just_short_of_it(beyond, short, sentence):
-    assert findings(beyond) == [sentence]
-    assert findings(short) == []
+    assert list_findings(beyond) == [sentence]
+    assert list_findings(short) == []
 
 
 def test_models_are_not_named_beside_their_families():
-    both = favoured([0.1, 0.2], names=favoured([0.3], kind="names")["models"]["names"])
-    (sentence,) = findings(both)
-    assert "2 of 2 families: m0" in sentence
+    both = favoured([0.1, 0.2], names=favoured([0.3], kind="names").models.names)
+    (sentence,) = list_findings(both)
+    assert "2 of 2 families is off: m0" in sentence
 
 
 def test_a_slice_by_what_happened_says_nothing():
-    assert findings(sliced(1.5, 0.1, dimension="outcome")) == []
+    assert list_findings(sliced(1.5, 0.1, dimension="outcome")) == []
 
 
 def test_an_outcome_that_never_happens_need_not_be_found():
-    assert findings(confused([[50, 10, 0], [10, 50, 0], [0, 0, 0]], 120, [0.5, 0.48, 0.02])) == []
+    assert list_findings(confused([[50, 10, 0], [10, 50, 0], [0, 0, 0]], 120, [0.5, 0.48, 0.02])) == []
 
 
 def test_steps_without_a_loss_are_counted():
-    assert findings({}, [(1, 0.5), (2, math.nan), (3, math.inf)]) == [
-        "The training loss was no number at 2 logged steps."
+    assert list_findings(Evaluation(0, 0), [(1, 0.5), (2, math.nan), (3, math.inf)]) == [
+        "The training loss was NaN or infinite at 2 logged steps."
     ]
-    assert findings({}, [(1, 0.5)]) == []
+    assert list_findings(Evaluation(0, 0), [(1, 0.5)]) == []
 
 
 def test_a_preference_costs_what_the_constant_says():
-    shifted = 0.35 + np.array([1, -1]) * LARGE / 2
+    shifted = 0.35 + np.array([1, -1]) * LARGE_GAP / 2
     assert round(float(-0.35 * np.log(shifted / 0.35).sum()), 3) == 0.002
 
 
-@pytest.mark.parametrize("part", ["metrics", "reliability", "confusion", "position", "verbosity", "models", "slices"])
-def test_what_was_not_measured_is_passed_over(part):
-    assert findings({part: None}) == findings({part: {}}) == []
+def test_what_was_not_measured_is_skipped():
+    assert list_findings(Evaluation(100, 100)) == []
+    assert list_findings(Evaluation(100, 100, metrics={}, confusion=[], mean_probabilities=[], slices={})) == []
 
 
 @given(st.floats(-1, 1), st.floats(1e-6, 1))
-def test_a_preference_is_told_where_it_is_large_and_beyond_chance(value, half):
-    told = findings(ordered(preference=figure(value, value - half, value + half)))
+def test_a_preference_is_listed_where_it_is_large_and_beyond_chance(value, half):
+    listed = list_findings(ordered(preference=interval(value, value - half, value + half)))
     beyond = not value - half <= 0 <= value + half
-    assert bool(told) == (abs(value) >= LARGE and beyond)
-    assert ("first" in "".join(told)) == (bool(told) and value > 0)
+    assert bool(listed) == (abs(value) >= LARGE_GAP and beyond)
+    assert ("first" in "".join(listed)) == (bool(listed) and value > 0)
 
 
 @given(st.lists(st.text("abc", min_size=1), max_size=9))
 def test_some_names_and_the_number_of_the_others_are_all(names):
-    shown = some_of(names)
-    assert all(name in shown for name in names[:MOST])
-    assert shown.endswith(f" and {len(names) - MOST} more") == (len(names) > MOST)
+    shown = join_names(names)
+    assert all(name in shown for name in names[:MAX_NAMES])
+    assert shown.endswith(f" and {len(names) - MAX_NAMES} more") == (len(names) > MAX_NAMES)
 
 
 @settings(deadline=None, max_examples=10)
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 80), groups=st.integers(1, 80), flat=st.booleans())
-def test_any_evaluation_gives_each_sentence_once_and_its_file_the_same(seed, count, groups, flat):
+def test_any_evaluation_gives_each_sentence_once_and_its_file_the_same(tmp_path_factory, seed, count, groups, flat):
     random = np.random.default_rng(seed)
     true = np.eye(3)[random.integers(3, size=count)]
     orders = random.dirichlet([0.5] * 3, (2, 1 if flat else count)) + np.zeros((2, count, 3))
@@ -245,7 +269,9 @@ def test_any_evaluation_gives_each_sentence_once_and_its_file_the_same(seed, cou
     table = pd.DataFrame(columns | dict(zip(OUTCOMES, true.T, strict=True)))
     chars = {name: random.integers(9, size=count) for name in ("response_a_chars", "response_b_chars")}
     facts = evaluate(table.assign(model_a="gpt-4", model_b=random.choice(["claude-2", "palm-2"], count), **chars))
-    said = findings(facts)
+    said = list_findings(facts)
     assert len(set(said)) == len(said)
-    assert findings(json.loads(json.dumps(facts))) == said
+    path = tmp_path_factory.mktemp("run") / "metrics.json"
+    write_json(path, asdict(facts))
+    assert list_findings(read_evaluation(path)) == said
     assert any("nearly the same prediction" in one for one in said) == (flat and count > 1)

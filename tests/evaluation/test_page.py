@@ -1,8 +1,8 @@
-import copy
 import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html import escape
 from html.parser import HTMLParser
 
@@ -13,11 +13,20 @@ from PIL import Image
 
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.evaluation import charts
-from rewardmodel.evaluation.calibration import METHODS, reliability
+from rewardmodel.evaluation.bootstrap import paired_difference, summarise
+from rewardmodel.evaluation.calibration import CALIBRATION_METHODS, reliability_bins
 from rewardmodel.evaluation.evaluate import evaluate
-from rewardmodel.evaluation.findings import findings
-from rewardmodel.evaluation.page import ANCHORS, number, render, render_comparison, verdict
-from rewardmodel.metrics import log_loss_terms, paired_difference, summarise
+from rewardmodel.evaluation.findings import list_findings
+from rewardmodel.evaluation.page import (
+    PUBLISHED_LOG_LOSSES,
+    ComparedRun,
+    format_number,
+    judge_baselines,
+    render_comparison,
+    render_run,
+)
+from rewardmodel.evaluation.results import BaselineResult, CalibrationResult, Difference, Evaluation, Interval
+from rewardmodel.metrics import log_loss_terms
 from rewardmodel.predictions import PROBABILITIES, average_probabilities, predicted, true_outcomes
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -69,33 +78,34 @@ def probabilities_of(lead):
     return raised / raised.sum(axis=1, keepdims=True)
 
 
+CHANGE = Difference(-0.0123, -0.02, -0.004, p=0.002)
+
+
 def facts_of(table):
-    """What `evaluate` finds, and floors and a calibration beside it as a run has them."""
+    """What `evaluate` finds, with baselines and a calibration as a run has them."""
     facts = evaluate(table)
     true, model, groups = true_outcomes(table), predicted(table), table["group"].to_numpy()
     prior = np.tile(true.mean(axis=0), (len(true), 1))
-    floors = {"prior": prior, "length": 0.95 * prior + 0.05 * model, "tfidf": 0.9 * prior + 0.1 * model}
-    facts["floors"] = {
-        name: {
-            "log_loss": summarise(floor, true, groups)["log_loss"],
-            "difference": paired_difference(model, floor, true, groups),
-        }
-        for name, floor in floors.items()
-    }
-    change = {"value": -0.0123, "low": -0.02, "high": -0.004, "p": 0.002}
-    facts["calibration"] = {
-        "method": "vector",
-        "parameters": [-0.2, 0.1, 0.345],
-        "applied": True,
-        "fitted_on": "cross-fitted on validation",
-        "tried": {"temperature": change | {"value": -0.0067}, "vector": change},
-        "blended": change | {"value": -0.0189},
-        "verdict": "applied: vector changes the log loss by -0.0123",
-        "before": {"log_loss": 1.2345, "expected_calibration_error": 0.0987},
-        "gain": change,
-    }
-    facts["reliability"]["after"] = reliability(model, true)
-    return facts
+    baselines = {"prior": prior, "length": 0.95 * prior + 0.05 * model, "tfidf": 0.9 * prior + 0.1 * model}
+    return replace(
+        facts,
+        baselines={
+            name: BaselineResult(summarise(p, true, groups)["log_loss"], paired_difference(model, p, true, groups))
+            for name, p in baselines.items()
+        },
+        calibration=CalibrationResult(
+            method="vector",
+            parameters=[-0.2, 0.1, 0.345],
+            applied=True,
+            fitted_on="cross-fitted on validation",
+            tried={"temperature": replace(CHANGE, value=-0.0067), "vector": CHANGE},
+            verdict="applied: vector changes the log loss by -0.0123",
+            blended=replace(CHANGE, value=-0.0189),
+            before={"log_loss": 1.2345, "expected_calibration_error": 0.0987},
+            gain=CHANGE,
+        ),
+        reliability=replace(facts.reliability, after=reliability_bins(model, true)),
+    )
 
 
 def write_run(folder, steps=60):
@@ -132,14 +142,14 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(facts, table, run):
-    return render(facts, table, run)
+    return render_run(facts, table, run)
 
 
 @pytest.fixture
 def light(monkeypatch):
     """Charts that cost nothing, where a test is about what stands around them."""
-    for name in ("intervals", "reliability", "both_orders", "by_length", "learning_curve"):
-        monkeypatch.setattr(charts, name, lambda *given, **options: "<svg></svg>")
+    for name in ("intervals", "reliability", "orders", "win_rates", "learning_curve"):
+        monkeypatch.setattr(charts, f"draw_{name}", lambda *given, **options: "<svg></svg>")
 
 
 class Reader(HTMLParser):
@@ -192,71 +202,79 @@ def test_page_asks_for_nothing_and_runs_nothing(page):
 
 
 def test_same_input_gives_the_same_bytes(page, facts, table, run):
-    assert render(facts, table, run) == page
+    assert render_run(facts, table, run) == page
 
 
-def test_summary_says_whether_the_floors_are_beaten(page, facts):
+def test_summary_says_whether_the_baselines_are_beaten(page, facts):
     text = Reader(page).text["summary"]
-    loss = facts["metrics"]["log_loss"]
-    assert f"{loss['value']:.3f}" in text
-    assert f"[{loss['low']:.3f}, {loss['high']:.3f}]" in text
-    assert "It beats every floor beyond noise: class prior by" in text
-    for floor in facts["floors"].values():
-        assert number(floor["log_loss"], 3) in text
-        assert number(floor["difference"], 3) in text
-    for label, value in ANCHORS:
+    loss = facts.metrics["log_loss"]
+    assert f"{loss.value:.3f}" in text
+    assert f"[{loss.low:.3f}, {loss.high:.3f}]" in text
+    assert "It beats every baseline beyond noise: class prior by" in text
+    for baseline in facts.baselines.values():
+        assert format_number(baseline.log_loss, 3) in text
+        assert format_number(baseline.difference, 3) in text
+    for label, value in PUBLISHED_LOG_LOSSES:
         assert label in text
         assert f"{value:.3f}" in text
 
 
 def test_metrics_and_confusion_are_all_there(page, facts):
     text = Reader(page).text["metrics"]
-    for name, metric in facts["metrics"].items():
+    for name, metric in facts.metrics.items():
         digits, scale = (1, 100) if name.startswith("accuracy") else (4, 1)
-        assert number(metric, digits, scale) in text, name
-        assert number(metric["low"], digits, scale) in text, name
-    for count in np.array(facts["confusion"]).ravel():
+        assert format_number(metric, digits, scale) in text, name
+        assert format_number(metric.low, digits, scale) in text, name
+    for count in np.array(facts.confusion).ravel():
         assert str(count) in text
 
 
-def test_calibration_is_told_with_its_parameters_before_and_after(page, facts):
+def test_calibration_is_shown_with_its_parameters_before_and_after(page, facts):
     text = Reader(page).text["calibration"]
-    for said in ("vector", "applied", "1.2345", "0.0987", number(facts["metrics"]["log_loss"]), "−0.0123", "−0.0067"):
+    for said in (
+        "vector",
+        "applied",
+        "1.2345",
+        "0.0987",
+        format_number(facts.metrics["log_loss"]),
+        "−0.0123",
+        "−0.0067",
+    ):
         assert said in text
     assert f"{np.exp(0.2):.4f}" in text  # a temperature, from the logarithm of its inverse
     assert "0.3450" in text
-    assert "changes the log loss by −0.0189 [−0.0200, −0.0040] against calibration alone; not applied" in text
+    assert "changes the log loss by −0.0189 [−0.0200, −0.0040] compared with calibration alone; not applied" in text
     assert "Before calibration." in text
     assert "After calibration" in text
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CALIBRATION_METHODS)
 def test_parameters_of_every_method_have_a_name(light, facts, table, method):
-    given = copy.deepcopy(facts)
-    given["calibration"] |= {"method": method, "parameters": [0.0] * len(METHODS[method].start)}
-    text = Reader(render(given, table, None)).text["calibration"]
+    parameters = [0.0123] * len(CALIBRATION_METHODS[method].start)
+    given = replace(facts, calibration=replace(facts.calibration, method=method, parameters=parameters))
+    text = Reader(render_run(given, table, None)).text["calibration"]
     assert method.replace("_", " ") in text
-    assert "parameter 1" not in text
+    assert text.count("0.0123\n") + text.count(f"{np.exp(-0.0123):.4f}\n") >= len(parameters)
 
 
-def test_audits_are_told(page, facts):
+def test_audits_are_shown(page, facts):
     text = Reader(page).text
-    position, verbosity = facts["position"], facts["verbosity"]
+    position, verbosity = facts.position, facts.verbosity
     for name, digits, scale in (("flip_rate", 1, 100), ("preference", 1, 100), ("gain", 4, 1)):
-        assert number(position[name], digits, scale) in text["position"], name
+        assert format_number(getattr(position, name), digits, scale) in text["position"], name
     for order in ("ab", "ba", "average"):
-        assert number(position["log_loss"][order]) in text["position"]
+        assert format_number(position.log_loss[order]) in text["position"]
     for name in ("humans", "model", "difference"):
-        assert number(verbosity[name], 2) in text["length"], name
-    assert verbosity["verdict"] in text["length"]
-    assert facts["models"]["families"]
-    for row in facts["models"]["families"]:
-        assert row["name"] in text["models"]
-        assert number(row["difference"], 1, 100) in text["models"]
-    for rows in facts["slices"].values():
+        assert format_number(getattr(verbosity, name), 2) in text["length"], name
+    assert verbosity.verdict in text["length"]
+    assert facts.models.families
+    for row in facts.models.families:
+        assert row.name in text["models"]
+        assert format_number(row.difference, 1, 100) in text["models"]
+    for rows in facts.slices.values():
         for row in rows or []:
-            assert row["name"] in text["slices"]
-            assert number(row["log_loss"], 3) in text["slices"]
+            assert row.name in text["slices"]
+            assert format_number(row.log_loss, 3) in text["slices"]
 
 
 def test_learning_curve_is_the_checkpoint_s(page):
@@ -287,20 +305,17 @@ def test_recipe_and_environment_are_shown_as_text(page):
 
 
 @pytest.mark.parametrize(
-    "part", ["floors", "calibration", "reliability", "confusion", "position", "verbosity", "models"]
+    "part", ["baselines", "calibration", "reliability", "confusion", "position", "verbosity", "models"]
 )
-@pytest.mark.parametrize("how", ["None", "missing"])
-def test_a_part_that_is_not_there_is_told_in_a_line(light, facts, table, part, how):
-    less = {name: fact for name, fact in facts.items() if name != part}
-    page = render(less | ({part: None} if how == "None" else {}), table, None)
-    reader = Reader(page)
+def test_a_part_that_is_not_there_is_named_in_a_line(light, facts, table, part):
+    reader = Reader(render_run(replace(facts, **{part: None}), table, None))
     assert sum(given.get("class") == "absent" for _, given in reader.tags) == 3  # and no run: no curve, no recipe
     assert list(reader.text) == SECTIONS
 
 
 def test_page_of_nothing_but_a_plain_table_is_whole(table):
     bare = table[["id", "group", *OUTCOMES, *PROBABILITIES]].iloc[:1]
-    reader = Reader(render({"battles": 1}, bare, None))
+    reader = Reader(render_run(Evaluation(1, 1), bare, None))
     assert list(reader.text) == SECTIONS
     assert "100000" in reader.text["battles"]
     assert not [tag for tag, _ in reader.tags if tag == "details"]
@@ -308,27 +323,29 @@ def test_page_of_nothing_but_a_plain_table_is_whole(table):
 
 
 def test_no_battles_make_a_page(table):
-    assert list(Reader(render({}, table.iloc[:0], None)).text) == SECTIONS
+    assert list(Reader(render_run(Evaluation(0, 0), table.iloc[:0], None)).text) == SECTIONS
 
 
 def test_half_filled_figures_make_a_page(light, facts, table, tmp_path):
-    half = copy.deepcopy(facts)
-    half["verbosity"] |= dict.fromkeys(("humans", "model", "difference", "longer_wins", "matched"))
-    half["models"]["families"] = []
-    half["slices"]["source"] = None
-    half["metrics"].pop("log_loss_tie")
-    half["calibration"] |= {"applied": False, "method": None, "parameters": [], "tried": {}, "gain": None}
-    half["calibration"]["blended"] = None
-    half["reliability"]["after"] = None
+    nothing = dict.fromkeys(("humans", "model", "difference", "longer_wins", "matched"))
+    half = replace(
+        facts,
+        verbosity=replace(facts.verbosity, **nothing),
+        models=replace(facts.models, families=[]),
+        slices=facts.slices | {"source": None},
+        metrics={name: metric for name, metric in facts.metrics.items() if name != "log_loss_tie"},
+        calibration=CalibrationResult(None, [], False, "calibration part", {}, "left as it is", None, {}, None),
+        reliability=replace(facts.reliability, after=None),
+    )
     (tmp_path / "trainer_state.json").write_text(
         '{"log_history": [{"step": 1, "loss": NaN}, {"step": 2, "loss": 3.0}]}'
     )
-    text = Reader(render(half, table, tmp_path)).text
+    text = Reader(render_run(half, table, tmp_path)).text
     assert "No family of models" in text["models"]
     assert "Not in the predictions: source." in text["slices"]
     assert "As predicted." in text["calibration"]
     assert "blended" not in text["calibration"]
-    assert "no number at 1 logged steps" in text["summary"]
+    assert "NaN or infinite at 1 logged steps" in text["summary"]
     assert "The run has no recipe.yaml." in text["run"]
 
 
@@ -336,10 +353,10 @@ def test_text_of_a_battle_stays_text(facts):
     odd = table_of(10)  # as many as a list shows
     for name in ("id", "model_a", "prompt", "response_a", "response_b"):
         odd[name] = [NASTY[row % len(NASTY)].replace("\ud800", "") for row in range(10)]  # no column can hold it
-    given = copy.deepcopy(facts)
-    given["models"]["families"] = [facts["models"]["families"][0] | {"name": nasty} for nasty in NASTY]
-    given["slices"]["script"] = [facts["slices"]["script"][0] | {"name": nasty} for nasty in NASTY]
-    page = render(given, odd, None)
+    families = [replace(facts.models.families[0], name=nasty) for nasty in NASTY]
+    scripts = [replace(facts.slices["script"][0], name=nasty) for nasty in NASTY]
+    given = replace(facts, models=replace(facts.models, families=families), slices=facts.slices | {"script": scripts})
+    page = render_run(given, odd, None)
     reader = Reader(page)
     page.encode()
     assert not set("\0\x1b\ud800") & set(page)
@@ -352,9 +369,9 @@ def test_text_of_a_battle_stays_text(facts):
 
 def test_a_text_that_is_cut_is_marked(light, facts):
     long = table_of(60).assign(prompt="p" * 701, response_a="a" * 700, response_a_chars=700, response_b_chars=1500)
-    text = Reader(render(facts, long.drop(columns="prompt_chars"), None)).text["battles"]
-    assert "prompt, 701 characters, its beginning" + "p" * 700 + " …" in text
-    assert "response A, 700 characters" + "a" * 700 + "response B, 1,500 characters, its beginning" in text.replace(
+    text = Reader(render_run(facts, long.drop(columns="prompt_chars"), None)).text["battles"]
+    assert "prompt, 701 characters (start only)" + "p" * 700 + " …" in text
+    assert "response A, 700 characters" + "a" * 700 + "response B, 1,500 characters (start only)" in text.replace(
         "\n", ""
     )
 
@@ -364,53 +381,53 @@ def test_texts_may_be_lists_of_turns_and_be_missing(light, facts):
     odd["prompt"] = [["first turn", None, "second turn"]] * 60
     odd["response_a"] = None
     odd["response_b"] = np.nan
-    text = Reader(render(facts, odd, None)).text["battles"]
+    text = Reader(render_run(facts, odd, None)).text["battles"]
     assert "first turn\n\n\n\nsecond turn" in text
     assert "response A" not in text
 
 
 def test_page_of_many_battles_is_small(facts):
-    assert len(render(facts, table_of(2000), None).encode()) < 3_000_000
+    assert len(render_run(facts, table_of(2000), None).encode()) < 3_000_000
 
 
 def test_what_stands_out_is_listed_once_each(light, facts, table):
     broken = table_of(400, strength=-5, bias=3)
     measured = facts_of(broken)
-    assert verdict(measured)[0] == "bad"
-    assert verdict(facts)[0] == "good"
-    page = render(measured, broken, None)
-    said = findings(measured)
+    assert judge_baselines(measured)[0] == "bad"
+    assert judge_baselines(facts)[0] == "good"
+    page = render_run(measured, broken, None)
+    said = list_findings(measured)
     assert re.findall("<li>([^<]+)</li>", page)[: len(said)] == [escape(one) for one in said]
     assert len(set(said)) == len(said) > 3
-    assert "Nothing else stands out" in render(facts, table, None)
+    assert "Nothing else stands out" in render_run(facts, table, None)
 
 
-def floors(**differences):
-    return {"metrics": {"log_loss": {"value": 1, "low": 0.9, "high": 1.1}}, "prior": 1.05} | {
-        "floors": {
-            name: {"log_loss": {}, "difference": {"value": value, "low": value - 0.1, "high": value + 0.1}}
-            for name, value in differences.items()
-        }
+def compared(**differences):
+    """Return an evaluation whose log loss is 1 ± 0.1, and minus that of the baselines as given, ± 0.1."""
+    found = {
+        name: BaselineResult(Interval(1, 1, 1), Difference(value, value - 0.1, value + 0.1, 0.5))
+        for name, value in differences.items()
     }
+    return Evaluation(100, 100, metrics={"log_loss": Interval(1, 0.9, 1.1)}, prior=1.05, baselines=found)
 
 
 @pytest.mark.parametrize(
     ("facts", "state", "said"),
     [
-        (floors(prior=-0.3, tfidf=-0.2), "good", "every floor beyond noise: class prior by 0.300 and TF-IDF"),
-        (floors(prior=-0.3, tfidf=-0.05), "mixed", "beyond noise, but is not to be told from TF-IDF + length."),
-        (floors(prior=-0.3, tfidf=0.2), "mixed", "but is worse than TF-IDF + length by 0.200, beyond noise."),
-        (floors(prior=0.05), "bad", "It does not beat its floors: it is not to be told from class prior."),
-        (floors(prior=0.05, length=-0.2), "bad", "It does beat length only by 0.200."),
-        (floors(), "bad", "It cannot be told from the class prior (1.0500)"),
-        (floors() | {"prior": 1.2}, "mixed", "It beats the class prior (1.2000) beyond noise."),
-        (floors() | {"prior": 0.8}, "bad", "It is worse than the class prior (0.8000)"),
-        ({}, "unknown", "was not measured"),
+        (compared(prior=-0.3, tfidf=-0.2), "good", "every baseline beyond noise: class prior by 0.300 and TF-IDF"),
+        (compared(prior=-0.3, tfidf=-0.05), "mixed", "beyond noise, but is within noise of TF-IDF + length."),
+        (compared(prior=-0.3, tfidf=0.2), "mixed", "but is worse than TF-IDF + length by 0.200, beyond noise."),
+        (compared(prior=0.05), "bad", "It does not beat its baselines: it is within noise of class prior."),
+        (compared(prior=0.05, length=-0.2), "bad", "It does beat length only by 0.200."),
+        (compared(), "bad", "It is not different, beyond noise, from the class prior (1.0500)"),
+        (replace(compared(), prior=1.2), "mixed", "It beats the class prior (1.2000) beyond noise."),
+        (replace(compared(), prior=0.8), "bad", "It is worse than the class prior (0.8000)"),
+        (Evaluation(0, 0), "unknown", "was not measured"),
     ],
 )
 def test_verdict_is_beyond_noise_or_not(facts, state, said):
-    assert verdict(facts)[0] == state
-    assert said in verdict(facts)[1]
+    assert judge_baselines(facts)[0] == state
+    assert said in judge_baselines(facts)[1]
 
 
 @pytest.mark.parametrize(
@@ -420,7 +437,7 @@ def test_verdict_is_beyond_noise_or_not(facts, state, said):
         (0.5, {"digits": 1, "scale": 100}, "50.0"),
         (0.5, {"sign": "+"}, "+0.5000"),
         (12345, {"digits": 0}, "12,345"),
-        ({"value": 1.5}, {"digits": 2}, "1.50"),
+        (Interval(1.5, 1, 2), {"digits": 2}, "1.50"),
         (None, {}, "–"),
         (float("nan"), {}, "–"),
         (np.float64(0.25), {"digits": 2}, "0.25"),
@@ -428,16 +445,15 @@ def test_verdict_is_beyond_noise_or_not(facts, state, said):
     ],
 )
 def test_numbers_are_written_for_people(value, options, text):
-    assert number(value, **options) == text
+    assert format_number(value, **options) == text
 
 
 def comparison(facts, names, difference):
-    return [{"name": name, "facts": facts, "difference_to_first": difference if place else None}
-            for place, name in enumerate(names)]  # fmt: skip
+    return [ComparedRun(name, facts, difference if place else None) for place, name in enumerate(names)]
 
 
 def test_runs_are_compared_in_one_table_and_one_chart(facts):
-    difference = {"value": -0.0456, "low": -0.06, "high": -0.03, "p": 0.001}
+    difference = Difference(-0.0456, -0.06, -0.03, p=0.001)
     page = render_comparison(comparison(facts, ["first", "<second>"], difference))
     reader = Reader(page)
     tags = [tag for tag, _ in reader.tags]
@@ -450,7 +466,7 @@ def test_runs_are_compared_in_one_table_and_one_chart(facts):
 
 def test_runs_on_other_battles_are_not_set_against_each_other(facts):
     runs = comparison(facts, ["first", "second"], None)
-    runs[1]["facts"] = facts | {"battles": 7}
+    runs[1] = replace(runs[1], evaluation=replace(facts, battles=7))
     text = Reader(render_comparison(runs)).text["runs"]
     assert "different numbers of battles" in text
     assert "Better than" not in text

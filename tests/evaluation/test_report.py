@@ -1,5 +1,4 @@
 import html
-import json
 import re
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from builders import from_columns
 
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.errors import InputError
-from rewardmodel.evaluation.evaluate import evaluate, format_evaluation
+from rewardmodel.evaluation.evaluate import evaluate, evaluate_run, format_evaluation
 from rewardmodel.evaluation.report import report
 from rewardmodel.predictions import build_predictions, write_predictions
 
@@ -35,15 +34,23 @@ def make_run(tmp_path):
     return made
 
 
-def test_a_runs_page_stands_in_its_folder_beside_the_figures(make_run):
+def test_a_runs_page_is_all_that_is_written(make_run):
     run = make_run("one")
     path = report(run)
     assert path == run / "report.html"
+    assert {one.name for one in run.iterdir()} == {"validation.parquet", "report.html"}
     page = path.read_text(encoding="utf-8")
-    loss = json.loads((run / "metrics.json").read_text())["metrics"]["log_loss"]["value"]
-    assert f"{loss:.3f}" in page
+    assert f"{evaluate(run).metrics['log_loss'].value:.3f}" in page
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
+
+
+def test_a_page_of_an_evaluation_that_is_given_is_the_same(make_run, monkeypatch):
+    run = make_run("one")
+    expected = report(run).read_bytes()
+    evaluation = evaluate_run(run)
+    monkeypatch.setattr("rewardmodel.evaluation.report.evaluate", None)
+    assert report(run, evaluations=[evaluation]).read_bytes() == expected
 
 
 def test_page_and_terminal_say_the_same_of_what_stands_out(make_run):
@@ -73,6 +80,7 @@ def test_a_run_that_is_not_there_is_refused_and_nothing_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_report_in_a_fresh_process_never_imports_torch(make_run):
     code = """if True:
         import sys

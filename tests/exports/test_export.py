@@ -16,8 +16,8 @@ from rewardmodel.battles import TEXT_COLUMNS
 from rewardmodel.config.loader import load_recipe
 from rewardmodel.config.schema import DataConfig, InferenceConfig, ModelConfig, ObjectiveConfig, PromptConfig, Recipe
 from rewardmodel.errors import InputError
-from rewardmodel.evaluation.calibration import Calibrator, save
-from rewardmodel.evaluation.evaluate import evaluate
+from rewardmodel.evaluation.calibration import Calibrator, save_calibrator
+from rewardmodel.evaluation.evaluate import evaluate_run
 from rewardmodel.exports import export as exports
 from rewardmodel.exports import parity
 from rewardmodel.exports.kaggle import Bundle
@@ -25,6 +25,7 @@ from rewardmodel.inference.predict import predict
 from rewardmodel.kfold import train_folds
 from rewardmodel.pipeline import run as run_recipe
 from rewardmodel.predictions import predicted, read_predictions
+from rewardmodel.run_folder import RunFolder
 from rewardmodel.training.train import train
 
 
@@ -184,7 +185,7 @@ def test_a_head_that_plain_transformers_cannot_read_must_be_accepted(recipe_of, 
 
 
 def test_the_calibrator_goes_along_without_any_text(run_folder, tmp_path, in_this_process):
-    save(Calibrator("temperature", (0.4,)), run_folder / "calibrator.json")
+    save_calibrator(Calibrator("temperature", (0.4,)), run_folder / "calibrator.json")
     try:
         export(run_folder, tmp_path / "export", dtype="float32")
         part = read_predictions(tmp_path / "export" / "validation.parquet")
@@ -195,23 +196,23 @@ def test_the_calibrator_goes_along_without_any_text(run_folder, tmp_path, in_thi
         (tmp_path / "export" / "calibrator.json").unlink()
         assert np.abs(predicted(predict(tmp_path / "export", battles)) - expected).max() > 1e-3
     finally:
-        evaluate(run_folder)
+        evaluate_run(run_folder)
 
 
 def test_a_run_that_blends_predicts_the_same_once_exported(recipe_of, tmp_path, in_this_process):
     recipe = replace(recipe_of("blends"), inference=InferenceConfig(blend=True))
     folder, metrics = run_recipe(recipe)
-    assert metrics["calibration"]["method"] == "blend"
+    assert metrics.calibration.method == "blend"
     facts = export(folder, tmp_path / "export", dtype="float32")
     assert facts["max_abs_dp"] <= 1e-4
     battles = battle_frame(3, seed=5)
     found, expected = (predict(one, battles) for one in (tmp_path / "export", folder))
     np.testing.assert_allclose(predicted(found), predicted(expected), atol=1e-4)
-    np.testing.assert_array_equal(predicted(found, "floor"), predicted(expected, "floor"))
+    np.testing.assert_array_equal(predicted(found, "baseline"), predicted(expected, "baseline"))
     assert np.abs(predicted(expected) - predicted(expected, "ab")).max() > 1e-2
     assert "applies blend" in (tmp_path / "export" / "README.md").read_text()
-    (folder / "floor.npz").unlink()
-    with pytest.raises(InputError, match=r"floor\.npz: no floor can be read there"):
+    RunFolder(folder).blend_baseline.unlink()
+    with pytest.raises(InputError, match=r"blend_baseline\.npz: cannot read a baseline"):
         export(folder, tmp_path / "again", "adapter")
     assert not (tmp_path / "again").exists()
 

@@ -13,11 +13,9 @@ from rewardmodel.config.schema import DataConfig, InferenceConfig, ModelConfig, 
 from rewardmodel.data.formats import read_battles
 from rewardmodel.data.splits import load_battles, split
 from rewardmodel.errors import InputError
-from rewardmodel.evaluation.baselines import fit
-from rewardmodel.evaluation.calibration import Calibrator, save
-from rewardmodel.evaluation.text_regression import load as load_floor
-from rewardmodel.evaluation.text_regression import predict_each
-from rewardmodel.evaluation.text_regression import save as save_floor
+from rewardmodel.evaluation.baselines import fit_baselines
+from rewardmodel.evaluation.calibration import Calibrator, save_calibrator
+from rewardmodel.evaluation.text_regression import load_regression, predict_each, save_regression
 from rewardmodel.inference.predict import calibrate, predict, predict_with
 from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.loading import build_model, load_model
@@ -226,7 +224,7 @@ def test_the_battles_that_a_calibrator_was_fitted_on_stay_as_the_model_states_th
     fitted = table.copy()
     fitted.loc[1, "prompt_chars"] = 9  # another battle of the same id
     write_predictions(fitted, tmp_path / "validation.parquet")
-    save(Calibrator("tie_mass", (np.log(2),)), tmp_path / "calibrator.json")
+    save_calibrator(Calibrator("tie_mass", (np.log(2),)), tmp_path / "calibrator.json")
     for recipe, tie in ((Recipe(), [1 / 3, 1 / 2]), (Recipe(inference=InferenceConfig(calibrate=False)), [1 / 3] * 2)):
         assert calibrate(table.copy(), tmp_path, recipe)["p_tie"].tolist() == pytest.approx(tie)
     late = table.copy()
@@ -278,7 +276,7 @@ def test_each_run_is_calibrated_by_itself_before_the_mean(two_runs, tmp_path):
     raw = [predicted(predict(run, new)) for run in runs]
     calibrator = Calibrator("tie_mass", (1.0,))
     copies = [shutil.copytree(run, tmp_path / run.name) for run in runs]
-    save(calibrator, copies[0] / "calibrator.json")
+    save_calibrator(calibrator, copies[0] / "calibrator.json")
     table = predict_with_tables(copies[0], new)
     write_predictions(table, copies[0] / "validation.parquet")
     table = predict(copies, new)
@@ -287,36 +285,37 @@ def test_each_run_is_calibrated_by_itself_before_the_mean(two_runs, tmp_path):
 
 @pytest.fixture
 def blending(two_runs, tmp_path):
-    """Return copies of the two runs that blend with floors of their own, and the calibrators."""
+    """Return copies of the two runs that blend with baselines of their own, and the calibrators."""
     runs, _, new = two_runs
     copies, calibrators = [], [Calibrator("blend", (0.1, 1.5, -1.0)), Calibrator("blend", (0.3, 0.7, 0.1))]
     for number, (run, calibrator) in enumerate(zip(runs, calibrators, strict=True)):
         write_predictions(predict_with_tables(run, new), tmp_path / "fitted.parquet")
         copy = shutil.copytree(run, tmp_path / run.name)
         shutil.move(tmp_path / "fitted.parquet", copy / "validation.parquet")
-        save(calibrator, copy / "calibrator.json")
+        save_calibrator(calibrator, copy / "calibrator.json")
         recipe = load_run_recipe(copy)
-        save_floor(fit(split(load_battles(recipe.data), number).training)["tfidf"], copy / "floor.npz")
+        fitted = fit_baselines(split(load_battles(recipe.data), number).training)["tfidf"]
+        save_regression(fitted, RunFolder(copy).blend_baseline)
         recipe = dataclasses.replace(recipe, inference=InferenceConfig(blend=True))
         RunFolder(copy).recipe.write_text(dump_recipe(recipe))
         copies.append(copy)
     return copies, calibrators
 
 
-def by_hand(model, floor, calibrator):
+def by_hand(model, baseline, calibrator):
     a, b, c = calibrator.parameters
-    mixed = model**a * floor**b * np.exp([0, 0, c])
+    mixed = model**a * baseline**b * np.exp([0, 0, c])
     return mixed / mixed.sum(axis=1, keepdims=True)
 
 
-def test_a_run_that_blends_mixes_in_its_floor(two_runs, blending):
+def test_a_run_that_blends_mixes_in_its_baseline(two_runs, blending):
     (run, other), calibrators = blending
     new = two_runs[2]
     model = predicted(predict(run, new, load_run_recipe(two_runs[0][0])))
-    floor = predict_each([load_floor(run / "floor.npz")], read_battles(new))[0]
+    baseline = predict_each([load_regression(RunFolder(run).blend_baseline)], read_battles(new))[0]
     table = predict(run, new)
-    np.testing.assert_allclose(predicted(table), by_hand(model, floor, calibrators[0]), atol=1e-9)
-    np.testing.assert_array_equal(predicted(table, "floor"), floor)
+    np.testing.assert_allclose(predicted(table), by_hand(model, baseline, calibrators[0]), atol=1e-9)
+    np.testing.assert_array_equal(predicted(table, "baseline"), baseline)
     np.testing.assert_allclose((predicted(table, "ab") + predicted(table, "ba")) / 2, model, atol=1e-6)
     swapped = predicted(predict(run, swap(read_battles(new))))[:, SWAPPED]
     np.testing.assert_allclose(swapped, predicted(table), rtol=0, atol=1e-6)
@@ -327,18 +326,18 @@ def test_a_run_that_blends_mixes_in_its_floor(two_runs, blending):
 
 
 @pytest.mark.parametrize("inference", [{"blend": False}, {"blend": True, "calibrate": False}])
-def test_a_blend_that_is_switched_off_leaves_the_model_alone_and_asks_for_no_floor(two_runs, blending, inference):
+def test_a_blend_that_is_switched_off_leaves_the_model_alone_and_asks_for_no_baseline(two_runs, blending, inference):
     run, new = blending[0][0], two_runs[2]
-    (run / "floor.npz").unlink()
+    RunFolder(run).blend_baseline.unlink()
     table = predict(run, new, dataclasses.replace(load_run_recipe(run), inference=InferenceConfig(**inference)))
     pd.testing.assert_frame_equal(table, predict(two_runs[0][0], new))
 
 
-def test_a_blend_without_its_floor_is_refused_before_a_model_is_loaded(two_runs, blending, monkeypatch):
+def test_a_blend_without_its_baseline_is_refused_before_a_model_is_loaded(two_runs, blending, monkeypatch):
     run, new = blending[0][0], two_runs[2]
     monkeypatch.setattr("rewardmodel.inference.predict.load_model", lambda *_: pytest.fail("loaded"))
-    (run / "floor.npz").unlink()
-    message = r"floor\.npz: no floor can be read there \(no such file\); train again with --resume, .*blend false"
+    RunFolder(run).blend_baseline.unlink()
+    message = r"blend_baseline\.npz: cannot read a baseline \(no such file\); train again with --resume, .*blend false"
     with pytest.raises(InputError, match=message):
         predict(run, new)
 

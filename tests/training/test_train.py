@@ -68,7 +68,7 @@ def test_folds_read_the_features_of_a_battle_once(frozen, monkeypatch, tmp_path)
     monkeypatch.setattr(features, "row_logits", counted)
     _, facts = train_folds(frozen("davidson"))
     assert sorted(count) == sorted(battle_frame()["id"])
-    assert facts["metrics"]["log_loss"]["value"] < 0.9
+    assert facts.metrics["log_loss"].value < 0.9
 
 
 def test_what_a_frozen_run_exports_predicts_alike(frozen, tmp_path):
