@@ -80,7 +80,7 @@ class PromptEncoder:
                 f"prompt.template: '{name}' has {' and '.join(self.responses)}, but the objective needs "
                 f"{' and '.join(wanted)} ({encoding} encoding); leave prompt.template out, or name another"
             )
-        self.mark = self._tokens([CUT_MARK])[0]
+        self.mark = self._tokenize([CUT_MARK])[0]
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if not token.special]
         self._markers = compile_markers(self.template.render(2), tokenizer.all_special_tokens, added)
         self._begin, self._end = _special_frame(tokenizer)
@@ -110,7 +110,7 @@ class PromptEncoder:
         """Yield the ids of each conversation's turns by round: `[([5, 9], [7, 7, 3], [4]), ...]`, the prompt first."""
         conversations = [list(zip(*texts, strict=True)) for texts in zip(prompts, *responses, strict=True)]
         texts = [self._neutralise(text) for rounds in conversations for turns in rounds for text in turns]
-        tokens = iter(self._tokens(texts))
+        tokens = iter(self._tokenize(texts))
         for rounds in conversations:
             yield [tuple(next(tokens) for _ in turns) for turns in rounds]
 
@@ -173,7 +173,7 @@ class PromptEncoder:
         return sum_sizes(stay)
 
     def _neutralise(self, text: str) -> str:
-        """Return `text` with a space inserted into everything that looks like a marker: "### Re sponse A:"."""
+        """Return `text` with a space inside everything that looks like a marker: `# ## Response A:`."""
         return self._markers.sub(lambda found: _INSIDE.sub(" ", found[0], count=1), text)
 
     def fixed_tokens(self, rounds: int) -> FixedTokens:
@@ -192,7 +192,7 @@ class PromptEncoder:
             after = after + self._end
         return FixedTokens(before, layout.turns, after, sum(map(len, before)) + len(after))
 
-    def _tokens(self, texts: list[str]) -> list[list[int]]:
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text; spellings of special tokens in it are tokenised as plain text."""
         if not texts:
             return []
