@@ -1,4 +1,4 @@
-"""One raw row: its values by type, errors that say where they stand, and a count of what was repaired."""
+"""One raw row of a battles file: typed values, errors that name row and column, and a count of what was repaired."""
 
 import json
 import re
@@ -14,7 +14,16 @@ from rewardmodel.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """One raw row: its values by type, and errors that say where; repairs are counted in `notes`."""
+    """One raw row of a file.
+
+    Attributes:
+        where: the name of the file, for error messages.
+        number: of the row, from 1, without the header.
+        values: by column name.
+        notes: counts of repairs by description, shared by all rows of the file.
+        json_texts: whether texts that are strings hold JSON lists of turns.
+        seed: decides which response is A in preference data.
+    """
 
     where: str
     number: int
@@ -24,26 +33,26 @@ class RawRow:
     seed: int
 
     def error(self, column: str, reason: str) -> InputError:
-        """Return the error of a value in this row."""
+        """Return an error about a value of this row, to raise."""
         return InputError(f"{self.where}: row {self.number}, column '{column}': {reason}")
 
     def read_text(self, column: str) -> str:
-        """Return a short text, stripped; missing is empty."""
+        """Return a short text such as a name, stripped; empty if it is missing."""
         value = self.values.get(column)
         return "" if _is_missing(value) else self.repair(str(value).strip())
 
-    def read_number(self, column: str, mend: str = "give 1, 0 or a probability") -> float | None:
-        """Return a number, or None where there is nothing."""
+    def read_number(self, column: str, hint: str = "give 1, 0 or a probability") -> float | None:
+        """Return a number, or None if it is missing."""
         value = self.values.get(column)
         if _is_missing(value) or (isinstance(value, str) and not value.strip()):
             return None
         try:
             return float(value)  # type: ignore[arg-type]
         except (TypeError, ValueError, OverflowError):
-            raise self.error(column, f"{shorten(value)} is no number; {mend}") from None
+            raise self.error(column, f"{shorten(value)} is not a number; {hint}") from None
 
     def read_turns(self, column: str) -> list[str]:
-        """Return the turns of a text: a list of strings, as such or as JSON, null standing for an empty turn."""
+        """Return the turns of a text, a list of strings or its JSON; a null turn is read as an empty one."""
         value = self.values.get(column)
         if isinstance(value, str) and not self.json_texts:
             return [self.repair(value)]
@@ -59,18 +68,19 @@ class RawRow:
         return texts
 
     def read_dialogue(self, column: str, speaker: str) -> list[tuple[str, str]]:
-        """Return (role, text) of the messages of a conversation; a plain text is one message of `speaker`.
+        """Return the messages of a conversation: `[("user", "What is 2 + 2?"), ("assistant", "4")]`.
 
-        Roles are user, assistant and system. `Human:`/`Assistant:` transcripts are taken apart.
+        Roles are user, assistant and system. `Human:`/`Assistant:` transcripts are split into messages; any other plain
+        text is one message of `speaker`.
         """
         value = self.values.get(column)
         if isinstance(value, str) and not _is_messages(value):
-            said = TRANSCRIPT.split(value)
-            if said[0] or len(said) == 1:
+            pieces = _TRANSCRIPT_ROLE.split(value)  # ["", "Human", " What is 2 + 2?", "Assistant", " 4"]
+            if pieces[0] or len(pieces) == 1:
                 return [(speaker, self.repair(value))]
             return [
-                (ROLES[role.lower()], self.repair(text.strip()))
-                for role, text in zip(said[1::2], said[2::2], strict=True)
+                (_ROLES[role.lower()], self.repair(text.strip()))
+                for role, text in zip(pieces[1::2], pieces[2::2], strict=True)
             ]
         messages = self.read_list(column, 'write a text, or messages like [{"role": "user", "content": "..."}]')
         if len(messages) == 1 and isinstance(messages[0], str):
@@ -80,11 +90,11 @@ class RawRow:
     def _message(self, column: str, message: Any) -> tuple[str, str]:
         if not isinstance(message, dict):
             raise self.error(
-                column, f"{shorten(message)} is no message; give one text, or objects with role and content"
+                column, f"{shorten(message)} is not a message; give one text, or objects with role and content"
             )
         role = message.get("role", message.get("from"))
-        if not isinstance(role, str) or role.lower() not in ROLES:
-            raise self.error(column, f"the role {shorten(role)} is unknown; known: {', '.join(ROLES)}")
+        if not isinstance(role, str) or role.lower() not in _ROLES:
+            raise self.error(column, f"the role {shorten(role)} is unknown; known: {', '.join(_ROLES)}")
         content = message.get("content", message.get("value"))
         parts = content if isinstance(content, list) else [content]
         texts = []
@@ -96,10 +106,10 @@ class RawRow:
                 raise self.error(column, f"the content {shorten(text)} is not text; put it in quotes")
             else:
                 texts.append(self.repair(text))
-        return ROLES[role.lower()], "\n\n".join(texts)
+        return _ROLES[role.lower()], "\n\n".join(texts)
 
-    def read_list(self, column: str, mend: str) -> list[Any]:
-        """Return a list, as it stands or out of JSON; empty where there is nothing."""
+    def read_list(self, column: str, hint: str) -> list[Any]:
+        """Return a list or the list that a JSON text holds; empty if the value is missing."""
         value = self.values.get(column)
         if _is_missing(value) or (isinstance(value, str) and not value.strip()):
             return []
@@ -107,15 +117,15 @@ class RawRow:
             try:
                 value = json.loads(value, strict=False)
             except (ValueError, RecursionError):
-                raise self.error(column, f"{shorten(value)} is not a JSON list; {mend}") from None
+                raise self.error(column, f"{shorten(value)} is not a JSON list; {hint}") from None
         if value is None:
             return []
         if not isinstance(value, list | tuple | np.ndarray):
-            raise self.error(column, f"{shorten(value)} is not a list; {mend}")
+            raise self.error(column, f"{shorten(value)} is not a list; {hint}")
         return list(value)
 
     def repair(self, text: str) -> str:
-        """Return `text` with lone surrogates, which JSON allows and UTF-8 does not, replaced or joined."""
+        """Return `text` as valid Unicode: surrogate pairs from JSON are joined, lone surrogates replaced."""
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -124,27 +134,29 @@ class RawRow:
         return text
 
 
-ROLES = {
-    "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "chatbot": "assistant",
+_ROLES = {
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "chatbot": "assistant",
     "system": "system",
-}  # fmt: skip
-"""Who speaks in a message, by the names that data sets have for it."""
+}
+"""Roles of messages by the names that data sets use for them."""
 
-MESSAGES = re.compile(r"\s*\[\s*\{")
-"""How a JSON list of messages begins."""
-
-TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
+_TRANSCRIPT_ROLE = re.compile(r"\n\n(Human|Assistant):")
 
 
 def _is_messages(text: str) -> bool:
-    """Return whether a text is a JSON list of messages; an answer in JSON may be a list of objects, too."""
-    if not MESSAGES.match(text):
+    """Return whether a text is a JSON list of messages; a response may be JSON too, and is a list of other objects."""
+    if not re.match(r"\s*\[\s*\{", text):
         return False
     try:
         parsed = json.loads(text, strict=False)
     except (ValueError, RecursionError):
-        return True  # to be refused as broken JSON
+        return True  # reported as broken JSON by `read_list`
     return not {"role", "from"}.isdisjoint(parsed[0])
 
 
@@ -161,6 +173,6 @@ def _is_missing(value: Any) -> bool:
 
 
 def shorten(value: Any) -> str:
-    """Return a value as a message shows it: at most 40 characters."""
+    """Return the repr of a value for an error message, cut to 40 characters."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:40]}…"

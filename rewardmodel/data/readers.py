@@ -1,6 +1,6 @@
-"""A file, a hub data set or a table in, numbered raw rows out, a few at a time; one reader a file ending.
+"""Read raw rows from a file, a hub data set or a table, a few at a time; one reader per file ending, in `READERS`.
 
-What a row means is for `formats`; here it is only a mapping of column names to values.
+A raw row is a mapping of column names to values; what it means is for `data.formats`.
 """
 
 import csv
@@ -28,20 +28,18 @@ from datasets import Dataset
 from rewardmodel.config.schema import Source
 from rewardmodel.errors import InputError
 
-SAMPLE_FILES = {"train": "train.csv", "test": "test.csv"}
-"""Files of the demonstration set inside the package, by the role that `sample` is asked for."""
-
 PEEKED_ROWS = 200
-"""Rows that are looked at before a format is chosen."""
-
-PARQUET_ROWS = 500
-"""Rows of a Parquet file that are Python objects at a time."""
+"""Rows that are read ahead to choose a format and to collect columns where there is no header."""
 
 
 class RawRows(NamedTuple):
-    """A raw table: its name for messages, its columns, its numbered rows (from 1), and counts of what was passed over.
+    """A raw table that is read once, from first row to last.
 
-    `rows` can be read once; `columns` are those of the header, or of the first `PEEKED_ROWS` rows where there is none.
+    Attributes:
+        where: the name of the file, for error messages.
+        columns: of the header, or of the first `PEEKED_ROWS` rows where there is none.
+        rows: (number from 1, values by column name) of each row.
+        notes: counts of what was skipped, by description.
     """
 
     where: str
@@ -51,7 +49,14 @@ class RawRows(NamedTuple):
 
 
 class ReadRequest(NamedTuple):
-    """What a reader is asked for: the file's name, its role, the columns that are wanted, what to close in the end."""
+    """What a reader needs besides the open file.
+
+    Attributes:
+        where: the name of the file, for its ending and for error messages.
+        role: `train` or `test`, which file of an archive to read.
+        wanted: columns that will be used; others may be left out where that is cheaper.
+        opened: closes what the reader opens, once all rows are read.
+    """
 
     where: str
     role: str
@@ -61,73 +66,70 @@ class ReadRequest(NamedTuple):
 
 @contextmanager
 def open_rows(source: Source | pd.DataFrame | Dataset, role: str, wanted: Collection[str]) -> Iterator[RawRows]:
-    """Yield the raw rows of a source; a file is open only inside the context.
+    """Yield the raw rows of a source; its file is open only inside the context.
 
     Args:
-        source: where they are.
-        role: `train` or `test`: which file of `sample` or of an archive, and which split on the hub.
-        wanted: columns that will be read; others need not be in the rows, where leaving them out is cheaper.
+        source: a path or hub id with options, a DataFrame or a Dataset.
+        role: `train` or `test`: which file of `sample` or of an archive, and which split of a hub data set.
+        wanted: columns that will be used; others may be missing from the rows, where leaving them out is cheaper.
 
     Raises:
-        InputError: nothing there, no reader for it, or a file that breaks off; raised while rows are read, too.
+        InputError: there is no such file or data set, no reader for it, or it is broken; also while rows are read.
     """
     if isinstance(source, pd.DataFrame):
         names = list(map(str, source.columns))
         tuples = source.itertuples(index=False, name=None)
         yield _rows((dict(zip(names, row, strict=True)) for row in tuples), "data frame", names)
     elif isinstance(source, Dataset):
-        yield _of_dataset(source, "data set", wanted)
+        yield _read_dataset(source, "data set", wanted)
     elif source.path == "sample":
-        with resources.as_file(resources.files("rewardmodel.data") / "sample" / SAMPLE_FILES[role]) as path:
-            yield from _of_file(path, role, wanted)
+        with resources.as_file(resources.files("rewardmodel.data") / "sample" / f"{role}.csv") as path:
+            yield from _open_file(path, role, wanted)
     elif os.path.isfile(source.path):
-        yield from _of_file(Path(source.path), role, wanted)
-    elif HUB_ID.fullmatch(source.path) and Path(source.path).suffix.lower() not in READERS:
-        yield _of_dataset(_from_hub(source, role), source.path, wanted)
+        yield from _open_file(Path(source.path), role, wanted)
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source.path) and Path(source.path).suffix.lower() not in READERS:
+        yield _read_dataset(_load_from_hub(source, role), source.path, wanted)
     else:
         raise InputError(f"{source.path}: no such file; give the path of a battles file, a hub id, or 'sample'")
 
 
-def _of_dataset(dataset: Dataset, where: str, wanted: Collection[str]) -> RawRows:
+def _read_dataset(dataset: Dataset, where: str, wanted: Collection[str]) -> RawRows:
     names = dataset.column_names
     return _rows(dataset.with_format(None).select_columns([name for name in names if name in wanted]), where, names)
 
 
-def _of_file(path: Path, role: str, wanted: Collection[str]) -> Iterator[RawRows]:
+def _open_file(path: Path, role: str, wanted: Collection[str]) -> Iterator[RawRows]:
     with ExitStack() as opened:
-        with _failures(str(path), lambda: 0):
+        with _explain_failures(str(path), lambda: 0):
             file = opened.enter_context(path.open("rb"))
-        yield _read(file, ReadRequest(str(path), role, wanted, opened))
+        yield _read_file(file, ReadRequest(str(path), role, wanted, opened))
 
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-
-
-def _from_hub(source: Source, role: str) -> Dataset:
+def _load_from_hub(source: Source, role: str) -> Dataset:
     from datasets import load_dataset
 
     try:
         return load_dataset(source.path, source.subset, split=source.split or role, revision=source.revision)
-    except Exception as error:  # whatever the hub, the network or the builder script says
+    except Exception as error:  # from the hub, the network or a builder script: any type
         reason = " ".join(str(error).split())
         raise InputError(
-            f"{source.path}: no such file, and the hub gives no data set of that name ({reason}); give the path of a "
-            "file, or mend path, subset, split or revision"
+            f"{source.path}: no such file, and the hub gave no data set ({reason}); give the path of a file, or fix "
+            "path, subset, split or revision"
         ) from error
 
 
-def _read(file: IO[bytes], asked: ReadRequest) -> RawRows:
-    suffix = Path(asked.where).suffix.lower()
+def _read_file(file: IO[bytes], request: ReadRequest) -> RawRows:
+    suffix = Path(request.where).suffix.lower()
     if suffix not in READERS:
-        raise InputError(f"{asked.where}: no format has the ending '{suffix}'; known: {', '.join(READERS)}")
-    with _failures(asked.where, lambda: 0):
-        return READERS[suffix](file, asked)
+        raise InputError(f"{request.where}: unknown file ending '{suffix}'; known: {', '.join(READERS)}")
+    with _explain_failures(request.where, lambda: 0):
+        return READERS[suffix](file, request)
 
 
-def _read_csv(file: IO[bytes], asked: ReadRequest) -> RawRows:
-    where = asked.where
+def _read_csv(file: IO[bytes], request: ReadRequest) -> RawRows:
+    where = request.where
     csv.field_size_limit(sys.maxsize)
-    text = asked.opened.enter_context(
+    text = request.opened.enter_context(
         io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     )
     reader = csv.reader(text, strict=True)
@@ -143,7 +145,7 @@ def _read_csv(file: IO[bytes], asked: ReadRequest) -> RawRows:
         number = 0
         for fields in content:
             if not fields:
-                notes["blank lines, passed over"] += 1
+                notes["blank lines, skipped"] += 1
                 continue
             number += 1
             if len(fields) != len(header):
@@ -162,10 +164,10 @@ def _read_csv(file: IO[bytes], asked: ReadRequest) -> RawRows:
     return _rows(rows(), where, header, notes)
 
 
-def _read_json_lines(file: IO[bytes], asked: ReadRequest) -> RawRows:
-    where = asked.where
+def _read_json_lines(file: IO[bytes], request: ReadRequest) -> RawRows:
+    where = request.where
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
-    lines = asked.opened.enter_context(text)
+    lines = request.opened.enter_context(text)
     notes: Counter[str] = Counter()
 
     def rows() -> Iterator[Any]:
@@ -174,61 +176,61 @@ def _read_json_lines(file: IO[bytes], asked: ReadRequest) -> RawRows:
                 _check_utf8(line, f"{where}: line {number}")
                 yield _parsed(line, f"{where}: line {number}")
             else:
-                notes["blank lines, passed over"] += 1
+                notes["blank lines, skipped"] += 1
 
     return _rows(rows(), where, None, notes)
 
 
 def _check_utf8(text: str, where: str) -> None:
-    broken = None if text.isascii() else NOT_UTF8.search(text)
+    broken = None if text.isascii() else re.search("[\udc80-\udcff]", text)  # by surrogateescape
     if broken:
         raise InputError(f"{where}: byte {ord(broken[0]) - 0xDC00:#x} is not UTF-8; save the file as UTF-8")
 
 
-NOT_UTF8 = re.compile("[\udc80-\udcff]")
-"""What `surrogateescape` makes of bytes that are no UTF-8."""
-
-
-def _read_json(file: IO[bytes], asked: ReadRequest) -> RawRows:
+def _read_json(file: IO[bytes], request: ReadRequest) -> RawRows:
     text = file.read().decode("utf-8-sig")
     if text.lstrip().startswith("{"):
-        raise InputError(f"{asked.where}: not a JSON list of objects, one a battle; is it JSON Lines? Name it .jsonl")
-    content = _parsed(text, asked.where)
+        raise InputError(
+            f"{request.where}: not a JSON list of objects, one per battle; if it is JSON Lines, name it .jsonl"
+        )
+    content = _parsed(text, request.where)
     if not isinstance(content, list):
-        raise InputError(f"{asked.where}: not a JSON list; give a list of objects, one a battle")
-    return _rows(content, asked.where, None)
+        raise InputError(f"{request.where}: not a JSON list; give a list of objects, one per battle")
+    return _rows(content, request.where, None)
 
 
 def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text, strict=False)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({' '.join(str(error).split())}); mend it there") from error
+        raise InputError(f"{where}: not JSON ({' '.join(str(error).split())}); correct the file there") from error
 
 
-def _read_parquet(file: IO[bytes], asked: ReadRequest) -> RawRows:
+def _read_parquet(file: IO[bytes], request: ReadRequest) -> RawRows:
     table = pq.ParquetFile(file)
     names = table.schema_arrow.names
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        raise InputError(f"{asked.where}: column '{twice[0]}' occurs twice; keep one of them")
-    batches = table.iter_batches(PARQUET_ROWS, columns=[name for name in names if name in asked.wanted])
-    return _rows((row for batch in batches for row in batch.to_pylist()), asked.where, names)
+        raise InputError(f"{request.where}: column '{twice[0]}' occurs twice; keep one of them")
+    # 500 rows are Python objects at a time
+    batches = table.iter_batches(500, columns=[name for name in names if name in request.wanted])
+    return _rows((row for batch in batches for row in batch.to_pylist()), request.where, names)
 
 
-def _read_zip(file: IO[bytes], asked: ReadRequest) -> RawRows:
-    archive = asked.opened.enter_context(zipfile.ZipFile(file))
+def _read_zip(file: IO[bytes], request: ReadRequest) -> RawRows:
+    archive = request.opened.enter_context(zipfile.ZipFile(file))
     endings = set(READERS) - {".zip"}
     names = [Path(name) for name in archive.namelist()]
     members = [name for name in names if name.suffix.lower() in endings and not name.name.startswith("._")]
-    wanted = members if len(members) == 1 else [name for name in members if name.stem == asked.role]
+    wanted = members if len(members) == 1 else [name for name in members if name.stem == request.role]
     if len(wanted) != 1:
+        found = ", ".join(map(str, members[:8])) or "none has a known ending"
         raise InputError(
-            f"{asked.where}: which file in it? {', '.join(map(str, members[:8])) or 'none has a known ending'}; either "
-            f"there is one, or one is called {asked.role}: unpack it and give the file"
+            f"{request.where}: not clear which file in it to read: {found}; keep one, call one of them {request.role}, "
+            "or unpack the archive and give the file"
         )
-    member = asked.opened.enter_context(archive.open(wanted[0].as_posix()))
-    return _read(member, asked._replace(where=f"{asked.where}/{wanted[0]}"))
+    member = request.opened.enter_context(archive.open(wanted[0].as_posix()))
+    return _read_file(member, request._replace(where=f"{request.where}/{wanted[0]}"))
 
 
 READERS: dict[str, Callable[[IO[bytes], ReadRequest], RawRows]] = {
@@ -239,11 +241,11 @@ READERS: dict[str, Callable[[IO[bytes], ReadRequest], RawRows]] = {
     ".parquet": _read_parquet,
     ".zip": _read_zip,
 }
-"""Readers by file ending: (open file, what is asked for) -> raw rows."""
+"""Readers by file ending: (open file, request) -> raw rows."""
 
 
 def _rows(rows: Iterable[Any], where: str, columns: list[str] | None, notes: Counter[str] | None = None) -> RawRows:
-    """Return numbered rows; without a header, the columns are gathered from the first rows."""
+    """Return rows with numbers; without a header, columns are collected from the first rows."""
     numbered = _numbered(rows, where)
     if columns is None:
         first = list(islice(numbered, PEEKED_ROWS))
@@ -254,29 +256,31 @@ def _rows(rows: Iterable[Any], where: str, columns: list[str] | None, notes: Cou
 
 def _numbered(rows: Iterable[Any], where: str) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
-    with _failures(where, lambda: number):
+    with _explain_failures(where, lambda: number):
         for number, row in enumerate(rows, start=1):
             if not isinstance(row, dict):
-                raise InputError(f"{where}: row {number}: not an object; give one JSON object a battle")
+                raise InputError(f"{where}: row {number}: not an object; give one JSON object per battle")
             yield number, row
 
 
-UNREADABLE = (
-    pa.ArrowException, OSError, ValueError, OverflowError,
-    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError,
-)  # fmt: skip
-"""What libraries raise on files that are broken or of a kind that they do not know."""
+_UNREADABLE = (
+    *(pa.ArrowException, OSError, ValueError, OverflowError, EOFError, NotImplementedError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+)
+"""What libraries raise for files that are broken, or use a feature that they do not support."""
 
 
 @contextmanager
-def _failures(where: str, row: Callable[[], int]) -> Iterator[None]:
-    """Turn what libraries raise on broken files into one line that says where."""
+def _explain_failures(where: str, row: Callable[[], int]) -> Iterator[None]:
+    """Turn what libraries raise for broken files into one line that names the file and the last row that was read."""
     try:
         yield
     except InputError:
         raise
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: after row {row()}: not UTF-8; save the file as UTF-8") from error
-    except UNREADABLE as error:
+    except _UNREADABLE as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{where}: after row {row()}: cannot be read on ({reason}); is the file whole?") from error
+        raise InputError(
+            f"{where}: after row {row()}: cannot be read further ({reason}); is the file complete?"
+        ) from error

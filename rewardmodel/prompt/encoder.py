@@ -1,6 +1,6 @@
-"""Battles in, token sequences out that never exceed a budget, never lose a battle and treat A and B alike.
+"""Encode battles as token sequences of at most `max_length` tokens, treating both responses alike.
 
-A template puts fixed text around the turns; only the turns give way when a battle is too long.
+A template puts fixed text around the turns; only turns are cut when a battle is too long, and no battle is dropped.
 """
 
 import re
@@ -19,10 +19,14 @@ _INSIDE = re.compile(r"(?<=\S)(?=\S)")
 
 
 class EncodedSequence(NamedTuple):
-    """One sequence of tokens: (length,) int32 ids, and (length,) int8 segments.
+    """One sequence of tokens.
 
-    A token's segment is 1 in response A (or the only one), 2 in response B, markers included; else 0.
-    `full` and `kept` are the tokens of the prompt and of each response, before and after truncation.
+    Attributes:
+        input_ids: (length,) int32.
+        segment_ids: (length,) int8: 1 for tokens of response A (or the only response), 2 for response B, with the
+            fixed text directly before them; else 0.
+        full: tokens of the prompt and of each response over all rounds, before truncation: (21, 460, 631).
+        kept: the same after truncation, without marks.
     """
 
     input_ids: np.ndarray
@@ -32,7 +36,14 @@ class EncodedSequence(NamedTuple):
 
 
 class FixedTokens(NamedTuple):
-    """The tokens of a layout's fixed text: before each turn, and after the last; and how many there are."""
+    """The tokens of a template's fixed text, for some number of rounds.
+
+    Attributes:
+        before: ids before each turn: [[2, 106, 12], [9, 31], [9, 32]].
+        turns: (round, text) of each turn, text 0 the prompt, 1 and 2 the responses: [(0, 0), (0, 1), (0, 2)].
+        after: ids after the last turn.
+        length: number of these ids in total.
+    """
 
     before: list[list[int]]
     turns: list[tuple[int, int]]
@@ -41,18 +52,19 @@ class FixedTokens(NamedTuple):
 
 
 class PromptEncoder:
-    """Turns texts into token sequences of at most `max_length`.
+    """Encodes conversations as token sequences of at most `max_length` tokens.
 
     Args:
         tokenizer: of the backbone.
-        config: template, budget and policy.
-        encoding: "joint" or "separate": whether a sequence holds both responses or one of them.
+        config: the recipe's `prompt` section: template, budget and policy.
+        encoding: "joint" or "separate": whether a sequence has both responses or one of them.
 
     Attributes:
-        responses: names of the responses in one sequence: A and B (joint encoding), or one (separate).
+        responses: names of the responses in one sequence.
+        mark: ids that replace text that was cut.
 
     Raises:
-        InputError: no such template, one for the other encoding, or a budget in which the template itself does not fit.
+        InputError: there is no such template, it is for the other encoding, or it does not fit into `max_length`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig, encoding: str = "joint") -> None:
@@ -66,13 +78,13 @@ class PromptEncoder:
         if self.responses != wanted:
             raise InputError(
                 f"prompt.template: '{name}' has {' and '.join(self.responses)}, but the objective needs "
-                f"{' and '.join(wanted)}, its encoding is {encoding}; leave prompt.template out, or use another"
+                f"{' and '.join(wanted)} ({encoding} encoding); leave prompt.template out, or name another"
             )
-        self.mark = self._tokens([CUT_MARK])[0]
+        self.mark = self._tokenize([CUT_MARK])[0]
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if not token.special]
-        self._markers = compile_markers(self.template.layout(2), tokenizer.all_special_tokens, added)
+        self._markers = compile_markers(self.template.render(2), tokenizer.all_special_tokens, added)
         self._begin, self._end = _special_frame(tokenizer)
-        self._layouts: dict[int, FixedTokens] = {}
+        self._fixed_tokens: dict[int, FixedTokens] = {}
         least = self.fixed_tokens(1).length + len(self.mark) + MIN_ROUND_TOKENS
         if self.max_length < least:
             raise InputError(
@@ -81,11 +93,11 @@ class PromptEncoder:
             )
 
     def __call__(self, prompts: Sequence[list[str]], *responses: Sequence[list[str]]) -> Iterator[EncodedSequence]:
-        """Yield the tokens of each conversation, in order.
+        """Yield one sequence per conversation, in order.
 
         Args:
-            prompts: the prompt turns of each.
-            responses: the turns of each response, as many sequences as `self.responses` has names.
+            prompts: the prompt turns of each conversation.
+            responses: the turns of each response; one argument for each name in `self.responses`.
         """
         if len(responses) != len(self.responses):
             raise ValueError(f"{len(responses)} responses for a template with {' and '.join(self.responses)}")
@@ -95,21 +107,21 @@ class PromptEncoder:
     def tokenize_rounds(
         self, prompts: Sequence[list[str]], *responses: Sequence[list[str]]
     ) -> Iterator[list[tuple[list[int], ...]]]:
-        """Yield the tokens of each conversation's rounds: of the prompt turn and of each response to it."""
+        """Yield the ids of each conversation's turns by round: `[([5, 9], [7, 7, 3], [4]), ...]`, the prompt first."""
         conversations = [list(zip(*texts, strict=True)) for texts in zip(prompts, *responses, strict=True)]
-        texts = [self._neutral(text) for rounds in conversations for turns in rounds for text in turns]
-        tokens = iter(self._tokens(texts))
+        texts = [self._neutralise(text) for rounds in conversations for turns in rounds for text in turns]
+        tokens = iter(self._tokenize(texts))
         for rounds in conversations:
             yield [tuple(next(tokens) for _ in turns) for turns in rounds]
 
     def fit_rounds(self, rounds: Sequence[Sizes], max_length: int | None = None) -> list[Sizes]:
-        """Return how many tokens of each text of the latest rounds stay, marks included."""
+        """Return the sizes to cut the texts of the latest rounds to, marks included; dropped rounds are not in it."""
         budget = self.max_length if max_length is None else max_length
         share = TRUNCATIONS[self.truncation].share
         return keep_rounds(rounds, lambda count: budget - self.fixed_tokens(count).length, len(self.mark), share)
 
     def settings(self) -> list:
-        """Return all that the tokens depend on, besides the texts and the code."""
+        """Return all that the tokens depend on apart from the texts and the code, as a key for caches."""
         layouts = [self.fixed_tokens(rounds) for rounds in (1, 2, 3)]
         fixed = [
             self.template.text,
@@ -123,10 +135,16 @@ class PromptEncoder:
         return [*fixed, self.tokenizer.backend_tokenizer.to_str()]
 
     def assemble(self, rounds: list[tuple[list[int], ...]]) -> EncodedSequence:
-        """Return one sequence of the tokens of a conversation's rounds, at most `max_length`."""
+        """Return the sequence of a conversation, cut to `max_length`.
+
+        Args:
+            rounds: the ids of the turns by round, as `tokenize_rounds` yields them.
+        """
         sizes = [tuple(map(len, texts)) for texts in rounds]
         kept_sizes = self.fit_rounds(sizes)
         dropped = len(rounds) - len(kept_sizes)
+
+        # Fixed text and cut turns by turns; the mark of dropped rounds goes before the first prompt turn.
         fixed = self.fixed_tokens(len(kept_sizes))
         cut = TRUNCATIONS[self.truncation].cut
         input_ids: list[int] = []
@@ -146,7 +164,7 @@ class PromptEncoder:
         )
 
     def count_kept(self, rounds: Sequence[Sizes], kept: Sequence[Sizes]) -> Sizes:
-        """Return the tokens of the prompt and of each response that stay, over all rounds, without marks."""
+        """Return how many tokens of the prompt and of each response are kept over all rounds, without marks."""
         latest = rounds[len(rounds) - len(kept) :]
         stay = [
             tuple(count_kept_tokens(full, size, len(self.mark)) for full, size in zip(*pair, strict=True))
@@ -154,43 +172,46 @@ class PromptEncoder:
         ]
         return sum_sizes(stay)
 
-    def _neutral(self, text: str) -> str:
-        """Return `text` with a blank inside a word of anything that looks like a marker of the template."""
+    def _neutralise(self, text: str) -> str:
+        """Return `text` with a space inside everything that looks like a marker: `# ## Response A:`."""
         return self._markers.sub(lambda found: _INSIDE.sub(" ", found[0], count=1), text)
 
     def fixed_tokens(self, rounds: int) -> FixedTokens:
-        """Return the tokens around the turns of a conversation of so many rounds."""
-        if rounds not in self._layouts:
-            self._layouts[rounds] = self._lay_out(rounds)
-        return self._layouts[rounds]
+        """Return the ids of the fixed text for a conversation of `rounds` rounds."""
+        if rounds not in self._fixed_tokens:
+            self._fixed_tokens[rounds] = self._tokenize_fixed(rounds)
+        return self._fixed_tokens[rounds]
 
-    def _lay_out(self, rounds: int) -> FixedTokens:
-        layout = self.template.layout(rounds)
+    def _tokenize_fixed(self, rounds: int) -> FixedTokens:
+        layout = self.template.render(rounds)
         before = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in layout.before]
         after = self.tokenizer(layout.after, add_special_tokens=False)["input_ids"]
-        if before[0][: len(self._begin)] != self._begin:  # some templates write it themselves
+        if before[0][: len(self._begin)] != self._begin:  # chat templates may include it
             before[0] = self._begin + before[0]
         if self._end and after[-len(self._end) :] != self._end:
             after = after + self._end
         return FixedTokens(before, layout.turns, after, sum(map(len, before)) + len(after))
 
-    def _tokens(self, texts: list[str]) -> list[list[int]]:
-        """Return the tokens of texts, in which the spelling of a special token is text like any other."""
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids of each text; spellings of special tokens in it are tokenised as plain text."""
         if not texts:
             return []
         return self.tokenizer(
-            texts, add_special_tokens=False, split_special_tokens=True,
-            return_attention_mask=False, return_token_type_ids=False,
-        )["input_ids"]  # fmt: skip
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
 
 
 def sum_sizes(rounds: Sequence[Sizes]) -> Sizes:
-    """Return the tokens of the prompt and of each response over all rounds."""
+    """Return the tokens of the prompt and of each response, summed over rounds."""
     return tuple(map(sum, zip(*rounds, strict=True)))
 
 
 def _special_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Return the special tokens that the tokenizer itself puts before and after a sequence."""
+    """Return the ids that the tokenizer itself puts before and after a sequence, such as [CLS] and [SEP]."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     framed = tokenizer("a")["input_ids"]
     start = next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)

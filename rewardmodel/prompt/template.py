@@ -1,7 +1,7 @@
-"""A Jinja template in, the fixed text around the turns out.
+"""Prompt templates: turn a Jinja template into the fixed text around the turns of a conversation.
 
-A template is rendered with placeholders, then taken apart at them, so that fixed text and turns are tokenised apart:
-only turns can be cut, and nothing in a turn can become structure.
+A template is rendered with placeholders and split at them, so that fixed text and turns are tokenised separately: only
+turns are ever cut, and no turn can be mistaken for the structure of the template.
 """
 
 import re
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rewardmodel.errors import InputError, nearest
 
 TEMPLATES = {
-    # Ends in a fixed question, so that the last token, which the head reads, is never part of a response.
+    # Ends in a fixed question, so that the last token, whose hidden state the head reads, is not part of a response.
     "instruction": (
         "{% for round in rounds %}{% if not loop.first %}{{ '\\n\\n' }}{% endif %}"
         "### Prompt:\n{{ round.prompt }}"
@@ -40,26 +40,26 @@ TEMPLATES = {
     ),
 }
 """Templates by the recipe's `prompt.template`. `rounds` is a list of rounds, each with `prompt`, `response_a` and
-`response_b` (or `response`, to encode each response alone); `sep` is the tokenizer's own separator."""
+`response_b` (or `response`, to encode each response separately); `sep` is the tokenizer's separator token."""
 
 CHAT = "chat"
-"""The name of the backbone's own chat template, which encodes each response alone."""
+"""`prompt.template` for the backbone's own chat template, which encodes each response separately."""
 
 JOINT_RESPONSES, SEPARATE_RESPONSES = ("response_a", "response_b"), ("response",)
-"""What a round's responses are called when both stand in one sequence, and when each stands in one of its own."""
+"""Names of the responses of a round in joint encoding (both in one sequence) and in separate encoding."""
 
 ENCODINGS = {
     "joint": (JOINT_RESPONSES, "instruction", "encoder"),
     "separate": (SEPARATE_RESPONSES, CHAT, "encoder_response"),
 }
-"""For an objective's encoding the responses that a template must have, and the template where a recipe names none: for
-a decoder, and for an encoder, whose tokenizer has a separator."""
+"""Encoding -> the responses that a template must have, and the default templates: for decoders, and for encoders (whose
+tokenizers have a separator token)."""
 
-# Letters of both cases, so that a filter that changes a text shows.
+# Upper and lower case, so that a template that changes the case of a turn (`| lower`) is detected.
 _PLACEHOLDER = re.compile("\ue000Turn (\\d+) tEXT (\\d)\ue001")
 
 
-RENDER_ERRORS = (
+_RENDER_ERRORS = (
     jinja2.TemplateError,
     TypeError,
     ValueError,
@@ -68,13 +68,16 @@ RENDER_ERRORS = (
     RecursionError,
     OverflowError,
 )
-"""What a template that is wrong raises when it is rendered."""
+"""What rendering an invalid template raises."""
 
 
 class TemplateLayout(NamedTuple):
-    """Fixed text before each turn, the (round, text number) of each turn, and the fixed text after the last.
+    """A template rendered for some number of rounds, split into fixed text and turns.
 
-    Text number 0 is the prompt, 1 and 2 are the responses.
+    Attributes:
+        before: fixed text before each turn: ["PROMPT: ", " RESPONSE A: ", " RESPONSE B: "].
+        turns: (round, text) of each turn, text 0 the prompt, 1 and 2 the responses: [(0, 0), (0, 1), (0, 2)].
+        after: fixed text after the last turn.
     """
 
     before: list[str]
@@ -83,14 +86,18 @@ class TemplateLayout(NamedTuple):
 
 
 class Template:
-    """Fixed text by the number of rounds.
+    """A prompt template, rendered for any number of rounds.
 
     Args:
-        text: a name out of `TEMPLATES`, `chat`, or Jinja.
-        tokenizer: of the backbone; its separator and its chat template.
+        text: a name in `TEMPLATES`, `chat`, or Jinja source.
+        tokenizer: of the backbone, for its separator token and its chat template.
+
+    Attributes:
+        responses: names of the responses of a round.
 
     Raises:
-        InputError: no such template, not Jinja, or a template that does not place every turn once, as it is.
+        InputError: there is no such template, it is not valid Jinja, or it does not have every turn exactly once and
+            unchanged.
     """
 
     def __init__(self, text: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -98,49 +105,51 @@ class Template:
         self.tokenizer = tokenizer
         if text != CHAT and "{{" not in self.text:
             raise InputError(
-                f"prompt.template: no template '{text}'{nearest(text, [*TEMPLATES, CHAT]) or ';'} there are: "
-                f"{', '.join(TEMPLATES)}, {CHAT}; or give Jinja, or a .jinja file"
+                f"prompt.template: no template '{text}'{nearest(text, [*TEMPLATES, CHAT]) or ';'} known: "
+                f"{', '.join(TEMPLATES)}, {CHAT}; or give Jinja source, or a .jinja file"
             )
         if text == CHAT and not tokenizer.chat_template:
-            raise InputError("prompt.template: the backbone has no chat template; set it to response, or give Jinja")
+            raise InputError(
+                "prompt.template: the backbone has no chat template; set it to response, or give Jinja source"
+            )
         self.responses = JOINT_RESPONSES if JOINT_RESPONSES[0] in self.text else SEPARATE_RESPONSES
         for rounds in (1, 2):
-            self.layout(rounds)
+            self.render(rounds)
 
-    def layout(self, rounds: int) -> TemplateLayout:
-        """Return the fixed text of a conversation of so many rounds."""
+    def render(self, rounds: int) -> TemplateLayout:
+        """Return the template rendered for a conversation of `rounds` rounds."""
         names = ("prompt", *self.responses)
         placeholders = [
             {name: f"\ue000Turn {number} tEXT {text}\ue001" for text, name in enumerate(names)}
             for number in range(rounds)
         ]
         try:
-            rendered = (_chat if self.text == CHAT else _jinja)(self.text, self.tokenizer, placeholders)
-        except RENDER_ERRORS as error:
-            raise InputError(f"prompt.template: {' '.join(str(error).split())}; mend the template") from error
+            rendered = (_render_chat if self.text == CHAT else _render_jinja)(self.text, self.tokenizer, placeholders)
+        except _RENDER_ERRORS as error:
+            raise InputError(f"prompt.template: {' '.join(str(error).split())}; fix the template") from error
         pieces = _PLACEHOLDER.split(rendered)
         turns = [(int(number), int(text)) for number, text in zip(pieces[1::3], pieces[2::3], strict=True)]
         wanted = [(number, text) for number in range(rounds) for text in range(len(names))]
         if sorted(turns) != wanted:
             wrong = next(turn for turn in wanted if turns.count(turn) != 1)
             raise InputError(
-                f"prompt.template: with {rounds} rounds, the {names[wrong[1]]} of round {wrong[0] + 1} stands there "
-                f"{turns.count(wrong)} times; a template must place {', '.join(names)} of every round once, unchanged"
+                f"prompt.template: with {rounds} rounds, the {names[wrong[1]]} of round {wrong[0] + 1} occurs "
+                f"{turns.count(wrong)} times; a template must have {', '.join(names)} of every round once, unchanged"
             )
         return TemplateLayout(pieces[:-1:3], turns, pieces[-1])
 
 
 def compile_markers(layout: TemplateLayout, special: list[str], added: Iterable[str] = ()) -> re.Pattern[str]:
-    """Return a pattern of the fixed text that tells turns apart, in any case and spacing.
+    """Return a pattern that matches the markers of a template in any case and spacing, to neutralise them in turns.
 
-    That is the line directly before each turn and the first one after the last turn, without special tokens, whose
-    spelling in a battle is plain text anyhow. Lines that only words make up ("user") are left out: there, special
-    tokens tell turns apart.
+    Markers are the line directly before each turn and the first line after the last turn, without special tokens (whose
+    spelling in a turn is tokenised as plain text anyway). Lines of words alone ("user") are not markers: where a
+    template has those, its special tokens separate the turns.
 
     Args:
         layout: of several rounds.
         special: the tokenizer's special tokens.
-        added: tokens that were added to it and are not special; those that the layout has are markers too.
+        added: tokens added to the tokenizer that are not special; those in the layout are markers too.
     """
     split = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
     lines = [_lines(text, split)[-1:] for text in layout.before] + [_lines(layout.after, split)[:1]]
@@ -155,12 +164,12 @@ def _lines(text: str, special: re.Pattern[str]) -> list[str]:
     return [line.strip() for part in special.split(text) for line in part.splitlines() if line.strip()]
 
 
-def _jinja(source: str, tokenizer: PreTrainedTokenizerBase, rounds: list[dict[str, str]]) -> str:
+def _render_jinja(source: str, tokenizer: PreTrainedTokenizerBase, rounds: list[dict[str, str]]) -> str:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(source).render(rounds=rounds, sep=tokenizer.sep_token or "")
 
 
-def _chat(_: str, tokenizer: PreTrainedTokenizerBase, rounds: list[dict[str, str]]) -> str:
+def _render_chat(_: str, tokenizer: PreTrainedTokenizerBase, rounds: list[dict[str, str]]) -> str:
     roles = {"prompt": "user", "response": "assistant"}
-    said = [{"role": roles[name], "content": text} for turns in rounds for name, text in turns.items()]
-    return str(tokenizer.apply_chat_template(said, tokenize=False))
+    messages = [{"role": roles[name], "content": text} for turns in rounds for name, text in turns.items()]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False))

@@ -1,4 +1,4 @@
-"""Battles in, tokenised rows out: one a battle, with what its sequences share in it once."""
+"""Tokenise battles: one row per battle, in which the tokens that its sequences share are stored once."""
 
 import inspect
 from collections.abc import Sequence
@@ -31,18 +31,21 @@ TOKEN_ROW_FEATURES = Features(
         "weight": Value("float32"),
     }
 )
-"""One battle a row: its id; its tokens, the segment of each (1: the first response, 2: the second, 0: neither), how
-many of them its sequences share and how many each goes on with, their number; tokens of prompt and responses before and
-after truncation; its outcome and a teacher's probabilities (NaN where there is none), and its weight in the loss."""
+"""One row per battle:
+    input_ids, segment_ids: (length,) of its sequences, packed: first what they all begin with, then what each goes on
+        with; segments as in `EncodedSequence`.
+    branches: [shared, a, b]: tokens that all sequences begin with, then how many each goes on with. [310, 96, 120] is
+        two sequences of 406 and 430 tokens in a row of 526; [0, 512] is one sequence.
+    length: of the row.
+    full, kept: tokens of prompt, A and B before and after truncation.
+    labels, teacher: outcome and teacher's probabilities, NaN where there is none.
+    weight: of the battle in the loss."""
 
 MODEL_COLUMNS = ("id", "input_ids", "segment_ids", "branches", "length", "labels", "teacher", "weight")
 """Columns that training and prediction read."""
 
 SEQUENCE_TEXTS = {"joint": ((0, 1, 2), (0, 2, 1)), "separate": ((0, 1), (0, 2))}
-"""The texts of each sequence of a battle by encoding: 0 is the prompt, 1 and 2 are the responses A and B."""
-
-BATTLES_A_BATCH = 500
-"""Battles that are tokenised at a time."""
+"""Encoding -> the texts of each sequence in order, 0 the prompt, 1 and 2 the responses A and B."""
 
 
 def tokenize(
@@ -54,17 +57,15 @@ def tokenize(
     encoding: str = "joint",
     both_orders: bool = False,
 ) -> Dataset:
-    """Return one row of `TOKEN_ROW_FEATURES` a battle, in the same order; kept in the cache by battles and settings.
-
-    The sequences of a battle begin alike: those tokens are in the row once.
+    """Return one row of `TOKEN_ROW_FEATURES` per battle, in the same order, cached by battles and settings.
 
     Args:
         battles: what to tokenise.
         tokenizer: of the backbone.
-        config: template, budget and policy.
-        num_proc: processes; none: this one, with the tokenizer's own threads.
-        encoding: "joint": one sequence a battle; "separate": two, prompt and A, prompt and B.
-        both_orders: two joint sequences a battle, A shown first and B shown first.
+        config: the recipe's `prompt` section.
+        num_proc: number of processes; default: only this one, with the tokenizer's own threads.
+        encoding: "joint": one sequence per battle; "separate": two, prompt with A and prompt with B.
+        both_orders: two joint sequences per battle, with A first and with B first.
 
     Raises:
         InputError: the template is unknown, for the other encoding, or does not fit into `config.max_length`.
@@ -72,33 +73,37 @@ def tokenize(
     encoder = PromptEncoder(tokenizer, config, encoding)
     orders = SEQUENCE_TEXTS[encoding][: None if both_orders or encoding == "separate" else 1]
 
-    def rows(batch: dict[str, list]) -> dict[str, Any]:
+    def make_rows(batch: dict[str, list]) -> dict[str, Any]:
+        # battles: the sequences of each battle; joint encoding in both orders: [[A first, B first], ...]
         battles = [
             [encoder.assemble([tuple(texts[text] for text in order) for texts in rounds]) for order in orders]
             for rounds in encoder.tokenize_rounds(batch["prompt"], batch["response_a"], batch["response_b"])
         ]
-        merged = [pack_sequences(battle) for battle in battles]
+        packed = [pack_sequences(battle) for battle in battles]
         return {
             "id": batch["id"],
-            "input_ids": [row.input_ids for row in merged],
-            "segment_ids": [row.segment_ids for row in merged],
-            "branches": [row.branches for row in merged],
-            "length": [len(row.input_ids) for row in merged],
-            "full": [_sizes([one.full for one in battle]) for battle in battles],
-            "kept": [_sizes([one.kept for one in battle]) for battle in battles],
+            "input_ids": [row.input_ids for row in packed],
+            "segment_ids": [row.segment_ids for row in packed],
+            "branches": [row.branches for row in packed],
+            "length": [len(row.input_ids) for row in packed],
+            "full": [_battle_sizes([one.full for one in battle]) for battle in battles],
+            "kept": [_battle_sizes([one.kept for one in battle]) for battle in battles],
             "labels": np.array([batch[name] for name in OUTCOMES], dtype=np.float32).T,
             "teacher": np.array([batch[name] for name in TEACHER_COLUMNS], dtype=np.float32).T,
             "weight": batch["weight"],
         }
 
-    sources = [inspect.getsource(part) for part in (prompt, template, truncation, pack_sequences, _sizes, tokenize)]
+    # Cached under a hash of the battles, of all settings, and of the code that makes the rows.
+    sources = [
+        inspect.getsource(part) for part in (prompt, template, truncation, pack_sequences, _battle_sizes, tokenize)
+    ]
     fingerprint = Hasher.hash([battles._fingerprint, encoder.settings(), orders, sources])
     folder = cache_folder() / "tokens"
     folder.mkdir(parents=True, exist_ok=True)
     return battles.with_format(None).map(
-        rows,
+        make_rows,
         batched=True,
-        batch_size=BATTLES_A_BATCH,
+        batch_size=500,
         num_proc=num_proc,
         remove_columns=battles.column_names,
         features=TOKEN_ROW_FEATURES,
@@ -108,8 +113,8 @@ def tokenize(
     )
 
 
-def _sizes(sequences: Sequence[Sizes]) -> Sizes:
-    """Return the tokens of prompt, A and B of a battle's sequences, which are alike in joint ones."""
+def _battle_sizes(sequences: Sequence[Sizes]) -> Sizes:
+    """Return the tokens of prompt, A and B; where they are in separate sequences, the prompt's in the shorter one."""
     if len(sequences[0]) == 3:
         return sequences[0]
     (prompt_a, a), (prompt_b, b) = sequences
@@ -117,7 +122,7 @@ def _sizes(sequences: Sequence[Sizes]) -> Sizes:
 
 
 class PackedRow(NamedTuple):
-    """Sequences of one battle in one row: (length,) int32 ids, (length,) int8 segments, and the row's `branches`."""
+    """The sequences of one battle in one row; its fields are columns of `TOKEN_ROW_FEATURES`."""
 
     input_ids: np.ndarray
     segment_ids: np.ndarray
@@ -125,7 +130,7 @@ class PackedRow(NamedTuple):
 
 
 def pack_sequences(sequences: Sequence[EncodedSequence]) -> PackedRow:
-    """Return the tokens with which all sequences begin, once, and then what each goes on with, one token at least."""
+    """Return the tokens that all sequences begin with, once, then what each goes on with, at least one token."""
     first, *others = sequences
     shared = 0
     if others:
@@ -144,12 +149,12 @@ def pack_sequences(sequences: Sequence[EncodedSequence]) -> PackedRow:
 
 
 def select_sequence(rows: Dataset, number: int) -> Dataset:
-    """Return rows with the columns that models read, and with one of their sequences alone, by its place."""
+    """Return rows with one of their sequences only, by its index, and with the columns that models read."""
     rows = rows.select_columns(list(MODEL_COLUMNS))
-    return rows.map(_alone, fn_kwargs={"number": number}, features=rows.features, desc="taking orders apart")
+    return rows.map(_take_sequence, fn_kwargs={"number": number}, features=rows.features, desc="selecting sequences")
 
 
-def _alone(row: dict[str, Any], number: int) -> dict[str, Any]:
+def _take_sequence(row: dict[str, Any], number: int) -> dict[str, Any]:
     shared, *lengths = row["branches"]
     start = shared + sum(lengths[:number])
     kept = {
@@ -159,11 +164,11 @@ def _alone(row: dict[str, Any], number: int) -> dict[str, Any]:
 
 
 def shared_token_fraction(rows: Dataset) -> float:
-    """Return the share of all sequences' tokens that rows do without, because sequences of a battle share them."""
+    """Return the share of the sequences' tokens that packing saves: 1 - tokens in rows / tokens in sequences."""
     tokens = sum(shared * len(branches) + sum(branches) for shared, *branches in rows["branches"])
     return 1 - sum(rows["length"]) / tokens
 
 
 def measure_row_retention(rows: Dataset) -> dict[str, float]:
-    """Return what truncation left of tokenised battles, as `prompt.truncation.retention` does."""
+    """Return how much of the texts truncation kept in tokenised battles; see `truncation.measure_retention`."""
     return truncation.measure_retention(*(np.array(rows[name][:]) for name in ("full", "kept")))

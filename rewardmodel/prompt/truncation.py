@@ -1,6 +1,6 @@
-"""Sizes of texts and a token budget in, how much of each text stays out; and the cuts themselves.
+"""Truncation: share a token budget among the texts of a battle, and cut the texts to their shares.
 
-Arithmetic only. Exchanging two responses exchanges what stays of them and changes nothing else.
+Sizes are numbers of tokens. Exchanging the two responses exchanges their shares and changes nothing else.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,17 +9,22 @@ from typing import NamedTuple
 import numpy as np
 
 Sizes = tuple[int, ...]
-"""Tokens of one round: of the prompt turn, then of each response."""
+"""Tokens of the texts of one round: the prompt turn, then each response; (12, 340, 298) in joint encoding."""
 
 CUT_MARK = " […] "
-"""Stands where text was cut."""
+"""Replaces the text that was cut."""
 
 MIN_ROUND_TOKENS = 48
-"""An older round of a conversation is kept only if at least so many tokens are left for its texts."""
+"""An older round of a conversation is kept only if at least this many tokens are left for its texts."""
 
 
 class Truncation(NamedTuple):
-    """How a policy shares a budget among the texts of a round, and which part of a text it keeps."""
+    """A truncation policy.
+
+    Attributes:
+        share: (sizes of a round, budget) -> tokens of each text to keep.
+        cut: (ids, size, mark) -> at most `size` ids, with the mark where some were cut.
+    """
 
     share: Callable[[Sizes, int], Sizes]
     cut: Callable[[list[int], int, list[int]], list[int]]
@@ -28,13 +33,16 @@ class Truncation(NamedTuple):
 def keep_rounds(
     rounds: Sequence[Sizes], room: Callable[[int], int], mark: int, share: Callable[[Sizes, int], Sizes]
 ) -> list[Sizes]:
-    """Return how many tokens of each text stay, marks included, for the latest rounds that fit.
+    """Return how many tokens of each text to keep, marks included, for as many of the latest rounds as fit.
 
     Args:
-        rounds: tokens of each round's texts, in the order of the conversation.
-        room: how many tokens there are for texts when so many rounds are laid out.
-        mark: tokens of the mark that stands for left-out rounds.
+        rounds: sizes of each round, in the order of the conversation: [(12, 340, 298), (9, 120, 333)].
+        room: number of rounds -> tokens available for their texts, next to the fixed text of the template.
+        mark: tokens of the mark that replaces dropped rounds.
         share: shares what is left among the texts of a round that does not fit.
+
+    Returns:
+        Sizes of the kept rounds, the latest last; [(9, 120, 333)] where the first round was dropped.
     """
     if sum(map(sum, rounds)) <= room(len(rounds)):
         return list(rounds)
@@ -50,9 +58,9 @@ def keep_rounds(
 
 
 def share_evenly(texts: Sizes, budget: int) -> Sizes:
-    """Return how many tokens of (prompt, *responses) stay: a quarter is the prompt's, the longest response gives way.
+    """Return how many tokens of (prompt, *responses) to keep: cut the longest response first.
 
-    The prompt takes what the responses leave, too.
+    A quarter of the budget is reserved for the prompt, which also gets what the responses leave.
     """
     prompt, *responses = texts
     left = budget - min(prompt, budget // 4)
@@ -62,19 +70,19 @@ def share_evenly(texts: Sizes, budget: int) -> Sizes:
         if size > level:
             break
         left -= size
-        level = left + size  # all fit so far, so nothing above the largest is cut
+        level = left + size  # all responses so far fit; if the loop ends here, none is cut
     kept = [min(size, level) for size in responses]
     return (min(prompt, budget - sum(kept)), *kept)
 
 
 def share_in_proportion(texts: Sizes, budget: int) -> Sizes:
-    """Return how many tokens of each text stay: the same share of all."""
+    """Return how many tokens of each text to keep: the same fraction of each."""
     total = sum(texts)
     return texts if total <= budget else tuple(size * budget // total for size in texts)
 
 
 def cut_middle(ids: list[int], size: int, mark: list[int]) -> list[int]:
-    """Return at most `size` of the tokens: all, or head and tail around the mark (the head alone if it is tiny)."""
+    """Return at most `size` ids: all, or first and last ones around the mark (only first ones if the mark fills it)."""
     if len(ids) <= size:
         return ids
     rest = size - len(mark)
@@ -82,7 +90,7 @@ def cut_middle(ids: list[int], size: int, mark: list[int]) -> list[int]:
 
 
 def cut_tail(ids: list[int], size: int, mark: list[int]) -> list[int]:
-    """Return at most `size` of the tokens: all, or the head and the mark (the head alone if it is tiny)."""
+    """Return at most `size` ids: all, or the first ones and the mark (only first ones if the mark fills it)."""
     if len(ids) <= size:
         return ids
     rest = size - len(mark)
@@ -90,7 +98,7 @@ def cut_tail(ids: list[int], size: int, mark: list[int]) -> list[int]:
 
 
 def cut_head(ids: list[int], size: int, mark: list[int]) -> list[int]:
-    """Return at most `size` of the tokens: all, or the mark and the tail (the tail alone if it is tiny)."""
+    """Return at most `size` ids: all, or the mark and the last ones (only last ones if the mark fills it)."""
     if len(ids) <= size:
         return ids
     rest = size - len(mark)
@@ -98,20 +106,20 @@ def cut_head(ids: list[int], size: int, mark: list[int]) -> list[int]:
 
 
 def count_kept_tokens(full: int, size: int, mark: int) -> int:
-    """Return how many tokens of a text of `full` tokens its cut to `size` keeps, without the mark."""
+    """Return how many tokens of a text of `full` tokens remain after a cut to `size`, not counting the mark."""
     return full if full <= size else size - mark if size - mark >= 2 else size
 
 
 def measure_retention(full: np.ndarray, kept: np.ndarray) -> dict[str, float]:
-    """Return what a truncation leaves: shares of battles cut, and of prompt and response tokens kept.
+    """Return how much of the texts a truncation keeps.
 
     Args:
-        full: (n_battles, 1 + n_responses) tokens of the prompt and of each response.
+        full: (n_battles, 1 + n_responses) int64, tokens of the prompt and of each response.
         kept: the same after truncation.
 
     Returns:
-        `battles_cut`, `prompt_kept`, `responses_kept`, and `less_kept_response`: the mean number of tokens that
-        stay of the response that keeps fewer.
+        `battles_cut`, `prompt_kept`, `responses_kept`: shares of battles and of tokens; `less_kept_response`: mean
+        number of tokens kept of the response that keeps fewer.
     """
     return {
         "battles_cut": float((kept < full).any(axis=1).mean()),
@@ -127,4 +135,4 @@ TRUNCATIONS = {
     "tail": Truncation(share_in_proportion, cut_head),
     "head_tail": Truncation(share_in_proportion, cut_middle),
 }
-"""Policies by the recipe's `prompt.truncation`; all keep recent rounds first."""
+"""Policies by the recipe's `prompt.truncation`; all keep the latest rounds first."""

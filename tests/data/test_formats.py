@@ -204,7 +204,7 @@ def test_soft_outcomes_are_kept(tmp_path):
 
 
 def test_rows_of_several_chunks_keep_their_order_and_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "ROWS_A_CHUNK", 3)
+    monkeypatch.setattr(formats, "ROWS_PER_TABLE", 3)
     rows = [{**GOOD, "id": str(number)} for number in range(1, 8)]
     assert read_battles(write(tmp_path, csv_text(rows)))["id"][:] == list("1234567")
     rows[6]["id"] = "2"
@@ -301,7 +301,7 @@ BAD_FILES = {
     "infinite weight": (f"{HEADER},weight\n{ROW},inf\n", ["row 1, column 'weight'", "inf"]),
     "nan for a weight": (f"{HEADER},weight\n{ROW},nan\n", ["row 1, column 'weight'", "nan"]),
     "blank weight": (f"{HEADER},weight\n{ROW},\n", ["row 1, column 'weight'", "give a number above 0"]),
-    "word for a weight": (f"{HEADER},weight\n{ROW},heavy\n", ["row 1, column 'weight'", "'heavy' is no number"]),
+    "word for a weight": (f"{HEADER},weight\n{ROW},heavy\n", ["row 1, column 'weight'", "'heavy' is not a number"]),
     "turns of a": (
         f'{HEADER}\n1,"[""p""]","[""a"",""b""]",[]\n',
         ["row 1, column 'response_a'", "2 turns", "has 1"],
@@ -318,7 +318,7 @@ BAD_FILES = {
     "negative": (f"{LABELLED}\n{ROW},2,-1,0\n", ["row 1, columns winner_model_a", "2, -1, 0"]),
     "word for an outcome": (
         f"{LABELLED}\n{ROW},yes,0,0\n",
-        ["row 1, column 'winner_model_a'", "'yes' is no number"],
+        ["row 1, column 'winner_model_a'", "'yes' is not a number"],
     ),
     "nan for an outcome": (f"{LABELLED}\n{ROW},1,0,nan\n", ["row 1, column 'winner_tie'", "NaN"]),
     "empty id": (f"{HEADER}\n{ROW}\n{ROW.replace('1,', ' ,', 1)}\n", ["row 2, column 'id'", "empty"]),
@@ -403,7 +403,7 @@ def test_ending_may_be_in_any_case(tmp_path, name):
 
 def test_unknown_ending_is_refused_and_the_known_named(tmp_path):
     path = write(tmp_path, f"{HEADER}\n{ROW}\n", "battles.xlsx")
-    assert message_of(path) == f"{path}: no format has the ending '.xlsx'; known: {', '.join(sources.READERS)}"
+    assert message_of(path) == f"{path}: unknown file ending '.xlsx'; known: {', '.join(sources.READERS)}"
 
 
 @pytest.mark.parametrize("name", ["absent.csv", "."])
@@ -417,7 +417,9 @@ def test_empty_data_frame_is_refused():
 
 def test_partly_labelled_data_frame_names_the_row_and_column():
     rows = [{**GOOD, **dict(zip(OUTCOMES, [1, 0, 0], strict=True))}, {**GOOD, "id": "2"}]
-    assert message_of(pd.DataFrame(rows)).startswith("data frame: row 2, column 'winner_model_a': no number")
+    assert message_of(pd.DataFrame(rows)).startswith(
+        "data frame: row 2, column 'winner_model_a': missing, NaN or infinite"
+    )
 
 
 def test_long_values_are_cut_in_messages(tmp_path):
@@ -470,7 +472,7 @@ def test_file_of_plain_strings_has_one_turn_each(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     path = write(tmp_path, csv_text([{"id": 1, "prompt": "Hi\nyou", "response_a": "[a", "response_b": ""}]))
     assert texts_of(read_battles(path)[0]) == [["Hi\nyou"], ["[a"], [""]]
-    assert f"{path}: texts are plain strings, one turn each (no JSON lists)" in caplog.messages
+    assert f"{path}: texts are plain strings (not JSON lists), read as one turn each" in caplog.messages
 
 
 def test_texts_are_json_where_most_of_the_first_are_and_the_others_are_named(tmp_path):
@@ -510,7 +512,7 @@ def test_winner_names_the_outcome(winner, outcome):
 @pytest.mark.parametrize("winner", ["gpt-4", "0", "nan", "tie (bothgood)"])
 def test_unknown_winner_is_refused_and_the_known_named(winner):
     message = message_of(pd.DataFrame([{**GOOD, "winner": winner}]))
-    assert message.startswith(f"data frame: row 1, column 'winner': '{winner}' names no outcome; known: model_a, a, ")
+    assert message.startswith(f"data frame: row 1, column 'winner': '{winner}' is not an outcome; known: model_a, a, ")
 
 
 @pytest.mark.parametrize(("column", "value"), [("winner", "model_a"), ("p_b", 0.5)])
@@ -646,7 +648,7 @@ def test_system_message_is_said_once(conversation, prompt):
 )
 def test_conversations_of_differing_user_turns_are_refused(other):
     message = message_of(pd.DataFrame([{"conversation_a": said("q", "a"), "conversation_b": other}]))
-    assert message.startswith("data frame: row 1, column 'conversation_b': its user turns are others")
+    assert message.startswith("data frame: row 1, column 'conversation_b': its user turns differ")
 
 
 def test_conversations_are_read_out_of_csv(tmp_path):
@@ -722,12 +724,12 @@ def test_system_message_of_the_prompt_stays_where_the_conversation_is_whole(prom
 
 
 BAD_PREFERENCES = {
-    "no prompt": ({"chosen": "good", "rejected": "bad"}, "row 1, column 'chosen': there is no prompt"),
+    "no prompt": ({"chosen": "good", "rejected": "bad"}, "row 1, column 'chosen': no prompt"),
     "no chosen": ({"prompt": "q", "chosen": None, "rejected": "bad"}, "row 1, column 'chosen': empty"),
     "no rejected": ({"prompt": "q", "chosen": "good", "rejected": []}, "row 1, column 'rejected': empty"),
     "two prompts": (
         {"chosen": said("q", "good"), "rejected": said("r", "bad")},
-        "row 1, column 'rejected': its user turns are others than those of chosen",
+        "row 1, column 'rejected': its user turns differ from those of chosen",
     ),
     "number": ({"prompt": "q", "chosen": 5, "rejected": 4}, "row 1, column 'chosen': 5 is not a list; write a text"),
     "one column": ({"prompt": "q", "chosen": "good"}, "column 'rejected' is missing"),
@@ -815,7 +817,7 @@ def test_mapped_columns_may_be_those_of_preference_data(tmp_path):
 
 
 MAPPINGS = {
-    "ours": ({"promt": "question"}, "columns.promt: no column of ours; did you mean 'prompt'?; known: "),
+    "ours": ({"promt": "question"}, "columns.promt: unknown column; did you mean 'prompt'?; known: "),
     "theirs": (
         {"prompt": "qestion"},
         "columns.prompt: the file has no column 'qestion'; did you mean 'question'?; it has",

@@ -59,7 +59,7 @@ def test_share_is_the_number_that_stands_there(value, share):
     "value", ["yes", "0,5", [1], {"a": 1}, np.array([0.5, 0.5]), datetime(2024, 1, 1), b"x", 10**400]
 )
 def test_share_that_is_no_number_is_refused(value):
-    assert "is no number; give 1, 0 or a probability" in message_of(row_of(value).read_number)
+    assert "is not a number; give 1, 0 or a probability" in message_of(row_of(value).read_number)
 
 
 TURNS = {
@@ -178,8 +178,8 @@ NO_DIALOGUES = {
     "broken JSON": ('[{"role": "user"', "is not a JSON list; write a text, or messages like"),
     "Python's own": ("[{'role': 'user'}]", "is not a JSON list"),
     "dict": ({"role": "user", "content": "q"}, "is not a list"),
-    "two texts": (["a", "b"], "'a' is no message; give one text, or objects with role and content"),
-    "number in it": ([1], "1 is no message"),
+    "two texts": (["a", "b"], "'a' is not a message; give one text, or objects with role and content"),
+    "number in it": ([1], "1 is not a message"),
     "unknown role": ([{"role": "judge", "content": "q"}], "the role 'judge' is unknown; known: user, human"),
     "no role": ([{"content": "q"}], "the role None is unknown"),
     "role that is no text": ([{"role": ["user"], "content": "q"}], "the role ['user'] is unknown"),

@@ -116,7 +116,7 @@ def test_zip_of_two_files_of_other_names_is_refused_and_they_are_named(tmp_path)
     path = write(tmp_path, as_zip({"one.csv": "", "two.jsonl": "", "notes.txt": ""}), "both.zip")
     message = message_of(path)
     assert message.startswith(
-        f"{path}: which file in it? one.csv, two.jsonl; either there is one, or one is called train"
+        f"{path}: not clear which file in it to read: one.csv, two.jsonl; keep one, call one of them train"
     )
 
 
@@ -137,9 +137,12 @@ ZIPS = {
     "no bytes": (b"", "File is not a zip file"),
     "text": (b"id,prompt\n", "File is not a zip file"),
     "cut": (WHOLE[:-30], "File is not a zip file"),
-    "no file": (as_zip({}), "which file in it? none has a known ending"),
-    "other files only": (as_zip({"a.txt": "", "b/c.md": ""}), "which file in it? none has a known ending"),
-    "zip in it": (as_zip({"train.zip": WHOLE}), "which file in it? none has a known ending"),
+    "no file": (as_zip({}), "not clear which file in it to read: none has a known ending"),
+    "other files only": (
+        as_zip({"a.txt": "", "b/c.md": ""}),
+        "not clear which file in it to read: none has a known ending",
+    ),
+    "zip in it": (as_zip({"train.zip": WHOLE}), "not clear which file in it to read: none has a known ending"),
     "changed byte": (WHOLE.replace(b"llama", b"lLama"), "Bad CRC-32"),
     "encrypted": (marked_encrypted(WHOLE), "is encrypted, password required"),
 }
@@ -156,7 +159,7 @@ def test_bad_zip_is_refused_in_one_line(tmp_path, content, fragment):
 def test_bad_lzma_data_in_a_zip_is_refused_in_one_line(tmp_path):
     content = bytearray(as_zip({"battles.csv": as_csv(BATTLES) * 20}, zipfile.ZIP_LZMA))
     content[80:120] = b"\xff" * 40
-    assert "cannot be read on" in message_of(write(tmp_path, bytes(content), "battles.zip"))
+    assert "cannot be read further" in message_of(write(tmp_path, bytes(content), "battles.zip"))
 
 
 def test_zip_made_on_a_mac_has_one_file(tmp_path):
@@ -166,7 +169,7 @@ def test_zip_made_on_a_mac_has_one_file(tmp_path):
 
 FILES = {
     "jsonl, cut": ("b.jsonl", LINES[:-9], "line 2: not JSON"),
-    "jsonl, a list": ("b.jsonl", LINES + "[1]\n", "row 3: not an object; give one JSON object a battle"),
+    "jsonl, a list": ("b.jsonl", LINES + "[1]\n", "row 3: not an object; give one JSON object per battle"),
     "jsonl, a text": ("b.jsonl", '"x"\n', "row 1: not an object"),
     "jsonl, no line": ("b.jsonl", "", "the file is empty"),
     "jsonl, blank lines": ("b.jsonl", "\n \n", "the file is empty"),
@@ -174,15 +177,15 @@ FILES = {
     "jsonl, latin-1": ("b.jsonl", LINES.encode() + b'{"id": "f\xfcr"}\n', "line 3: byte 0xfc is not UTF-8"),
     "jsonl, utf-16": ("b.jsonl", LINES.encode("utf-16"), "line 1: byte 0xff is not UTF-8"),
     "jsonl, deep": ("b.jsonl", '{"id": ' + "[" * 9999, "line 1: not JSON"),
-    "json, an object": ("b.json", json.dumps(BATTLES[0]), "is it JSON Lines? Name it .jsonl"),
+    "json, an object": ("b.json", json.dumps(BATTLES[0]), "if it is JSON Lines, name it .jsonl"),
     "json, a list of lists": ("b.json", "[[1]]", "row 1: not an object"),
     "json, cut": ("b.json", json.dumps(BATTLES)[:-1], "not JSON"),
     "json, no bytes": ("b.json", "", "not JSON"),
     "json, no battles": ("b.json", "[]", "the file is empty"),
     "json, latin-1": ("b.json", b'[{"id": "f\xfcr"}]', "not UTF-8; save the file as UTF-8"),
-    "parquet, cut": ("b.parquet", as_parquet(BATTLES)[:-20], "is the file whole?"),
-    "parquet, no bytes": ("b.parquet", b"", "is the file whole?"),
-    "parquet, text": ("b.parquet", as_csv(BATTLES), "is the file whole?"),
+    "parquet, cut": ("b.parquet", as_parquet(BATTLES)[:-20], "is the file complete?"),
+    "parquet, no bytes": ("b.parquet", b"", "is the file complete?"),
+    "parquet, text": ("b.parquet", as_csv(BATTLES), "is the file complete?"),
     "csv, utf-16": ("b.csv", as_csv(BATTLES).decode().encode("utf-16"), "header: byte 0xff is not UTF-8"),
     "csv, broken header": ("b.csv", b"id,pr\xe9mpt\n", "header: byte 0xe9 is not UTF-8"),
 }
@@ -247,7 +250,7 @@ def test_lines_of_json_end_at_newlines_only(tmp_path):
 def test_blank_lines_are_counted_in_the_log(tmp_path, caplog):
     path = write(tmp_path, LINES.replace("\n", "\n\n"), "b.jsonl")
     assert len(read_battles(path)) == 2
-    assert [record.getMessage() for record in caplog.records] == [f"{path}: 2 blank lines, passed over"]
+    assert [record.getMessage() for record in caplog.records] == [f"{path}: 2 blank lines, skipped"]
 
 
 def test_row_of_a_json_lines_file_is_counted_without_blank_lines(tmp_path):
@@ -301,7 +304,7 @@ def test_file_is_closed_after_reading(tmp_path):
     path = write(tmp_path, SAME["csv.zip"], "csv.zip")
     with open_rows(Source(str(path)), "train", {"a", "b"}) as raw:
         assert next(raw.rows)[0] == 1
-    with pytest.raises(InputError, match="cannot be read on"):
+    with pytest.raises(InputError, match="cannot be read further"):
         list(raw.rows)
 
 
@@ -364,8 +367,8 @@ def test_error_of_the_hub_is_one_line_that_says_what_to_mend(monkeypatch, error)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     message = message_of("owner/name")
-    assert message.startswith("owner/name: no such file, and the hub gives no data set of that name (")
-    assert message.endswith("give the path of a file, or mend path, subset, split or revision")
+    assert message.startswith("owner/name: no such file, and the hub gave no data set (")
+    assert message.endswith("give the path of a file, or fix path, subset, split or revision")
     assert "network" in message
 
 

@@ -96,7 +96,7 @@ def test_sources_are_read_with_their_teachers(frame, predictions, tmp_path):
 
 def test_battles_to_predict_need_no_teacher(frame, predictions, tmp_path):
     path = write_csv(frame, tmp_path / "test.csv")
-    with pytest.raises(InputError, match=r"test\.csv: teacher: only training reads it"):
+    with pytest.raises(InputError, match=r"test\.csv: teacher: used in training only"):
         read_battles(Source(str(path), teacher=str(predictions())), role="test")
 
 

@@ -69,12 +69,12 @@ def test_the_text_of_one_and_of_three_rounds(template, chat, one, three):
     tokenizer = chat_tokenizer(chat)
     tokenizer.sep_token = "<eos>"
     made = Template(template, tokenizer)
-    assert spelled(made.layout(1)) == one
-    assert spelled(made.layout(3)) == three
+    assert spelled(made.render(1)) == one
+    assert spelled(made.render(3)) == three
 
 
 def test_a_separator_that_the_tokenizer_has_not_is_left_out(tokenizer):
-    assert spelled(Template("encoder", tokenizer).layout(1)) == "PROMPT: <1P>  RESPONSE A: <1A>  RESPONSE B: <1B>"
+    assert spelled(Template("encoder", tokenizer).render(1)) == "PROMPT: <1P>  RESPONSE A: <1A>  RESPONSE B: <1B>"
 
 
 def test_a_template_may_place_the_turns_in_any_order(tokenizer):
@@ -82,7 +82,7 @@ def test_a_template_may_place_the_turns_in_any_order(tokenizer):
         "{% for r in rounds %}{{ r.response_b }}|{{ r.prompt }}|{% endfor %}"
         "{% for r in rounds %}{{ r.response_a }}|{% endfor %}"
     )
-    assert spelled(Template(text, tokenizer).layout(2)) == "<1B>|<1P>|<2B>|<2P>|<1A>|<2A>|"
+    assert spelled(Template(text, tokenizer).render(2)) == "<1B>|<1P>|<2B>|<2P>|<1A>|<2A>|"
 
 
 @pytest.mark.parametrize(
@@ -105,44 +105,44 @@ def looped(text: str) -> str:
 
 
 ALL = "{{ round.prompt }} {{ round.response }}"
-ABSENT = "with 1 rounds, the prompt of round 1 stands there 0 times"
+ABSENT = "with 1 rounds, the prompt of round 1 occurs 0 times"
 
 REFUSED = {
-    "syntax": (looped(ALL + "{{ round.prompt }"), r"unexpected '}'; mend the template"),
-    "no end": ("{% for round in rounds %}{{ round.prompt }}", r"Unexpected end of template.*; mend the template"),
-    "undefined": (looped(ALL + "{{ question }}"), r"'question' is undefined; mend the template"),
-    "no such key": (looped(ALL + "{{ round.answer }}"), r"'dict object' has no attribute 'answer'; mend the template"),
-    "no such filter": (looped(ALL + "{{ round | shout }}"), r"No filter named 'shout'.*; mend the template"),
+    "syntax": (looped(ALL + "{{ round.prompt }"), r"unexpected '}'; fix the template"),
+    "no end": ("{% for round in rounds %}{{ round.prompt }}", r"Unexpected end of template.*; fix the template"),
+    "undefined": (looped(ALL + "{{ question }}"), r"'question' is undefined; fix the template"),
+    "no such key": (looped(ALL + "{{ round.answer }}"), r"'dict object' has no attribute 'answer'; fix the template"),
+    "no such filter": (looped(ALL + "{{ round | shout }}"), r"No filter named 'shout'.*; fix the template"),
     "changed": (
         looped("{{ round.prompt | tojson }} {{ round.response }}"),
-        "the prompt of round 1 stands there 0 times",
+        "the prompt of round 1 occurs 0 times",
     ),
     "shortened": (looped("{{ round.prompt[:3] }} {{ round.response }}"), ABSENT),
     "counted": (
         looped("{{ round.prompt | length }} {{ round.response }}"),
-        "the prompt of round 1 stands there 0 times",
+        "the prompt of round 1 occurs 0 times",
     ),
     "twice": (
         looped(ALL + "{{ round.response }}"),
-        "with 1 rounds, the response of round 1 stands there 2 times; "
-        "a template must place prompt, response of every round once",
+        "with 1 rounds, the response of round 1 occurs 2 times; "
+        "a template must have prompt, response of every round once",
     ),
     "never": (
         looped("{{ round.prompt }} {{ round.response_a }}"),
-        "the response_b of round 1 stands there 0 times; "
-        "a template must place prompt, response_a, response_b of every round once",
+        "the response_b of round 1 occurs 0 times; "
+        "a template must have prompt, response_a, response_b of every round once",
     ),
     "only the first round": (
         "{{ rounds[0].prompt }} {{ rounds[0].response }}",
-        "with 2 rounds, the prompt of round 2 stands there 0 times",
+        "with 2 rounds, the prompt of round 2 occurs 0 times",
     ),
     "no turns": ("{{ 'Which is better?' }}", ABSENT),
     "unknown": ("instructions", "no template 'instructions'; did you mean 'instruction'"),
     "unknown, unlike any": (
         "zzz",
-        "no template 'zzz'; there are: instruction, encoder, encoder_response, response, chat",
+        "no template 'zzz'; known: instruction, encoder, encoder_response, response, chat",
     ),
-    "empty": ("", "no template ''; there are: instruction, encoder, encoder_response, response, chat"),
+    "empty": ("", "no template ''; known: instruction, encoder, encoder_response, response, chat"),
     "no chat template": ("chat", "the backbone has no chat template; set it to response, or give Jinja"),
     # What a recipe from elsewhere might try.
     "a class": (looped(ALL) + "{{ ().__class__ }}", "access to attribute '__class__' .* is unsafe"),
@@ -164,8 +164,8 @@ def test_a_template_that_cannot_be_used_is_refused_in_one_line(name, tokenizer):
 @pytest.mark.parametrize(
     ("chat", "message"),
     [
-        ("{{ raise_exception('no\nroles') }}", "no roles; mend the template"),
-        ("{{ messages[0]['content'] }}", "the response of round 1 stands there 0 times"),
+        ("{{ raise_exception('no\nroles') }}", "no roles; fix the template"),
+        ("{{ messages[0]['content'] }}", "the response of round 1 occurs 0 times"),
         ("{{ ().__class__.__base__ }}", "access to attribute '__class__' .* is unsafe"),
     ],
 )
@@ -177,14 +177,14 @@ def test_a_chat_template_that_cannot_be_used_is_refused_in_one_line(chat, messag
 
 def test_a_template_that_fails_only_for_many_rounds_is_refused_when_it_meets_them(tokenizer):
     made = Template("{% for r in rounds[:4] %}{{ r.prompt }} {{ r.response }}{% endfor %}", tokenizer)
-    assert spelled(made.layout(4)) == "".join(f"<{number}P> <{number}A>" for number in range(1, 5))
-    with pytest.raises(InputError, match="with 5 rounds, the prompt of round 5 stands there 0 times"):
-        made.layout(5)
+    assert spelled(made.render(4)) == "".join(f"<{number}P> <{number}A>" for number in range(1, 5))
+    with pytest.raises(InputError, match="with 5 rounds, the prompt of round 5 occurs 0 times"):
+        made.render(5)
 
 
 @pytest.mark.parametrize("name", ["upper", "lower", "title", "capitalize"])
 def test_a_filter_that_changes_letters_is_refused(name, tokenizer):
-    with pytest.raises(InputError, match="the prompt of round 1 stands there 0 times"):
+    with pytest.raises(InputError, match="the prompt of round 1 occurs 0 times"):
         Template(looped(f"{{{{ round.prompt | {name} }}}} {{{{ round.response }}}}"), tokenizer)
 
 
@@ -205,7 +205,7 @@ def test_a_text_of_many_lines_that_is_no_jinja_is_refused_in_one_line(tokenizer)
 
 
 def pattern_of(template: str, tokenizer) -> tuple[re.Pattern[str], TemplateLayout]:
-    layout = Template(template, tokenizer).layout(2)
+    layout = Template(template, tokenizer).render(2)
     return compile_markers(layout, tokenizer.all_special_tokens), layout
 
 
