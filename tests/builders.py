@@ -346,6 +346,7 @@ def with_trainer(recipe, **keys):
 def make_trainer(recipe, training, validation):
     import torch
 
+    from rewardmodel.model.backbone import resolve_backbone
     from rewardmodel.model.loading import build_model
     from rewardmodel.objectives import JOINT_HEAD
     from rewardmodel.prompt.tokenization import tokenize

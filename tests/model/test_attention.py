@@ -13,10 +13,10 @@ from transformers import AttentionInterface
 from rewardmodel.config.schema import ModelConfig, ObjectiveConfig, PromptConfig
 from rewardmodel.data.formats import read_battles
 from rewardmodel.model import attention
-from rewardmodel.model import families as backbone
 from rewardmodel.model.attention import KERNELS, Packing, packed
 from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.batching import pack
+from rewardmodel.model.families import FAMILIES as FAMILY_TABLE
 from rewardmodel.model.loading import build_model, load_classifier
 from rewardmodel.model.packing import is_packed, pack_attention
 from rewardmodel.objectives import JOINT_HEAD, OBJECTIVES, SEPARATE_HEAD
@@ -36,9 +36,7 @@ KINDS = {
 HEADS = {"joint": (JOINT_HEAD, "responses"), "separate": (SEPARATE_HEAD, "last")}
 """Head and pooling by encoding; every token of a response is read, or the last one of a sequence."""
 
-HERE = [
-    (family, name) for family in FAMILIES for name in backbone.FAMILIES[family].attention if name in ("sdpa", "eager")
-]
+HERE = [(family, name) for family in FAMILIES for name in FAMILY_TABLE[family].attention if name in ("sdpa", "eager")]
 """Implementations that differentiate on a CPU."""
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -269,7 +267,7 @@ def test_a_packed_row_learns_what_each_sequence_alone_would(family, name, kind, 
 def test_a_full_fine_tune_on_a_packed_row_learns_what_each_sequence_alone_would(family, build, rows_of):
     model = build(family, use_peft=False)
     assert all(weight.requires_grad for weight in model.parameters())
-    assert_learns_as_plain(backbone.FAMILIES[family].attention[0], model, rows_of("both orders"))
+    assert_learns_as_plain(FAMILY_TABLE[family].attention[0], model, rows_of("both orders"))
 
 
 @pytest.mark.parametrize(("family", "name"), HERE)
@@ -459,9 +457,9 @@ def test_tokens_of_other_battles_and_branches_change_nothing(family, name, build
 def stranger(tmp_path):
     """Return a function that loads a classifier of a family that is not in the table."""
     folder = make_backbone("olmo2", tmp_path)
-    assert "olmo2" not in backbone.FAMILIES
+    assert "olmo2" not in FAMILY_TABLE
     config = ModelConfig(str(folder), device="cpu", dtype="float32")
-    return lambda: load_classifier(config, folder, JOINT_HEAD).eval()
+    return lambda: load_classifier(resolve_backbone(config), JOINT_HEAD).eval()
 
 
 def test_a_family_that_is_not_in_the_table_packs_if_it_is_seen_to(stranger, rows_of, caplog):
@@ -523,8 +521,8 @@ def test_an_attention_that_sees_the_whole_row_is_padded_with_a_warning(stranger,
     ],
 )
 def test_layers_and_attention_that_are_not_known_to_pack_are_padded(name, layers, packs, backbone):
-    folder = backbone("llama")
-    model = load_classifier(ModelConfig(str(folder), device="cpu", dtype="float32"), folder, JOINT_HEAD)
+    config = ModelConfig(str(backbone("llama")), device="cpu", dtype="float32")
+    model = load_classifier(resolve_backbone(config), JOINT_HEAD)
     model.config._attn_implementation, model.config.layer_types = name, layers
     pack_attention(model)
     assert is_packed(model) == packs

@@ -4,6 +4,7 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config, ViTConfi
 
 from rewardmodel.config.schema import ModelConfig
 from rewardmodel.errors import InputError
+from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.batching import pack
 from rewardmodel.model.heads import POOLINGS, FloatHead, FloatLinear, PairTieHead, PooledHead, TieHead, classifier_class
 from rewardmodel.model.loading import load_classifier
@@ -71,9 +72,8 @@ def load(backbone):
     """Return a classifier on a tiny Llama, its head filled with ones."""
 
     def loaded(head, pooling):
-        folder = backbone("llama")
-        config = ModelConfig(str(folder), device="cpu", dtype="float32", pooling=pooling)
-        model = load_classifier(config, folder, head).eval()
+        config = ModelConfig(str(backbone("llama")), device="cpu", dtype="float32", pooling=pooling)
+        model = load_classifier(resolve_backbone(config), head).eval()
         torch.nn.init.ones_(model.score.weight)
         return model
 

@@ -15,7 +15,7 @@ from rewardmodel.inference.predict import predict
 from rewardmodel.inference.reward_function import reward_function
 from rewardmodel.kfold import train_folds
 from rewardmodel.metrics import log_loss
-from rewardmodel.model import features
+from rewardmodel.model.forward import Predictor
 from rewardmodel.predictions import predicted, read_predictions, true_outcomes
 from rewardmodel.run_folder import RunFolder
 from rewardmodel.training.train import train
@@ -59,13 +59,13 @@ def test_a_head_on_a_frozen_backbone_learns_is_saved_and_predicts(frozen, object
 
 def test_folds_read_the_features_of_a_battle_once(frozen, monkeypatch, tmp_path):
     monkeypatch.setenv("REWARDMODEL_CACHE", str(tmp_path / "cache"))
-    count, compute = [], features.row_logits
+    count, compute = [], Predictor.logits
 
-    def counted(reader, rows, *given):
+    def counted(self, rows, **given):
         count.extend(rows["id"][:])
-        return compute(reader, rows, *given)
+        return compute(self, rows, **given)
 
-    monkeypatch.setattr(features, "row_logits", counted)
+    monkeypatch.setattr(Predictor, "logits", counted)
     _, facts = train_folds(frozen("davidson"))
     assert sorted(count) == sorted(battle_frame()["id"])
     assert facts["metrics"]["log_loss"]["value"] < 0.9
@@ -154,7 +154,7 @@ def test_training_starts_from_a_head_that_is_fitted_to_what_the_untouched_backbo
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"keep_head": True}, "model.keep_head: freeze_backbone fits the last layer of the head anew"),
+        ({"keep_head": True}, "model.keep_head: freeze_backbone fits a new last layer of the head"),
         ({"head_init": "fitted"}, "model.head_init: .*freeze_backbone always fits one"),
         ({"use_peft": False}, "model.freeze_backbone: .*use_peft is false"),
         ({"num_hidden_layers": 3}, "model.num_hidden_layers: 3, but the backbone has 2"),
