@@ -23,7 +23,7 @@ CASES = [
     (configured({"freeze_backbone": True, "use_peft": False}), "use_peft is false, which trains all weights; set one"),
     (
         configured({"freeze_backbone": True, "keep_head": True}),
-        "model.keep_head: freeze_backbone fits a new last layer",
+        "model.keep_head: freeze_backbone fits a new last",
     ),
     (configured({"freeze_backbone": True}, launch=FSDP), "these do not; launch with recipes/accelerate/ddp.yaml"),
     (configured({"head_init": "fitted", "keep_head": True}), "model.head_init: keep_head starts from the head that is"),
