@@ -101,10 +101,9 @@ def take(name: str, folder: str) -> dict:
     """Train or predict, and return what memory it took, and what it had before."""
     import rewardmodel.pipeline  # noqa: F401
     from rewardmodel.data.splits import load_battles
-    from rewardmodel.model.forward import row_logits
+    from rewardmodel.model.backbone import resolve_backbone
+    from rewardmodel.model.forward import Predictor
     from rewardmodel.model.loading import build_model
-    from rewardmodel.model.precision import placement
-    from rewardmodel.model.weights import fetch_backbone
     from rewardmodel.objectives import find_objective
     from rewardmodel.prompt.tokenization import tokenize
     from rewardmodel.training.train import train
@@ -114,27 +113,24 @@ def take(name: str, folder: str) -> dict:
     if not CASES[name].get("predict"):
         train(recipe)
     else:
-        model, tokenizer = build_model(resolve_backbone(recipe.model), find_objective(recipe.objective).head, 0)
+        backbone = resolve_backbone(recipe.model)
+        model, tokenizer = build_model(backbone, find_objective(recipe.objective).head, 0)
         rows = tokenize(load_battles(recipe.data).select(range(12)), tokenizer, recipe.prompt, both_orders=True)
-        dtype = placement(recipe.model, fetch_backbone(recipe.model.model_name_or_path))[1]
-        row_logits(model.eval(), rows, tokenizer.pad_token_id, dtype, 4096)
+        Predictor(model.eval(), tokenizer, backbone.dtype, 4096).logits(rows)
     return {"before_gib": round(before, 3), "peak_gib": round(resident(), 3)}
 
 
 def tell_beforehand(name: str, folder: str) -> dict:
     """Return what the doctor says of a case."""
-    from transformers import AutoConfig
-
     from rewardmodel.distributed import Launch
-    from rewardmodel.model.precision import placement
     from rewardmodel.planning.devices import find_device
     from rewardmodel.planning.estimate import Case, inference_needs, training_needs
     from rewardmodel.planning.workload import read_lengths
 
     recipe = recipe_of(name, folder)
-    backbone = Path(recipe.model.model_name_or_path)
-    dtype, config = placement(recipe.model, backbone)[1], AutoConfig.from_pretrained(backbone)
-    case = Case(recipe, config, find_device("cpu"), dtype, Launch(), read_lengths(recipe, backbone))
+    backbone = resolve_backbone(recipe.model)
+    lengths = read_lengths(recipe, backbone.folder)
+    case = Case(recipe, backbone.config, find_device("cpu"), backbone.dtype, Launch(), lengths)
     needs = inference_needs(case) if CASES[name].get("predict") else training_needs(case)
     parts = {part: round(size / 2**30, 3) for part, size in needs["parts"].items()}
     return {"told_gib": round(needs["total"] / 2**30, 3), "parts": parts, "tokens": needs["tokens"]}

@@ -80,7 +80,8 @@ def length(backbone: str, tokens: str) -> dict:
     import torch
     from datasets import Dataset
 
-    from rewardmodel.model.forward import row_logits
+    from rewardmodel.model.backbone import resolve_backbone
+    from rewardmodel.model.forward import Predictor
     from rewardmodel.model.loading import build_model
     from rewardmodel.objectives import JOINT_HEAD
     from rewardmodel.prompt.tokenization import TOKEN_ROW_FEATURES
@@ -108,7 +109,7 @@ def length(backbone: str, tokens: str) -> dict:
         start = time.perf_counter()
         trainer.train()
         trained = time.perf_counter()
-        row_logits(model.eval(), data, tokenizer.pad_token_id, torch.float32, TOKENS)
+        Predictor(model.eval(), tokenizer, torch.float32, TOKENS).logits(data)
     predicted = time.perf_counter()
     total = size * A_LENGTH
     return {

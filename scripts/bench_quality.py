@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from bench_battles import tell
 from levers import LEVERS, LORA, READ
-from out_of_fold import Fold, fitted_out_of_fold, kept_in, read, trained_out_of_fold
+from out_of_fold import Fold, fitted_out_of_fold, read, trained_out_of_fold
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -146,6 +146,7 @@ def levers(options: argparse.Namespace) -> dict[str, tuple[Any, dict[str, Any]]]
 def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Return the figures of every lever for one dealing of folds."""
     from rewardmodel.battles import data_fingerprint, outcomes
+    from rewardmodel.model.backbone import resolve_backbone
 
     battles = dealt(options, seed)
     sources = np.asarray(battles["source"][:])
@@ -162,7 +163,8 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     before = None
     for name, (recipe, changes) in levers(options).items():
-        key = digest(asdict(recipe), changes, dealing.fold.tobytes(), arena.tobytes(), kept_in(recipe.model)[1].name)
+        features = resolve_backbone(recipe.model).feature_cache.name
+        key = digest(asdict(recipe), changes, dealing.fold.tobytes(), arena.tobytes(), features)
         folder = work / f"{name.replace(' ', '_')}-{key}"
         file = folder.with_name(f"{folder.name}-{''.join(map(str, options.folds))}.npz")
         orders = kept(file, partial(predictions, recipe, changes, battles, dealing, options.folds, folder))[:, asked]
