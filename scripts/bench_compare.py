@@ -54,8 +54,8 @@ class Plan:
 
     Attributes:
         folder: of the backbone.
-        battles: a folder with rows of prompt.tokenization.ROWS, the first `WARM` to warm up: `given` and `swapped`
-            have a sequence each, `both` has both sequences, what they share once.
+        battles: a folder with rows of prompt.tokenization.TOKEN_ROW_FEATURES, the first `WARM` to warm up: `given` and
+            `swapped` have a sequence each, `both` has both sequences, what they share once.
         random: whether the backbone's weights are drawn.
         attention: of ours; none: rewardmodel's choice.
         stock_attention: of the others; none: transformers' choice.

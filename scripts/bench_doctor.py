@@ -123,6 +123,7 @@ def take(name: str, folder: str) -> dict:
 def tell_beforehand(name: str, folder: str) -> dict:
     """Return what the doctor says of a case."""
     from rewardmodel.distributed import Launch
+    from rewardmodel.model.backbone import resolve_backbone
     from rewardmodel.planning.devices import find_device
     from rewardmodel.planning.estimate import Case, inference_needs, training_needs
     from rewardmodel.planning.workload import read_lengths

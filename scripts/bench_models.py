@@ -142,14 +142,14 @@ def random_weights(seed: int) -> Iterator[None]:
     from transformers import PreTrainedModel
 
     upstream = PreTrainedModel.__dict__["from_pretrained"]
-    PreTrainedModel.from_pretrained = classmethod(partial(_drawn, seed))
+    PreTrainedModel.from_pretrained = classmethod(partial(_draw_model, seed))
     try:
         yield
     finally:
         PreTrainedModel.from_pretrained = upstream
 
 
-def _drawn(
+def _draw_model(
     seed: int,
     cls: Any,
     folder: Path,
@@ -159,9 +159,15 @@ def _drawn(
     attn_implementation: str | None = None,
     device_map: dict[str, Any] | None = None,
     quantization_config: Any = None,
+    output_loading_info: bool = False,
+    ignore_mismatched_sizes: bool = False,  # no weights are read
     **labels: Any,
 ) -> Any:
-    """Return a model of a folder's configuration, each module drawn on its device and quantised before the next."""
+    """Return a model of a folder's configuration, each module drawn on its device and quantised before the next.
+
+    The arguments are those of transformers' `from_pretrained`. With `output_loading_info` it also returns what
+    transformers reports of loading: here that nothing is missing.
+    """
     from transformers import AutoConfig
 
     if config is None:
@@ -182,7 +188,8 @@ def _drawn(
         elif module._parameters or module._buffers:
             module.to_empty(device=device, recurse=False)
             model._init_weights(module)
-    return model.eval()
+    nothing: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+    return (model.eval(), nothing) if output_loading_info else model.eval()
 
 
 @torch.no_grad()

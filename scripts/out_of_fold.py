@@ -96,12 +96,12 @@ def shown(recipe: Any, objective: Objective, given: Read) -> Read:
 def fitted(recipe: Any, objective: Objective, given: Read, groups: np.ndarray) -> Any:
     """Return a head's last layer, fitted to battles."""
     from rewardmodel.model.features import layer_logits
-    from rewardmodel.model.heads import last_layer_kind
+    from rewardmodel.model.heads import last_layer_class
     from rewardmodel.objectives import fit_tie
     from rewardmodel.training.head_fit import Examples, fit_last_layer
 
     shape = objective.head._replace(pairs=recipe.model.pair_ties)
-    layer: Any = last_layer_kind(shape)(given.features.shape[2], shape.num_labels, bias=False)
+    layer: Any = last_layer_class(shape)(given.features.shape[2], shape.num_labels, bias=False)
     torch.nn.init.zeros_(layer.weight)
     examples = Examples(
         *map(torch.from_numpy, (given.features, given.labels)),

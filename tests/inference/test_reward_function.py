@@ -11,7 +11,7 @@ from rewardmodel.config.schema import ObjectiveConfig
 from rewardmodel.data.formats import read_battles
 from rewardmodel.errors import InputError
 from rewardmodel.inference.predict import predict
-from rewardmodel.inference.reward_function import conversation, reward_function
+from rewardmodel.inference.reward_function import reward_function, split_turns
 from rewardmodel.training.train import train
 
 
@@ -55,11 +55,11 @@ def test_messages_are_read_as_texts_are(separate):
 
 def test_conversations_become_turns():
     system = {"role": "system", "content": "be kind"}
-    assert conversation("a", "b") == (["a"], ["b"])
-    assert conversation([system, user("a")], [assistant("b")]) == (["be kind\n\na"], ["b"])
-    assert conversation([user("a"), assistant("b"), user("c")], "d") == (["a", "c"], ["b", "d"])
+    assert split_turns("a", "b") == (["a"], ["b"])
+    assert split_turns([system, user("a")], [assistant("b")]) == (["be kind\n\na"], ["b"])
+    assert split_turns([user("a"), assistant("b"), user("c")], "d") == (["a", "c"], ["b", "d"])
     with pytest.raises(InputError, match="messages of user, user, assistant; give user and assistant in turns"):
-        conversation([user("a"), user("b")], "c")
+        split_turns([user("a"), user("b")], "c")
 
 
 def test_a_run_that_compares_gives_no_rewards(recipe):

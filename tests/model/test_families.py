@@ -54,7 +54,7 @@ def test_rotary_positions_go_on_with_a_warning(name, tmp_path, caplog):
     assert not caplog.records
     check_length(config, 257)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "prompt.max_length: 257 tokens; the backbone was made for 256" in caplog.text
+    assert "prompt.max_length: 257 tokens; the backbone was trained on at most 256" in caplog.text
 
 
 def test_relative_positions_have_no_end(tmp_path, caplog):

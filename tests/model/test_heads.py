@@ -11,7 +11,7 @@ from rewardmodel.model.loading import load_classifier
 from rewardmodel.objectives import JOINT_HEAD, SEPARATE_HEAD
 
 HIDDEN = torch.tensor([[1.0, 10], [2, 20], [4, 40], [8, 80], [16, 160]])
-READINGS = {
+INDICES = {
     "last": torch.tensor([1, 4]),
     "responses": torch.tensor([0, 1, 2, 4, 3]),
     "response_of": torch.tensor([0, 1, 2, 2, 3]),
@@ -20,7 +20,7 @@ READINGS = {
 
 
 def pooled(name, hidden=HIDDEN, **changes):
-    return POOLINGS[name](hidden, **{**READINGS, **changes})
+    return POOLINGS[name](hidden, **{**INDICES, **changes})
 
 
 def test_the_last_token_is_read_of_each_sequence():
@@ -40,8 +40,8 @@ def test_a_response_that_has_no_token_is_read_as_zeros():
 
 def test_means_of_half_precision_are_summed_in_float32():
     states = torch.full((3000, 1), 1.01, dtype=torch.bfloat16)
-    readings = {"last": torch.tensor([2999]), "responses": torch.arange(3000), "response_of": torch.zeros(3000).long()}
-    found = POOLINGS["responses"](states, **readings)
+    indices = {"last": torch.tensor([2999]), "responses": torch.arange(3000), "response_of": torch.zeros(3000).long()}
+    found = POOLINGS["responses"](states, **indices)
     assert found.dtype == torch.float32
     assert found[0, 0] == pytest.approx(states[0].item(), abs=1e-5)
 

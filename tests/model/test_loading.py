@@ -7,6 +7,7 @@ import pytest
 import torch
 from builders import (
     FAMILIES,
+    SETTINGS,
     SMALL,
     batch_of,
     battle_frame,
@@ -16,6 +17,7 @@ from builders import (
     make_tokenizer,
     reload_in_fresh_process,
     rows_of,
+    stored,
     train_a_little,
 )
 from safetensors.torch import load_file, save_file
@@ -56,15 +58,19 @@ def test_a_saved_model_predicts_the_same(family, variant, backbone, tmp_path):
     assert torch.equal(logits(again, batch), before)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_fresh_process_predicts_the_same_in_4_bits(family, backbone, tmp_path):
-    config = config_of(backbone(family), load_in_4bit=True)
-    model, tokenizer = build_model(resolve_backbone(config), JOINT_HEAD, seed=0)
-    batch = batch_of(tokenizer)
-    train_a_little(model, batch)
-    save_model(model, tokenizer, resolve_backbone(config), tmp_path / "model")
-    fresh = reload_in_fresh_process(config, tmp_path / "model", batch, tmp_path)
-    assert (fresh.softmax(-1) - logits(model, batch).softmax(-1)).abs().max() <= 1e-5
+@pytest.mark.slow  # starts a fresh process, one for all cases
+def test_a_fresh_process_predicts_the_same_in_4_bits(backbone, tmp_path):
+    configs = {family: config_of(backbone(family), load_in_4bit=True) for family in FAMILIES}
+    configs["stored in 4 bits"] = config_of(stored(backbone("llama"), tmp_path, SETTINGS["as is"]))
+    cases, expected = {}, {}
+    for name, config in configs.items():
+        model, tokenizer = build_model(resolve_backbone(config), JOINT_HEAD, seed=0)
+        batch = batch_of(tokenizer)
+        train_a_little(model, batch)
+        save_model(model, tokenizer, resolve_backbone(config), tmp_path / name / "model")
+        cases[name], expected[name] = (config, tmp_path / name / "model", batch), logits(model, batch)
+    for name, fresh in reload_in_fresh_process(cases, tmp_path / "fresh").items():
+        assert (fresh.softmax(-1) - expected[name].softmax(-1)).abs().max() <= 1e-5, name
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

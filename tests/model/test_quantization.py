@@ -10,7 +10,6 @@ from builders import (
     config_of,
     logits,
     make_backbone,
-    reload_in_fresh_process,
     stored,
     train_a_little,
 )
@@ -52,16 +51,6 @@ def test_a_backbone_that_is_stored_quantised_stays_so_and_its_head_is_not(settin
     save_model(model, tokenizer, resolve_backbone(config), tmp_path / "model")
     again, _ = load_model(config, tmp_path / "model")
     assert torch.equal(logits(again, batch), before)
-
-
-def test_a_fresh_process_predicts_the_same_on_a_backbone_that_is_stored_in_4_bits(backbone, tmp_path):
-    config = config_of(stored(backbone("llama"), tmp_path, SETTINGS["as is"]))
-    model, tokenizer = build_model(resolve_backbone(config), JOINT_HEAD, seed=0)
-    batch = batch_of(tokenizer)
-    train_a_little(model, batch)
-    save_model(model, tokenizer, resolve_backbone(config), tmp_path / "model")
-    fresh = reload_in_fresh_process(config, tmp_path / "model", batch, tmp_path)
-    assert (fresh.softmax(-1) - logits(model, batch).softmax(-1)).abs().max() <= 1e-5
 
 
 def test_a_stored_head_that_was_quantised_itself_gives_way_to_a_new_one_and_is_not_kept(tmp_path):
