@@ -1,4 +1,4 @@
-"""How fast rewardmodel predicts battles in both orders beside stock transformers, on the same battles and backbone.
+"""How fast rewardmodel predicts battles in both orders, compared with transformers on the same battles and backbone.
 
     python scripts/bench_inference.py train.csv --json scripts/results/inference.json
     python scripts/bench_inference.py --synthetic --shape llama-3-8b --repeats 1      # random weights, on a GPU

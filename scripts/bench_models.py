@@ -30,13 +30,13 @@ class Shape:
     """A backbone and how much of it is measured.
 
     Attributes:
-        config: of the random backbone, in transformers' words; none: real weights of the shape's name.
+        config: of the random backbone, in transformers' words; None: real weights of the shape's name.
         max_length: most tokens of a sequence.
         four_bits: NF4 with double quantisation, or 16 bits.
         checkpointing: recompute activations of each layer in the backward pass.
-        training_battles: of one measurement, beside `WARM` to warm up; 8 an optimiser step.
+        training_battles: of one measurement, after `WARM` to warm up; 8 per optimiser step.
         inference_battles: the same, each predicted in both orders.
-        stock_attention: of the stock competitors; none: what transformers takes by itself.
+        stock_attention: of the stock competitors; None: transformers' default.
         first_layer: layers before it have no adapters, of no competitor, and no backward pass.
     """
 
@@ -267,7 +267,7 @@ def model_flops(folder: Path, lengths: list[int], first_layer: int | None) -> fl
 
     A weight costs 2 a token forward and, frozen under LoRA, 2 more backward. Causal attention costs
     2 layers · heads · head size · length² a sequence forward, and twice that more backward. Layers before
-    `first_layer` have no backward pass; none: no layer has. Adapters, head, recomputation and padding count nothing;
+    `first_layer` have no backward pass; None: no layer has. Adapters, head, recomputation and padding count nothing;
     no window of the shapes here is shorter than their sequences.
     """
     from transformers import AutoConfig

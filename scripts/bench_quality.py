@@ -5,10 +5,10 @@ r"""What helps a small backbone on real battles, and by how much: paired, on pro
     python scripts/bench_quality.py train.csv more_arena.parquet --read --lora prompt.max_length=1024 --json ...
 
 The first files, arena battles, are dealt into five folds by prompt group, once for each seed; the others only train,
-and what of them shares a prompt with a held-out battle is left out. The floors learn from the arena battles of the
-other folds. Every lever of levers.py is one change of recipes/arena_small_cpu.yaml, those of LoRA of
-recipes/arena_small_gpu.yaml. What a backbone reads of a battle is computed once and kept in the cache, predictions and
-what LoRA trains in --work: killed, the same command goes on.
+except those that share a prompt with a held-out battle. The floors (baselines without a language model) learn from the
+arena battles of the other folds. Every lever of levers.py is one change of recipes/arena_small_cpu.yaml, those of LoRA
+of recipes/arena_small_gpu.yaml. Features of the backbone are computed once and kept in the cache, predictions and runs
+of LoRA in --work: after a kill, the same command continues.
 
 Figures are log losses of predictions of left-out folds, with 95 % intervals by prompt group, and paired differences, to
 the TF-IDF floor and to the recipe as it is; negative: better. `blended`: with the floor, by weights fitted on other
@@ -80,14 +80,14 @@ def kept(path: Path, make: Any) -> Any:
 
 
 def digest(*parts: Any) -> str:
-    """Return by what a file of predictions is known again."""
+    """Return a digest that identifies a file of predictions."""
     return hashlib.blake2b(repr(parts).encode(), digest_size=6).hexdigest()
 
 
 def judged(
     orders: np.ndarray, true: np.ndarray, groups: np.ndarray, floor: np.ndarray, before: np.ndarray
 ) -> dict[str, Any]:
-    """Return the figures of the mean of predictions by order, (orders, n, 3), beside the floor's and the recipe's."""
+    """Return the figures of the mean of predictions by order, (orders, n, 3), and differences to floor and recipe."""
     from rewardmodel.evaluation.calibration import BLEND, cross_fit
     from rewardmodel.metrics import log_loss, paired_difference, summarise
 

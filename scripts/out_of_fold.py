@@ -32,7 +32,7 @@ class Fold(NamedTuple):
 
 @dataclass(frozen=True)
 class Consistent(Objective):
-    """A joint objective that also takes the squared distance between what both orders state of a battle as a loss."""
+    """A joint objective that also takes the squared distance between what both orders predict of a battle as a loss."""
 
     consistency: float = 0.0
 

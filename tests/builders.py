@@ -347,6 +347,21 @@ def changed(battles, **columns):
     return type(battles).from_dict(data, features=BATTLE_FEATURES)
 
 
+def small_recipe(backbone: Path, folder: Path, **sections):
+    """Return a recipe that trains a tiny backbone in a second, in float32 on the CPU; it writes to `folder`."""
+    from rewardmodel.config.schema import DataConfig, ModelConfig, PromptConfig, Recipe
+
+    return Recipe(
+        **{
+            "data": DataConfig(train=str(write_csv(battle_frame(), folder / "train.csv")), folds=4),
+            "prompt": PromptConfig(max_length=160),
+            "model": ModelConfig(str(backbone), device="cpu", dtype="float32", lora_r=4, lora_dropout=0.1),
+            "trainer": {"output_dir": str(folder / "run"), "disable_tqdm": True, "learning_rate": 1e-2, "seed": 3},
+            **sections,
+        }
+    )
+
+
 def with_trainer(recipe, **keys):
     return dataclasses.replace(recipe, trainer={**recipe.trainer, **keys})
 

@@ -64,8 +64,11 @@ def plan_of(script, tmp_path, monkeypatch):
 
 # transformers' and TRL's own trainers, as users of the release see them
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("bits", [16, 4])
-@pytest.mark.parametrize("name", ["ours", "separate", "trainer", "trl"])
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [(name, bits) for bits in (16, 4) for name in ("ours", "separate", "trainer", "trl")][:-1],
+    # not TRL's on 4 bits: it casts adapters to bfloat16, which a forward pass in float32, as here, does not take
+)
 def test_training_is_measured_on_random_weights(name, bits, script, plan_of):
     figures = script("bench_training").train(plan_of("training_battles", bits), name)
     assert figures["optimiser_steps"] == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import battle_frame, write_csv
+from builders import battle_frame, small_recipe, with_trainer, write_csv
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -62,16 +62,20 @@ class Clock:
         return self.now
 
 
-@pytest.fixture
-def run(recipe, tmp_path):
-    """Return the folder of a run of small batches, trained for a step, and a file of 40 unlabelled battles."""
-    quick = dataclasses.replace(
-        recipe,
-        trainer={**recipe.trainer, "max_steps": 4, "learning_rate": 0.1},
-        inference=InferenceConfig(batch_tokens=600),
+@pytest.fixture(scope="module")
+def trained(backbone, tmp_path_factory):
+    """Return the folder of a run of small batches, trained for four steps."""
+    recipe = small_recipe(
+        backbone("llama"), tmp_path_factory.mktemp("shards"), inference=InferenceConfig(batch_tokens=600)
     )
+    return train(with_trainer(recipe, max_steps=4, learning_rate=0.1))[0]
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """Return a copy of that run, which a test may change, and a file of 40 unlabelled battles."""
     battles = battle_frame(10, seed=1).drop(columns=list(OUTCOMES))
-    return train(quick)[0], write_csv(battles, tmp_path / "test.csv")
+    return shutil.copytree(trained, tmp_path / "run"), write_csv(battles, tmp_path / "test.csv")
 
 
 @pytest.fixture
@@ -123,7 +127,11 @@ def killed(process, work, count):
     return [np.load(path)["rows"] for path in work.glob("*/*-*.npz")]
 
 
-@pytest.mark.parametrize("launch", [ALONE, LAUNCH], ids=["one process", "two"])
+@pytest.mark.slow  # starts three fresh processes, or as many pairs of them
+@pytest.mark.parametrize(
+    "launch",
+    [pytest.param(ALONE, id="one process"), pytest.param(LAUNCH, id="two", marks=pytest.mark.distributed)],
+)
 def test_a_killed_prediction_goes_on_to_the_same_table(run, slow, tmp_path, launch):
     folder, battles = run
     output = tmp_path / "x.parquet"
@@ -144,6 +152,8 @@ def test_a_killed_prediction_goes_on_to_the_same_table(run, slow, tmp_path, laun
     assert not work.exists()
 
 
+@pytest.mark.slow  # starts fresh processes
+@pytest.mark.distributed
 def test_one_process_goes_on_where_two_were_killed(run, slow, tmp_path):
     folder, battles = run
     output, work = tmp_path / "x.parquet", tmp_path / "x.parquet.shards"

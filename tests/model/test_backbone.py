@@ -138,7 +138,8 @@ def test_the_feature_cache_depends_on_what_features_depend_on(backbone, tmp_path
     ]
     others.append(dataclasses.replace(config, dtype="bfloat16"))
     others.append(dataclasses.replace(config, attn_implementation="eager"))
-    others.append(dataclasses.replace(config, model_name_or_path=str(backbone("mistral"))))
+    other_weights = make_backbone("llama", tmp_path / "other", initializer_range=0.1)
+    others.append(dataclasses.replace(config, model_name_or_path=str(other_weights)))
     folders = [resolve_backbone(one).feature_cache for one in (config, *others)]
     assert len({*folders}) == 7
     assert {folder.parent for folder in folders} == {cache_folder() / "features"}
@@ -149,8 +150,10 @@ def test_the_feature_cache_depends_on_what_features_depend_on(backbone, tmp_path
 
 def test_the_feature_cache_has_the_format_in_its_key(backbone, monkeypatch):
     resolved = resolve_backbone(ModelConfig(str(backbone("llama")), **CPU))
+    before = resolved.feature_cache
+    assert dataclasses.replace(resolved).feature_cache == before
     monkeypatch.setattr("rewardmodel.model.backbone.CACHE_FORMAT", CACHE_FORMAT + 1)
-    assert dataclasses.replace(resolved).feature_cache != resolved.feature_cache
+    assert dataclasses.replace(resolved).feature_cache != before
     assert {*FEATURE_SETTINGS} <= {field.name for field in dataclasses.fields(ModelConfig)}
 
 

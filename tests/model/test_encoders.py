@@ -190,6 +190,7 @@ def fresh(backbone, tmp_path_factory):
     return {key: [saved, *torch.load(folder / key / "fresh.pt")] for key, saved in before.items()}
 
 
+@pytest.mark.slow  # starts a fresh process, one for all cases
 @pytest.mark.parametrize("variant", ["full", "lora"])
 @each_encoding
 @each_family
