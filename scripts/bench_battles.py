@@ -3,9 +3,9 @@
     python scripts/bench_battles.py train.csv --rows 57477 --million --json scripts/results/battles.json
 
 The labelled file is repeated, with a mark in every text so that prompts stay apart, up to the rows asked for. Each
-measurement is a process of its own, on one core for the tokenisers (RAYON_NUM_THREADS=1). Memory is the peak of
+measurement is a separate process, on one core for the tokenisers (RAYON_NUM_THREADS=1). Memory is the peak of
 anonymous pages (what the process itself holds); pages of the memory-mapped battles come and go as the system likes,
-and their peak is told apart.
+and their peak is reported separately.
 """
 
 import argparse
@@ -105,7 +105,7 @@ MEASUREMENTS = {"read_and_fold": read_and_fold, "tokenise": tokenise}
 
 
 def measured(script: str, name: str, *arguments: str) -> dict:
-    """Run one measurement of a script in a process of its own, with a cache of its own."""
+    """Run one measurement of a script in a separate process with a separate cache."""
     with tempfile.TemporaryDirectory() as cache:
         own = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "true", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Competitors on the same battles, each in a process of its own, in turns; their figures side by side.
+"""Competitors on the same battles, each in a separate process, in turns; their figures side by side.
 
 Battles are drawn by seed from a labelled file. Without one they are made of drawn ids, with lengths of prompts and
 responses as lognormals fitted to 1,870 battles of the competition in SmolLM2's tokens. At max_length 1024 and 2048
@@ -50,15 +50,15 @@ VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate"
 
 @dataclass(frozen=True)
 class Plan:
-    """What every competitor of a comparison is told.
+    """The settings of a comparison, the same for every competitor.
 
     Attributes:
         folder: of the backbone.
-        battles: a folder with rows of prompt.tokenization.ROWS, the first `WARM` to warm up: `given` and `swapped`
-            have a sequence each, `both` has both sequences, what they share once.
+        battles: a folder with rows of prompt.tokenization.TOKEN_ROW_FEATURES, the first `WARM` to warm up: `given` and
+            `swapped` have a sequence each, `both` has both sequences, what they share once.
         random: whether the backbone's weights are drawn.
-        attention: of ours; none: rewardmodel's choice.
-        stock_attention: of the others; none: transformers' choice.
+        attention: of ours; None: rewardmodel's default.
+        stock_attention: of the others; None: transformers' default.
     """
 
     folder: Path
@@ -278,8 +278,8 @@ def summary(runs: dict[str, list[dict]], options: argparse.Namespace, plan: Plan
     found: dict[str, Any] = {"shape": options.shape, "device": (devices or [None])[0]}
     found["versions"] = {name: importlib.metadata.version(name) for name in VERSIONS}
     found["arguments"] = {name: value for name, value in vars(options).items() if isinstance(value, str | int | list)}
-    told = ("max_length", "four_bits", "checkpointing", "first_layer", "batch")
-    found["settings"] = {name: getattr(plan, name) for name in told} | {"dtype": str(plan.dtype), "warm_up": WARM}
+    names = ("max_length", "four_bits", "checkpointing", "first_layer", "batch")
+    found["settings"] = {name: getattr(plan, name) for name in names} | {"dtype": str(plan.dtype), "warm_up": WARM}
     found["speed_of_ours"] = {}
     for name, done in runs.items():
         good = [run for run in done if "failed" not in run]

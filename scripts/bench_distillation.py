@@ -3,7 +3,7 @@
     python scripts/bench_distillation.py train.csv more_arena.parquet --json scripts/results/distillation.json
     python scripts/bench_distillation.py train.csv --recipe recipes/arena_smollm2_135m.yaml --limit 1000   # adapters
 
-Prompt groups are dealt anew for each seed: half are labelled, three tenths lose their outcomes, two tenths are held
+Prompt groups are dealt again for each seed: half are labelled, three tenths lose their outcomes, two tenths are held
 out. A teacher learns from the labelled half and predicts the battles without outcomes. Students begin as the teacher
 did and learn in the same way from the labelled half and from these battles:
 

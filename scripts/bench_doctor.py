@@ -1,10 +1,10 @@
-"""How near `rewardmodel doctor` comes to the memory that training and prediction take on a CPU.
+"""How accurately `rewardmodel doctor` predicts the memory that training and prediction take on a CPU.
 
     python scripts/bench_doctor.py --json scripts/results/doctor.json
 
-Every case trains a few optimiser steps, or predicts, in a process of its own, on battles of the packaged sample made as
-long as the recipe lets them be. Measured is the most resident memory of the process; what the doctor told of the same
-recipe beforehand is beside it, with the process itself (`planning.estimate.PROCESS`) and without.
+Every case trains a few optimiser steps, or predicts, in a separate process, on battles of the packaged sample that are
+made as long as the recipe allows. The peak of the process's resident memory is compared with the doctor's estimate for
+the same recipe, with the memory of the process itself (`planning.estimate.PROCESS`) and without.
 """
 
 import argparse
@@ -98,13 +98,12 @@ def resident() -> float:
 
 
 def take(name: str, folder: str) -> dict:
-    """Train or predict, and return what memory it took, and what it had before."""
+    """Train or predict, and return the peak memory of the process, before that and after."""
     import rewardmodel.pipeline  # noqa: F401
     from rewardmodel.data.splits import load_battles
-    from rewardmodel.model.forward import row_logits
+    from rewardmodel.model.backbone import resolve_backbone
+    from rewardmodel.model.forward import Predictor
     from rewardmodel.model.loading import build_model
-    from rewardmodel.model.precision import placement
-    from rewardmodel.model.weights import fetch_backbone
     from rewardmodel.objectives import find_objective
     from rewardmodel.prompt.tokenization import tokenize
     from rewardmodel.training.train import train
@@ -114,33 +113,31 @@ def take(name: str, folder: str) -> dict:
     if not CASES[name].get("predict"):
         train(recipe)
     else:
-        model, tokenizer = build_model(resolve_backbone(recipe.model), find_objective(recipe.objective).head, 0)
+        backbone = resolve_backbone(recipe.model)
+        model, tokenizer = build_model(backbone, find_objective(recipe.objective).head, 0)
         rows = tokenize(load_battles(recipe.data).select(range(12)), tokenizer, recipe.prompt, both_orders=True)
-        dtype = placement(recipe.model, fetch_backbone(recipe.model.model_name_or_path))[1]
-        row_logits(model.eval(), rows, tokenizer.pad_token_id, dtype, 4096)
+        Predictor(model.eval(), tokenizer, backbone.dtype, 4096).logits(rows)
     return {"before_gib": round(before, 3), "peak_gib": round(resident(), 3)}
 
 
-def tell_beforehand(name: str, folder: str) -> dict:
-    """Return what the doctor says of a case."""
-    from transformers import AutoConfig
-
+def estimate(name: str, folder: str) -> dict:
+    """Return the doctor's estimate for a case."""
     from rewardmodel.distributed import Launch
-    from rewardmodel.model.precision import placement
+    from rewardmodel.model.backbone import resolve_backbone
     from rewardmodel.planning.devices import find_device
     from rewardmodel.planning.estimate import Case, inference_needs, training_needs
     from rewardmodel.planning.workload import read_lengths
 
     recipe = recipe_of(name, folder)
-    backbone = Path(recipe.model.model_name_or_path)
-    dtype, config = placement(recipe.model, backbone)[1], AutoConfig.from_pretrained(backbone)
-    case = Case(recipe, config, find_device("cpu"), dtype, Launch(), read_lengths(recipe, backbone))
+    backbone = resolve_backbone(recipe.model)
+    lengths = read_lengths(recipe, backbone.folder)
+    case = Case(recipe, backbone.config, find_device("cpu"), backbone.dtype, Launch(), lengths)
     needs = inference_needs(case) if CASES[name].get("predict") else training_needs(case)
     parts = {part: round(size / 2**30, 3) for part, size in needs["parts"].items()}
     return {"told_gib": round(needs["total"] / 2**30, 3), "parts": parts, "tokens": needs["tokens"]}
 
 
-MEASUREMENTS = {"take": take, "tell": tell_beforehand}
+MEASUREMENTS = {"take": take, "estimate": estimate}
 
 
 def main() -> None:
@@ -148,7 +145,7 @@ def main() -> None:
     if answer(MEASUREMENTS):
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", help=f"of: {'; '.join(CASES)}; none: all")
+    parser.add_argument("cases", nargs="*", help=f"of: {'; '.join(CASES)}; default: all")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
     from rewardmodel.model.weights import fetch_backbone
@@ -161,11 +158,11 @@ def main() -> None:
             (Path(folder) / "smollm2").symlink_to(smollm2)
             if CASES[name]["model.model_name_or_path"] == "llama-1024x12":
                 make_backbone(Path(folder) / "llama-1024x12")
-            told, took = (measured(__file__, what, name, folder) for what in ("tell", "take"))
-        error = told["told_gib"] / took["peak_gib"] - 1
-        own = (told["told_gib"] - told["parts"]["process"]) / (took["peak_gib"] - took["before_gib"]) - 1
+            estimated, took = (measured(__file__, what, name, folder) for what in ("estimate", "take"))
+        error = estimated["told_gib"] / took["peak_gib"] - 1
+        own = (estimated["told_gib"] - estimated["parts"]["process"]) / (took["peak_gib"] - took["before_gib"]) - 1
         figures["cases"][name] = {
-            **{key: told[key] for key in ("told_gib", "parts", "tokens")},
+            **{key: estimated[key] for key in ("told_gib", "parts", "tokens")},
             **{key: took[key] for key in ("before_gib", "peak_gib")},
             "error_percent": round(100 * error, 1), "error_percent_without_process": round(100 * own, 1),
         }  # fmt: skip

@@ -5,7 +5,7 @@
 Battles: the labelled file is repeated up to so many rows, and a random Llama of one layer trains on all but a fold of
 them, at most 128 tokens each, 64 a step, and predicts that fold in both orders: `rewardmodel run`, but for the report.
 Lengths: one of four layers trains on, and predicts, battles of drawn ids, all of one length. Micro-batches have 8,192
-tokens. Every measurement is a process of its own; memory is the peak of its anonymous pages.
+tokens. Every measurement runs in a separate process; memory is the peak of its anonymous pages.
 """
 
 import argparse
@@ -44,13 +44,13 @@ def recipe_of(backbone: str, output: str, trainer: dict[str, Any], **data: Any) 
     """Return a recipe for the tiny Llama."""
     from rewardmodel.config.schema import DataConfig, ModelConfig, PromptConfig, Recipe
 
-    told = {"output_dir": output, "save_strategy": "no", "eval_strategy": "no", "logging_steps": 10**9}
-    told |= {"disable_tqdm": True, "micro_batch_tokens": TOKENS, **trainer}
+    keys = {"output_dir": output, "save_strategy": "no", "eval_strategy": "no", "logging_steps": 10**9}
+    keys |= {"disable_tqdm": True, "micro_batch_tokens": TOKENS, **trainer}
     return Recipe(
         data=DataConfig(**data),
         prompt=PromptConfig(max_length=MAX_LENGTH),
         model=ModelConfig(model_name_or_path=backbone, device="cpu", dtype="float32", lora_dropout=0.0),
-        trainer=told,
+        trainer=keys,
     )
 
 
@@ -80,7 +80,8 @@ def length(backbone: str, tokens: str) -> dict:
     import torch
     from datasets import Dataset
 
-    from rewardmodel.model.forward import row_logits
+    from rewardmodel.model.backbone import resolve_backbone
+    from rewardmodel.model.forward import Predictor
     from rewardmodel.model.loading import build_model
     from rewardmodel.objectives import JOINT_HEAD
     from rewardmodel.prompt.tokenization import TOKEN_ROW_FEATURES
@@ -108,7 +109,7 @@ def length(backbone: str, tokens: str) -> dict:
         start = time.perf_counter()
         trainer.train()
         trained = time.perf_counter()
-        row_logits(model.eval(), data, tokenizer.pad_token_id, torch.float32, TOKENS)
+        Predictor(model.eval(), tokenizer, torch.float32, TOKENS).logits(data)
     predicted = time.perf_counter()
     total = size * A_LENGTH
     return {

@@ -1,4 +1,4 @@
-"""How fast rewardmodel predicts battles in both orders beside stock transformers, on the same battles and backbone.
+"""How fast rewardmodel predicts battles in both orders, compared with transformers on the same battles and backbone.
 
     python scripts/bench_inference.py train.csv --json scripts/results/inference.json
     python scripts/bench_inference.py --synthetic --shape llama-3-8b --repeats 1      # random weights, on a GPU
@@ -13,6 +13,7 @@ sorted  the same with the battles sorted by length first
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,19 +30,19 @@ def ours(plan: Plan) -> Predicts:
     """Return rewardmodel's; the tokens of a batch are those that it found to fit when it warmed up."""
     from rewardmodel.config.schema import ObjectiveConfig
     from rewardmodel.model.backbone import resolve_backbone
-    from rewardmodel.model.forward import forward_budget, row_logits
+    from rewardmodel.model.forward import Predictor
     from rewardmodel.model.loading import build_model
     from rewardmodel.objectives import find_objective
 
     objective = find_objective(ObjectiveConfig())
     model, tokenizer = build_model(resolve_backbone(our_config(plan)), objective.head, plan.seed)
-    model.eval()
-    budget: list[int] = []
+    predictor = Predictor(model.eval(), tokenizer, plan.dtype)
 
     def predict(rows: dict[str, Any]) -> list[np.ndarray]:
-        if not budget:
-            budget.append(forward_budget(model, plan.rows("both")[1], tokenizer.pad_token_id, plan.dtype))
-        logits = row_logits(model, rows["both"], tokenizer.pad_token_id, plan.dtype, budget[0])
+        nonlocal predictor
+        if predictor.budget is None:
+            predictor = replace(predictor, budget=predictor.find_budget(plan.rows("both")[1]))
+        logits = predictor.logits(rows["both"])
         return [order.numpy() for order in objective.probabilities_by_order(torch.from_numpy(logits))]
 
     return model, predict

@@ -30,13 +30,13 @@ class Shape:
     """A backbone and how much of it is measured.
 
     Attributes:
-        config: of the random backbone, in transformers' words; none: real weights of the shape's name.
+        config: of the random backbone, in transformers' words; None: real weights of the shape's name.
         max_length: most tokens of a sequence.
         four_bits: NF4 with double quantisation, or 16 bits.
         checkpointing: recompute activations of each layer in the backward pass.
-        training_battles: of one measurement, beside `WARM` to warm up; 8 an optimiser step.
+        training_battles: of one measurement, after `WARM` to warm up; 8 per optimiser step.
         inference_battles: the same, each predicted in both orders.
-        stock_attention: of the stock competitors; none: what transformers takes by itself.
+        stock_attention: of the stock competitors; None: transformers' default.
         first_layer: layers before it have no adapters, of no competitor, and no backward pass.
     """
 
@@ -142,14 +142,14 @@ def random_weights(seed: int) -> Iterator[None]:
     from transformers import PreTrainedModel
 
     upstream = PreTrainedModel.__dict__["from_pretrained"]
-    PreTrainedModel.from_pretrained = classmethod(partial(_drawn, seed))
+    PreTrainedModel.from_pretrained = classmethod(partial(_draw_model, seed))
     try:
         yield
     finally:
         PreTrainedModel.from_pretrained = upstream
 
 
-def _drawn(
+def _draw_model(
     seed: int,
     cls: Any,
     folder: Path,
@@ -159,9 +159,15 @@ def _drawn(
     attn_implementation: str | None = None,
     device_map: dict[str, Any] | None = None,
     quantization_config: Any = None,
+    output_loading_info: bool = False,
+    ignore_mismatched_sizes: bool = False,  # no weights are read
     **labels: Any,
 ) -> Any:
-    """Return a model of a folder's configuration, each module drawn on its device and quantised before the next."""
+    """Return a model of a folder's configuration, each module drawn on its device and quantised before the next.
+
+    The arguments are those of transformers' `from_pretrained`. With `output_loading_info` it also returns what
+    transformers reports of loading: here that nothing is missing.
+    """
     from transformers import AutoConfig
 
     if config is None:
@@ -182,7 +188,8 @@ def _drawn(
         elif module._parameters or module._buffers:
             module.to_empty(device=device, recurse=False)
             model._init_weights(module)
-    return model.eval()
+    nothing: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+    return (model.eval(), nothing) if output_loading_info else model.eval()
 
 
 @torch.no_grad()
@@ -260,7 +267,7 @@ def model_flops(folder: Path, lengths: list[int], first_layer: int | None) -> fl
 
     A weight costs 2 a token forward and, frozen under LoRA, 2 more backward. Causal attention costs
     2 layers · heads · head size · length² a sequence forward, and twice that more backward. Layers before
-    `first_layer` have no backward pass; none: no layer has. Adapters, head, recomputation and padding count nothing;
+    `first_layer` have no backward pass; None: no layer has. Adapters, head, recomputation and padding count nothing;
     no window of the shapes here is shorter than their sequences.
     """
     from transformers import AutoConfig

@@ -5,10 +5,10 @@ r"""What helps a small backbone on real battles, and by how much: paired, on pro
     python scripts/bench_quality.py train.csv more_arena.parquet --read --lora prompt.max_length=1024 --json ...
 
 The first files, arena battles, are dealt into five folds by prompt group, once for each seed; the others only train,
-and what of them shares a prompt with a held-out battle is left out. The baselines learn from the arena battles of the
-other folds. Every lever of levers.py is one change of recipes/arena_small_cpu.yaml, those of LoRA of
-recipes/arena_small_gpu.yaml. What a backbone reads of a battle is computed once and kept in the cache, predictions and
-what LoRA trains in --work: killed, the same command goes on.
+except those that share a prompt with a held-out battle. The baselines learn from the
+arena battles of the other folds. Every lever of levers.py is one change of recipes/arena_small_cpu.yaml, those of LoRA
+of recipes/arena_small_gpu.yaml. Features of the backbone are computed once and kept in the cache, predictions and runs
+of LoRA in --work: after a kill, the same command continues.
 
 Figures are log losses of predictions of left-out folds, with 95 % intervals by prompt group, and paired differences, to
 the TF-IDF baseline and to the recipe as it is; negative: better. `blended`: with the baseline, by weights fitted on
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from bench_battles import tell
 from levers import LEVERS, LORA, READ
-from out_of_fold import Fold, fitted_out_of_fold, kept_in, read, trained_out_of_fold
+from out_of_fold import Fold, fitted_out_of_fold, read, trained_out_of_fold
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -80,7 +80,7 @@ def kept(path: Path, make: Any) -> Any:
 
 
 def digest(*parts: Any) -> str:
-    """Return by what a file of predictions is known again."""
+    """Return a digest that identifies a file of predictions."""
     return hashlib.blake2b(repr(parts).encode(), digest_size=6).hexdigest()
 
 
@@ -147,6 +147,7 @@ def levers(options: argparse.Namespace) -> dict[str, tuple[Any, dict[str, Any]]]
 def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Return the figures of every lever for one dealing of folds."""
     from rewardmodel.battles import data_fingerprint, outcomes
+    from rewardmodel.model.backbone import resolve_backbone
 
     battles = dealt(options, seed)
     sources = np.asarray(battles["source"][:])
@@ -162,7 +163,8 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     before = None
     for name, (recipe, changes) in levers(options).items():
-        key = digest(asdict(recipe), changes, dealing.fold.tobytes(), arena.tobytes(), kept_in(recipe.model)[1].name)
+        features = resolve_backbone(recipe.model).feature_cache.name
+        key = digest(asdict(recipe), changes, dealing.fold.tobytes(), arena.tobytes(), features)
         folder = work / f"{name.replace(' ', '_')}-{key}"
         file = folder.with_name(f"{folder.name}-{''.join(map(str, options.folds))}.npz")
         orders = kept(file, partial(predictions, recipe, changes, battles, dealing, options.folds, folder))[:, asked]

@@ -1,4 +1,4 @@
-"""How fast rewardmodel trains LoRA beside stock transformers and TRL, on the same battles and backbone.
+"""How fast rewardmodel trains LoRA, compared with stock transformers and TRL on the same battles and backbone.
 
     python scripts/bench_training.py train.csv --json scripts/results/training.json
     python scripts/bench_training.py --synthetic --shape llama-3-8b --repeats 1      # random weights, on a GPU
@@ -30,7 +30,7 @@ Trained = tuple[Any, Callable[[Any], Any]]
 
 
 def settings(plan: Plan) -> dict[str, Any]:
-    """Return what every trainer is told."""
+    """Return the arguments of every trainer."""
     return {
         "disable_tqdm": True,
         "eval_strategy": "no",
@@ -45,7 +45,7 @@ def settings(plan: Plan) -> dict[str, Any]:
 
 
 def stock_settings(plan: Plan) -> dict[str, Any]:
-    """Return what the stock trainers are told."""
+    """Return the arguments of the stock trainers."""
     names = TrainingArguments.__dataclass_fields__
     return {
         **settings(plan),
@@ -80,8 +80,8 @@ def rewardmodels(plan: Plan, name: str, rows_of: Callable[[Any], Any]) -> Traine
 
     objective = ObjectiveConfig(name)
     model, tokenizer = build_model(resolve_backbone(our_config(plan)), find_objective(objective).head, plan.seed)
-    told = {"battles_per_step": plan.batch, "gradient_checkpointing": plan.checkpointing}
-    args = training_arguments(Recipe(trainer=settings(plan) | told), plan.dtype, plan.device)
+    keys = {"battles_per_step": plan.batch, "gradient_checkpointing": plan.checkpointing}
+    args = training_arguments(Recipe(trainer=settings(plan) | keys), plan.dtype, plan.device)
     last: list[Any] = []
 
     def made(rows: Any) -> Any:

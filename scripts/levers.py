@@ -3,9 +3,9 @@
 Keys of the recipe, or one of `others`, `consistency`, `bags`, `beside`.
 
 `others` is the weight of the battles that only train, which are left out else; `consistency` the weight of the squared
-difference between what a joint model states of a battle in both orders, in the loss; `bags` the number of heads, each
+difference between what a joint model predicts of a battle in both orders, in the loss; `bags` the number of heads, each
 fitted to prompt groups that are drawn with replacement, whose predictions are averaged; `beside` another number of
-layers, whose features the head reads beside those of the recipe.
+layers, whose features the head reads next to those of the recipe.
 """
 
 from typing import Any
@@ -64,4 +64,4 @@ LORA: dict[str, dict[str, Any]] = {
     "LoRA, rank 64": {"model.lora_r": 64, "model.lora_alpha": 128},
     "LoRA, other sources, weight 0.1": {"others": 0.1},
 }
-"""Changes of recipes/arena_small_gpu.yaml; asked for by --lora, and trained anew for each fold."""
+"""Changes of recipes/arena_small_gpu.yaml; asked for by --lora, and trained again for each fold."""

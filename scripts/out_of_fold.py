@@ -32,7 +32,7 @@ class Fold(NamedTuple):
 
 @dataclass(frozen=True)
 class Consistent(Objective):
-    """A joint objective that also takes the squared distance between what both orders state of a battle as a loss."""
+    """A joint objective that also takes the squared distance between what both orders predict of a battle as a loss."""
 
     consistency: float = 0.0
 
@@ -53,34 +53,27 @@ def objective_of(recipe: Any, changes: dict[str, Any]) -> Objective:
     return objective
 
 
-def kept_in(config: Any) -> tuple[torch.dtype, Path]:
-    """Return the precision that a recipe's `model` section computes in here, and where what it reads is kept."""
-    from rewardmodel.model.features import feature_folder
-    from rewardmodel.model.precision import placement
-    from rewardmodel.model.weights import fetch_backbone
-
-    dtype = placement(config, fetch_backbone(config.model_name_or_path, config.model_revision))[1]
-    return dtype, feature_folder(config, dtype)
-
-
 def read(recipe: Any, battles: Any) -> Read:
     """Return what the backbone of a recipe reads of battles, in both orders, out of the cache where it is there."""
-    from rewardmodel.model.features import features
+    from rewardmodel.model.backbone import resolve_backbone
+    from rewardmodel.model.features import read_features
+    from rewardmodel.model.forward import Predictor
     from rewardmodel.model.heads import WIDTHS
-    from rewardmodel.model.loading import build_model, trained_layer
+    from rewardmodel.model.loading import build_model
     from rewardmodel.objectives import find_objective
     from rewardmodel.prompt.tokenization import tokenize
 
     # The other poolings are columns of this one.
     config = replace(recipe.model, pooling="last_and_responses")
     objective = find_objective(recipe.objective)
-    model, tokenizer = build_model(resolve_backbone(config), objective.head, 0)
-    dtype, folder = kept_in(config)
+    backbone = resolve_backbone(config)
+    model, tokenizer = build_model(backbone, objective.head, 0)
+    predictor = Predictor(
+        model, tokenizer, backbone.dtype, recipe.inference.batch_tokens, feature_cache=backbone.feature_cache
+    )
     joint = objective.encoding == "joint"
     rows = tokenize(battles, tokenizer, recipe.prompt, encoding=objective.encoding, both_orders=joint)
-    found = features(
-        model, trained_layer(model), rows, tokenizer.pad_token_id, dtype, folder, recipe.inference.batch_tokens
-    )
+    found = read_features(predictor, rows)
     width = found.shape[2] // WIDTHS["last_and_responses"](objective.head.responses)
     columns = {"last": slice(0, width), "responses": slice(width, None), "last_and_responses": slice(None)}
     labels, weight = (np.asarray(rows[name][:], np.float32) for name in ("labels", "weight"))
@@ -103,12 +96,12 @@ def shown(recipe: Any, objective: Objective, given: Read) -> Read:
 def fitted(recipe: Any, objective: Objective, given: Read, groups: np.ndarray) -> Any:
     """Return a head's last layer, fitted to battles."""
     from rewardmodel.model.features import layer_logits
-    from rewardmodel.model.heads import last_layer_kind
+    from rewardmodel.model.heads import last_layer_class
     from rewardmodel.objectives import fit_tie
     from rewardmodel.training.head_fit import Examples, fit_last_layer
 
     shape = objective.head._replace(pairs=recipe.model.pair_ties)
-    layer: Any = last_layer_kind(shape)(given.features.shape[2], shape.num_labels, bias=False)
+    layer: Any = last_layer_class(shape)(given.features.shape[2], shape.num_labels, bias=False)
     torch.nn.init.zeros_(layer.weight)
     examples = Examples(
         *map(torch.from_numpy, (given.features, given.labels)),

@@ -1,9 +1,11 @@
 """Tiny random backbones of every family, tiny battles: what the tests build."""
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -259,24 +261,30 @@ def train_a_little(model, batch) -> None:
 
 
 RELOAD = """
-import json, sys, torch
+import json, pathlib, sys, torch
 from rewardmodel.config.schema import ModelConfig
 from rewardmodel.model.loading import load_model
-config, folder, batch, out = sys.argv[1:]
-model, _ = load_model(ModelConfig(**json.loads(config)), __import__("pathlib").Path(folder))
-batch = torch.load(batch)
-with torch.no_grad():
-    torch.save(model(**batch).logits, out)
+folder = pathlib.Path(sys.argv[1])
+logits = {}
+for name, (config, saved) in json.loads((folder / "cases.json").read_text()).items():
+    model, _ = load_model(ModelConfig(**config), pathlib.Path(saved))
+    with torch.no_grad():
+        logits[name] = model(**torch.load(folder / f"{name}.pt")).logits
+torch.save(logits, folder / "logits.pt")
 """
 
 
-def reload_in_fresh_process(config, folder, batch, tmp_path):
+def reload_in_fresh_process(cases, folder: Path):
+    """Return the logits of saved models, each reloaded in one fresh process: name -> (config, saved model, batch)."""
     import torch
 
-    torch.save(batch, tmp_path / "batch.pt")
-    arguments = [json.dumps(dataclasses.asdict(config)), folder, tmp_path / "batch.pt", tmp_path / "out.pt"]
-    subprocess.run([sys.executable, "-c", RELOAD, *map(str, arguments)], check=True, capture_output=True)
-    return torch.load(tmp_path / "out.pt")
+    folder.mkdir()
+    for name, (_, _, batch) in cases.items():
+        torch.save(batch, folder / f"{name}.pt")
+    described = {name: (dataclasses.asdict(config), str(saved)) for name, (config, saved, _) in cases.items()}
+    (folder / "cases.json").write_text(json.dumps(described))
+    subprocess.run([sys.executable, "-c", RELOAD, str(folder)], check=True, capture_output=True)
+    return torch.load(folder / "logits.pt")
 
 
 SETTINGS = {
@@ -339,6 +347,21 @@ def changed(battles, **columns):
     return type(battles).from_dict(data, features=BATTLE_FEATURES)
 
 
+def small_recipe(backbone: Path, folder: Path, **sections):
+    """Return a recipe that trains a tiny backbone in a second, in float32 on the CPU; it writes to `folder`."""
+    from rewardmodel.config.schema import DataConfig, ModelConfig, PromptConfig, Recipe
+
+    return Recipe(
+        **{
+            "data": DataConfig(train=str(write_csv(battle_frame(), folder / "train.csv")), folds=4),
+            "prompt": PromptConfig(max_length=160),
+            "model": ModelConfig(str(backbone), device="cpu", dtype="float32", lora_r=4, lora_dropout=0.1),
+            "trainer": {"output_dir": str(folder / "run"), "disable_tqdm": True, "learning_rate": 1e-2, "seed": 3},
+            **sections,
+        }
+    )
+
+
 def with_trainer(recipe, **keys):
     return dataclasses.replace(recipe, trainer={**recipe.trainer, **keys})
 
@@ -346,6 +369,7 @@ def with_trainer(recipe, **keys):
 def make_trainer(recipe, training, validation):
     import torch
 
+    from rewardmodel.model.backbone import resolve_backbone
     from rewardmodel.model.loading import build_model
     from rewardmodel.objectives import JOINT_HEAD
     from rewardmodel.prompt.tokenization import tokenize
@@ -357,3 +381,45 @@ def make_trainer(recipe, training, validation):
     args = training_arguments(recipe, torch.float32, torch.device("cpu"))
     tokens = (recipe.trainer["micro_batch_tokens"], None)
     return PreferenceTrainer(model, args, *rows, tokenizer, recipe.objective, torch.float32, tokens)
+
+
+@contextmanager
+def attending(model, name):
+    """Let the model attend with an implementation of that name, as transformers knows it, in the block."""
+    config = model.config.get_text_config()
+    before, config._attn_implementation = config._attn_implementation, name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def sequences(row, column="input_ids"):
+    """Return the values of each sequence of a row, shared ones first."""
+    shared, *branches = row["branches"]
+    ends = list(itertools.accumulate(branches, initial=shared))
+    return [row[column][:shared] + row[column][begin:end] for begin, end in itertools.pairwise(ends)]
+
+
+def plain_logits(model, rows):
+    """Return the logits of each sequence alone, (n_sequences, n_logits), by transformers' own attention."""
+    import torch
+
+    from rewardmodel.model.loading import unwrap
+
+    inner, found = unwrap(model), []
+    score = getattr(inner.score, "modules_to_save", {"default": inner.score})["default"]
+    with attending(model, "eager"):
+        for row in rows:
+            for ids, segments in zip(sequences(row), sequences(row, "segment_ids"), strict=True):
+                hidden = inner.model(torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+                means = [hidden[torch.tensor(segments) == response].mean(dim=0) for response in (1, 2)]
+                read = hidden[-1] if inner.pooling == "last" else torch.cat(means)
+                found.append(torch.cat([score.weight @ read, *([score.tie] if inner.shape.tie else [])]))
+    return torch.stack(found)
+
+
+def assert_same(found, expected):
+    """Compare tensors up to rounding."""
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())

@@ -14,7 +14,7 @@ os.environ["REWARDMODEL_CACHE"] = tempfile.mkdtemp(prefix="rewardmodel-tests-")
 
 import pandas as pd
 import pytest
-from builders import battle_frame, make_backbone, make_tokenizer, write_csv
+from builders import battle_frame, make_backbone, make_tokenizer, small_recipe
 
 
 def pytest_sessionfinish():
@@ -50,16 +50,7 @@ def frame() -> pd.DataFrame:
 @pytest.fixture
 def recipe(backbone, tmp_path):
     """Return a recipe that trains a tiny Llama in a second, in float32 on the CPU."""
-    from rewardmodel.config.schema import DataConfig, ModelConfig, PromptConfig, Recipe
-
-    return Recipe(
-        data=DataConfig(train=str(write_csv(battle_frame(), tmp_path / "train.csv")), folds=4),
-        prompt=PromptConfig(max_length=160),
-        model=ModelConfig(
-            model_name_or_path=str(backbone("llama")), device="cpu", dtype="float32", lora_r=4, lora_dropout=0.1
-        ),
-        trainer={"output_dir": str(tmp_path / "run"), "disable_tqdm": True, "learning_rate": 1e-2, "seed": 3},
-    )
+    return small_recipe(backbone("llama"), tmp_path)
 
 
 @pytest.fixture

@@ -99,6 +99,8 @@ def assert_same_weights(one: Path, two: Path) -> None:
         assert (first[name] - second[name]).abs().max() <= 1e-5, name
 
 
+@pytest.mark.slow  # starts a launcher and two processes
+@pytest.mark.distributed
 def test_two_processes_train_and_predict_as_one_does(exact, tmp_path):
     one, _ = train(with_folder(exact, tmp_path / "one"))
     two = with_folder(exact, tmp_path / "two")
@@ -113,7 +115,9 @@ def test_two_processes_train_and_predict_as_one_does(exact, tmp_path):
     np.testing.assert_allclose(predicted(table), predicted(alone), atol=1e-6)
 
 
-# One launch for all kinds: to start it is most of the time.
+# One launch for all kinds, because starting it takes most of the time.
+@pytest.mark.slow  # starts a launcher and two processes
+@pytest.mark.distributed
 def test_sharded_models_are_trained_saved_and_reloaded(exact, tmp_path):
     kinds = {
         "read by one process": exact,
@@ -138,6 +142,8 @@ def test_sharded_models_are_trained_saved_and_reloaded(exact, tmp_path):
     np.testing.assert_allclose(predicted(by_both), predicted(alone), atol=1e-6)
 
 
+@pytest.mark.slow  # starts a launcher and two processes
+@pytest.mark.distributed
 def test_processes_without_a_cache_in_common_train_from_the_same_features(exact, tmp_path):
     frozen = replace(exact, model=replace(exact.model, freeze_backbone=True))
     fitted = replace(exact, model=replace(exact.model, head_init="fitted"))
@@ -154,6 +160,8 @@ def test_processes_without_a_cache_in_common_train_from_the_same_features(exact,
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.slow  # starts a launcher and two processes
+@pytest.mark.distributed
 def test_a_killed_process_ends_all_and_the_run_resumes(exact, tmp_path):
     keys = {"num_train_epochs": 12, "learning_rate": 1e-4, "load_best_model_at_end": False, "save_total_limit": None}
     whole, _ = train(with_folder(exact, tmp_path / "whole", **keys))

@@ -1,9 +1,8 @@
-import json
 from pathlib import Path
 
 import pytest
 
-from rewardmodel.distributed import Launch, launch, read_launch
+from rewardmodel.distributed import Launch, current_launch, read_launch
 from rewardmodel.errors import InputError
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
@@ -21,14 +20,10 @@ CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
             Launch(2, "fsdp", 2, True),
         ),
         ({"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, Launch(2, "fsdp", 1, False)),
-        (
-            {"WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
-            Launch(2, "deepspeed", 3),
-        ),
     ],
 )
 def test_the_launcher_is_known_by_its_variables(environment, expected):
-    assert launch(environment) == expected
+    assert current_launch(environment) == expected
 
 
 @pytest.mark.parametrize(
@@ -40,7 +35,6 @@ def test_the_launcher_is_known_by_its_variables(environment, expected):
         ("two_nodes", Launch(16, "ddp")),
         ("fsdp2", Launch(2, "fsdp", 2, True)),
         ("fsdp2_qlora", Launch(2, "fsdp", 2, False)),
-        ("deepspeed_zero2", Launch(2, "deepspeed", 2)),
     ],
 )
 def test_the_configurations_of_the_repository_are_read(name, expected):
@@ -48,17 +42,14 @@ def test_the_configurations_of_the_repository_are_read(name, expected):
     assert read_launch(CONFIGS / f"{name}.yaml", 3).processes == 3
 
 
-def test_the_stage_is_read_out_of_a_configuration_of_deepspeed(tmp_path):
-    file = tmp_path / "zero.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
-    variables = {"WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
-    assert launch(variables) == Launch(2, "deepspeed", 3)
+def test_deepspeed_is_refused_by_either_way_in(tmp_path):
+    message = "DeepSpeed is not supported; launch with recipes/accelerate/ddp.yaml or fsdp2.yaml"
+    with pytest.raises(InputError, match=message):
+        current_launch({"WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "true"})
     config = tmp_path / "accelerate.yaml"
-    config.write_text(f"distributed_type: DEEPSPEED\ndeepspeed_config: {{deepspeed_config_file: '{file}'}}\n")
-    assert read_launch(config, 2) == Launch(2, "deepspeed", 3)
-    file.write_text("[]")
-    with pytest.raises(InputError, match="no configuration of DeepSpeed"):
-        read_launch(config)
+    config.write_text("distributed_type: DEEPSPEED\n")
+    with pytest.raises(InputError, match=rf"^{config}: distributed_type: {message}"):
+        read_launch(config, 2)
 
 
 @pytest.mark.parametrize("text", [None, "a: [", "just words", "num_processes: 2\n"])
@@ -66,5 +57,5 @@ def test_a_file_that_is_no_configuration_is_refused(text, tmp_path):
     path = tmp_path / "launch.yaml"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(InputError, match="no configuration of accelerate"):
+    with pytest.raises(InputError, match="not a configuration of accelerate"):
         read_launch(path)

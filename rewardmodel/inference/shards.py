@@ -1,9 +1,10 @@
-"""Rows to predict -> their logits, shard by shard: each becomes a file, so that a killed prediction continues.
+"""Token rows -> logits, shard by shard: each shard is written to a file, so that a killed prediction continues.
 
-A shard is some rows that are computed together, in several micro-batches a process, and written whole or not at all.
-Which rows are in which shard depends on the rows, the tokens of a batch and the number of processes only, so that an
-interrupted prediction gives the same bits as an uninterrupted one. The files lie in a folder named by model, rows and
-settings: those of another prediction are never read. Only the main process reads, writes and looks at the clock.
+A shard is a set of rows that are computed together, in several micro-batches per process; its file is written
+completely or not at all. Which rows are in which shard depends only on the rows, the tokens of a batch and the number
+of processes, so that an interrupted prediction gives the same bits as an uninterrupted one. The files are in a folder
+named by a digest of model, rows and settings, so that shards of another prediction are never read. Only the main
+process reads and writes files and reads the clock.
 """
 
 import hashlib
@@ -33,18 +34,19 @@ from rewardmodel.prompt.tokenization import select_sequence
 logger = logging.getLogger(__name__)
 
 BATCHES = 16
-"""Micro-batches of a process in a shard: enough to be filled well, few enough to lose when interrupted."""
+"""Micro-batches of a process in a shard: enough to be filled evenly, few enough to lose when interrupted."""
 
 WHOLE, FIRST, SECOND = "whole", "first", "second"
-"""Names of shards: of rows with all their sequences, with the first only, or with the second only."""
+"""Kinds of shards: all sequences of their rows, the first only, or the second only."""
 
-LABELS = {WHOLE: "predicting", FIRST: "predicting as given", SECOND: "predicting exchanged"}
+PROGRESS = {WHOLE: "predicting", FIRST: "predicting as given", SECOND: "predicting exchanged"}
+"""Label of the progress bar, by kind of shard."""
 
 BUDGET_FILE = "budget.json"
-"""File with the tokens of a batch by the kind of device that they were measured on."""
+"""File with the tokens of a batch, by the name of the device that they were measured on."""
 
 DIGITS = 16
-"""Hexadecimal digits of a digest in the name of a folder."""
+"""Hexadecimal digits of the digests in the name of a folder."""
 
 Piece = tuple[np.ndarray, np.ndarray]
 """Row numbers, (n,) int64, ascending, and their logits, (n, n_sequences, n_logits) float32."""
@@ -61,18 +63,18 @@ class Deadline:
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self.end = clock() + seconds
-        self.seconds = self.tokens = 0.0  # of past shards, each weighted half as much as the next
+        self.seconds = self.tokens = 0.0  # sums over past shards, each weighted half as much as the next
 
     def left(self) -> float:
-        """Return the seconds that are left, below 0 after the deadline."""
+        """Return the seconds that are left; negative after the deadline."""
         return self.end - self.clock()
 
     def allows(self, tokens: int) -> bool:
-        """Return whether so many tokens can be computed in time, at the pace of the last shards."""
+        """Return whether a number of tokens can be computed in time, at the pace of the last shards."""
         return from_main(lambda: self.seconds * tokens < self.left() * max(self.tokens, 1))
 
     def share(self, models: int) -> "Deadline":
-        """Return the deadline of the next of so many models, which get what is left in equal shares."""
+        """Return the deadline of the next model, if the time that is left is divided equally among `models`."""
         return Deadline(self.left() / models, self.clock)
 
     def over(self) -> "Deadline":
@@ -80,7 +82,7 @@ class Deadline:
         return Deadline(-math.inf, self.clock)
 
     def measure(self, tokens: int, work: Callable[[], np.ndarray]) -> np.ndarray:
-        """Return what `work` returns, which computes so many tokens, and remember how long it took."""
+        """Return the result of `work`, which computes a number of tokens, and update the pace."""
         start = self.clock()
         result = work()
         self.seconds, self.tokens = self.seconds / 2 + self.clock() - start, self.tokens / 2 + tokens
@@ -93,15 +95,17 @@ def sharded_logits(
     """Return the logits of each sequence of rows, (n_rows, n_sequences, n_logits) float32, in their order.
 
     Args:
-        predictor: a model that is ready to predict.
-        rows: of `prompt.tokenization.ROWS`, all with the same number of sequences.
-        folder: of this prediction's shards (`shard_folder`); None: nothing is kept.
-        deadline: if given, rows have two sequences, and the second is computed of as many as there is time for, the
-            shortest first, because each costs its tokens and gains about the same; the others get NaN.
+        predictor: the model.
+        rows: of `prompt.tokenization.TOKEN_ROW_FEATURES`, all with the same number of sequences.
+        folder: of this prediction's shards (`shard_folder`); None: no files.
+        deadline: if given, rows have two sequences. The first of all rows is computed however long it takes, then the
+            second of as many rows as there is time for, the shortest first: each gains about the same, and costs its
+            tokens. The others get NaN.
 
     Raises:
-        FloatingPointError: logits that are NaN or infinite; that shard is not kept.
+        FloatingPointError: logits that are NaN or infinite; that shard is not written.
     """
+    # the same budget in every process, and after a restart, so that shards are cut alike
     budget = _common_budget(folder, predictor, rows)
     predictor = replace(predictor, budget=budget)
     tokens = budget * BATCHES * process_state().num_processes if folder or deadline else None
@@ -112,11 +116,12 @@ def sharded_logits(
         check_finite(logits, rows, f"{{}} predictions are NaN or infinite ({predictor.dtype})")
         return logits
 
-    def compute_shards(rows: Dataset, name: str) -> np.ndarray:
-        costs, until = np.array(predictor.batching.costs(rows)), deadline if name == SECOND else None
-        shards = split_by_tokens(costs, _order(costs, packed, ascending=until is not None), tokens)
-        return _computed(compute, rows, costs, shards, name, folder, deadline, until)
+    def compute_shards(rows: Dataset, kind: str) -> np.ndarray:
+        costs, until = np.array(predictor.batching.costs(rows)), deadline if kind == SECOND else None
+        shards = split_by_tokens(costs, _order_rows(costs, packed, ascending=until is not None), tokens)
+        return _compute_missing(compute, rows, costs, shards, kind, folder, deadline, until)
 
+    # both sequences together, which is quickest; or the second as time allows
     if deadline is None:
         return compute_shards(rows, WHOLE)
     first = compute_shards(select_sequence(rows, 0), FIRST)
@@ -125,51 +130,75 @@ def sharded_logits(
 
 
 def shard_folder(work: Path, model: Path, rows: Dataset, settings: dict[str, Any]) -> Path:
-    """Return the folder in `work` of one prediction's shards, named by a digest of everything it depends on.
+    """Return the folder in `work` of one prediction's shards, named by digests of all that its logits depend on.
 
     Args:
-        work: of the shards of one output.
+        work: folder of the shards of one output.
         model: folder of the saved model.
-        rows: what is predicted.
-        settings: everything else that logits depend on, as JSON.
+        rows: to predict.
+        settings: all other settings that logits depend on; JSON.
     """
     return work / from_main(lambda: f"{_model_digest(model)}-{_rows_digest(rows, settings)}")
 
 
 def remove_shards(work: Path) -> None:
-    """Remove the shards of an output, and their folder unless something else is in it."""
+    """Remove the shards of an output, and their folder if nothing else is in it."""
     for path in work.glob(f"{'[0-9a-f]' * DIGITS}-{'[0-9a-f]' * DIGITS}"):
         shutil.rmtree(path)
     if work.is_dir() and not any(work.iterdir()):
         work.rmdir()
 
 
-def _order(costs: np.ndarray, packed: bool, ascending: bool) -> np.ndarray:
+def _order_rows(costs: np.ndarray, packed: bool, ascending: bool) -> np.ndarray:
+    """Return row numbers, (n_rows,), in the order in which shards take them.
+
+    Args:
+        costs: (n_rows,) tokens of each row.
+        packed: whether batches are packed.
+        ascending: the cheapest row first.
+    """
     if ascending:
         return np.argsort(costs, kind="stable")
-    if packed:  # rows of mixed lengths fill batches best
+    if packed:  # mixed lengths fill batches best
         return np.random.default_rng(0).permutation(len(costs))
-    return np.argsort(-costs, kind="stable")  # rows of similar lengths need the least padding
+    return np.argsort(-costs, kind="stable")  # similar lengths need the least padding
 
 
-def _computed(
+def _compute_missing(
     compute: Callable[..., np.ndarray],
     rows: Dataset,
     costs: np.ndarray,
     shards: Sequence[np.ndarray],
-    name: str,
+    kind: str,
     folder: Path | None,
     measured: Deadline | None,
     until: Deadline | None,
 ) -> np.ndarray:
-    """Return the logits of rows, read where they are in files; NaN of those that `until` left no time for, or empty."""
-    pieces: list[Piece] = from_main(lambda: _read(folder, name))
+    """Return the logits of rows, from files as far as they have them.
+
+    Args:
+        compute: (rows, on_batch) -> logits.
+        rows: to predict.
+        costs: (n_rows,) tokens of each row.
+        shards: row numbers of each shard.
+        kind: of the shards.
+        folder: of their files; None: no files.
+        measured: measures the time that shards take.
+        until: no shard starts that would not end before; None: all are computed.
+
+    Returns:
+        (n_rows, n_sequences, n_logits) float32, NaN for rows that there was no time for; empty if there was time for
+        none.
+    """
+    pieces: list[Piece] = from_main(lambda: _read(folder, kind))
     done = np.zeros(len(rows), bool)
     for numbers, _ in pieces:
         done[numbers] = True
     if 0 < done.sum() < len(rows):
-        logger.info("continues: %d of %d battles are already computed (%s)", done.sum(), len(rows), LABELS[name])
-    with tqdm(total=len(rows), initial=int(done.sum()), desc=LABELS[name], unit="battle", disable=not is_main()) as bar:
+        logger.info("continues: %d of %d battles are already computed (%s)", done.sum(), len(rows), PROGRESS[kind])
+    with tqdm(
+        total=len(rows), initial=int(done.sum()), desc=PROGRESS[kind], unit="battle", disable=not is_main()
+    ) as bar:
         for shard in shards:
             todo = shard[~done[shard]]
             if not len(todo):
@@ -181,15 +210,16 @@ def _computed(
             work = partial(compute, rows=some, advance=bar.update)
             logits = work() if measured is None else measured.measure(tokens, work)
             if folder is not None and is_main():
-                _write(folder, name, (todo, logits))
+                _write(folder, kind, (todo, logits))
             pieces.append((todo, logits))
             done[todo] = True
-            bar.n = int(done.sum())  # including those of other processes
+            bar.n = int(done.sum())  # including rows of other processes
             bar.refresh()
-    return _together(pieces, len(rows))
+    return _join_pieces(pieces, len(rows))
 
 
-def _together(pieces: list[Piece], rows: int) -> np.ndarray:
+def _join_pieces(pieces: list[Piece], rows: int) -> np.ndarray:
+    """Return the logits of a number of rows; NaN for rows in no piece; empty if there are no pieces."""
     if not pieces:
         return np.empty(0, np.float32)
     result = np.full((rows, *pieces[0][1].shape[1:]), np.nan, np.float32)
@@ -198,19 +228,19 @@ def _together(pieces: list[Piece], rows: int) -> np.ndarray:
     return result
 
 
-def _read(folder: Path | None, name: str) -> list[Piece]:
+def _read(folder: Path | None, kind: str) -> list[Piece]:
     if folder is None:
         return []
-    return [(rows, logits) for rows, logits in read_arrays(folder, f"{name}-*.npz", ("rows", "logits"))]
+    return [(rows, logits) for rows, logits in read_arrays(folder, f"{kind}-*.npz", ("rows", "logits"))]
 
 
-def _write(folder: Path, name: str, piece: Piece) -> None:
-    # Its first row is in no other shard, so it names this one, whatever the number of processes was.
-    write_arrays(folder / f"{name}-{piece[0][0]:08d}.npz", rows=piece[0], logits=piece[1])
+def _write(folder: Path, kind: str, piece: Piece) -> None:
+    # named by its first row, which is in no other shard, even of another number of processes
+    write_arrays(folder / f"{kind}-{piece[0][0]:08d}.npz", rows=piece[0], logits=piece[1])
 
 
 def _common_budget(folder: Path | None, predictor: Predictor, rows: Dataset) -> int:
-    """Return the tokens of a batch that fit on every process; those found before, if it was on such a device."""
+    """Return the tokens of a batch that fit in every process; from the folder if it has those of such a device."""
     if predictor.budget is not None:
         return predictor.budget
     device = predictor.device
@@ -222,13 +252,13 @@ def _common_budget(folder: Path | None, predictor: Predictor, rows: Dataset) -> 
         except (OSError, ValueError, KeyError):
             return None
 
-    before = from_main(read_budget)
-    if before is not None:
-        return before
-    found = min(gather_object([predictor.find_budget(rows)]))
+    known = from_main(read_budget)
+    if known is not None:
+        return known
+    measured = min(gather_object([predictor.find_budget(rows)]))
     if folder is not None and is_main():
-        write_text(folder / BUDGET_FILE, json.dumps({name: found}))
-    return found
+        write_text(folder / BUDGET_FILE, json.dumps({name: measured}))
+    return measured
 
 
 def _model_digest(folder: Path) -> str:

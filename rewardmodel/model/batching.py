@@ -1,4 +1,4 @@
-"""Rows of tokens in, tensors for the model out: packed without padding, and planned by tokens, not by rows."""
+"""Token rows -> batches of tensors, packed or padded; and plans that fill batches by tokens instead of by rows."""
 
 import heapq
 from collections.abc import Callable, Iterator, Sequence
@@ -10,69 +10,80 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 
 Batch = dict[str, Any]
-"""Arguments of a model's forward pass (`model.heads`)."""
+"""Arguments of a classifier's forward pass (`model.heads.PooledHead`)."""
+
+Span = tuple[int, int]
+"""First index and number of tokens."""
 
 
 def pack(rows: Sequence[dict[str, Any]]) -> Batch:
-    """Return rows of `prompt.tokenization.ROWS` one after another, with the tokens of each battle counted from 0.
+    """Concatenate token rows into one packed row.
+
+    Args:
+        rows: of `prompt.tokenization.TOKEN_ROW_FEATURES`.
 
     Returns:
-        input_ids and position_ids (1, T) int64; layout, the branches of each battle; and `readings`.
+        input_ids and position_ids (1, T) int64, the positions of each sequence counted from 0; layout, the branches of
+        each battle (`model.attention.Layout`); and `pooling_indices`.
     """
-    positions, starts = [], []
-    begin = 0
+    positions, spans = [], []
+    start = 0
     for row in rows:
         positions.append(np.arange(row["branches"][0]))
-        for (_, shared), (first, branch) in _runs(row["branches"]):
+        for (_, shared), (first, branch) in _sequence_spans(row["branches"]):
             positions.append(np.arange(shared, shared + branch))
-            starts.append([(begin, shared), (begin + first, branch)])
-        begin += row["length"]
+            spans.append([(start, shared), (start + first, branch)])
+        start += row["length"]
     return {
         "input_ids": torch.from_numpy(np.concatenate([np.asarray(row["input_ids"], np.int64) for row in rows]))[None],
         "position_ids": torch.from_numpy(np.concatenate(positions))[None],
-        "layout": [list(row["branches"]) for row in rows],
-        **readings(np.concatenate([row["segment_ids"] for row in rows]), starts),
+        "layout": [list(row["branches"]) for row in rows],  # [[0, 3], [2, 2, 3]]
+        **pooling_indices(np.concatenate([row["segment_ids"] for row in rows]), spans),
     }
 
 
 def pad(rows: Sequence[dict[str, Any]], pad_token_id: int) -> Batch:
-    """Return the sequences of rows, filled up on the right to the longest.
+    """Unpack the sequences of token rows into a batch, padded on the right to the longest.
+
+    Args:
+        rows: of `prompt.tokenization.TOKEN_ROW_FEATURES`.
+        pad_token_id: id of padding.
 
     Returns:
-        input_ids and attention_mask (n_sequences, longest) int64; and `readings`.
+        input_ids and attention_mask (n_sequences, longest) int64; and `pooling_indices`.
     """
     ids, segments = [], []
     for row in rows:
-        for runs in _runs(row["branches"]):
-            index = _places(runs)
+        for spans in _sequence_spans(row["branches"]):
+            index = _span_indices(spans)
             ids.append(torch.from_numpy(np.asarray(row["input_ids"], np.int64)[index]))
             segments.append(torch.from_numpy(np.asarray(row["segment_ids"])[index]))
     input_ids = pad_sequence(ids, batch_first=True, padding_value=pad_token_id)
-    flat = pad_sequence(segments, batch_first=True).flatten().numpy()
-    starts = [[(number * input_ids.shape[1], len(one))] for number, one in enumerate(ids)]
+    flat_segments = pad_sequence(segments, batch_first=True).flatten().numpy()
+    spans_of = [[(number * input_ids.shape[1], len(sequence))] for number, sequence in enumerate(ids)]
     return {
         "input_ids": input_ids,
-        "attention_mask": pad_sequence([torch.ones_like(one) for one in ids], batch_first=True),
-        **readings(flat, starts),
+        "attention_mask": pad_sequence([torch.ones_like(sequence) for sequence in ids], batch_first=True),
+        **pooling_indices(flat_segments, spans_of),
     }
 
 
-def readings(segment_ids: np.ndarray, sequences: Sequence[Sequence[tuple[int, int]]]) -> Batch:
-    """Return where the head reads each sequence, as places in all tokens of the batch one after another.
+def pooling_indices(segment_ids: np.ndarray, sequences: Sequence[Sequence[Span]]) -> Batch:
+    """Return which tokens of a batch the head pools, as indices into its flattened tokens.
 
     Args:
-        segment_ids: of all places.
-        sequences: the runs (first place, tokens) of each sequence.
+        segment_ids: (n_tokens,) of the flattened batch: 0 prompt and template, 1 first response, 2 second response.
+        sequences: the spans of each sequence, in order: [[(0, 0), (0, 3)], [(3, 2), (5, 2)], [(3, 2), (7, 3)]].
 
     Returns:
-        last (n_sequences,) int64, the place of its last token; responses (m,) int64, the places of all tokens of
-        responses, and response_of (m,) int64, 2 * sequence for the first response and 2 * sequence + 1 for the second.
+        last (n_sequences,) int64, the last token of each sequence; responses (m,) int64, all tokens of responses; and
+        response_of (m,) int64, the response that each is of: 2 * sequence, or 2 * sequence + 1 for the second.
     """
     responses, response_of = [], []
-    for number, runs in enumerate(sequences):
-        places = _places(runs)
-        segments = segment_ids[places]
-        responses.append(places[segments > 0])
+    for number, spans in enumerate(sequences):
+        index = _span_indices(spans)
+        segments = segment_ids[index]
+        responses.append(index[segments > 0])
         response_of.append(2 * number + segments[segments > 0].astype(np.int64) - 1)
     last = np.array([first + tokens - 1 for *_, (first, tokens) in sequences])
     return {
@@ -83,7 +94,7 @@ def readings(segment_ids: np.ndarray, sequences: Sequence[Sequence[tuple[int, in
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch with its tensors on the device, sent there without waiting."""
+    """Return the batch with its tensors on the device; copies to a GPU are asynchronous."""
     if device.type == "cpu":
         return batch
     return {
@@ -93,76 +104,90 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def padded_tokens(row: dict[str, Any]) -> int:
-    """Return the tokens that a row's sequences take, filled up to the longest of them."""
+    """Return the tokens that a row's sequences take when they are padded to the longest of them."""
     shared, *branches = row["branches"]
     return (shared + max(branches)) * len(branches)
 
 
-def _runs(branches: Sequence[int]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Yield where in a row each of its sequences is: first place and tokens of what is shared, and of the rest."""
+def _sequence_spans(branches: Sequence[int]) -> Iterator[tuple[Span, Span]]:
+    """Yield the spans of each sequence in its row, of the shared prefix and of the branch.
+
+    Example: branches [2, 2, 3] -> ((0, 2), (2, 2)), ((0, 2), (4, 3)).
+    """
     shared, *lengths = branches
-    end = shared
+    start = shared
     for length in lengths:
-        yield (0, shared), (end, length)
-        end += length
+        yield (0, shared), (start, length)
+        start += length
 
 
-def _places(runs: Sequence[tuple[int, int]]) -> np.ndarray:
-    return np.concatenate([np.arange(first, first + tokens) for first, tokens in runs])
+def _span_indices(spans: Sequence[Span]) -> np.ndarray:
+    """Return the indices in spans one after another: ((0, 2), (4, 3)) -> [0, 1, 4, 5, 6]."""
+    return np.concatenate([np.arange(first, first + tokens) for first, tokens in spans])
 
 
 def plan_packed(lengths: Sequence[int], budget: int, processes: int = 1) -> list[list[list[int]]]:
-    """Deal rows to micro-batches of at most `budget` tokens, as few and as equal as may be.
+    """Assign rows to as few micro-batches of at most `budget` tokens as possible, of about equal size.
 
-    The longest row goes first, each to the emptiest micro-batch (longest processing time first, Graham 1969). A row
-    over the budget has a micro-batch of its own.
+    Rows are placed longest first, each into the emptiest micro-batch (longest processing time first, Graham 1969). A
+    row longer than the budget gets a separate micro-batch.
 
     Args:
         lengths: tokens of each row.
         budget: tokens of a micro-batch.
-        processes: among which the micro-batches are dealt.
+        processes: number of processes that share the micro-batches.
 
     Returns:
-        For each process its micro-batches, as many as for every other, the largest first; row numbers in each. One is
-        empty where there are more than rows.
+        For each process its micro-batches of row numbers, the largest first: lengths [10, 7, 5, 3], a budget of 13 and
+        2 processes give [[[0, 3]], [[1, 2]]]. All processes get the same number; some are empty if there are fewer
+        rows.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
-    over = [row for row in order if lengths[row] > budget]
-    order = order[len(over) :]
-    least = len(over) + -(-sum(int(lengths[row]) for row in order) // budget)
-    rounds = max(1, -(-least // processes))
+    oversized = [row for row in order if lengths[row] > budget]
+    order = order[len(oversized) :]
+
+    # start from the number of micro-batches that the tokens need at least, in rounds of one for each process, and
+    # add rounds until the rows fit
+    fewest = len(oversized) + -(-sum(int(lengths[row]) for row in order) // budget)
+    rounds = max(1, -(-fewest // processes))
     while True:
-        bins: list[list[int]] = [[row] for row in over] + [[] for _ in range(rounds * processes - len(over))]
-        heap = [(0, number) for number in range(len(over), len(bins))] or [(budget, -1)]
+        empty = rounds * processes - len(oversized)
+        bins: list[list[int]] = [[row] for row in oversized] + [[] for _ in range(empty)]
+        heap = [(0, number) for number in range(len(oversized), len(bins))]  # (tokens, bin), emptiest first
         for row in order:
-            tokens, number = heap[0]
-            if number < 0 or tokens + lengths[row] > budget:
+            if not heap or heap[0][0] + lengths[row] > budget:
                 break
+            tokens, number = heap[0]
             bins[number].append(row)
             heapq.heapreplace(heap, (tokens + int(lengths[row]), number))
         else:
             break
         rounds += max(1, rounds // 50)
-    sizes = {number: sum(int(lengths[row]) for row in rows) for number, rows in enumerate(bins)}
-    ranked = [bins[number] for number in sorted(sizes, key=lambda number: -sizes[number])]
+
+    # processes take turns, so that those of one round have about the same size
+    sizes = [sum(int(lengths[row]) for row in rows) for rows in bins]
+    ranked = [bins[number] for number in sorted(range(len(bins)), key=lambda number: -sizes[number])]
     return [ranked[process::processes] for process in range(processes)]
 
 
 def plan_padded(lengths: Sequence[int], budget: int, processes: int = 1) -> list[list[list[int]]]:
-    """Deal rows to micro-batches of about equal lengths, whose padded tokens are at most `budget`; as `plan_packed`."""
+    """Assign rows to micro-batches of similar lengths whose padded tokens are at most `budget`.
+
+    Arguments and result are those of `plan_packed`.
+    """
     order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
-    cut: list[list[int]] = []
+    micro_batches: list[list[int]] = []
     start = 0
     while start < len(order):
         rows = max(1, budget // max(1, int(lengths[order[start]])))
-        cut.append(order[start : start + rows])
+        micro_batches.append(order[start : start + rows])
         start += rows
-    cut += [[] for _ in range(-len(cut) % processes if cut else processes)]
-    return [cut[process::processes] for process in range(processes)]
+    micro_batches += [[] for _ in range(-len(micro_batches) % processes if micro_batches else processes)]
+    return [micro_batches[process::processes] for process in range(processes)]
 
 
 class EpochSampler(Sampler):
-    """Draws the order of rows anew each epoch, from a seed of that epoch, so that a resumed run draws it again."""
+    """Shuffles the rows of each epoch by a seed of that epoch, so that a resumed run gets the same order."""
 
     def __init__(self, rows: int, seed: Callable[[], int]) -> None:
         self.rows = rows

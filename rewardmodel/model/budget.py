@@ -1,4 +1,4 @@
-"""Free memory in, how many tokens fit into a batch out."""
+"""Free memory of a device -> how many tokens a batch may have."""
 
 import logging
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from rewardmodel.errors import InputError
 logger = logging.getLogger(__name__)
 
 CPU_TOKENS = 4096
-"""Tokens of a batch on a CPU: more make it no faster."""
+"""Tokens of a batch on a CPU; larger batches are not faster."""
 
-MOST_TOKENS = 65_536
-"""Tokens of a batch on a GPU at most: more make it no faster."""
+MAX_TOKENS = 65_536
+"""Most tokens of a batch on a GPU; larger batches are not faster."""
 
 SHARE = 0.85
-"""Share of free memory to fill; allocators leave gaps."""
+"""Share of free memory to fill; the rest is for the allocator's fragmentation."""
 
 
 class Memory:
@@ -26,12 +26,12 @@ class Memory:
         self.device = device
 
     def free(self) -> int:
-        """Return what can still be allocated, unused cache of the allocator included."""
+        """Return the bytes that can still be allocated, including the allocator's unused cache."""
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.device)[0]
 
     def peak(self, work: Callable[[], None]) -> int:
-        """Return how much `work` takes at most, beyond what was taken before it."""
+        """Return the peak of the memory that `work` allocates, in bytes."""
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
@@ -43,16 +43,16 @@ class Memory:
 def find_budget(memory: Memory | None, work: Callable[[int], None], longest: int) -> int:
     """Return how many tokens a batch may have.
 
-    On CUDA two batches are computed, of one and of two of the longest rows; memory grows evenly between them, and
-    so on.
+    On CUDA the peaks of two batches are measured, of one and of two rows of the longest length, and extrapolated
+    linearly. On a CPU nothing is computed.
 
     Args:
-        memory: of the device; none: a CPU.
-        work: computes a batch of so many rows of the longest length.
+        memory: of the device; None: a CPU.
+        work: computes a batch of a number of rows of the longest length.
         longest: tokens of the longest row.
 
     Raises:
-        InputError: not even one row fits.
+        InputError: one row of the longest length does not fit.
     """
     if memory is None:
         return CPU_TOKENS
@@ -60,31 +60,40 @@ def find_budget(memory: Memory | None, work: Callable[[int], None], longest: int
     try:
         one = memory.peak(lambda: work(1))
     except torch.OutOfMemoryError as error:
-        raise no_room(longest) from error
+        raise out_of_memory_error(longest) from error
     try:
         two = memory.peak(lambda: work(2))
     except torch.OutOfMemoryError:
         return longest
-    tokens = fitting(free, one, two, longest)
-    logger.info(
-        "%s tokens a batch fit: %.1f GiB free, %.2f MiB a token",
-        f"{tokens:,}", free / 2**30, _each(one, two) / longest / 2**20,
-    )  # fmt: skip
+    tokens = extrapolate_tokens(free, one, two, longest)
+    mib = _bytes_per_row(one, two) / longest / 2**20
+    logger.info("%s tokens a batch fit: %.1f GiB free, %.2f MiB a token", f"{tokens:,}", free / 2**30, mib)
     return tokens
 
 
-def fitting(free: int, one: int, two: int, longest: int) -> int:
-    """Return how many tokens fit into a share of free bytes, if one and two rows of the longest length take so many."""
-    rows = 1 + (SHARE * free - one) / _each(one, two)
-    return max(longest, min(MOST_TOKENS, int(rows * longest)))
+def extrapolate_tokens(free: int, one: int, two: int, longest: int) -> int:
+    """Extrapolate linearly from the peaks of one and two longest rows to the tokens that fill `SHARE` of free memory.
+
+    Args:
+        free: bytes of free memory.
+        one: peak of one row of the longest length, in bytes.
+        two: peak of two such rows.
+        longest: tokens of such a row.
+
+    Returns:
+        At least `longest`, at most `MAX_TOKENS` unless the longest row has more.
+    """
+    rows = 1 + (SHARE * free - one) / _bytes_per_row(one, two)
+    return max(longest, min(MAX_TOKENS, int(rows * longest)))
 
 
-def _each(one: int, two: int) -> int:
+def _bytes_per_row(one: int, two: int) -> int:
+    """Return what another row takes; at least half of the first, because a measured difference may be too small."""
     return max(two - one, one // 2, 1)
 
 
-def no_room(tokens: int) -> InputError:
-    """Return the error to raise when one row alone is more than the memory takes."""
+def out_of_memory_error(tokens: int) -> InputError:
+    """Return the error to raise when a single row does not fit into memory."""
     return InputError(
         f"a battle of {tokens:,} tokens does not fit into the device's memory; set trainer.gradient_checkpointing "
         "true, a smaller prompt.max_length, or model.load_in_4bit true"

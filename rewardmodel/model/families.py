@@ -1,6 +1,6 @@
 """A Hugging Face `model_type` -> what differs between families of backbones.
 
-A family that is not in the table works through `GENERIC`, if transformers can load it as a sequence classifier.
+Families that are not in the table get the rules of `GENERIC`; they work if transformers has a sequence classifier.
 """
 
 import copy
@@ -16,10 +16,10 @@ ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flex_attention", "eager")
 
 HEADS = ("score", "classifier", "pooler", "pre_classifier", "head", "lm_head")
-"""Names under which transformers keeps classification heads: never quantised, never LoRA targets."""
+"""Names of the modules of classification heads in transformers: never quantised, never LoRA targets."""
 
 OTHER_MODALITIES = ("vision_tower", "multi_modal_projector", "audio_tower")
-"""Names under which transformers keeps the parts that read images and sound: never LoRA targets."""
+"""Names of the modules that read images and sound in transformers: never LoRA targets."""
 
 AFTER_PADDING = (
     "roberta",
@@ -33,18 +33,18 @@ AFTER_PADDING = (
     "mpnet",
     "xmod",
 )
-"""Families whose position ids start after the padding id, which leaves that many fewer positions."""
+"""Families whose position ids start after the padding id, so that fewer positions are left for tokens."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What rewardmodel must know about one family.
+    """What rewardmodel has to know about a family.
 
     Attributes:
-        lora_targets: linear layers that get LoRA by default; empty: every linear layer outside the head.
-        attention: implementations that compute the family correctly, the preferred one first.
-        float16: whether activations stay within float16's range; if not, hardware without bfloat16 computes in float32.
-        float32_weights: whether frozen weights that are not quantised are kept in float32 under autocast.
+        lora_targets: linear layers that get LoRA by default; empty: all linear layers outside the head.
+        attention: attention implementations that compute the family correctly, the default first.
+        float16: whether activations stay in the range of float16; if not, hardware without bfloat16 uses float32.
+        float32_weights: whether frozen weights that are not quantised stay in float32 under autocast.
     """
 
     lora_targets: tuple[str, ...] = ATTENTION_AND_MLP
@@ -63,7 +63,7 @@ FAMILIES = {
     "gemma2": Family(attention=("eager", "flash_attention_2", "flex_attention"), float16=False),
     "gemma3": Family(float16=False),
     "gemma3_text": Family(float16=False),
-    # transformers has one implementation of DeBERTa's attention, and bfloat16 weights are known to stall its training.
+    # transformers has only one implementation of DeBERTa's attention, and bfloat16 weights stall its training.
     "deberta-v2": Family(
         lora_targets=("query_proj", "key_proj", "value_proj", "dense"),
         attention=("eager",),
@@ -74,19 +74,19 @@ FAMILIES = {
     "distilbert": Family(lora_targets=("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2")),
     "modernbert": Family(lora_targets=("Wqkv", "Wo", "Wi"), float16=False),
 }
-"""Families with a test each, by `model_type`."""
+"""Families that the tests cover, by `model_type`."""
 
 GENERIC = Family(lora_targets=(), attention=("eager", "sdpa", "flash_attention_2", "flex_attention"), float16=False)
-"""Conservative rules for any other family."""
+"""Conservative rules for all other families."""
 
 
 def find_family(model_type: str) -> Family:
-    """Return the family's entry in the table, or the generic one."""
+    """Return the family of a `model_type`, or `GENERIC`."""
     return FAMILIES.get(model_type, GENERIC)
 
 
 def lowest_layers(config: Any, count: int | None) -> Any:
-    """Return a copy of a transformers configuration with the lowest `count` layers; None: with all of them.
+    """Return a copy of a transformers configuration with the lowest `count` layers; None: with all layers.
 
     Raises:
         InputError: the backbone has fewer layers.
@@ -97,7 +97,7 @@ def lowest_layers(config: Any, count: int | None) -> Any:
         return config
     if not 1 <= count <= text.num_hidden_layers:
         raise InputError(
-            f"model.num_hidden_layers: {count}, but the backbone has {text.num_hidden_layers}; set as many"
+            f"model.num_hidden_layers: {count}, but the backbone has {text.num_hidden_layers}; set at most that"
         )
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:count]
@@ -106,16 +106,17 @@ def lowest_layers(config: Any, count: int | None) -> Any:
 
 
 def check_length(config: Any, max_length: int) -> None:
-    """Raise if a backbone has no positions for sequences of `max_length` tokens; warn if it was not trained on them.
+    """Raise if a backbone has no positions for sequences of `max_length` tokens; warn if it was trained on fewer.
 
-    Rotary and relative positions go on beyond the length that a backbone was trained on; learned embeddings end.
+    Rotary and relative positions work beyond the length that a backbone was trained on; learned position embeddings
+    do not.
 
     Args:
         config: transformers configuration of the backbone.
         max_length: the recipe's `prompt.max_length`.
 
     Raises:
-        InputError: more tokens than learned position embeddings.
+        InputError: more tokens than there are learned position embeddings.
     """
     config = config.get_text_config()
     most = getattr(config, "max_position_embeddings", None)
@@ -130,14 +131,16 @@ def check_length(config: Any, max_length: int) -> None:
             f"prompt.max_length: {max_length:,}, but a backbone of type '{config.model_type}' has positions for "
             f"{most:,} tokens; set at most that"
         )
-    logger.warning("prompt.max_length: %s tokens; the backbone was made for %s", f"{max_length:,}", f"{most:,}")
+    logger.warning(
+        "prompt.max_length: %s tokens; the backbone was trained on at most %s", f"{max_length:,}", f"{most:,}"
+    )
 
 
 def stored_bits(config: Any) -> int | None:
-    """Return 4 or 8 if bitsandbytes quantised the stored weights of a backbone; None: they are not quantised.
+    """Return 4 or 8 if a backbone's weight files are quantised by bitsandbytes; None: they are not quantised.
 
     Raises:
-        InputError: something else than bitsandbytes quantised them.
+        InputError: they are quantised by another library.
     """
     stored = getattr(config, "quantization_config", None)
     if stored is None:

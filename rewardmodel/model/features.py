@@ -51,7 +51,7 @@ def read_features(predictor: Predictor, rows: Dataset) -> np.ndarray:
 
     Args:
         predictor: with a `feature_cache`: features that it holds are read from there, the others are written to it.
-        rows: of `prompt.tokenization.ROWS`, all with the same number of sequences.
+        rows: of `prompt.tokenization.TOKEN_ROW_FEATURES`, all with the same number of sequences.
 
     Raises:
         FloatingPointError: features that are NaN or infinite; that part is not written.

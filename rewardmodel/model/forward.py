@@ -101,7 +101,7 @@ class Predictor:
         The rows are dealt to all processes, and every process returns the logits of all of them.
 
         Args:
-            rows: of `prompt.tokenization.ROWS`, all with the same number of sequences.
+            rows: of `prompt.tokenization.TOKEN_ROW_FEATURES`, all with the same number of sequences.
             local_only: compute all rows in this process, for instance because other processes have other rows.
             on_batch: called with the number of rows of each batch of this process once it is computed.
         """

@@ -1,4 +1,4 @@
-"""Hidden states in, logits out: the head of a classifier, in float32, and what it reads."""
+"""Hidden states -> logits: the head of a classifier, in float32, and the poolings that it reads."""
 
 import copy
 from pathlib import Path
@@ -15,40 +15,44 @@ from rewardmodel.model.families import HEADS
 from rewardmodel.objectives import HeadShape
 
 
-def last_token(
+def pool_last_token(
     hidden: torch.Tensor, last: torch.Tensor, responses: torch.Tensor, response_of: torch.Tensor
 ) -> torch.Tensor:
-    """Return the hidden state of the last token of each sequence, (n, width).
+    """Return the hidden state of the last token of each sequence, (n_sequences, width).
 
-    transformers takes the last id that is not the padding id, and misses a true last token where padding and
-    end-of-sequence share an id.
+    transformers reads the last id that is not the padding id, which misses a true last token where padding and
+    end-of-sequence have the same id.
     """
     return hidden.index_select(0, last)
 
 
-def response_means(
+def pool_responses(
     hidden: torch.Tensor, last: torch.Tensor, responses: torch.Tensor, response_of: torch.Tensor
 ) -> torch.Tensor:
-    """Return the mean hidden state over each response of a sequence side by side, (n, 2 * width) float32."""
-    read = hidden.index_select(0, responses).float()
-    sums = read.new_zeros(2 * len(last), read.shape[1]).index_add(0, response_of, read)
-    counts = read.new_zeros(2 * len(last)).index_add(0, response_of, read.new_ones(len(responses)))
+    """Return the mean hidden state of each sequence's first and second response, (n_sequences, 2 * width) float32."""
+    states = hidden.index_select(0, responses).float()
+    sums = states.new_zeros(2 * len(last), states.shape[1]).index_add(0, response_of, states)
+    counts = states.new_zeros(2 * len(last)).index_add(0, response_of, states.new_ones(len(responses)))
     return (sums / counts.clamp(min=1)[:, None]).view(len(last), -1)
 
 
-def last_and_means(
+def pool_last_and_responses(
     hidden: torch.Tensor, last: torch.Tensor, responses: torch.Tensor, response_of: torch.Tensor
 ) -> torch.Tensor:
-    """Return the state of the last token beside the means over the responses, (n, 3 * width) float32."""
-    places = (hidden, last, responses, response_of)
-    return torch.cat([last_token(*places).float(), response_means(*places)], dim=1)
+    """Return the last token's state, then the means of both responses, (n_sequences, 3 * width) float32."""
+    indices = (last, responses, response_of)
+    return torch.cat([pool_last_token(hidden, *indices).float(), pool_responses(hidden, *indices)], dim=1)
 
 
-POOLINGS = {"last": last_token, "responses": response_means, "last_and_responses": last_and_means}
+POOLINGS = {
+    "last": pool_last_token,
+    "responses": pool_responses,
+    "last_and_responses": pool_last_and_responses,
+}
 """What a decoder's head reads, by the recipe's `model.pooling`.
 
-A pooling takes the hidden states of all places of a batch, (places, width), and `model.batching.readings`. A head
-reads as many columns as it has weights for: there is no second response in the sequences of separate objectives.
+A pooling takes the hidden states of all tokens of a batch, (n_tokens, width), and `model.batching.pooling_indices`. The
+head reads as many columns as it has weights for: sequences of separate objectives have no second response.
 """
 
 WIDTHS = {
@@ -56,11 +60,11 @@ WIDTHS = {
     "responses": lambda responses: responses,
     "last_and_responses": lambda responses: 1 + responses,
 }
-"""How many times the width of the hidden states that is, by the responses of a sequence."""
+"""Width of what a pooling returns, in widths of the hidden states: (responses of a sequence) -> factor."""
 
 
 class FloatLinear(torch.nn.Linear):
-    """A linear layer that computes in float32, under autocast too; bitsandbytes replaces plain ones only."""
+    """A linear layer that computes in float32, even under autocast; bitsandbytes, which replaces `Linear`, skips it."""
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Return outputs (..., out_features) float32 of states (..., in_features)."""
@@ -69,7 +73,7 @@ class FloatLinear(torch.nn.Linear):
 
 
 class TieHead(FloatLinear):
-    """A scalar reward, and beside it the tie parameter, the same for every sequence: (n, 2)."""
+    """A scalar reward, followed by the tie parameter, which is the same for every sequence: (n, 2)."""
 
     def __init__(self, width: int, outputs: int = 1, bias: bool = False) -> None:
         super().__init__(width, outputs, bias=bias)
@@ -82,10 +86,10 @@ class TieHead(FloatLinear):
 
 
 class PairTieHead(TieHead):
-    """A scalar reward, and beside it a tie parameter that depends on both responses of the battle: (n, 2).
+    """A scalar reward, followed by a tie parameter that depends on both responses of the battle: (n, 2).
 
-    It is tie + tie_apart . |a - b| + tie_mean . (a + b) / 2 of the states a and b of sequences that follow one another,
-    the same whichever comes first.
+    The tie parameter is tie + tie_apart . |a - b| + tie_mean . (a + b) / 2, where a and b are the pooled states of the
+    battle's two sequences; it does not depend on their order.
     """
 
     def __init__(self, width: int, outputs: int = 1, bias: bool = False) -> None:
@@ -94,9 +98,9 @@ class PairTieHead(TieHead):
         self.tie_mean = torch.nn.Parameter(torch.zeros(width))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Return rewards and tie parameters, (n, 2), of pooled states (n, width), those of a battle's A and B in turn.
+        """Return rewards and tie parameters, (n, 2), of pooled states (n, width): A and B of the first battle, then on.
 
-        An odd last one, as where only rewards are asked for, is without another: its tie parameter is `tie`.
+        If n is odd, as for a single reward, the last sequence has no other and its tie parameter is `tie`.
         """
         outputs = super().forward(states)
         with torch.autocast(states.device.type, enabled=False):
@@ -106,22 +110,23 @@ class PairTieHead(TieHead):
         return outputs + torch.stack([torch.zeros_like(added), added], dim=1)
 
 
-def last_layer_kind(shape: HeadShape) -> type[FloatLinear]:
-    """Return the class of the last layer of a head of a shape."""
+def last_layer_class(shape: HeadShape) -> type[FloatLinear]:
+    """Return the class of a head's last layer."""
     return (PairTieHead if shape.pairs else TieHead) if shape.tie else FloatLinear
 
 
 class FloatHead:
-    """A classifier of transformers whose own head is float32 and may carry the tie parameter.
+    """A mixin for transformers' classifiers: their head computes in float32 and may have a tie parameter.
 
-    Mixed into transformers' own classes, so that loading, saving and PEFT work as ever. The head's last layer is
-    zero unless it is loaded: it starts even-handed, not at random.
+    Mixed into transformers' own classes, so that loading, saving and PEFT work as for these. A head's last layer that
+    is not loaded starts from zero, so that the first predictions prefer no outcome.
 
     Attributes:
-        pooling: a name out of `POOLINGS`.
-        shape: what the head reads and states.
-        last_layer: name of the layer that gives the logits.
-        new_parts: modules inside the backbone that belong to the head and that its weight files lack.
+        pooling: a key of `POOLINGS`.
+        shape: what the head reads and returns.
+        last_layer: name of the layer that returns the logits.
+        new_parts: modules inside the backbone that belong to the head and that its weight files do not have, for
+            instance BERT's pooler.
     """
 
     pooling: str
@@ -134,6 +139,8 @@ class FloatHead:
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
+
+        # replace the head's linear layers by float32 ones, as wide as the pooling
         heads = head_names(self)
         layers = {
             name: layer
@@ -142,24 +149,24 @@ class FloatHead:
         }
         last_layer = [name for name, layer in layers.items() if layer.out_features == self.shape.num_labels][-1]
         wider = WIDTHS[self.pooling](self.shape.responses)
-        for name, layer in layers.items():
-            kind = last_layer_kind(self.shape) if name == last_layer else FloatLinear
-            fresh = kind(wider * layer.in_features, layer.out_features, bias=layer.bias is not None)
-            self.set_submodule(name, fresh)  # type: ignore[attr-defined]
+        for name, old in layers.items():
+            kind = last_layer_class(self.shape) if name == last_layer else FloatLinear
+            layer = kind(wider * old.in_features, old.out_features, bias=old.bias is not None)
+            self.set_submodule(name, layer)  # type: ignore[attr-defined]
         self.last_layer = last_layer
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         last = self.last_layer and self.get_submodule(self.last_layer)  # type: ignore[attr-defined]
         if module is not last:
             super()._init_weights(module)  # type: ignore[misc]
-        if last and module in (self, last):  # some families set the weights of the last layer with those of the whole
+        if last and module in (self, last):  # some families initialise the last layer with the whole model
             for weight in last.parameters():
                 initialization.zeros_(weight)
 
     def renew(self) -> None:
-        """Put a new last layer, which is zero, in the place of the one that was loaded, even a quantised one."""
+        """Replace the loaded last layer, quantised or not, by a new one of zeros."""
         old: Any = self.get_submodule(self.last_layer)  # type: ignore[attr-defined]
-        with torch.device("meta"):  # draws nothing at random
+        with torch.device("meta"):  # so that no random numbers are drawn
             new = type(old)(old.in_features, old.out_features, old.bias is not None)
         self.set_submodule(self.last_layer, new.to_empty(device=self.device))  # type: ignore[attr-defined]
         for weight in new.parameters():
@@ -168,15 +175,15 @@ class FloatHead:
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any
     ) -> SequenceClassifierOutput:
-        """Return logits (n_sequences, num_labels) float32 of `model.batching.pad`, read as upstream does."""
+        """Return logits (n_sequences, num_labels) float32 of a batch of `model.batching.pad`, by upstream's pooling."""
         outputs = super().forward(input_ids=input_ids, attention_mask=attention_mask)  # type: ignore[misc]
         return SequenceClassifierOutput(logits=outputs.logits.float())
 
 
 class PooledHead(FloatHead):
-    """A decoder classifier whose head reads a pooling of the hidden states, packed or padded."""
+    """A decoder classifier whose head reads one of `POOLINGS`, from packed or padded batches."""
 
-    def forward(  # type: ignore[override]  # a batch has the places besides
+    def forward(  # type: ignore[override]  # batches also have the pooling indices
         self,
         input_ids: torch.Tensor,
         last: torch.Tensor,
@@ -187,7 +194,7 @@ class PooledHead(FloatHead):
         layout: Layout | None = None,
         **_: Any,
     ) -> SequenceClassifierOutputWithPast:
-        """Return logits (n_sequences, num_labels) float32 of `model.batching.pack` or `pad`."""
+        """Return logits (n_sequences, num_labels) float32 of a batch of `model.batching.pack` or `pad`."""
         kwargs: dict[str, Any] = {"attention_mask": attention_mask}
         if layout is not None:
             kwargs = {"attention_mask": None, "position_ids": position_ids, "packing": Packing(layout)}
@@ -200,7 +207,7 @@ class PooledHead(FloatHead):
 
 
 def head_names(model: Any) -> list[str]:
-    """Return the names of the modules with weights that stand on the backbone, the head, and of its `new_parts`."""
+    """Return the names of the head's modules: those with weights on top of the backbone, and its `new_parts`."""
     children = model.named_children()
     above = [
         name for name, child in children if name != model.base_model_prefix and any(True for _ in child.parameters())
@@ -209,19 +216,20 @@ def head_names(model: Any) -> list[str]:
 
 
 def check_loaded(model: Any, found: dict[str, Any], folder: Path) -> None:
-    """Note the parts of a head that a folder lacks inside the backbone, as `new_parts`.
+    """Check that all weights of the backbone were loaded, and set `new_parts` to parts of the head that were not.
 
     Args:
         model: the classifier.
-        found: what transformers says of its loading.
-        folder: of the backbone, to be named.
+        found: transformers' loading info.
+        folder: of the backbone, for the message.
 
     Raises:
-        InputError: the folder lacks weights of the backbone itself, or has others of their names.
+        InputError: weights of the backbone are missing, or have other sizes than the configuration says.
     """
     wrong = sorted(key for key, *_ in found["mismatched_keys"] if not key.startswith(model.last_layer))
     if wrong:
         raise InputError(f"{folder}: weights of other sizes than its config.json says: {', '.join(wrong[:3])}")
+    # a missing weight is one of the head if a part of its name is one of HEADS: bert.pooler.dense.weight
     absent = [key.split(".") for key in sorted(found["missing_keys"])]
     lacking = [".".join(parts) for parts in absent if not {*parts} & {*HEADS}]
     if lacking:
@@ -231,12 +239,17 @@ def check_loaded(model: Any, found: dict[str, Any], folder: Path) -> None:
 
 
 def classifier_class(config: Any, pooling: str, shape: HeadShape) -> Any:
-    """Return the class that loads a classifier of this configuration, transformers' own with a float32 head mixed in.
+    """Return the class that loads a classifier of a configuration: transformers' own with a float32 head mixed in.
 
-    Decoders, whose head is the one layer `score`, get `PooledHead`; the others read what their class reads.
+    Decoders, whose head is the single layer `score`, get `PooledHead`; encoders keep the pooling of their class.
+
+    Args:
+        config: transformers configuration of the backbone.
+        pooling: a key of `POOLINGS`.
+        shape: of the head.
 
     Raises:
-        InputError: transformers has no such class, or another pooling than the class's own is asked of an encoder.
+        InputError: transformers has no classifier of this type, or a pooling is set for an encoder.
     """
     upstream = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
     if upstream is None or config.is_encoder_decoder:

@@ -22,7 +22,7 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> PeftModel:
     Raises:
         InputError: PEFT refuses the rank or the layers.
     """
-    lora = _head_only(model) if config.freeze_backbone else _lora_config(model, config)
+    lora = _head_only_config(model) if config.freeze_backbone else _lora_config(model, config)
     try:
         return get_peft_model(model, lora)
     except ValueError as error:
@@ -30,11 +30,13 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> PeftModel:
         raise InputError(f"model.lora_r, model.lora_target_modules: PEFT refuses them: {reason}") from error
 
 
-def _head_only(model: PreTrainedModel) -> LoraConfig:
+def _head_only_config(model: PreTrainedModel) -> LoraConfig:
+    """Return a configuration without LoRA: PEFT freezes the backbone, and trains and saves the head."""
     return LoraConfig(task_type="SEQ_CLS", target_modules=DUMMY_TARGET_MODULES, modules_to_save=head_names(model))
 
 
 def _lora_config(model: PreTrainedModel, config: ModelConfig) -> LoraConfig:
+    """Return the recipe's LoRA in PEFT's words; heads, and parts that read images and sound, get none."""
     layers = model.config.get_text_config().num_hidden_layers
     backbone = getattr(model, model.base_model_prefix)
     linear = {name: part for name, part in backbone.named_modules() if isinstance(part, torch.nn.Linear | Conv1D)}
@@ -56,9 +58,9 @@ def _lora_config(model: PreTrainedModel, config: ModelConfig) -> LoraConfig:
 
 def _lora_targets(model: PreTrainedModel, linear: list[str], excluded: set[str]) -> list[str]:
     """Return the layers that get LoRA by default: the family's, or all linear ones that are not excluded."""
-    targets = find_family(model.config.model_type).lora_targets
-    if targets:
-        return list(targets)
-    found = sorted({name.rpartition(".")[2] for name in linear if not excluded & {*name.split(".")}})
-    logger.info("LoRA on: %s", ", ".join(found))
-    return found
+    known = find_family(model.config.model_type).lora_targets
+    if known:
+        return list(known)
+    targets = sorted({name.rpartition(".")[2] for name in linear if not excluded & {*name.split(".")}})
+    logger.info("LoRA on: %s", ", ".join(targets))
+    return targets

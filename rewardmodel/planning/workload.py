@@ -24,7 +24,7 @@ ARENA_TOKENS = ((0, 5, 25, 50, 75, 95, 99, 100), (30, 123, 314, 599, 940, 1943, 
 """Percentiles of a battle's tokens, both responses in one sequence, of 1,870 battles of the competition (SmolLM2)."""
 
 Branches = list[list[int]]
-"""Of some battles, as in `prompt.tokenization.ROWS`."""
+"""Of some battles, as in `prompt.tokenization.TOKEN_ROW_FEATURES`."""
 
 
 @dataclass(frozen=True)

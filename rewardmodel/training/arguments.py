@@ -11,24 +11,29 @@ from rewardmodel.config.schema import Recipe
 from rewardmodel.config.trainer import BATTLES, EARLY_STOPPING, HEAD_RATE, LORAPLUS, OWN_KEYS, TOKENS
 from rewardmodel.errors import InputError
 
-RENAMED = {
+RENAMED_KEYS = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
-"""Keys that later releases of transformers 5 renamed; the old name gives a warning there."""
+"""Keys that later releases of transformers 5 have renamed, where the old name gives a warning."""
 
 
 def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> RewardConfig:
-    """Return TRL's arguments: the recipe's `trainer` section, and what other sections decide for it.
+    """Return TRL's arguments: the recipe's `trainer` section, and what other sections of the recipe imply.
+
+    Args:
+        recipe: its sections trainer and model are read.
+        dtype: precision of the forward pass.
+        device: to train on.
 
     Raises:
         InputError: keys that transformers refuses together, or several GPUs in one process.
     """
     keys = {key: value for key, value in recipe.trainer.items() if key not in OWN_KEYS}
     keys.setdefault("ddp_find_unused_parameters", False)
-    if recipe.model.head_init == "fitted":  # so that the log has the loss that training starts from
+    if recipe.model.head_init == "fitted":  # logs the loss that training starts from
         keys.setdefault("eval_on_start", keys["eval_strategy"] != "no")
-    for old, new in RENAMED.items():
+    for old, new in RENAMED_KEYS.items():
         if old in keys and new in RewardConfig.__dataclass_fields__:
             keys.setdefault(new, keys.pop(old))
     if keys["eval_strategy"] == "no" or keys["save_strategy"] == "no":
@@ -76,29 +81,40 @@ class LearningRates(NamedTuple):
 
     Attributes:
         head: of the classification head; None: `trainer.learning_rate`.
-        loraplus_lr_ratio: learning rate of LoRA's B over that of its A (LoRA+, Hayou, Ghosh & Yu 2024).
+        loraplus_lr_ratio: learning rate of LoRA's B divided by that of its A (LoRA+, Hayou, Ghosh & Yu 2024); None: 1.
     """
 
     head: float | None = None
     loraplus_lr_ratio: float | None = None
 
     def of(self, model: torch.nn.Module, heads: list[str], learning_rate: float) -> dict[torch.nn.Parameter, float]:
-        """Return the rate of each weight that has a separate one; `heads` are the names of the head's modules."""
-        found = {}
+        """Return the learning rate of each weight whose rate is not `learning_rate`.
+
+        Args:
+            model: to train.
+            heads: names of the head's modules.
+            learning_rate: of all other weights.
+        """
+        rates = {}
         for name, weight in model.named_parameters():
             if self.head is not None and any(f".{head}." in f".{name}" for head in heads):
-                found[weight] = self.head
+                rates[weight] = self.head
             elif self.loraplus_lr_ratio is not None and ".lora_B." in name:
-                found[weight] = self.loraplus_lr_ratio * learning_rate
-        return found
+                rates[weight] = self.loraplus_lr_ratio * learning_rate
+        return rates
 
 
-EVEN = LearningRates()
-"""Everything learns at `trainer.learning_rate`."""
+SAME_RATES = LearningRates()
+"""All weights learn at `trainer.learning_rate`."""
 
 
 def split_groups(groups: list[dict[str, Any]], rates: Mapping[torch.nn.Parameter, float]) -> list[dict[str, Any]]:
-    """Return an optimiser's parameter groups, split where weights have a separate rate."""
+    """Return an optimiser's parameter groups, split so that each has one learning rate.
+
+    Args:
+        groups: of the optimiser, with their learning rate in `lr`.
+        rates: learning rate of each weight that has another one.
+    """
     result = []
     for group in groups:
         by_rate: dict[float, list[torch.nn.Parameter]] = {}

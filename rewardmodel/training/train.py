@@ -110,7 +110,7 @@ class TrainingInputs(NamedTuple):
         backbone: under the model.
         model: of `build_model`.
         tokenizer: of the model.
-        rows: the training battles, as `prompt.tokenization.ROWS`.
+        rows: the training battles, as `prompt.tokenization.TOKEN_ROW_FEATURES`.
         validation_rows: to judge checkpoints on, and to fit the tie parameter on where the loss does not.
         groups: (n_battles,) prompt group of each training battle.
     """

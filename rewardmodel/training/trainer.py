@@ -1,4 +1,4 @@
-"""A classifier and tokenised rows -> trained weights: TRL's trainer, for battles."""
+"""A classifier and token rows -> trained weights: TRL's RewardTrainer, for battles."""
 
 import logging
 from contextlib import nullcontext
@@ -20,14 +20,14 @@ from rewardmodel.errors import InputError
 from rewardmodel.metrics import accuracy, log_loss
 from rewardmodel.model.backbone import Backbone
 from rewardmodel.model.batching import EpochSampler, to_device
-from rewardmodel.model.budget import Memory, find_budget, no_room
+from rewardmodel.model.budget import Memory, find_budget, out_of_memory_error
 from rewardmodel.model.forward import Predictor, choose_batching
 from rewardmodel.model.heads import head_names
 from rewardmodel.model.loading import save_model, unwrap
-from rewardmodel.model.precision import autocast
+from rewardmodel.model.precision import autocast, dtype_name
 from rewardmodel.objectives import find_objective, fit_tie, initial_tie
 from rewardmodel.prompt.tokenization import MODEL_COLUMNS
-from rewardmodel.training.arguments import EVEN, LearningRates, split_groups
+from rewardmodel.training.arguments import SAME_RATES, LearningRates, split_groups
 from rewardmodel.training.nan_guard import NanGuard
 
 logger = logging.getLogger(__name__)
@@ -36,17 +36,17 @@ logger = logging.getLogger(__name__)
 class PreferenceTrainer(RewardTrainer):
     """TRL's RewardTrainer for battles: any head width, soft outcomes, the loss a mean over battles.
 
-    Takes rows of `prompt.tokenization.ROWS`. TRL's: set-up of PEFT, checkpointing, padding token, optimisation,
-    logging. Ours: no row is dropped, trainable weights stay float32 under 4-bit, a step is a
-    number of battles and its micro-batches a number of tokens, and the loss of a step is the weighted mean over its
-    battles, however they are spread over micro-batches and processes.
+    Takes rows of `prompt.tokenization.TOKEN_ROW_FEATURES`. From TRL come the set-up of PEFT, checkpoints, padding
+    token, optimisation and logging. Different from TRL: no row is dropped; trainable weights stay float32 on a
+    quantised backbone; a step is a number of battles, its micro-batches a number of tokens; and the loss of a step is
+    the weighted mean over its battles, whatever micro-batches and processes they are in.
 
     Args:
         model, args, train_dataset, eval_dataset, processing_class: as for RewardTrainer; a step has
             `args.per_device_train_batch_size` battles, over all processes.
         objective: loss and probabilities.
         dtype: precision of the forward pass.
-        tokens: of a micro-batch in training and in evaluation; None: as many as fit.
+        tokens: of a micro-batch in training and in evaluation; None: as many as fit into memory.
         rates: learning rates other than `args.learning_rate`.
     """
 
@@ -63,8 +63,9 @@ class PreferenceTrainer(RewardTrainer):
         objective: ObjectiveConfig,
         dtype: torch.dtype,
         tokens: tuple[int | None, int | None] = (None, None),
-        rates: LearningRates = EVEN,
+        rates: LearningRates = SAME_RATES,
     ) -> None:
+        # what the methods that TRL's constructor calls need
         self.objective = find_objective(objective)
         self.settings = objective
         self.dtype = dtype
@@ -72,10 +73,12 @@ class PreferenceTrainer(RewardTrainer):
         self.rates = rates
         self.batching = choose_batching(model, processing_class.pad_token_id)
         attention = model.config.get_text_config()._attn_implementation
-        self.guard = NanGuard(f"{str(dtype).removeprefix('torch.')}, {attention} attention")
+        self.guard = NanGuard(f"{dtype_name(dtype)}, {attention} attention")
+
+        # TRL accepts one label only, and casts trainable weights to bfloat16 on a quantised backbone: both are undone
         trainable = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
         labels = model.config.id2label
-        model.config.num_labels = 1  # TRL accepts nothing else
+        model.config.num_labels = 1
         super().__init__(
             model=model,
             args=args,
@@ -87,14 +90,15 @@ class PreferenceTrainer(RewardTrainer):
         model.config.id2label = labels
         model.config.label2id = {name: number for number, name in labels.items()}
         for name, weight in model.named_parameters():
-            if name in trainable:  # TRL casts them to bfloat16 on a quantised backbone
+            if name in trainable:
                 weight.data = trainable[name].to(weight.device)
+
         if self.objective.head.tie:
             self.set_tie(initial_tie(float(np.nanmean(np.array(train_dataset["labels"][:])[:, 2]))))
-            for weight in self._ties():
+            for weight in self._tie_parameters():
                 weight.requires_grad &= self.objective.learns_ties
         if args.gradient_checkpointing:
-            model.disable_input_require_grads()  # not needed without re-entrance, and it would undo lora_first_layer
+            model.disable_input_require_grads()  # needed for re-entrant checkpointing only; would undo lora_first_layer
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Return TRL's optimiser, with separate learning rates for the head and LoRA's B if the recipe has them."""
@@ -104,7 +108,7 @@ class PreferenceTrainer(RewardTrainer):
         return optimizer
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return the battles of each step, the same in every process; each process then computes its share of them."""
+        """Return all battles of each step, the same in every process; `training_step` takes the share of this one."""
         rows = self.train_dataset.select_columns(list(MODEL_COLUMNS))
         return DataLoader(
             rows,
@@ -117,52 +121,65 @@ class PreferenceTrainer(RewardTrainer):
         )
 
     def training_step(self, model: Any, inputs: list[dict], num_items_in_batch: float | None = None) -> torch.Tensor:
-        """Return the loss of the battles of a step, gradients accumulated; repeat it in smaller parts if out of memory.
+        """Return the loss of a step and accumulate its gradients; out of memory, repeat it in smaller micro-batches.
 
         Raises:
-            InputError: a single battle does not fit into memory.
+            InputError: a single battle does not fit into memory, or `trainer.micro_batch_tokens` do not in one of
+                several processes.
         """
+        # tokens of a micro-batch: as set, or measured in the first step
         costs = [self.batching.tokens(row) for row in inputs]  # tokens of each battle: [412, 1044, ...]
         if self.tokens is None:
             self.tokens = self._find_budget(model)
+
+        # all battles of the step, in micro-batches of that many tokens; fewer after each failure
         while True:
             shares = self.batching.plan(costs, self.tokens, self.accelerator.num_processes)
             mine = shares[self.accelerator.process_index]
             try:
                 return self._accumulate(model, inputs, mine, num_items_in_batch)
             except torch.OutOfMemoryError as error:
+                # other processes wait in their collectives, so that only a single one can repeat the step
                 if self.accelerator.num_processes > 1:
                     raise InputError(
                         f"trainer.{TOKENS}: {self.tokens:,} tokens do not fit into the memory of process "
                         f"{self.accelerator.process_index}; set fewer"
                     ) from error
                 if max(map(len, mine)) == 1:
-                    raise no_room(max(costs)) from error
+                    raise out_of_memory_error(max(costs)) from error
                 self.tokens = max(*costs, min(self.tokens, sum(costs)) // 2)
             model.zero_grad()
             torch.cuda.empty_cache()
             logger.warning("out of memory: the step is repeated in micro-batches of %s tokens", f"{self.tokens:,}")
 
     def _accumulate(self, model: Any, rows: list[dict], micro_batches: list[list[int]], weight: Any) -> torch.Tensor:
-        """Return the loss of some battles of a step; gradients are reduced over processes in the last backward pass."""
+        """Return the loss of this process's battles of a step; the last backward pass reduces gradients over processes.
+
+        Args:
+            model: wrapped for the launch.
+            rows: the battles of the step.
+            micro_batches: row numbers of this process: [[0, 3], [2]].
+            weight: total weight of the battles of the step.
+        """
         shortest = min(rows, key=self.batching.tokens)
         losses = []
         for number, micro in enumerate(micro_batches, 1):
-            # Every process computes the same number of micro-batches; one without battles repeats one of weight 0.
+            # every process computes the same number of micro-batches: an empty one computes a battle of weight 0
             chosen = [rows[row] for row in micro] or [{**shortest, "weight": 0.0}]
             last = number == len(micro_batches)
             self.accelerator.gradient_state._set_sync_gradients(last)
             with nullcontext() if last else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, self._tensors(chosen), weight))
+                losses.append(super().training_step(model, self._make_batch(chosen), weight))
         return torch.stack(losses).sum()
 
-    def _tensors(self, rows: list[dict]) -> dict[str, Any]:
-        counted = {
+    def _make_batch(self, rows: list[dict]) -> dict[str, Any]:
+        """Return the arguments of the model, and labels, teacher (n, 3), weights (n,) and ids of the battles."""
+        targets = {
             name: torch.tensor([row[name] for row in rows], dtype=torch.float32)
             for name in ("labels", "teacher", "weight")
         }
         device, ids = self.accelerator.device, [row["id"] for row in rows]
-        return {"model": to_device(self.batching.collate(rows), device), **to_device(counted, device), "ids": ids}
+        return {"model": to_device(self.batching.collate(rows), device), **to_device(targets, device), "ids": ids}
 
     def compute_loss(
         self,
@@ -171,7 +188,7 @@ class PreferenceTrainer(RewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: float | None = None,
     ) -> torch.Tensor:
-        """Return this micro-batch's share of the mean loss over the step's battles.
+        """Return the loss of a micro-batch: its share of the mean over the battles of the step.
 
         Raises:
             FloatingPointError: a loss of the previous step was NaN or infinite.
@@ -187,19 +204,22 @@ class PreferenceTrainer(RewardTrainer):
     def battle_losses(
         self, logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return the loss of each battle, (n,), of the logits of its sequences, (n, n_sequences, width).
+        """Return the loss of each battle, (n,).
 
-        Labels and the teacher's probabilities are (n, 3), with NaN in the rows of battles without them.
+        Args:
+            logits: (n, n_sequences, n_logits) of its sequences.
+            labels: (n, 3) outcomes; NaN for battles without.
+            teacher: (n, 3) a teacher's probabilities; NaN for battles without.
         """
         return self.objective.battle_losses(logits, labels, self.settings, teacher)
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-        """Return log loss and accuracy of the validation battles in the order given, and log them."""
+        """Compute log loss and accuracy of the validation battles, A shown first, and log them."""
         logits = torch.from_numpy(self._validation_logits())
         predicted = self.objective.probabilities_by_order(logits)[0].double().numpy()
         true = np.asarray(self.eval_dataset["labels"][:], dtype=np.float64)
-        found = {"log_loss": log_loss(predicted, true), "accuracy": accuracy(predicted, true)}
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        values = {"log_loss": log_loss(predicted, true), "accuracy": accuracy(predicted, true)}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -209,7 +229,7 @@ class PreferenceTrainer(RewardTrainer):
         super()._save_checkpoint(model, trial)
 
     def save_to(self, folder: Path, backbone: Backbone) -> None:
-        """Write the trained model once, gathered from the processes that hold it.
+        """Write the trained model, gathered from all processes that have parts of it, in the main process.
 
         Raises:
             FloatingPointError: a loss or a weight is NaN or infinite.
@@ -222,26 +242,27 @@ class PreferenceTrainer(RewardTrainer):
 
     def _validation_logits(self) -> np.ndarray:
         predictor = Predictor(self.model.eval(), self.processing_class, self.dtype, self.eval_tokens)
-        self.eval_tokens = predictor.find_budget(self.eval_dataset)  # measured once, on the first evaluation
+        self.eval_tokens = predictor.find_budget(self.eval_dataset)  # measured once, in the first evaluation
         return replace(predictor, budget=self.eval_tokens).logits(self.eval_dataset)
 
     def set_tie(self, value: float) -> None:
-        """Set the head's tie parameter."""
-        for weight in self._ties():
+        """Set the head's tie parameter to a value."""
+        for weight in self._tie_parameters():
             torch.nn.init.constant_(weight, value)
 
     def fit_tie(self) -> None:
-        """Set the head's tie parameter to the one with the least log loss on the validation battles."""
+        """Set the head's tie parameter to the value with the lowest log loss on the validation battles."""
         logits = self._validation_logits()
         if self.is_fsdp_enabled:
-            self.model.reshard()  # a forward pass leaves the head gathered, and changes to the gathered copy are lost
+            self.model.reshard()  # a forward pass leaves a gathered copy of the head, and changes to that are lost
         self.set_tie(fit_tie(logits[..., 0], np.asarray(self.eval_dataset["labels"][:]), self.objective.link))
 
-    def _ties(self) -> list[torch.nn.Parameter]:
-        """Return the tie parameter; PEFT keeps two of them."""
+    def _tie_parameters(self) -> list[torch.nn.Parameter]:
+        """Return the tie parameter, and PEFT's copy of it."""
         return [weight for name, weight in self.model.named_parameters() if name.endswith(".tie")]
 
     def _find_budget(self, model: Any) -> int:
+        """Return the tokens of a micro-batch that fit into memory in every process."""
         longest = self.batching.longest_row(self.train_dataset)
 
         def work(rows: int) -> None:
@@ -249,20 +270,20 @@ class PreferenceTrainer(RewardTrainer):
             model.zero_grad()
 
         device = self.accelerator.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # keeps dropout's random state
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # keeps the random state of dropout
             memory = Memory(device) if device.type == "cuda" else None
-            found = find_budget(memory, work, self.batching.tokens(longest))
-        return int(self.accelerator.gather(torch.tensor([found], device=device)).min())
+            tokens = find_budget(memory, work, self.batching.tokens(longest))
+        return int(self.accelerator.gather(torch.tensor([tokens], device=device)).min())
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> float:
-        """Return the total weight of the battles of an optimiser step, over all micro-batches and processes."""
+        """Return the total weight of the battles of an optimiser step, over micro-batches and processes; 1 for 0."""
         rows = [row for rows in batch_samples for row in rows]
-        counted = self.objective.denominators(torch.tensor([row["labels"] for row in rows])).tolist()
-        return sum(row["weight"] * count for row, count in zip(rows, counted, strict=True)) or 1.0
+        denominators = self.objective.denominators(torch.tensor([row["labels"] for row in rows])).tolist()
+        return sum(row["weight"] * count for row, count in zip(rows, denominators, strict=True)) or 1.0
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
-        """Return the rows as they are: TRL would drop the long ones."""
+        """Return the rows unchanged: TRL would drop long ones."""
         return dataset
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Write no card: TRL's describes a pairwise reward model."""
+        """Write no model card: TRL's describes a pairwise reward model."""

@@ -16,9 +16,10 @@ from rewardmodel.errors import InputError
 from rewardmodel.evaluation.baselines import fit_baselines
 from rewardmodel.evaluation.calibration import Calibrator, save_calibrator
 from rewardmodel.evaluation.text_regression import load_regression, predict_each, save_regression
-from rewardmodel.inference.predict import calibrate, predict, predict_with
+from rewardmodel.inference.predict import predict, predict_with, read_calibration
 from rewardmodel.model.backbone import resolve_backbone
-from rewardmodel.model.loading import build_model, load_model
+from rewardmodel.model.forward import Predictor
+from rewardmodel.model.loading import build_model, load_predictor
 from rewardmodel.objectives import JOINT_HEAD
 from rewardmodel.predictions import average_probabilities, predicted, write_predictions
 from rewardmodel.prompt.tokenization import measure_row_retention, tokenize
@@ -43,20 +44,20 @@ def battles():
 
 @pytest.fixture(scope="module")
 def tiny(backbone):
-    """Return a model with a random head, its tokenizer and its recipe."""
+    """Return a predictor with a random head, and its recipe."""
     recipe = Recipe(
         prompt=PromptConfig(max_length=160),
         model=ModelConfig(model_name_or_path=str(backbone("llama")), device="cpu", dtype="float32", lora_r=4),
     )
     model, tokenizer = build_model(resolve_backbone(recipe.model), JOINT_HEAD, seed=0)
     fill_head(model)
-    return model.eval(), tokenizer, recipe
+    return Predictor(model.eval(), tokenizer, torch.float32), recipe
 
 
 def predict_tiny(tiny, battles, **inference):
-    model, tokenizer, recipe = tiny
+    predictor, recipe = tiny
     recipe = dataclasses.replace(recipe, inference=InferenceConfig(**inference))
-    return predict_with(model, tokenizer, recipe, battles)
+    return predict_with(dataclasses.replace(predictor, budget=recipe.inference.batch_tokens), recipe, battles)
 
 
 def test_predictions_are_one_row_a_battle_in_their_order(tiny, battles):
@@ -123,13 +124,13 @@ def test_unlabelled_battles_are_predicted_like_labelled_ones(tiny, battles):
     np.testing.assert_array_equal(predicted(table), predicted(predict_tiny(tiny, battles)))
 
 
-def test_predictions_that_are_no_numbers_name_the_battles(tiny, battles):
-    model, tokenizer = build_model(resolve_backbone(tiny[2].model), JOINT_HEAD, seed=0)
+def test_predictions_that_are_nan_name_the_battles(tiny, battles):
+    model, tokenizer = build_model(resolve_backbone(tiny[1].model), JOINT_HEAD, seed=0)
     fill_head(model, float("nan"))
     with pytest.raises(FloatingPointError) as caught:
-        predict_with(model.eval(), tokenizer, tiny[2], battles)
+        predict_with(Predictor(model.eval(), tokenizer, torch.float32), tiny[1], battles)
     message = str(caught.value)
-    assert message.startswith(f"{len(battles)} predictions are no numbers (torch.float32)")
+    assert message.startswith(f"{len(battles)} predictions are NaN or infinite (torch.float32)")
     assert message.endswith(", ".join(battles["id"][:5]))
 
 
@@ -152,11 +153,11 @@ def trained(backbone, tmp_path_factory):
 def in_memory(run, file, **prompt):
     recipe = load_run_recipe(run)
     recipe = dataclasses.replace(recipe, prompt=dataclasses.replace(recipe.prompt, **prompt))
-    model, tokenizer = load_model(recipe.model, RunFolder(run).model)
+    predictor = load_predictor(recipe.model, RunFolder(run).model, recipe.inference.batch_tokens)
     battles = read_battles(file)
-    rows = tokenize(battles, tokenizer, PromptConfig(template="encoder", max_length=100))
+    rows = tokenize(battles, predictor.tokenizer, PromptConfig(template="encoder", max_length=100))
     assert measure_row_retention(rows)["battles_cut"] > 0
-    return predict_with(model, tokenizer, recipe, battles)
+    return predict_with(predictor, recipe, battles)
 
 
 def test_a_run_and_a_file_predict_what_the_model_in_memory_predicts(trained):
@@ -224,16 +225,16 @@ def test_the_battles_that_a_calibrator_was_fitted_on_stay_as_the_model_states_th
     fitted = table.copy()
     fitted.loc[1, "prompt_chars"] = 9  # another battle of the same id
     write_predictions(fitted, tmp_path / "validation.parquet")
-    save_calibrator(Calibrator("tie_mass", (np.log(2),)), tmp_path / "calibrator.json")
+    save_calibrator(Calibrator("tie_mass", (np.log(2),)), RunFolder(tmp_path).calibrator)
     for recipe, tie in ((Recipe(), [1 / 3, 1 / 2]), (Recipe(inference=InferenceConfig(calibrate=False)), [1 / 3] * 2)):
-        assert calibrate(table.copy(), tmp_path, recipe)["p_tie"].tolist() == pytest.approx(tie)
+        assert read_calibration(tmp_path, recipe).apply(table.copy())["p_tie"].tolist() == pytest.approx(tie)
     late = table.copy()
     late.loc[1, [f"ba_{one}" for one in names]] = np.nan
-    assert calibrate(late, tmp_path, Recipe())["p_tie"].tolist() == pytest.approx([1 / 3] * 2)
+    assert read_calibration(tmp_path, Recipe()).apply(late)["p_tie"].tolist() == pytest.approx([1 / 3] * 2)
     late["id"] = ["3", "4"]
-    assert calibrate(late, tmp_path, Recipe())["p_tie"].tolist() == pytest.approx([1 / 2, 1 / 3])
+    assert read_calibration(tmp_path, Recipe()).apply(late)["p_tie"].tolist() == pytest.approx([1 / 2, 1 / 3])
     one_order = table.drop(columns=[f"ba_{one}" for one in names])
-    assert calibrate(one_order, tmp_path, Recipe())["p_tie"].tolist() == pytest.approx([1 / 3] * 2)
+    assert read_calibration(tmp_path, Recipe()).apply(one_order)["p_tie"].tolist() == pytest.approx([1 / 3] * 2)
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +293,7 @@ def blending(two_runs, tmp_path):
         write_predictions(predict_with_tables(run, new), tmp_path / "fitted.parquet")
         copy = shutil.copytree(run, tmp_path / run.name)
         shutil.move(tmp_path / "fitted.parquet", copy / "validation.parquet")
-        save_calibrator(calibrator, copy / "calibrator.json")
+        save_calibrator(calibrator, RunFolder(copy).calibrator)
         recipe = load_run_recipe(copy)
         fitted = fit_baselines(split(load_battles(recipe.data), number).training)["tfidf"]
         save_regression(fitted, RunFolder(copy).blend_baseline)
@@ -335,7 +336,7 @@ def test_a_blend_that_is_switched_off_leaves_the_model_alone_and_asks_for_no_bas
 
 def test_a_blend_without_its_baseline_is_refused_before_a_model_is_loaded(two_runs, blending, monkeypatch):
     run, new = blending[0][0], two_runs[2]
-    monkeypatch.setattr("rewardmodel.inference.predict.load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("rewardmodel.inference.predict.load_predictor", lambda *_: pytest.fail("loaded"))
     RunFolder(run).blend_baseline.unlink()
     message = r"blend_baseline\.npz: cannot read a baseline \(no such file\); train again with --resume, .*blend false"
     with pytest.raises(InputError, match=message):
@@ -398,7 +399,7 @@ def test_a_run_that_does_not_say_what_it_trained_on_predicts_all_the_same(two_ru
     bare = shutil.copytree(runs[0], tmp_path / "bare", ignore=shutil.ignore_patterns("training_keys.npy"))
     table = predict(bare, file)
     assert "seen" not in table
-    assert "whether it trained on the battles is not known" in caplog.text
+    assert "whether it trained on the battles is unknown" in caplog.text
     np.testing.assert_array_equal(predicted(table), predicted(predict(runs[0], file)))
 
 
@@ -419,7 +420,7 @@ def test_weights_that_are_none_are_refused(two_runs, weights, message):
 
 def test_all_runs_must_be_whole_before_any_predicts(two_runs, tmp_path, monkeypatch):
     runs, _, new = two_runs
-    monkeypatch.setattr("rewardmodel.inference.predict.load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("rewardmodel.inference.predict.load_predictor", lambda *_: pytest.fail("loaded"))
     with pytest.raises(InputError, match=r"no recipe\.yaml there"):
         predict([runs[0], tmp_path], new)
     (RunFolder(tmp_path).recipe).write_bytes(RunFolder(runs[0]).recipe.read_bytes())

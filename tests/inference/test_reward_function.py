@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from builders import make_backbone, with_trainer
+from builders import make_backbone, small_recipe, with_trainer
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -11,17 +11,20 @@ from rewardmodel.config.schema import ObjectiveConfig
 from rewardmodel.data.formats import read_battles
 from rewardmodel.errors import InputError
 from rewardmodel.inference.predict import predict
-from rewardmodel.inference.reward_function import conversation, reward_function
+from rewardmodel.inference.reward_function import reward_function, split_turns
 from rewardmodel.training.train import train
 
 
-@pytest.fixture
-def separate(recipe):
-    return dataclasses.replace(
+@pytest.fixture(scope="module")
+def separate(backbone, tmp_path_factory):
+    """Return the folder of a run that scores each response alone, and the file of its battles."""
+    recipe = small_recipe(backbone("llama"), tmp_path_factory.mktemp("separate"))
+    recipe = dataclasses.replace(
         with_trainer(recipe, max_steps=3),
         objective=ObjectiveConfig(name="davidson"),
         prompt=dataclasses.replace(recipe.prompt, template="response"),
     )
+    return train(recipe)[0], recipe.data.train
 
 
 def user(text: str) -> dict[str, str]:
@@ -33,8 +36,8 @@ def assistant(text: str) -> dict[str, str]:
 
 
 def test_rewards_are_those_of_prediction(separate):
-    run, _ = train(separate)
-    battles = read_battles(separate.data.train)
+    run, file = separate
+    battles = read_battles(file)
     rewards = reward_function(run)
     sides = [rewards([turns[0] for turns in battles["prompt"]], [turns[0] for turns in battles[name]])
              for name in ("response_a", "response_b")]  # fmt: skip
@@ -45,7 +48,7 @@ def test_rewards_are_those_of_prediction(separate):
 
 
 def test_messages_are_read_as_texts_are(separate):
-    run, _ = train(separate)
+    run, _ = separate
     rewards = reward_function(run)
     plain = rewards(["who are you?"], ["a kind answer"], completion_ids=[[1]], trainer_state=None)
     assert rewards([[user("who are you?")]], [[assistant("a kind answer")]]) == plain
@@ -55,11 +58,11 @@ def test_messages_are_read_as_texts_are(separate):
 
 def test_conversations_become_turns():
     system = {"role": "system", "content": "be kind"}
-    assert conversation("a", "b") == (["a"], ["b"])
-    assert conversation([system, user("a")], [assistant("b")]) == (["be kind\n\na"], ["b"])
-    assert conversation([user("a"), assistant("b"), user("c")], "d") == (["a", "c"], ["b", "d"])
+    assert split_turns("a", "b") == (["a"], ["b"])
+    assert split_turns([system, user("a")], [assistant("b")]) == (["be kind\n\na"], ["b"])
+    assert split_turns([user("a"), assistant("b"), user("c")], "d") == (["a", "c"], ["b", "d"])
     with pytest.raises(InputError, match="messages of user, user, assistant; give user and assistant in turns"):
-        conversation([user("a"), user("b")], "c")
+        split_turns([user("a"), user("b")], "c")
 
 
 def test_a_run_that_compares_gives_no_rewards(recipe):
@@ -72,7 +75,7 @@ def test_a_run_that_compares_gives_no_rewards(recipe):
 def test_trl_trains_a_policy_on_the_rewards(separate, tmp_path):
     from trl import GRPOConfig, GRPOTrainer
 
-    run, _ = train(separate)
+    run, _ = separate
     folder = make_backbone("llama", tmp_path / "policy")
     given = []
     rewards = reward_function(run)

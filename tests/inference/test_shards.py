@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import battle_frame, write_csv
+from builders import battle_frame, small_recipe, with_trainer, write_csv
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -22,7 +22,8 @@ from rewardmodel.errors import InputError
 from rewardmodel.inference import shards
 from rewardmodel.inference.predict import predict
 from rewardmodel.inference.shards import Deadline, remove_shards
-from rewardmodel.model.forward import cut
+from rewardmodel.model import forward
+from rewardmodel.model.forward import Predictor, split_by_tokens
 from rewardmodel.predictions import has_both_orders, predicted, read_predictions
 from rewardmodel.run_folder import RunFolder, load_run_recipe
 from rewardmodel.training.train import train
@@ -33,18 +34,19 @@ ALONE = [sys.executable]
 
 SLOW = """
 import sys, time
-from rewardmodel.inference import shards
 from rewardmodel.cli import main
+from rewardmodel.inference import shards
+from rewardmodel.model.forward import Predictor
 
 shards.BATCHES = 1
-compute = shards.row_logits
+compute = Predictor.logits
 
-def slow(*args, rows, **given):
+def slow(self, rows, **given):
     time.sleep(float(sys.argv[1]))
     print("computed", *rows["id"], flush=True)
-    return compute(*args, rows=rows, **given)
+    return compute(self, rows, **given)
 
-shards.row_logits = slow
+Predictor.logits = slow
 sys.exit(main(sys.argv[2:]))
 """
 """The command line with a shard a micro-batch, each of them slow, that says which battles it computes."""
@@ -60,28 +62,32 @@ class Clock:
         return self.now
 
 
-@pytest.fixture
-def run(recipe, tmp_path):
-    """Return the folder of a run of small batches, trained for a step, and a file of 40 unlabelled battles."""
-    quick = dataclasses.replace(
-        recipe,
-        trainer={**recipe.trainer, "max_steps": 4, "learning_rate": 0.1},
-        inference=InferenceConfig(batch_tokens=600),
+@pytest.fixture(scope="module")
+def trained(backbone, tmp_path_factory):
+    """Return the folder of a run of small batches, trained for four steps."""
+    recipe = small_recipe(
+        backbone("llama"), tmp_path_factory.mktemp("shards"), inference=InferenceConfig(batch_tokens=600)
     )
+    return train(with_trainer(recipe, max_steps=4, learning_rate=0.1))[0]
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """Return a copy of that run, which a test may change, and a file of 40 unlabelled battles."""
     battles = battle_frame(10, seed=1).drop(columns=list(OUTCOMES))
-    return train(quick)[0], write_csv(battles, tmp_path / "test.csv")
+    return shutil.copytree(trained, tmp_path / "run"), write_csv(battles, tmp_path / "test.csv")
 
 
 @pytest.fixture
 def computed(monkeypatch):
     """Return a list that gets the number of rows of each shard computed; a shard is a micro-batch here."""
-    rows_of, compute = [], shards.row_logits
+    rows_of, compute = [], Predictor.logits
 
-    def counted(*args, rows, **given):
+    def counted(self, rows, **given):
         rows_of.append(len(rows))
-        return compute(*args, rows=rows, **given)
+        return compute(self, rows, **given)
 
-    monkeypatch.setattr(shards, "row_logits", counted)
+    monkeypatch.setattr(Predictor, "logits", counted)
     monkeypatch.setattr(shards, "BATCHES", 1)
     return rows_of
 
@@ -121,7 +127,11 @@ def killed(process, work, count):
     return [np.load(path)["rows"] for path in work.glob("*/*-*.npz")]
 
 
-@pytest.mark.parametrize("launch", [ALONE, LAUNCH], ids=["one process", "two"])
+@pytest.mark.slow  # starts three fresh processes, or as many pairs of them
+@pytest.mark.parametrize(
+    "launch",
+    [pytest.param(ALONE, id="one process"), pytest.param(LAUNCH, id="two", marks=pytest.mark.distributed)],
+)
 def test_a_killed_prediction_goes_on_to_the_same_table(run, slow, tmp_path, launch):
     folder, battles = run
     output = tmp_path / "x.parquet"
@@ -131,7 +141,7 @@ def test_a_killed_prediction_goes_on_to_the_same_table(run, slow, tmp_path, laun
     assert not output.exists()
     assert 0 < len(np.concatenate(done)) < 40
     names, said = ended(slow(launch, 0, folder, battles, "--output", output))
-    assert f"continues: {len(np.concatenate(done))} of 40 battles are there already (predicting)" in said
+    assert f"continues: {len(np.concatenate(done))} of 40 battles are already computed (predicting)" in said
     ids = read_predictions(output)["id"]
     kept = set(ids[np.concatenate(done)])
     assert sorted(names) == sorted(name for name in ids if name not in kept)  # not computed again
@@ -142,6 +152,8 @@ def test_a_killed_prediction_goes_on_to_the_same_table(run, slow, tmp_path, laun
     assert not work.exists()
 
 
+@pytest.mark.slow  # starts fresh processes
+@pytest.mark.distributed
 def test_one_process_goes_on_where_two_were_killed(run, slow, tmp_path):
     folder, battles = run
     output, work = tmp_path / "x.parquet", tmp_path / "x.parquet.shards"
@@ -238,10 +250,10 @@ def test_only_shards_are_removed(run, computed, tmp_path):
 
 def test_the_tokens_of_a_batch_are_found_once(run, tmp_path, monkeypatch):
     recipe = dataclasses.replace(load_run_recipe(run[0]), inference=InferenceConfig())
-    monkeypatch.setattr(shards, "forward_budget", lambda *_: 700)
+    monkeypatch.setattr(forward, "find_budget", lambda *_: 700)
     predict(*run, recipe, work=tmp_path / "work")
     assert json.loads(next(tmp_path.glob("work/*/budget.json")).read_text()) == {"cpu": 700}
-    monkeypatch.setattr(shards, "forward_budget", lambda *_: pytest.fail("found again"))
+    monkeypatch.setattr(forward, "find_budget", lambda *_: pytest.fail("found again"))
     predict(*run, recipe, work=tmp_path / "work")
 
 
@@ -266,13 +278,13 @@ def test_with_time_enough_it_is_as_without_a_limit(run, computed, caplog):
 @pytest.fixture
 def ticking(computed, monkeypatch):
     """Let a second go by with each shard that is computed, and nothing else take time."""
-    clock, compute = Clock(), shards.row_logits
+    clock, compute = Clock(), Predictor.logits
 
-    def tick(*args, **given):
+    def tick(self, rows, **given):
         clock.now += 1
-        return compute(*args, **given)
+        return compute(self, rows, **given)
 
-    monkeypatch.setattr(shards, "row_logits", tick)
+    monkeypatch.setattr(Predictor, "logits", tick)
     monkeypatch.setattr("rewardmodel.inference.predict.Deadline", lambda seconds: Deadline(seconds, clock))
     return clock
 
@@ -330,7 +342,7 @@ def test_a_time_that_is_none_is_refused(run, seconds):
 @given(st.lists(st.integers(1, 50), min_size=1), st.one_of(st.none(), st.integers(1, 200)), st.randoms())
 def test_shards_have_each_row_once_and_about_as_many_tokens(costs, least, random):
     costs, order = np.array(costs), np.array(random.sample(range(len(costs)), len(costs)))
-    found = cut(costs, order, least)
+    found = split_by_tokens(costs, order, least)
     assert sorted(np.concatenate(found).tolist()) == list(range(len(costs)))
     assert all(len(shard) and (np.diff(shard) > 0).all() for shard in found)
     if least is None:

@@ -1,11 +1,10 @@
 import itertools
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import FAMILIES, battle_frame, make_backbone
+from builders import FAMILIES, assert_same, attending, battle_frame, make_backbone, plain_logits, sequences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AttentionInterface
@@ -13,12 +12,12 @@ from transformers import AttentionInterface
 from rewardmodel.config.schema import ModelConfig, ObjectiveConfig, PromptConfig
 from rewardmodel.data.formats import read_battles
 from rewardmodel.model import attention
-from rewardmodel.model import families as backbone
-from rewardmodel.model.attention import KERNELS, Packing, packed
+from rewardmodel.model.attention import KERNELS, Packing, packed_name
 from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.batching import pack
-from rewardmodel.model.loading import build_model, load_classifier
-from rewardmodel.model.packing import is_packed, pack_attention
+from rewardmodel.model.families import FAMILIES as FAMILY_TABLE
+from rewardmodel.model.loading import build_model
+from rewardmodel.model.packing import is_packed
 from rewardmodel.objectives import JOINT_HEAD, OBJECTIVES, SEPARATE_HEAD
 from rewardmodel.prompt.encoder import EncodedSequence
 from rewardmodel.prompt.tokenization import pack_sequences, tokenize
@@ -36,9 +35,7 @@ KINDS = {
 HEADS = {"joint": (JOINT_HEAD, "responses"), "separate": (SEPARATE_HEAD, "last")}
 """Head and pooling by encoding; every token of a response is read, or the last one of a sequence."""
 
-HERE = [
-    (family, name) for family in FAMILIES for name in backbone.FAMILIES[family].attention if name in ("sdpa", "eager")
-]
+HERE = [(family, name) for family in FAMILIES for name in FAMILY_TABLE[family].attention if name in ("sdpa", "eager")]
 """Implementations that differentiate on a CPU."""
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -85,42 +82,6 @@ def rows_of(tmp_path_factory, tokenizer):
     return found.__getitem__
 
 
-@contextmanager
-def attending(model, name):
-    """Let the model attend with an implementation of that name, as transformers knows it, in the block."""
-    config = model.config.get_text_config()
-    before, config._attn_implementation = config._attn_implementation, name
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
-def sequences(row, column="input_ids"):
-    """Return the values of each sequence of a row, shared ones first."""
-    shared, *branches = row["branches"]
-    ends = list(itertools.accumulate(branches, initial=shared))
-    return [row[column][:shared] + row[column][begin:end] for begin, end in itertools.pairwise(ends)]
-
-
-def unwrap(model):
-    return model.get_base_model() if hasattr(model, "peft_config") else model
-
-
-def plain_logits(model, rows):
-    """Return the logits of each sequence alone, (n_sequences, n_logits), by transformers' own attention."""
-    inner, found = unwrap(model), []
-    score = getattr(inner.score, "modules_to_save", {"default": inner.score})["default"]
-    with attending(model, "eager"):
-        for row in rows:
-            for ids, segments in zip(sequences(row), sequences(row, "segment_ids"), strict=True):
-                hidden = inner.model(torch.tensor([ids]), use_cache=False).last_hidden_state[0]
-                means = [hidden[torch.tensor(segments) == response].mean(dim=0) for response in (1, 2)]
-                read = hidden[-1] if inner.pooling == "last" else torch.cat(means)
-                found.append(torch.cat([score.weight @ read, *([score.tie] if inner.shape.tie else [])]))
-    return torch.stack(found)
-
-
 def loss_of(logits, rows):
     """Return the mean loss over battles; a joint sequence in the other order has the other outcome."""
     labels = torch.tensor([row["labels"] for row in rows])
@@ -135,11 +96,6 @@ def learnt(model, logits, rows):
     loss = loss_of(logits, rows)
     names, weights = zip(*((name, one) for name, one in model.named_parameters() if one.requires_grad), strict=True)
     return loss.detach(), dict(zip(names, torch.autograd.grad(loss, weights), strict=True))
-
-
-def assert_same(found, expected):
-    assert found.shape == expected.shape
-    assert (found - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
 
 
 def by_plain(model, rows):
@@ -164,7 +120,7 @@ def alone(build, rows_of):
 
 def assert_learns_as_plain(name, model, rows, expected=None):
     """Compare logits, loss, and the gradients of all weights that train, none of which is zero."""
-    with attending(model, packed(name)):
+    with attending(model, packed_name(name)):
         found = model(**pack(rows)).logits
         loss, gradients = learnt(model, found, rows)
     plain, plain_loss, plain_gradients = expected or by_plain(model, rows)
@@ -212,9 +168,9 @@ def test_a_row_is_made_of_its_sequences_again(layout):
     packing = Packing(layout)
     total = sum(map(sum, layout))
     states = torch.arange(total * 6.0).view(total, 2, 3).transpose(0, 1)[None]  # (1, heads, T, width)
-    found = packing.sequences(states)
+    found = packing.split(states)
     assert [one.shape[2] for one in found] == packing.lengths
-    assert torch.equal(packing.row([one.transpose(1, 2) for one in found]), states.transpose(1, 2))
+    assert torch.equal(packing.join([one.transpose(1, 2) for one in found]), states.transpose(1, 2))
 
 
 @settings(deadline=None, max_examples=50)
@@ -229,12 +185,12 @@ def test_a_sequence_is_the_shared_beginning_and_its_branch(layout):
             rest = rest[branch:]
         begin += len(places)
     states = torch.arange(float(begin)).view(1, 1, begin, 1)
-    assert [one.flatten().tolist() for one in Packing(layout).sequences(states)] == expected
+    assert [one.flatten().tolist() for one in Packing(layout).split(states)] == expected
 
 
 def test_the_outputs_of_a_shared_beginning_are_those_of_the_first_sequence():
     first, second = torch.full((1, 3, 1, 1), 1.0), torch.full((1, 4, 1, 1), 2.0)
-    assert Packing([[2, 1, 2]]).row([first, second]).flatten().tolist() == [1, 1, 1, 2, 2]
+    assert Packing([[2, 1, 2]]).join([first, second]).flatten().tolist() == [1, 1, 1, 2, 2]
 
 
 def test_a_mask_is_made_once_for_its_key():
@@ -245,7 +201,7 @@ def test_a_mask_is_made_once_for_its_key():
 
 
 def test_every_kernel_is_known_to_transformers_beside_its_plain_form():
-    names = [packed(name) for name in KERNELS]
+    names = [packed_name(name) for name in KERNELS]
     assert len({*names, *KERNELS}) == 2 * len(KERNELS)
     for name in names:
         assert AttentionInterface()[name].func is attention._attention
@@ -269,7 +225,7 @@ def test_a_packed_row_learns_what_each_sequence_alone_would(family, name, kind, 
 def test_a_full_fine_tune_on_a_packed_row_learns_what_each_sequence_alone_would(family, build, rows_of):
     model = build(family, use_peft=False)
     assert all(weight.requires_grad for weight in model.parameters())
-    assert_learns_as_plain(backbone.FAMILIES[family].attention[0], model, rows_of("both orders"))
+    assert_learns_as_plain(FAMILY_TABLE[family].attention[0], model, rows_of("both orders"))
 
 
 @pytest.mark.parametrize(("family", "name"), HERE)
@@ -308,7 +264,7 @@ def no_compiler(test):
 @each_family
 def test_flex_attention_states_what_each_sequence_alone_would(family, kind, alone):
     model, rows, (expected, *_) = alone(family, kind)
-    with torch.no_grad(), uncompiled(), attending(model, packed("flex_attention")):
+    with torch.no_grad(), uncompiled(), attending(model, packed_name("flex_attention")):
         found = model(**pack(rows)).logits
     assert_same(found, expected)
 
@@ -375,8 +331,8 @@ def test_gradient_checkpointing_changes_no_gradient(family, build, rows_of, monk
     model, rows, calls = build(family), rows_of("both orders"), []
     assert is_packed(model)
     _, expected = learnt(model, model(**pack(rows)).logits, rows)
-    whole = Packing.sequences
-    monkeypatch.setattr(Packing, "sequences", lambda self, states: calls.append(self) or whole(self, states))
+    whole = Packing.split
+    monkeypatch.setattr(Packing, "split", lambda self, states: calls.append(self) or whole(self, states))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     try:
@@ -409,13 +365,13 @@ def test_gradient_checkpointing_changes_no_gradient(family, build, rows_of, monk
 )
 def test_masks_are_made_once_a_row_for_all_layers(family, name, masks, build, rows_of, monkeypatch):
     made = []
-    for function in ("_seen", "create_block_mask"):
+    for function in ("_causal_mask", "create_block_mask"):
         original = getattr(attention, function)
         monkeypatch.setattr(
             attention, function, lambda *args, make=original, **kwargs: made.append(args) or make(*args, **kwargs)
         )
     model, batch = build(family), pack(rows_of("both orders")[1:])
-    with torch.no_grad(), uncompiled(), attending(model, packed(name)):
+    with torch.no_grad(), uncompiled(), attending(model, packed_name(name)):
         model(**batch)
         assert len(made) == masks
         model(**batch)
@@ -439,7 +395,7 @@ def test_tokens_of_other_battles_and_branches_change_nothing(family, name, build
             changed[row]["input_ids"][place] = token
         return model(**pack(changed)).logits
 
-    with torch.no_grad(), uncompiled(), attending(model, packed(name)):
+    with torch.no_grad(), uncompiled(), attending(model, packed_name(name)):
         before = logits()
         same = {
             "shared": logits(0, shared - 1, 2) == before,
@@ -453,79 +409,3 @@ def test_tokens_of_other_battles_and_branches_change_nothing(family, name, build
         "second branch": [True, False, True, True],
         "the other battle": [True, True, False, False],
     }
-
-
-@pytest.fixture
-def stranger(tmp_path):
-    """Return a function that loads a classifier of a family that is not in the table."""
-    folder = make_backbone("olmo2", tmp_path)
-    assert "olmo2" not in backbone.FAMILIES
-    config = ModelConfig(str(folder), device="cpu", dtype="float32")
-    return lambda: load_classifier(config, folder, JOINT_HEAD).eval()
-
-
-def test_a_family_that_is_not_in_the_table_packs_if_it_is_seen_to(stranger, rows_of, caplog):
-    model, rows = stranger(), rows_of("both orders")
-    assert is_packed(model)
-    assert "padded" not in caplog.text
-    torch.nn.init.normal_(model.score.weight)
-    with torch.no_grad():
-        assert_same(model(**pack(rows)).logits, plain_logits(model, rows))
-
-
-def without_packing(forward):
-    def swallow(self, input_ids, position_ids=None, use_cache=None, **_):
-        return forward(self, input_ids, position_ids=position_ids, use_cache=use_cache)
-
-    return swallow
-
-
-def with_neighbours(forward):
-    def mix(self, input_ids, **kwargs):
-        output = forward(self, input_ids, **kwargs)
-        output.last_hidden_state = output.last_hidden_state + output.last_hidden_state.roll(1, dims=1)
-        return output
-
-    return mix
-
-
-@pytest.mark.parametrize("wrap", [without_packing, with_neighbours])
-def test_a_decoder_that_cannot_pack_is_padded_with_a_warning(wrap, stranger, caplog, monkeypatch):
-    from transformers import Olmo2Model
-
-    monkeypatch.setattr(Olmo2Model, "forward", wrap(Olmo2Model.forward))
-    model = stranger()
-    assert not is_packed(model)
-    assert model.config._attn_implementation == "eager"
-    assert [record.levelname for record in caplog.records if "padded" in record.message] == ["WARNING"]
-    assert "olmo2 cannot compute packed rows: its batches are padded" in caplog.text
-
-
-def test_an_attention_that_sees_the_whole_row_is_padded_with_a_warning(stranger, caplog, monkeypatch):
-    from transformers.models.olmo2.modeling_olmo2 import eager_attention_forward
-
-    def whole_row(module, query, key, value, attention_mask, *, packing, **kwargs):
-        hidden = torch.full((query.shape[2],) * 2, -1e9).triu(1)
-        return eager_attention_forward(module, query, key, value, hidden, **kwargs)
-
-    monkeypatch.setitem(AttentionInterface._global_mapping, packed("eager"), whole_row)
-    assert not is_packed(stranger())
-    assert "its batches are padded" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("name", "layers", "packs"),
-    [
-        ("sdpa", ["sliding_attention", "full_attention"], True),
-        ("sdpa", ["full_attention", "chunked_attention"], False),
-        ("sdpa", ["linear_attention", "full_attention"], False),
-        ("flash_attention_3", ["full_attention", "full_attention"], False),
-    ],
-)
-def test_layers_and_attention_that_are_not_known_to_pack_are_padded(name, layers, packs, backbone):
-    folder = backbone("llama")
-    model = load_classifier(ModelConfig(str(folder), device="cpu", dtype="float32"), folder, JOINT_HEAD)
-    model.config._attn_implementation, model.config.layer_types = name, layers
-    pack_attention(model)
-    assert is_packed(model) == packs
-    assert model.config._attn_implementation == (packed(name) if packs else name)

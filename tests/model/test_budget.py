@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewardmodel.errors import InputError
-from rewardmodel.model.budget import CPU_TOKENS, MOST_TOKENS, SHARE, Memory, find_budget, no_room
+from rewardmodel.model.budget import CPU_TOKENS, MAX_TOKENS, SHARE, Memory, find_budget, out_of_memory_error
 
 MIB = 2**20
 
@@ -47,9 +47,9 @@ def test_a_budget_fits_into_the_share_and_uses_it(longest, each, own, rows):
     memory = Linear(int(rows * (fixed + each * longest)) + 1, fixed, each, longest)
     found = memory.budget()
     fits = (SHARE * memory.bytes - fixed) / each
-    assert longest <= found <= max(longest, MOST_TOKENS)
+    assert longest <= found <= max(longest, MAX_TOKENS)
     assert memory.cost(found) <= SHARE * memory.bytes
-    assert found >= min(fits / 2, MOST_TOKENS)
+    assert found >= min(fits / 2, MAX_TOKENS)
     assert memory.asked == [1, 2]
 
 
@@ -75,13 +75,13 @@ def test_the_budget_of_a_known_example(caplog):
     assert "16,900 tokens a batch fit: 18.6 GiB free, 0.95 MiB a token" in caplog.text
 
 
-def test_a_battle_that_does_not_fit_alone_is_said_with_what_to_do():
+def test_a_battle_that_does_not_fit_alone_is_refused_with_what_to_do():
     memory = Linear(10**9, fixed=0, each=10**6, longest=2048)
     with pytest.raises(InputError, match=r"a battle of 2,048 tokens does not fit .* smaller prompt\.max_length") as got:
         memory.budget()
     assert memory.asked == [1]
     assert isinstance(got.value.__cause__, torch.OutOfMemoryError)
-    assert str(got.value) == str(no_room(2048))
+    assert str(got.value) == str(out_of_memory_error(2048))
 
 
 def test_where_two_rows_do_not_fit_a_batch_is_one():
@@ -91,11 +91,11 @@ def test_where_two_rows_do_not_fit_a_batch_is_one():
 
 
 def test_a_batch_is_never_more_than_makes_it_faster():
-    assert Linear(10**15, fixed=0, each=1000, longest=500).budget() == MOST_TOKENS
+    assert Linear(10**15, fixed=0, each=1000, longest=500).budget() == MAX_TOKENS
 
 
 def test_a_row_that_is_longer_than_any_batch_has_one_of_its_own():
-    longest = 2 * MOST_TOKENS
+    longest = 2 * MAX_TOKENS
     assert Linear(10**15, fixed=0, each=1000, longest=longest).budget() == longest
 
 

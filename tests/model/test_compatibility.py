@@ -5,66 +5,69 @@ import pytest
 from rewardmodel.config.schema import ModelConfig
 from rewardmodel.distributed import Launch
 from rewardmodel.errors import InputError
-from rewardmodel.model.compatibility import CHECKS, Setup, incompatibilities, refuse
+from rewardmodel.model.compatibility import CHECKS, Configuration, incompatibilities, refuse
 
-GOOD = Setup(ModelConfig(), "llama", 16, "cuda", "bfloat16", (9, 0), trainer={})
+GOOD = Configuration(ModelConfig(), "llama", 16, "cuda", "bfloat16", (9, 0), trainer={})
 FSDP = Launch(2, "fsdp", 2)
 EFFICIENT = Launch(2, "fsdp", 2, True)
 FLASH = {"attn_implementation": "flash_attention_2"}
 ABSENT = "no_such_package"
 
 
-def setup(model=None, **changes) -> Setup:
+def configured(model=None, **changes) -> Configuration:
     return dataclasses.replace(GOOD, model=ModelConfig(**(model or {})), **changes)
 
 
 CASES = [
-    (setup({"load_in_4bit": True, "load_in_8bit": True}), "exclude each other"),
-    (setup({"freeze_backbone": True, "use_peft": False}), "use_peft is false, which trains all weights; set one"),
-    (setup({"freeze_backbone": True, "keep_head": True}), "model.keep_head: freeze_backbone fits the last layer"),
-    (setup({"freeze_backbone": True}, launch=FSDP), "these do not; launch with recipes/accelerate/ddp.yaml"),
-    (setup({"head_init": "fitted", "keep_head": True}), "model.head_init: keep_head starts from the head that is"),
-    (setup({"head_init": "fitted"}, launch=FSDP), "holds the backbone whole before training; launch with"),
-    (setup({"load_in_4bit": True, "use_peft": False}), "cannot train itself; leave it true"),
-    (setup(capability=(7, 5)), r"bfloat16 is emulated below .*T4.*; set auto, float16 or float32"),
-    (setup(dtype="float16", model_type="gemma2"), "leave float16's range .*; set auto"),
-    (setup({"attn_implementation": "sdpa"}, model_type="gemma2"), "'sdpa' is not known to compute gemma2; use one of"),
-    (setup(FLASH, dtype="float16", capability=(7, 5), here=False), "needs a GPU of compute"),
-    (setup(FLASH, device="cpu", capability=None, here=False), "needs a GPU of compute"),
-    (setup(FLASH, dtype="float32", here=False), "bfloat16 and float16 only"),
-    (setup(FLASH), "package flash-attn, which is not installed"),
-    (setup({"attn_implementation": "flex_attention"}, device="cpu", capability=None), "no backward pass on a CPU"),
-    (setup({"lora_r": 0}), "model.lora_r: 0; the rank is at least 1"),
-    (setup({"lora_first_layer": 16}), "model.lora_first_layer: 16, but the backbone has layers 0 to 15"),
-    (setup({"lora_init": "pissa", "load_in_8bit": True}), "pissa splits the backbone's own weights"),
-    (setup({"lora_init": "pissa", "use_dora": True}, dtype="float32"), "pissa and use_dora .*choose one"),
-    (setup({"lora_init": "pissa"}), "set model.dtype float32"),
-    (setup(trainer={"gradient_checkpointing_kwargs": {"use_reentrant": True}}), "set use_reentrant false"),
-    (setup(trainer={"torch_compile": True}), "trainer.torch_compile: .*; leave it out"),
-    (setup(trainer={"use_liger_kernel": True}, device="cpu", capability=None), "trainer.use_liger_kernel: needs a GPU"),
-    (setup(trainer={"deepspeed": "zero2.json"}), "give them to the launcher instead"),
-    (setup(trainer={"fsdp": True}), "give them to the launcher instead"),
-    (setup(launch=Launch(2, "fsdp", 1)), "set fsdp_version 2"),
-    (setup(launch=FSDP, dtype="float16"), "cast every weight to float16, the float32 head too"),
-    (setup({"load_in_8bit": True}, launch=FSDP), "model.load_in_8bit: FSDP"),
-    (setup({"load_in_4bit": True}, launch=EFFICIENT), "set it false .*fsdp2_qlora.yaml"),
-    (setup({"load_in_4bit": True, "use_dora": True}, launch=FSDP), "model.use_dora: PEFT"),
-    (setup(launch=EFFICIENT, model_type="olmo2"), "tried on its weights, which only the first process has"),
-    (setup(launch=FSDP, trainer={"optim": "paged_adamw_8bit"}), "set adamw_torch"),
-    (setup(launch=Launch(2, "deepspeed", 2)), "needs the package deepspeed"),
-    (setup(launch=Launch(2, "deepspeed", 3), here=False), "ZeRO 3 cuts weights up"),
-    (setup({"load_in_4bit": True}, launch=Launch(2, "deepspeed", 3), here=False), "ZeRO 3 cannot spread"),
+    (configured({"load_in_4bit": True, "load_in_8bit": True}), "exclude each other"),
+    (configured({"freeze_backbone": True, "use_peft": False}), "use_peft is false, which trains all weights; set one"),
+    (
+        configured({"freeze_backbone": True, "keep_head": True}),
+        "model.keep_head: freeze_backbone fits a new last",
+    ),
+    (configured({"freeze_backbone": True}, launch=FSDP), "these do not; launch with recipes/accelerate/ddp.yaml"),
+    (configured({"head_init": "fitted", "keep_head": True}), "model.head_init: keep_head starts from the head that is"),
+    (configured({"head_init": "fitted"}, launch=FSDP), "holds the backbone whole before training; launch with"),
+    (configured({"load_in_4bit": True, "use_peft": False}), "cannot train itself; leave it true"),
+    (configured(capability=(7, 5)), r"bfloat16 is emulated below .*T4.*; set auto, float16 or float32"),
+    (configured(dtype="float16", model_type="gemma2"), "leave float16's range .*; set auto"),
+    (
+        configured({"attn_implementation": "sdpa"}, model_type="gemma2"),
+        "'sdpa' is not known to compute gemma2; use one",
+    ),
+    (configured(FLASH, dtype="float16", capability=(7, 5), here=False), "needs a GPU of compute"),
+    (configured(FLASH, device="cpu", capability=None, here=False), "needs a GPU of compute"),
+    (configured(FLASH, dtype="float32", here=False), "bfloat16 and float16 only"),
+    (configured(FLASH), "package flash-attn, which is not installed"),
+    (configured({"attn_implementation": "flex_attention"}, device="cpu", capability=None), "no backward pass on a CPU"),
+    (configured({"lora_r": 0}), "model.lora_r: 0; the rank is at least 1"),
+    (configured({"lora_first_layer": 16}), "model.lora_first_layer: 16, but the backbone has layers 0 to 15"),
+    (configured(trainer={"gradient_checkpointing_kwargs": {"use_reentrant": True}}), "set use_reentrant false"),
+    (configured(trainer={"torch_compile": True}), "trainer.torch_compile: .*; leave it out"),
+    (
+        configured(trainer={"use_liger_kernel": True}, device="cpu", capability=None),
+        "trainer.use_liger_kernel: needs a",
+    ),
+    (configured(trainer={"deepspeed": "zero2.json"}), "give them to the launcher instead"),
+    (configured(trainer={"fsdp": True}), "give them to the launcher instead"),
+    (configured(launch=Launch(2, "fsdp", 1)), "set fsdp_version 2"),
+    (configured(launch=FSDP, dtype="float16"), "cast every weight to float16, the float32 head too"),
+    (configured({"load_in_8bit": True}, launch=FSDP), "model.load_in_8bit: FSDP"),
+    (configured({"load_in_4bit": True}, launch=EFFICIENT), "set it false .*fsdp2_qlora.yaml"),
+    (configured({"load_in_4bit": True, "use_dora": True}, launch=FSDP), "model.use_dora: PEFT"),
+    (configured(launch=EFFICIENT, model_type="olmo2"), "tried on its weights, which only the first process has"),
+    (configured(launch=FSDP, trainer={"optim": "paged_adamw_8bit"}), "set adamw_torch"),
 ]
 
 
 @pytest.fixture(autouse=True)
 def no_optional_packages(monkeypatch):
-    """Let none of the packages be there that only some set-ups need."""
-    monkeypatch.setattr(Setup, "lacks", lambda self, *packages: self.here)
+    """Let none of the packages be there that only some configurations need."""
+    monkeypatch.setattr(Configuration, "lacks", lambda self, *packages: self.here)
 
 
 @pytest.mark.parametrize(("wrong", "message"), CASES, ids=[message[:40] for _, message in CASES])
-def test_what_cannot_work_is_said_in_one_line_with_the_mend(wrong, message):
+def test_what_cannot_work_is_said_in_one_line_with_the_fix(wrong, message):
     with pytest.raises(InputError, match=message) as caught:
         refuse(wrong)
     assert "\n" not in str(caught.value)
@@ -80,19 +83,17 @@ def test_every_check_has_a_case():
     "good",
     [
         GOOD,
-        setup(dtype="float16", capability=(7, 5)),
-        setup(dtype="float32", capability=(7, 5), model_type="gemma2"),
-        setup({"load_in_4bit": True}),
-        setup({"freeze_backbone": True, "load_in_4bit": True, "lora_r": 0, "lora_init": "pissa"}),
-        setup({"load_in_4bit": True}, launch=FSDP),
-        setup({"load_in_4bit": True}, launch=Launch(2, "ddp")),
-        setup({"load_in_8bit": True}, launch=Launch(2, "ddp")),
-        setup({"use_dora": True}, launch=EFFICIENT),
-        setup({"lora_init": "pissa"}, dtype="float32"),
-        setup({"use_peft": False, "lora_first_layer": 99}),
-        setup(FLASH, here=False),
-        setup(launch=Launch(2, "deepspeed", 2), here=False),
-        setup(trainer={"optim": "paged_adamw_8bit", "gradient_checkpointing_kwargs": {"use_reentrant": False}}),
+        configured(dtype="float16", capability=(7, 5)),
+        configured(dtype="float32", capability=(7, 5), model_type="gemma2"),
+        configured({"load_in_4bit": True}),
+        configured({"freeze_backbone": True, "load_in_4bit": True, "lora_r": 0}),
+        configured({"load_in_4bit": True}, launch=FSDP),
+        configured({"load_in_4bit": True}, launch=Launch(2, "ddp")),
+        configured({"load_in_8bit": True}, launch=Launch(2, "ddp")),
+        configured({"use_dora": True}, launch=EFFICIENT),
+        configured({"use_peft": False, "lora_first_layer": 99}),
+        configured(FLASH, here=False),
+        configured(trainer={"optim": "paged_adamw_8bit", "gradient_checkpointing_kwargs": {"use_reentrant": False}}),
     ],
 )
 def test_what_works_is_let_through(good):
@@ -101,13 +102,13 @@ def test_what_works_is_let_through(good):
 
 
 def test_a_model_that_only_predicts_is_not_asked_what_training_needs():
-    flex = setup({"attn_implementation": "flex_attention", "lora_init": "pissa"}, device="cpu", capability=None)
+    flex = configured({"attn_implementation": "flex_attention", "lora_r": 0}, device="cpu", capability=None)
     assert len(incompatibilities(flex)) == 2
     assert incompatibilities(dataclasses.replace(flex, trainer=None)) == []
 
 
 def test_all_are_listed_and_the_first_is_raised_with_their_number():
-    wrong = setup({"lora_r": 0, "lora_first_layer": 20, "load_in_8bit": True}, launch=FSDP)
+    wrong = configured({"lora_r": 0, "lora_first_layer": 20, "load_in_8bit": True}, launch=FSDP)
     assert [line.split(":")[0] for line in incompatibilities(wrong)] == [
         "model.lora_r", "model.lora_first_layer", "model.load_in_8bit",
     ]  # fmt: skip

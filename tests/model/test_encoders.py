@@ -27,8 +27,8 @@ from rewardmodel.errors import InputError
 from rewardmodel.inference.predict import predict
 from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.batching import pad
-from rewardmodel.model.families import family
-from rewardmodel.model.forward import batching
+from rewardmodel.model.families import find_family
+from rewardmodel.model.forward import choose_batching
 from rewardmodel.model.loading import build_model, load_model, save_model
 from rewardmodel.model.packing import is_packed
 from rewardmodel.model.precision import autocast
@@ -107,7 +107,7 @@ def test_lora_is_on_every_linear_layer_of_the_encoder(name, backbone):
     }
     linear = {key for key in linear if not HEADS[name] & {*key.split(".")}}
     assert adapted == linear
-    assert {key.rpartition(".")[2] for key in adapted} == {*family(name).lora_targets}
+    assert {key.rpartition(".")[2] for key in adapted} == {*find_family(name).lora_targets}
 
 
 @pytest.mark.parametrize("variant", ["lora", "4bit"])
@@ -190,6 +190,7 @@ def fresh(backbone, tmp_path_factory):
     return {key: [saved, *torch.load(folder / key / "fresh.pt")] for key, saved in before.items()}
 
 
+@pytest.mark.slow  # starts a fresh process, one for all cases
 @pytest.mark.parametrize("variant", ["full", "lora"])
 @each_encoding
 @each_family
@@ -211,7 +212,7 @@ def test_padding_changes_nothing(name, backbone):
     model, _, tokenizer, _ = trained(backbone, name)
     rows = list(tokenize(read_battles(battle_frame(2)), tokenizer, PromptConfig(max_length=160)))
     assert not is_packed(model)
-    how = batching(model, tokenizer.pad_token_id)
+    how = choose_batching(model, tokenizer.pad_token_id)
     together = logits(model, how.collate(rows))
     alone = torch.cat([logits(model, how.collate([row])) for row in rows])
     assert len({row["length"] for row in rows}) > 2

@@ -3,19 +3,19 @@ from builders import ENCODERS, FAMILIES, make_backbone
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from rewardmodel.errors import InputError
-from rewardmodel.model import families as backbone
-from rewardmodel.model.families import GENERIC, check_length, family
+from rewardmodel.model import families
+from rewardmodel.model.families import GENERIC, check_length, find_family
 
 
 def test_every_family_of_the_table_has_a_tiny_backbone_in_these_tests():
-    assert {*FAMILIES, *ENCODERS, "gemma3"} == {*backbone.FAMILIES}
+    assert {*FAMILIES, *ENCODERS, "gemma3"} == {*families.FAMILIES}
 
 
 def test_any_other_family_has_generic_rules():
-    assert family("olmo2") is GENERIC
+    assert find_family("olmo2") is GENERIC
 
 
-@pytest.mark.parametrize("name", backbone.FAMILIES)
+@pytest.mark.parametrize("name", families.FAMILIES)
 def test_the_attention_of_a_family_is_one_that_transformers_has_for_it(name):
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
@@ -24,7 +24,7 @@ def test_the_attention_of_a_family_is_one_that_transformers_has_for_it(name):
     known |= {"sdpa"} if kind._supports_sdpa else set()
     known |= {"flash_attention_2"} if kind._supports_flash_attn else set()
     known |= {"flex_attention"} if kind._supports_flex_attn else set()
-    assert {*family(name).attention} <= known
+    assert {*find_family(name).attention} <= known
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_rotary_positions_go_on_with_a_warning(name, tmp_path, caplog):
     assert not caplog.records
     check_length(config, 257)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "prompt.max_length: 257 tokens; the backbone was made for 256" in caplog.text
+    assert "prompt.max_length: 257 tokens; the backbone was trained on at most 256" in caplog.text
 
 
 def test_relative_positions_have_no_end(tmp_path, caplog):

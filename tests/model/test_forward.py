@@ -12,7 +12,7 @@ from rewardmodel.model import forward
 from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.batching import pack, pad, padded_tokens, plan_packed, plan_padded
 from rewardmodel.model.budget import CPU_TOKENS
-from rewardmodel.model.forward import Batching, batching, forward_budget, longest_row, row_logits
+from rewardmodel.model.forward import Batching, Predictor, choose_batching
 from rewardmodel.model.loading import build_model
 from rewardmodel.objectives import JOINT_HEAD, SEPARATE_HEAD
 from rewardmodel.prompt.tokenization import MODEL_COLUMNS, TOKEN_ROW_FEATURES, tokenize
@@ -64,6 +64,10 @@ def model_of(backbone):
     return model
 
 
+def predictor_of(model, budget=None, dtype=FLOAT, pad_token_id=PAD):
+    return Predictor(model, SimpleNamespace(pad_token_id=pad_token_id), dtype, budget)
+
+
 def each_alone(model, rows):
     with torch.no_grad():
         return np.stack([model(**pack([row])).logits.numpy() for row in rows])
@@ -83,20 +87,20 @@ def test_logits_are_those_of_each_row_alone_whatever_the_budget(budget, kind, wa
     expected = each_alone(model_of(kind), rows)
     assert expected.shape == (8, 1 if kind == "joint" else 2, 2 if kind == "separate" else 3)
     assert expected[..., 0].std() > 0.01
-    assert_close(row_logits(model_of(kind, way), rows, PAD, FLOAT, budget), expected)
+    assert_close(predictor_of(model_of(kind, way), budget).logits(rows), expected)
 
 
 @each_way
 def test_logits_follow_the_order_of_rows(way, model_of, rows_of):
     model, rows = model_of("both orders", way), rows_of("both orders")
     order = np.random.default_rng(0).permutation(len(rows))
-    expected = row_logits(model, rows, PAD, FLOAT, 400)
-    assert_close(row_logits(model, rows.select(order), PAD, FLOAT, 400), expected[order])
+    expected = predictor_of(model, 400).logits(rows)
+    assert_close(predictor_of(model, 400).logits(rows.select(order)), expected[order])
 
 
 def test_the_padding_id_does_not_matter(model_of, rows_of):
     model, rows = model_of("joint", "padded"), rows_of("joint")
-    assert_close(*(row_logits(model, rows, token, FLOAT, 1000) for token in (PAD, 5)))
+    assert_close(*(predictor_of(model, 1000, pad_token_id=token).logits(rows) for token in (PAD, 5)))
 
 
 @each_way
@@ -106,7 +110,7 @@ def test_batches_keep_the_budget_and_the_longest_rows_come_first(way, model_of, 
     handle = model.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
     )
-    row_logits(model, rows, PAD, FLOAT, budget)
+    predictor_of(model, budget).logits(rows)
     handle.remove()
     assert 1 < len(shapes) < len(rows)
     assert max(shape.numel() for shape in shapes) <= budget
@@ -118,11 +122,11 @@ def test_batches_keep_the_budget_and_the_longest_rows_come_first(way, model_of, 
 
 def test_a_packed_model_is_not_padded_and_another_is(model_of, rows_of):
     rows = list(rows_of("both orders"))[:2]
-    how = batching(model_of("both orders"), PAD)
+    how = choose_batching(model_of("both orders"), PAD)
     assert how.collate is pack
     assert how.plan is plan_packed
     assert [how.tokens(row) for row in rows] == [row["length"] for row in rows]
-    how = batching(model_of("both orders", "padded"), 7)
+    how = choose_batching(model_of("both orders", "padded"), 7)
     assert how.plan is plan_padded
     assert [how.tokens(row) for row in rows] == [padded_tokens(row) for row in rows]
     found, expected = how.collate(rows), pad(rows, 7)
@@ -131,9 +135,9 @@ def test_a_packed_model_is_not_padded_and_another_is(model_of, rows_of):
 
 
 @each_way
-def test_what_is_no_number_stays_none_and_in_its_battle(way, model_of, rows_of):
+def test_nan_stays_nan_and_in_its_battle(way, model_of, rows_of):
     model, rows = model_of("separate", way), rows_of("separate")
-    expected = row_logits(model, rows, PAD, FLOAT, 600)
+    expected = predictor_of(model, 600).logits(rows)
     rows = Dataset.from_list(list(rows), features=TOKEN_ROW_FEATURES)
     marked = [dict(row) for row in rows]
     marked[1]["input_ids"] = [*rows[1]["input_ids"]]
@@ -144,7 +148,7 @@ def test_what_is_no_number_stays_none_and_in_its_battle(way, model_of, rows_of):
     with torch.no_grad():
         embedding[255] = torch.nan
         try:
-            found = row_logits(model, Dataset.from_list(marked, features=TOKEN_ROW_FEATURES), PAD, FLOAT, 600)
+            found = predictor_of(model, 600).logits(Dataset.from_list(marked, features=TOKEN_ROW_FEATURES))
         finally:
             embedding[255] = before
     assert np.argwhere(np.isnan(found[..., 0])).tolist() == [[1, 1]]
@@ -156,16 +160,16 @@ def test_what_is_no_number_stays_none_and_in_its_battle(way, model_of, rows_of):
 @pytest.mark.parametrize("processes", [2, 3, 11])
 def test_processes_share_the_rows_and_compute_as_many_batches(processes, way, model_of, rows_of, monkeypatch):
     model, rows = model_of("both orders", way), rows_of("both orders")
-    expected = row_logits(model, rows, PAD, FLOAT, 500)
+    expected = predictor_of(model, 500).logits(rows)
     monkeypatch.setattr(forward, "reduce", lambda tensor, *_: tensor)  # what all have is their sum
     parts, batches = [], []
     handle = model.register_forward_pre_hook(lambda *_: batches.append(len(parts)))
     for number in range(processes):
         state = SimpleNamespace(num_processes=processes, process_index=number)
-        monkeypatch.setattr(forward, "joined", lambda state=state: state)
+        monkeypatch.setattr(forward, "process_state", lambda state=state: state)
         # Another process has less room, so that all plan with its budget.
         monkeypatch.setattr(forward, "gather_object", lambda found: [*found, 500])
-        parts.append(row_logits(model, rows, PAD, FLOAT, 500 + number))
+        parts.append(predictor_of(model, 500 + number).logits(rows))
     handle.remove()
     assert_close(np.sum(parts, axis=0), expected)
     filled = np.array([part.any(axis=(1, 2)) for part in parts])
@@ -176,17 +180,17 @@ def test_processes_share_the_rows_and_compute_as_many_batches(processes, way, mo
 
 def test_half_precision_is_computed_in_and_float32_is_what_comes_out(model_of, rows_of):
     model, rows = model_of("joint"), rows_of("joint")
-    exact, found = (row_logits(model, rows, PAD, dtype, 500) for dtype in (FLOAT, torch.bfloat16))
+    exact, found = (predictor_of(model, 500, dtype).logits(rows) for dtype in (FLOAT, torch.bfloat16))
     assert found.dtype == np.float32
     assert 1e-5 < np.abs(found - exact).max() < 0.1
 
 
-def test_each_batch_is_told_when_it_is_done(model_of, rows_of, capsys):
+def test_each_batch_is_reported_when_it_is_done(model_of, rows_of, capsys):
     model, rows = model_of("joint"), rows_of("joint")
-    told = []
-    row_logits(model, rows, PAD, FLOAT, 500, advance=told.append)
-    assert len(told) > 1
-    assert sum(told) == len(rows)
+    counts = []
+    predictor_of(model, 500).logits(rows, on_batch=counts.append)
+    assert len(counts) > 1
+    assert sum(counts) == len(rows)
     assert capsys.readouterr().err == ""
 
 
@@ -198,13 +202,13 @@ def test_the_longest_row_is_the_one_with_the_most_tokens(rows_of):
     for order in (range(8), range(7, -1, -1), [4, 5, 6, 7, 0, 1, 2, 3]):
         longest = max(rows.select(order), key=lambda row: row["length"])
         expected = {name: longest[name] for name in MODEL_COLUMNS}
-        np.testing.assert_equal(longest_row(rows.select(order), PACKED), expected)  # NaN is NaN
-    np.testing.assert_equal(longest_row(rows.select([5]), PACKED), {name: rows[5][name] for name in MODEL_COLUMNS})
+        np.testing.assert_equal(PACKED.longest_row(rows.select(order)), expected)  # NaN is NaN
+    np.testing.assert_equal(PACKED.longest_row(rows.select([5])), {name: rows[5][name] for name in MODEL_COLUMNS})
 
 
 @each_way
 def test_the_budget_of_a_cpu_is_fixed(way, model_of, rows_of):
-    assert forward_budget(model_of("joint", way), rows_of("joint"), PAD, FLOAT) == CPU_TOKENS
+    assert predictor_of(model_of("joint", way)).find_budget(rows_of("joint")) == CPU_TOKENS
 
 
 @each_way
@@ -222,7 +226,7 @@ def test_the_budget_is_measured_on_the_longest_rows_without_gradients(way, model
         lambda _, args, kwargs, output: sizes.append((kwargs["input_ids"].numel(), output.logits.requires_grad)),
         with_kwargs=True,
     )
-    found = forward_budget(model, rows, PAD, FLOAT)
+    found = predictor_of(model).find_budget(rows)
     handle.remove()
     longest = max(rows, key=lambda row: row["length"])
     tokens = longest["length"] if way == "packed" else padded_tokens(longest)
@@ -236,5 +240,5 @@ def test_the_longest_row_of_a_padded_model_is_the_one_that_pads_to_the_most():
         {**columns, "branches": [[100, 1, 1], [0, 60, 60]], "length": [102, 120], "weight": [1, 2]}
     )
     padded = Batching(pack, padded_tokens, plan_padded)
-    assert longest_row(rows, padded)["length"] == 102
-    assert longest_row(rows, PACKED)["length"] == 120
+    assert padded.longest_row(rows)["length"] == 102
+    assert PACKED.longest_row(rows)["length"] == 120

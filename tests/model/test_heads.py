@@ -4,13 +4,14 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config, ViTConfi
 
 from rewardmodel.config.schema import ModelConfig
 from rewardmodel.errors import InputError
+from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.batching import pack
 from rewardmodel.model.heads import POOLINGS, FloatHead, FloatLinear, PairTieHead, PooledHead, TieHead, classifier_class
 from rewardmodel.model.loading import load_classifier
 from rewardmodel.objectives import JOINT_HEAD, SEPARATE_HEAD
 
 HIDDEN = torch.tensor([[1.0, 10], [2, 20], [4, 40], [8, 80], [16, 160]])
-READINGS = {
+INDICES = {
     "last": torch.tensor([1, 4]),
     "responses": torch.tensor([0, 1, 2, 4, 3]),
     "response_of": torch.tensor([0, 1, 2, 2, 3]),
@@ -19,7 +20,7 @@ READINGS = {
 
 
 def pooled(name, hidden=HIDDEN, **changes):
-    return POOLINGS[name](hidden, **{**READINGS, **changes})
+    return POOLINGS[name](hidden, **{**INDICES, **changes})
 
 
 def test_the_last_token_is_read_of_each_sequence():
@@ -39,8 +40,8 @@ def test_a_response_that_has_no_token_is_read_as_zeros():
 
 def test_means_of_half_precision_are_summed_in_float32():
     states = torch.full((3000, 1), 1.01, dtype=torch.bfloat16)
-    readings = {"last": torch.tensor([2999]), "responses": torch.arange(3000), "response_of": torch.zeros(3000).long()}
-    found = POOLINGS["responses"](states, **readings)
+    indices = {"last": torch.tensor([2999]), "responses": torch.arange(3000), "response_of": torch.zeros(3000).long()}
+    found = POOLINGS["responses"](states, **indices)
     assert found.dtype == torch.float32
     assert found[0, 0] == pytest.approx(states[0].item(), abs=1e-5)
 
@@ -71,9 +72,8 @@ def load(backbone):
     """Return a classifier on a tiny Llama, its head filled with ones."""
 
     def loaded(head, pooling):
-        folder = backbone("llama")
-        config = ModelConfig(str(folder), device="cpu", dtype="float32", pooling=pooling)
-        model = load_classifier(config, folder, head).eval()
+        config = ModelConfig(str(backbone("llama")), device="cpu", dtype="float32", pooling=pooling)
+        model = load_classifier(resolve_backbone(config), head).eval()
         torch.nn.init.ones_(model.score.weight)
         return model
 

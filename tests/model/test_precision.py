@@ -4,7 +4,9 @@ from builders import make_backbone
 
 from rewardmodel.config.schema import ModelConfig
 from rewardmodel.errors import InputError
-from rewardmodel.model.precision import autocast, compute_device, placement
+from rewardmodel.model.backbone import resolve_backbone
+from rewardmodel.model.families import find_family
+from rewardmodel.model.precision import autocast, compute_device, compute_dtype
 
 CPU = torch.device("cpu")
 
@@ -50,6 +52,12 @@ def test_each_process_of_a_launch_has_a_device_of_its_own(cuda, monkeypatch):
         assert compute_device(ModelConfig(device="cpu")) == CPU
 
 
+def computes(config):
+    """Return device and precision of a resolved backbone."""
+    backbone = resolve_backbone(config)
+    return backbone.device, backbone.dtype
+
+
 @pytest.mark.parametrize(
     ("family", "capability", "expected"),
     [
@@ -65,17 +73,24 @@ def test_the_family_in_the_folder_decides_on_the_precision_with_the_hardware(
 ):
     cuda(capability)
     folder = make_backbone(family, tmp_path)
-    assert placement(ModelConfig(), folder) == (torch.device("cuda", 0), expected)
+    assert computes(ModelConfig(str(folder))) == (torch.device("cuda", 0), expected)
 
 
 def test_a_precision_that_is_asked_for_is_taken(cuda, backbone):
     cuda((7, 5))
-    config = ModelConfig(dtype="bfloat16")
-    assert placement(config, backbone("gemma2")) == (torch.device("cuda", 0), torch.bfloat16)
+    low, full = (ModelConfig(str(backbone("gemma2")), dtype=dtype) for dtype in ("bfloat16", "float32"))
+    device = compute_device(low)
+    assert compute_dtype(low, device, find_family("gemma2")) == torch.bfloat16
+    with pytest.raises(InputError, match=r"model\.dtype: bfloat16 is emulated below compute capability 8\.0"):
+        computes(low)
+    cuda((8, 0))
+    assert computes(low) == (device, torch.bfloat16)
+    assert computes(full) == (device, torch.float32)
     cuda(None)
-    assert placement(config, backbone("gemma2")) == (CPU, torch.bfloat16)
+    assert computes(low) == (CPU, torch.bfloat16)
+    assert computes(full) == (CPU, torch.float32)
     with pytest.raises(InputError, match=r"model\.dtype: float16 does not train on a CPU"):
-        placement(ModelConfig(dtype="float16"), backbone("llama"))
+        computes(ModelConfig(str(backbone("llama")), dtype="float16"))
 
 
 def test_a_forward_pass_computes_in_the_precision_and_in_float32_as_it_is():

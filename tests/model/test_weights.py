@@ -11,7 +11,7 @@ from builders import make_tokenizer
 from safetensors.torch import load_file, save_file
 
 from rewardmodel.errors import InputError
-from rewardmodel.model.weights import PACKAGED, _from_hub, cache_folder, fingerprint, resolve, tensor_shape
+from rewardmodel.model.weights import PACKAGED, _from_hub, cache_folder, fetch_backbone, fingerprint, tensor_shape
 
 WIDTH = 64
 SHAPES = {
@@ -98,7 +98,7 @@ def empty_cache(tmp_path, monkeypatch):
 
 def refusal(name):
     with pytest.raises(InputError) as caught:
-        resolve(name)
+        fetch_backbone(name)
     message = str(caught.value)
     assert message.startswith("model.model_name_or_path: ")
     assert "\n" not in message
@@ -115,14 +115,14 @@ def models_in(cache):
 
 
 def test_a_local_folder_is_itself(backbone):
-    assert resolve(str(backbone("llama"))) == backbone("llama")
+    assert fetch_backbone(str(backbone("llama"))) == backbone("llama")
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    assert resolve("~/model") == tmp_path / "model"
+    assert fetch_backbone("~/model") == tmp_path / "model"
 
 
 def test_a_folder_without_a_configuration_is_refused(tmp_path):
@@ -233,7 +233,7 @@ def test_a_gguf_file_becomes_a_folder_of_the_same_weights(gguf, cache):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path, tensors = gguf
-    folder = resolve(str(path))
+    folder = fetch_backbone(str(path))
     assert folder.parent == cache
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
@@ -249,13 +249,13 @@ def test_a_gguf_file_becomes_a_folder_of_the_same_weights(gguf, cache):
 
 
 def test_a_gguf_file_is_converted_once(gguf, cache, tmp_path, caplog):
-    folder = resolve(str(gguf[0]))
+    folder = fetch_backbone(str(gguf[0]))
     written = times(folder)
     caplog.clear()
     caplog.set_level(logging.INFO, logger="rewardmodel.model.weights")
     copy = shutil.copy(gguf[0], tmp_path)
-    assert resolve(str(gguf[0])) == folder
-    assert resolve(str(copy)) == folder
+    assert fetch_backbone(str(gguf[0])) == folder
+    assert fetch_backbone(str(copy)) == folder
     assert times(folder) == written
     assert models_in(cache) == [folder.name]
     assert "converting" not in caplog.text
@@ -267,7 +267,7 @@ def test_a_packaged_name_finds_the_file_inside_its_package(gguf, empty_cache, tm
     (package / "__init__.py").write_text("raise ImportError('its program is not needed')")
     shutil.copy(gguf[0], package / "SmolLM2-135M-Instruct.Q4_1.gguf")
     monkeypatch.syspath_prepend(str(package.parent))
-    folder = resolve("smollm2-135m-instruct")
+    folder = fetch_backbone("smollm2-135m-instruct")
     assert folder.name.startswith("SmolLM2-135M-Instruct.Q4_1-")
     assert (folder / "model.safetensors").is_file()
 
@@ -290,9 +290,9 @@ def test_a_conversion_that_failed_is_tried_again(gguf, empty_cache, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(PreTrainedTokenizerBase, "save_pretrained", disk_full)  # the weights are written by then
         with pytest.raises(OSError, match="no space left"):
-            resolve(path)
+            fetch_backbone(path)
     assert models_in(empty_cache) == []
-    assert (resolve(path) / "tokenizer.json").is_file()
+    assert (fetch_backbone(path) / "tokenizer.json").is_file()
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"<html>not found</html>"], ids=["empty", "cut", "html"])
@@ -333,7 +333,7 @@ def test_the_hub_is_asked_once_a_revision(hub):
     for revision in ("main", "v2"):
         (folder / revision).mkdir(parents=True)
         (folder / revision / "model.safetensors").write_bytes(b"weights")
-    assert [resolve("owner/name", revision) for revision in ("main", "v2", "main")] == [
+    assert [fetch_backbone("owner/name", revision) for revision in ("main", "v2", "main")] == [
         folder / "main",
         folder / "v2",
         folder / "main",
@@ -347,7 +347,7 @@ def test_a_hub_that_did_not_answer_is_asked_again(hub):
     (folder / "main").mkdir(parents=True)
     assert "has no weights" in refusal("owner/name")
     (folder / "main" / "model.safetensors").write_bytes(b"weights")
-    assert resolve("owner/name") == folder / "main"
+    assert fetch_backbone("owner/name") == folder / "main"
     assert len(asked) == 4
 
 
@@ -363,9 +363,9 @@ def test_older_weight_files_are_fetched_where_a_repository_has_no_others(hub, mo
         return str(folder / revision)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert resolve("owner/name", weights=False) == folder / "main"
+    assert fetch_backbone("owner/name", weights=False) == folder / "main"
     assert len(patterns) == 1
-    assert resolve("owner/name") == folder / "main"
+    assert fetch_backbone("owner/name") == folder / "main"
     assert ["pytorch_model.bin" in asked_for for asked_for in patterns] == [False, False, True]
 
 

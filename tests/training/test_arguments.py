@@ -6,7 +6,7 @@ from trl import RewardConfig
 from rewardmodel.config.schema import ModelConfig, Recipe
 from rewardmodel.config.trainer import OWN_KEYS
 from rewardmodel.errors import InputError
-from rewardmodel.training.arguments import RENAMED, training_arguments
+from rewardmodel.training.arguments import RENAMED_KEYS, training_arguments
 
 CPU = torch.device("cpu")
 
@@ -133,7 +133,7 @@ def test_a_recipe_is_left_as_it_was(tmp_path):
 def checkpointing(args):
     """Return whether and how activations are checkpointed, by whichever name this release has."""
     fields = RewardConfig.__dataclass_fields__
-    return [getattr(args, new if new in fields else old) for old, new in RENAMED.items()]
+    return [getattr(args, new if new in fields else old) for old, new in RENAMED_KEYS.items()]
 
 
 def test_gradient_checkpointing_is_passed_on_by_the_name_that_this_release_has(arguments):

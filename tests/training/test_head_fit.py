@@ -7,7 +7,7 @@ from rewardmodel.config.schema import ObjectiveConfig
 from rewardmodel.errors import InputError
 from rewardmodel.model.heads import FloatLinear, PairTieHead, TieHead
 from rewardmodel.objectives import OBJECTIVES, initial_tie
-from rewardmodel.training import head_fit as probe
+from rewardmodel.training import head_fit
 from rewardmodel.training.head_fit import Examples, fit_last_layer
 
 
@@ -32,7 +32,7 @@ def draw(count=400, width=6, seed=0):
 
 def test_bradley_terry_on_features_is_scikit_learns_logistic_regression(monkeypatch):
     features, labels = draw()
-    monkeypatch.setattr(probe, "PENALTIES", (10.0 / 6,))
+    monkeypatch.setattr(head_fit, "PENALTIES", (10.0 / 6,))
     layer = TieHead(6)
     layer.tie.requires_grad_(False)
     torch.nn.init.zeros_(layer.weight)
@@ -50,7 +50,7 @@ def test_a_layer_with_a_bias_is_scikit_learns_multinomial_regression(monkeypatch
     features = random.normal(size=(300, 1, 4)) * [1, 10, 0.1, 1] + [0, 5, 2, -3]
     scores = features[:, 0] @ random.normal(size=(4, 3)) / [1, 1, 1]
     labels = np.eye(3)[(scores + random.gumbel(size=scores.shape)).argmax(axis=1)]
-    monkeypatch.setattr(probe, "PENALTIES", (3.0 / 4,))
+    monkeypatch.setattr(head_fit, "PENALTIES", (3.0 / 4,))
     layer = FloatLinear(4, 3, bias=True)
     for weight in layer.parameters():
         torch.nn.init.zeros_(weight)
@@ -92,7 +92,7 @@ def test_the_penalty_is_the_one_that_predicts_other_groups_best():
     best = min(losses, key=losses.__getitem__)
     assert best >= 3
     assert losses[best] == pytest.approx(np.log(3), abs=0.02)
-    assert losses[min(probe.PENALTIES)] > losses[best] + 0.1
+    assert losses[min(head_fit.PENALTIES)] > losses[best] + 0.1
 
 
 def test_weights_count_and_a_battle_of_weight_0_does_not():
@@ -138,7 +138,9 @@ def test_ties_of_pairs_are_learnt_from_how_far_responses_are_apart_and_scales_do
 
 def test_battles_of_one_prompt_are_refused():
     features, labels = draw(count=10)
-    with pytest.raises(InputError, match="across prompts, and all battles share one; give battles of two"):
+    with pytest.raises(
+        InputError, match="across prompts, and all battles have the same one; give battles of at least two"
+    ):
         fit_last_layer(
             TieHead(6), examples_of(features, labels), np.zeros(10), OBJECTIVES["davidson"], ObjectiveConfig()
         )

@@ -15,7 +15,7 @@ from rewardmodel.training.trainer import PreferenceTrainer
 NAN = float("nan")
 
 
-def test_a_bad_loss_is_told_a_step_later_with_its_battles():
+def test_a_bad_loss_is_reported_a_step_later_with_its_battles():
     guard = NanGuard("bfloat16, packed_sdpa attention")
     guard.record(7, ["a", "b"], torch.tensor([1.0, NAN]))
     guard.record(7, ["c", "d"], torch.tensor([1.0, 2.0]))
@@ -41,14 +41,14 @@ def test_before_a_checkpoint_everything_is_looked_at(value):
     with pytest.raises(FloatingPointError, match="step 3"):
         guard.check(model)
     torch.nn.init.constant_(model.weight, value)
-    with pytest.raises(FloatingPointError, match="weights that train are no numbers"):
+    with pytest.raises(FloatingPointError, match="weights that train are NaN or infinite"):
         NanGuard("").check(model)
     model.weight.requires_grad = False
     NanGuard("").check(model)
 
 
 def spoilt(monkeypatch, step: int) -> None:
-    """Let the loss of one battle of a step be no number."""
+    """Let the loss of one battle of a step be NaN."""
     honest = PreferenceTrainer.battle_losses
 
     def losses(self, logits, labels, teacher):
@@ -58,7 +58,7 @@ def spoilt(monkeypatch, step: int) -> None:
     monkeypatch.setattr(PreferenceTrainer, "battle_losses", losses)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_spoils_no_checkpoint(recipe, tmp_path, monkeypatch, capsys):
+def test_a_loss_that_is_nan_stops_the_run_and_spoils_no_checkpoint(recipe, tmp_path, monkeypatch, capsys):
     recipe = with_trainer(recipe, num_train_epochs=2, save_strategy="steps", eval_strategy="steps", save_steps=3)
     recipe = with_trainer(recipe, eval_steps=3, battles_per_step=12)
     whole, _ = train(with_trainer(recipe, output_dir=str(tmp_path / "whole")))
@@ -66,9 +66,9 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spoils_no_checkpoint(recipe,
     with monkeypatch.context() as patched:
         spoilt(patched, step=6)
         assert main(["train", str(tmp_path / "recipe.yaml")]) == 1
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith("error: step 6: the loss of ")
-    assert "(float32, packed_sdpa attention)" in told
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: step 6: the loss of ")
+    assert "(float32, packed_sdpa attention)" in error
     assert {path.name for path in recipe.run_folder.glob("checkpoint-*")} == {"checkpoint-3"}
     assert not RunFolder(recipe.run_folder).model.exists()
     assert main(["train", str(tmp_path / "recipe.yaml"), "--resume"]) == 0

@@ -2,10 +2,11 @@ import dataclasses
 import shutil
 import subprocess
 import sys
+from functools import cache, partial
 
 import numpy as np
 import pytest
-from builders import battle_frame
+from builders import battle_frame, small_recipe
 from safetensors import safe_open
 
 from rewardmodel.config.schema import ModelConfig, ObjectiveConfig
@@ -15,7 +16,7 @@ from rewardmodel.inference.predict import predict
 from rewardmodel.inference.reward_function import reward_function
 from rewardmodel.kfold import train_folds
 from rewardmodel.metrics import log_loss
-from rewardmodel.model import features
+from rewardmodel.model.forward import Predictor
 from rewardmodel.predictions import predicted, read_predictions, true_outcomes
 from rewardmodel.run_folder import RunFolder
 from rewardmodel.training.train import train
@@ -24,24 +25,37 @@ JOINT = ("cross_entropy",)
 OBJECTIVES = (*JOINT, "davidson", "bradley_terry")
 
 
+def freeze(recipe, objective):
+    """Return the recipe with a frozen backbone of one layer, for an objective."""
+    model = dataclasses.replace(
+        recipe.model, freeze_backbone=True, num_hidden_layers=1, pooling="responses", lora_first_layer=5
+    )
+    data = dataclasses.replace(recipe.data, swap_augmentation="both")
+    prompt = dataclasses.replace(recipe.prompt, template="instruction" if objective in JOINT else "response")
+    return dataclasses.replace(recipe, model=model, data=data, prompt=prompt, objective=ObjectiveConfig(objective))
+
+
 @pytest.fixture
 def frozen(recipe):
-    """Return a function that returns a recipe with a frozen backbone of one layer, for an objective."""
+    """Return a function that returns a recipe with a frozen backbone, for an objective."""
+    return partial(freeze, recipe)
 
-    def of(objective):
-        model = dataclasses.replace(
-            recipe.model, freeze_backbone=True, num_hidden_layers=1, pooling="responses", lora_first_layer=5
-        )
-        data = dataclasses.replace(recipe.data, swap_augmentation="both")
-        prompt = dataclasses.replace(recipe.prompt, template="instruction" if objective in JOINT else "response")
-        return dataclasses.replace(recipe, model=model, data=data, prompt=prompt, objective=ObjectiveConfig(objective))
 
-    return of
+@pytest.fixture(scope="module")
+def frozen_run(backbone, tmp_path_factory):
+    """Return a function that trains a head on a frozen backbone once an objective: recipe, run folder and parts."""
+
+    @cache
+    def trained(objective):
+        recipe = freeze(small_recipe(backbone("llama"), tmp_path_factory.mktemp("frozen")), objective)
+        return recipe, *train(recipe)
+
+    return trained
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_head_on_a_frozen_backbone_learns_is_saved_and_predicts(frozen, objective, tmp_path):
-    run, parts = train(frozen(objective))
+def test_a_head_on_a_frozen_backbone_learns_is_saved_and_predicts(frozen_run, objective):
+    _, run, parts = frozen_run(objective)
     with safe_open(RunFolder(run).model / "adapter_model.safetensors", "pt") as weights:
         names = list(weights.keys())
     assert names
@@ -50,22 +64,37 @@ def test_a_head_on_a_frozen_backbone_learns_is_saved_and_predicts(frozen, object
     loss = log_loss(predicted(table), true_outcomes(table))
     assert loss < 0.9  # 1.04 without looking
     assert ("ba_p_tie" in table) == (objective in JOINT)
-    write = "from rewardmodel.cli import main; main(['predict', *__import__('sys').argv[1:]])"
-    subprocess.run(
-        [sys.executable, "-c", write, str(run), "validation", "--output", str(tmp_path / "x.parquet")], check=True
-    )
-    np.testing.assert_allclose(predicted(read_predictions(tmp_path / "x.parquet")), predicted(table), atol=1e-6)
+
+
+PREDICT = """
+import sys
+from rewardmodel.cli import main
+for run in sys.argv[1:]:
+    main(["predict", run, "validation", "--output", f"{run}.parquet"])
+"""
+
+
+@pytest.mark.slow  # starts a fresh process, one for all objectives
+def test_heads_on_a_frozen_backbone_predict_the_same_in_a_fresh_process(frozen_run, tmp_path):
+    runs = {objective: tmp_path / objective for objective in OBJECTIVES}
+    for objective, copy in runs.items():
+        shutil.copytree(frozen_run(objective)[1], copy)
+    subprocess.run([sys.executable, "-c", PREDICT, *map(str, runs.values())], check=True)
+    for objective in runs:
+        _, run, parts = frozen_run(objective)
+        found = read_predictions(tmp_path / f"{objective}.parquet")
+        np.testing.assert_allclose(predicted(found), predicted(predict(run, parts.validation)), atol=1e-6)
 
 
 def test_folds_read_the_features_of_a_battle_once(frozen, monkeypatch, tmp_path):
     monkeypatch.setenv("REWARDMODEL_CACHE", str(tmp_path / "cache"))
-    count, compute = [], features.row_logits
+    count, compute = [], Predictor.logits
 
-    def counted(reader, rows, *given):
+    def counted(self, rows, **given):
         count.extend(rows["id"][:])
-        return compute(reader, rows, *given)
+        return compute(self, rows, **given)
 
-    monkeypatch.setattr(features, "row_logits", counted)
+    monkeypatch.setattr(Predictor, "logits", counted)
     _, facts = train_folds(frozen("davidson"))
     assert sorted(count) == sorted(battle_frame()["id"])
     assert facts.metrics["log_loss"].value < 0.9
@@ -135,10 +164,9 @@ def test_a_frozen_run_that_is_done_is_left_alone_and_one_that_was_killed_goes_on
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_training_starts_from_a_head_that_is_fitted_to_what_the_untouched_backbone_reads(
-    frozen, objective, tmp_path, monkeypatch
+    frozen_run, objective, tmp_path, monkeypatch
 ):
-    recipe = frozen(objective)
-    run, parts = train(recipe)
+    recipe, run, parts = frozen_run(objective)
     alone = predicted(predict(run, parts.validation))
     model = dataclasses.replace(recipe.model, freeze_backbone=False, lora_first_layer=0, head_init="fitted")
     still = recipe.trainer | {"output_dir": str(tmp_path / "still"), "learning_rate": 1e-12, "max_steps": 1}
@@ -154,7 +182,7 @@ def test_training_starts_from_a_head_that_is_fitted_to_what_the_untouched_backbo
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"keep_head": True}, "model.keep_head: freeze_backbone fits the last layer of the head anew"),
+        ({"keep_head": True}, "model.keep_head: freeze_backbone fits a new last layer of the head"),
         ({"head_init": "fitted"}, "model.head_init: .*freeze_backbone always fits one"),
         ({"use_peft": False}, "model.freeze_backbone: .*use_peft is false"),
         ({"num_hidden_layers": 3}, "model.num_hidden_layers: 3, but the backbone has 2"),

@@ -76,6 +76,7 @@ train(load_recipe(sys.argv[1]), resume="--resume" in sys.argv)
 """
 
 
+@pytest.mark.slow  # kills a fresh process
 def test_a_killed_run_resumes_to_the_same_weights(recipe, tmp_path):
     keys = {"num_train_epochs": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     keys["load_best_model_at_end"] = False  # the last weights, not those of a checkpoint before the kill

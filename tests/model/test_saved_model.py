@@ -6,7 +6,8 @@ from safetensors.torch import save_file
 
 from rewardmodel.config.schema import ModelConfig
 from rewardmodel.errors import InputError
-from rewardmodel.model.loading import backbone_folder, check_head, is_adapter, read_about
+from rewardmodel.model.backbone import saved_backbone_folder
+from rewardmodel.model.saved_model import check_head, is_adapter, read_about
 from rewardmodel.model.weights import fingerprint
 
 
@@ -24,13 +25,13 @@ def test_a_whole_model_stands_on_itself_and_an_adapter_on_its_backbone(backbone,
     adapter = saved(tmp_path / "adapter", True, fingerprint(backbone("llama")))
     assert not is_adapter(whole)
     assert is_adapter(adapter)
-    assert backbone_folder(config, whole) == whole
-    assert backbone_folder(config, adapter) == backbone("llama")
+    assert saved_backbone_folder(config, whole) == whole
+    assert saved_backbone_folder(config, adapter) == backbone("llama")
 
 
 def test_another_backbone_is_refused(backbone, tmp_path):
     with pytest.raises(InputError, match="trained on other weights of base"):
-        backbone_folder(ModelConfig(str(backbone("llama"))), saved(tmp_path / "adapter", True, "of another"))
+        saved_backbone_folder(ModelConfig(str(backbone("llama"))), saved(tmp_path / "adapter", True, "of another"))
 
 
 @pytest.mark.parametrize("content", [None, "{"])
