@@ -4,7 +4,7 @@
 
 Every case trains a few optimiser steps, or predicts, in a process of its own, on battles of the packaged sample made as
 long as the recipe lets them be. Measured is the most resident memory of the process; what the doctor told of the same
-recipe beforehand is beside it, with the process itself (`planning.estimate.PROCESS`) and without.
+recipe beforehand is beside it, with the process itself (`planning.estimate.PROCESS_BYTES`) and without.
 """
 
 import argparse
@@ -128,16 +128,17 @@ def tell_beforehand(name: str, folder: str) -> dict:
     from rewardmodel.distributed import Launch
     from rewardmodel.model.precision import placement
     from rewardmodel.planning.devices import find_device
-    from rewardmodel.planning.estimate import Case, inference_needs, training_needs
-    from rewardmodel.planning.workload import read_lengths
+    from rewardmodel.planning.estimate import estimate_inference, estimate_training
+    from rewardmodel.planning.scenario import Scenario
+    from rewardmodel.planning.workload import read_workload
 
     recipe = recipe_of(name, folder)
     backbone = Path(recipe.model.model_name_or_path)
     dtype, config = placement(recipe.model, backbone)[1], AutoConfig.from_pretrained(backbone)
-    case = Case(recipe, config, find_device("cpu"), dtype, Launch(), read_lengths(recipe, backbone))
-    needs = inference_needs(case) if CASES[name].get("predict") else training_needs(case)
-    parts = {part: round(size / 2**30, 3) for part, size in needs["parts"].items()}
-    return {"told_gib": round(needs["total"] / 2**30, 3), "parts": parts, "tokens": needs["tokens"]}
+    scenario = Scenario(recipe, config, find_device("cpu"), dtype, Launch(), read_workload(recipe, backbone))
+    needs = estimate_inference(scenario) if CASES[name].get("predict") else estimate_training(scenario)
+    parts = {part: round(size / 2**30, 3) for part, size in needs.parts.items()}
+    return {"told_gib": round(needs.total / 2**30, 3), "parts": parts, "tokens": needs.tokens}
 
 
 MEASUREMENTS = {"take": take, "tell": tell_beforehand}
