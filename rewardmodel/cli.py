@@ -72,11 +72,11 @@ def _doctor(options: Namespace) -> int:
         launched = Launch(options.gpus, "ddp" if options.gpus > 1 else "")
     from rewardmodel.planning.doctor import doctor, format_doctor
 
-    facts = doctor(recipe, options.device, launched)
-    print(format_doctor(facts))
-    for problem in facts["problems"]:
+    diagnosis = doctor(recipe, options.device, launched)
+    print(format_doctor(diagnosis))
+    for problem in diagnosis.problems:
         print(f"error: {problem}", file=sys.stderr)
-    return 2 if facts["problems"] else 0
+    return 2 if diagnosis.problems else 0
 
 
 def _train(options: Namespace) -> None:
@@ -172,26 +172,22 @@ def _export(options: Namespace) -> None:
     asked = {name: value for name in names if (value := getattr(options, name)) is not None}
     if asked and not {"dataset", "installed"} <= asked.keys():
         raise InputError(f"--{next(iter(asked))}: only for --kind kaggle, which needs --dataset and --installed")
-    from rewardmodel.inference.battles import battles_to_predict
-    from rewardmodel.run_folder import trained_models
-
-    folders = [folder for run in options.runs for folder in trained_models(run)]
-    battles = battles_to_predict(folders[0], options.battles) if options.battles else None
     from rewardmodel.exports.export import export
     from rewardmodel.exports.kaggle import Bundle
-    from rewardmodel.exports.parity import format_parity
 
-    facts = export(
+    parity = export(
         options.runs,
         options.output,
         options.kind,
         dtype=options.dtype,
-        battles=battles,
+        battles=options.battles,
         rewardmodel_only=options.rewardmodel_only,
         push_to_hub=options.push_to_hub,
         bundle=Bundle(**asked) if asked else None,
     )
-    print(f"{format_parity(facts)}\n\n{options.output}")
+    from rewardmodel.exports.parity import format_parity  # after the checks of export, because it imports torch
+
+    print(f"{format_parity(parity)}\n\n{options.output}")
 
 
 def _baseline(options: Namespace) -> None:

@@ -4,7 +4,7 @@
 
 Every case trains a few optimiser steps, or predicts, in a separate process, on battles of the packaged sample that are
 made as long as the recipe allows. The peak of the process's resident memory is compared with the doctor's estimate for
-the same recipe, with the memory of the process itself (`planning.estimate.PROCESS`) and without.
+the same recipe, with the memory of the process itself (`planning.estimate.PROCESS_BYTES`) and without.
 """
 
 import argparse
@@ -125,16 +125,17 @@ def estimate(name: str, folder: str) -> dict:
     from rewardmodel.distributed import Launch
     from rewardmodel.model.backbone import resolve_backbone
     from rewardmodel.planning.devices import find_device
-    from rewardmodel.planning.estimate import Case, inference_needs, training_needs
-    from rewardmodel.planning.workload import read_lengths
+    from rewardmodel.planning.estimate import estimate_inference, estimate_training
+    from rewardmodel.planning.scenario import Scenario
+    from rewardmodel.planning.workload import read_workload
 
     recipe = recipe_of(name, folder)
     backbone = resolve_backbone(recipe.model)
-    lengths = read_lengths(recipe, backbone.folder)
-    case = Case(recipe, backbone.config, find_device("cpu"), backbone.dtype, Launch(), lengths)
-    needs = inference_needs(case) if CASES[name].get("predict") else training_needs(case)
-    parts = {part: round(size / 2**30, 3) for part, size in needs["parts"].items()}
-    return {"told_gib": round(needs["total"] / 2**30, 3), "parts": parts, "tokens": needs["tokens"]}
+    workload = read_workload(recipe, backbone.folder)
+    scenario = Scenario(recipe, backbone.config, find_device("cpu"), backbone.dtype, Launch(), workload)
+    needs = estimate_inference(scenario) if CASES[name].get("predict") else estimate_training(scenario)
+    parts = {part: round(size / 2**30, 3) for part, size in needs.parts.items()}
+    return {"told_gib": round(needs.total / 2**30, 3), "parts": parts, "tokens": needs.tokens}
 
 
 MEASUREMENTS = {"take": take, "estimate": estimate}

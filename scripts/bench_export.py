@@ -2,9 +2,9 @@
 
     python scripts/bench_export.py --json scripts/results/export.json
 
-Each merge is a process of its own. Memory is the peak of anonymous pages (what the process itself holds) over those
-after the imports; `beyond_gib` is it less the largest tensor in float32 and the largest output shard. Pages of the
-memory-mapped input files come and go as the system likes. Takes about 10 GB of disk.
+Each merge runs in a separate process. Memory is the peak of anonymous pages (what the process itself allocates) minus
+those after the imports; `beyond_gib` is that minus the largest tensor in float32 and the largest output shard. Pages of
+the memory-mapped input files are not counted. Takes about 10 GB of disk.
 """
 
 import argparse
@@ -19,15 +19,25 @@ from pathlib import Path
 from bench_battles import Memory, answer, measured, tell
 
 SHAPE = {
-    "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
-    "max_position_embeddings": 131072, "tie_word_embeddings": True, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-}  # fmt: skip
-"""Of the backbone, in transformers' words."""
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}
+"""Configuration of the backbone."""
 
 RUNS = {"4-bit": {"load_in_4bit": True}, "8-bit": {"load_in_8bit": True}, "16-bit": {}}
-"""How the runs were trained."""
+"""The recipe's quantisation of each run."""
 
 RANK = 16
 
@@ -79,9 +89,11 @@ def make_run(folder: Path, backbone: Path, how: str) -> None:
     LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], **LORA).save_pretrained(folder / "model")
     unlettered_tokenizer().save_pretrained(folder / "model")
     about = {
-        "model_name_or_path": str(backbone), "model_revision": "main", "fingerprint": fingerprint(backbone),
+        "model_name_or_path": str(backbone),
+        "model_revision": "main",
+        "fingerprint": fingerprint(backbone),
         "head": {"num_labels": 3, "responses": 2, "tie": False},
-    }  # fmt: skip
+    }
     (folder / "model" / "backbone.json").write_text(json.dumps(about))
     (folder / "environment.json").write_text(json.dumps({"compute": {"dtype": "bfloat16"}}))
     recipe = Recipe(model=ModelConfig(str(backbone), device="cpu", **RUNS[how]))
@@ -89,14 +101,15 @@ def make_run(folder: Path, backbone: Path, how: str) -> None:
 
 
 def merge_one(run: str, how: str, target: str) -> dict:
-    """Merge a run and tell seconds and memory."""
+    """Merge a run and return seconds and memory."""
     import torch
 
-    from rewardmodel.exports.merge import merge, trained
+    from rewardmodel.exports.checks import load_trained_run
+    from rewardmodel.exports.merge import merge_run
 
-    loaded = trained(Path(run))
+    loaded = load_trained_run(Path(run))
     begin, memory, start = anonymous_gib(), Memory(), time.perf_counter()
-    merge(loaded, Path(target), torch.bfloat16)
+    merge_run(loaded, Path(target), torch.bfloat16)
     seconds = time.perf_counter() - start
     largest = SHAPE["vocab_size"] * SHAPE["hidden_size"] * 4 / 2**30
     shards = [file.stat().st_size for file in Path(target).glob("*.safetensors")]
@@ -112,13 +125,13 @@ def merge_one(run: str, how: str, target: str) -> dict:
 
 
 def anonymous_gib() -> float:
-    """Return what this process holds of memory by itself."""
+    """Return the anonymous memory of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 2**20
 
 
 def main() -> None:
-    """Make the backbone and the runs, merge each in a process of its own, write JSON."""
+    """Make the backbone and the runs, merge each in a separate process, write JSON."""
     if answer({"merge": merge_one}):
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

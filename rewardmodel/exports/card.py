@@ -1,4 +1,4 @@
-"""What is known of a run and its export in, the export's model card out: README.md with the hub's metadata."""
+"""A run and its export -> the export's model card: README.md with the hub's metadata."""
 
 import json
 from collections.abc import Sequence
@@ -24,117 +24,118 @@ from rewardmodel.objectives import find_objective
 from rewardmodel.prompt.encoder import PromptEncoder
 from rewardmodel.run_folder import RunFolder, load_run_recipe
 
-CARD = "README.md"
-
 LICENCES = {"smollm2-135m-instruct": "apache-2.0", "gemma3-270m": "gemma"}
-"""Licences of the packaged backbones, in the hub's words."""
+"""Licences of the packaged backbones, by the hub's identifiers."""
 
-LINKS = {
+LINK_FORMULAS = {
     "rao_kupper": "P(A) = sigmoid(d - eta), P(B) = sigmoid(-d - eta), P(tie) = the rest, eta = log(1 + exp(t))",
     "davidson": "P(A), P(B), P(tie) = softmax of (d / 2, -d / 2, t)",
     "bradley_terry": "P(A), P(B), P(tie) = softmax of (d / 2, -d / 2, t), so that P(A) / P(B) = exp(d)",
 }
-"""How rewards become probabilities, by objective."""
+"""How the reward difference d and the tie parameter t become probabilities, by objective."""
 
 
 def write_card(runs: Sequence[Path], model: Path, parity: dict[str, Any], parity_text: str) -> None:
-    """Write the card of an export beside its model.
+    """Write README.md, the card of an export, next to its model.
 
     Args:
         runs: the folders of the runs that it was made of.
-        model: the export's model, with its recipe.
-        parity: what `exports.parity.check_parity` found.
+        model: folder of the export's model, with its recipe.
+        parity: as of `exports.parity.check_parity`, with `kind`.
         parity_text: the same as lines of text.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True
     )
-    facts = card_facts(runs, model, parity, parity_text)
-    write_text(model / CARD, environment.get_template("card.md.jinja").render(**facts))
+    facts = collect_card_facts(runs, model, parity, parity_text)
+    write_text(model / "README.md", environment.get_template("card.md.jinja").render(**facts))
 
 
-def card_facts(runs: Sequence[Path], model: Path, parity: dict[str, Any], parity_text: str) -> dict[str, Any]:
-    """Return what the card's template prints."""
+def collect_card_facts(runs: Sequence[Path], model: Path, parity: dict[str, Any], parity_text: str) -> dict[str, Any]:
+    """Return what the card's template prints; arguments as of `write_card`."""
     recipe, about = load_run_recipe(runs[0]), read_about(model)
     objective = find_objective(recipe.objective)
     merged = about.get("merged", {})
     bits = quantization_name(recipe.model)
+    adapter = is_adapter(model)
     return {
         "title": f"{Path(recipe.trainer['output_dir']).name}, {parity['kind']}",
         "version": rewardmodel.__version__,
-        "base": _shown(about["model_name_or_path"]),
+        "base": _public_name(about["model_name_or_path"]),
         "fingerprint": about["fingerprint"],
-        "licence": licence(recipe.model),
+        "licence": find_licence(recipe.model),
         "objective": recipe.objective.name,
         "joint": objective.encoding == "joint",
         "labels": objective.head.num_labels,
         "outcomes": OUTCOMES,
         "tie": about.get("tie"),
-        "link": LINKS.get(recipe.objective.name),
+        "link": LINK_FORMULAS.get(recipe.objective.name),
         "bits": bits,
-        "whole": not is_adapter(model),
-        "plain": recipe.model.plain_head and (is_adapter(model) or parity["plain"] is not None),
-        "why_not_plain": _why_not_plain(recipe.model),
-        "form": _form(merged, bits) if merged else "the adapter and its head as they were trained, in PEFT's layout",
+        "whole": not adapter,
+        "plain": recipe.model.plain_head and (adapter or parity["plain"] is not None),
+        "why_not_plain": _explain_not_plain(recipe.model),
+        "form": _describe_form(merged, bits),
         "requantised": bool(merged.get("bits")),
         "max_length": recipe.prompt.max_length,
         "truncation": recipe.prompt.truncation,
-        "example": _example(model, recipe),
+        "example": _render_example(model, recipe),
         "folds": len(runs),
-        "runs": [_run_facts(run) for run in runs],
-        "calibration": _calibration(runs, model),
+        "runs": [_collect_run_facts(run) for run in runs],
+        "calibration": _describe_calibration(runs, model),
         "parity": parity_text,
     }
 
 
-def licence(config: ModelConfig) -> dict[str, str | None]:
-    """Return the licence of a backbone: its `identifier` in the hub's words, if known, and a `sentence`."""
+def find_licence(config: ModelConfig) -> dict[str, str | None]:
+    """Return the licence of a backbone: its `identifier` on the hub, if it is known, and a `sentence`."""
     identifier = LICENCES.get(config.model_name_or_path)
-    where = "of its package"
+    source = "its package"
     if identifier is None:
-        identifier, where = _licence_of_card(config), "of its own model card"
+        identifier, source = _read_licence(config), "its model card"
     if identifier is None:
-        unknown = f"that of `{_shown(config.model_name_or_path)}`, to be looked up there: nothing here tells it."
-        return {"identifier": None, "sentence": unknown}
-    return {"identifier": identifier, "sentence": f"{identifier}, that {where}; it holds for this model too."}
+        name = _public_name(config.model_name_or_path)
+        return {"identifier": None, "sentence": f"unknown; look up that of `{name}`, which applies here too."}
+    return {"identifier": identifier, "sentence": f"{identifier}, the backbone's ({source}), which applies here too."}
 
 
-def _licence_of_card(config: ModelConfig) -> str | None:
-    """Return the licence that the backbone's own card states: the one in its folder, or on the hub."""
+def _read_licence(config: ModelConfig) -> str | None:
+    """Return the licence in the backbone's own model card: the one in its folder, or on the hub."""
     folder = fetch_backbone(config.model_name_or_path, config.model_revision)
     try:
-        _, header, _ = (folder / CARD).read_text(encoding="utf-8").split("---\n", 2)
+        _, header, _ = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
         return yaml.safe_load(header)["license"]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         pass
-    if folder.parent.name != "snapshots":  # of the hub's cache
+    if folder.parent.name != "snapshots":  # not in the hub's cache
         return None
     from huggingface_hub import model_info
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        stated = model_info(config.model_name_or_path, timeout=10).card_data
-        return stated.get("license") if stated else None
-    except (HfHubHTTPError, OSError, ValueError):  # OSError: no network, or none wanted
+        card = model_info(config.model_name_or_path, timeout=10).card_data
+        return card.get("license") if card else None
+    except (HfHubHTTPError, OSError, ValueError):  # OSError: no network, or offline mode
         return None
 
 
-def _form(merged: dict[str, Any], bits: str | None) -> str:
-    added = f"the backbone's weights out of {bits}" if bits else "the backbone's weights"
-    form = f"one model: {added}, what was trained added in float32, saved in {merged['dtype']}"
-    return f"{form} and quantised once more to {merged['bits']} bits, the head left out" if merged["bits"] else form
+def _describe_form(merged: dict[str, Any], bits: str | None) -> str:
+    if not merged:
+        return "the adapter and its head as they were trained, in PEFT's layout"
+    backbone = f"the backbone's weights, dequantised from {bits}," if bits else "the backbone's weights"
+    form = f"one model: {backbone} and the adapter's updates, added in float32 and saved in {merged['dtype']}"
+    return f"{form}, then quantised to {merged['bits']} bits except for the head" if merged["bits"] else form
 
 
-def _why_not_plain(config: ModelConfig) -> str:
+def _explain_not_plain(config: ModelConfig) -> str:
     if not config.plain_head:
         return (
-            f"**Only rewardmodel loads this model.** Its head is another than plain transformers' (`model.pooling: "
+            f"**Only rewardmodel loads this model.** Plain transformers does not have its head (`model.pooling: "
             f"{config.pooling}`, `model.pair_ties: {str(config.pair_ties).lower()}`)."
         )
     return "**Only rewardmodel loads this model** as it was trained; plain transformers was not checked on it."
 
 
-def _example(model: Path, recipe: Recipe) -> str:
+def _render_example(model: Path, recipe: Recipe) -> str:
     """Return a small battle in the template's text, one sequence."""
     tokenizer = load_tokenizer(model)
     encoder = PromptEncoder(tokenizer, recipe.prompt, find_objective(recipe.objective).encoding)
@@ -143,15 +144,15 @@ def _example(model: Path, recipe: Recipe) -> str:
     return tokenizer.decode(sequence.input_ids)
 
 
-def _run_facts(run: Path) -> dict[str, Any]:
-    data = _json(RunFolder(run).environment).get("data", {})
-    metrics = RunFolder(run).metrics
-    evaluation = read_evaluation(metrics) if metrics.is_file() else None
-    given = load_run_recipe(run).data.train
-    sources = [one.path if isinstance(one, Source) else one for one in (given if isinstance(given, list) else [given])]
+def _collect_run_facts(run: Path) -> dict[str, Any]:
+    files = RunFolder(run)
+    data = _read_json(files.environment).get("data", {})
+    evaluation = read_evaluation(files.metrics) if files.metrics.is_file() else None
+    train = load_run_recipe(run).data.train
+    sources = [one.path if isinstance(one, Source) else one for one in (train if isinstance(train, list) else [train])]
     return {
         "name": run.resolve().name,
-        "source": ", ".join(map(_shown, sources)),
+        "source": ", ".join(map(_public_name, sources)),
         "training": data.get("training", "unknown"),
         "validation": data.get("validation", "unknown"),
         "metrics": format_metrics(evaluation) if evaluation else None,
@@ -159,24 +160,25 @@ def _run_facts(run: Path) -> dict[str, Any]:
     }
 
 
-def _shown(source: str) -> str:
-    """Return a source as a card may show it: of a local file, its name alone."""
+def _public_name(source: str) -> str:
+    """Return a source as it may be published: only the name of a local file, not its path."""
     return Path(source).name if Path(source).exists() or Path(source).is_absolute() else source
 
 
-def _calibration(runs: Sequence[Path], model: Path) -> str:
+def _describe_calibration(runs: Sequence[Path], model: Path) -> str:
     if len(runs) > 1:
-        return "None: the calibrators of the runs were fitted to each by itself."
-    calibrator = _json(RunFolder(model).calibrator)
+        return "None: each run's calibrator was fitted to that run alone."
+    calibrator = _read_json(RunFolder(model).calibrator)
     if not calibrator.get("method"):
-        return "None is applied: it did not help beyond noise, or was switched off."
+        return "None: it did not help beyond noise, or was switched off."
     parameters = ", ".join(f"{value:.4f}" for value in calibrator["parameters"])
-    blended = f", with the baseline in {RunFolder(model).blend_baseline.name}" if calibrator["method"] == BLEND else ""
+    baseline = RunFolder(model).blend_baseline.name
+    blend = f", and the baseline in {baseline}" if calibrator["method"] == BLEND else ""
     return (
-        f"`rewardmodel predict` applies {calibrator['method']} ({parameters}), of calibrator.json{blended}; plain "
-        "transformers gives the probabilities before it."
+        f"`rewardmodel predict` applies {calibrator['method']} ({parameters}) from calibrator.json{blend}; plain "
+        "transformers returns uncalibrated probabilities."
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,15 +1,14 @@
-"""An exported model in, a folder out that is ready to be a Kaggle data set: wheels, a notebook, metadata.
+"""An exported model -> a folder that is ready to be a Kaggle data set: source, wheels, notebook, metadata.
 
-The notebook installs without an index, predicts on all GPUs, one process each, writes submission.csv and checks it.
+The notebook installs wheels without an index, imports rewardmodel from the data set, predicts on all GPUs, one process
+each, writes submission.csv and checks it.
 """
 
-import base64
-import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
-import zipfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,10 +25,6 @@ import rewardmodel
 from rewardmodel.errors import InputError
 from rewardmodel.files import write_text
 
-BUNDLED_MODEL = "model"
-WHEELS, SCRIPT, NOTEBOOK, METADATA = "wheels", "inference.py", "inference.ipynb", "dataset-metadata.json"
-"""What stands in a bundle, beside the model."""
-
 
 @dataclass(frozen=True)
 class Bundle:
@@ -37,13 +32,13 @@ class Bundle:
 
     Attributes:
         dataset: owner/name of the Kaggle data set.
-        installed: a file of what is installed there, as `pip freeze` prints it.
-        contents: the model inside, a name out of `exports.export.EXPORTS`.
+        installed: a file with what is installed there, as `pip freeze` prints it.
+        contents: the model inside, a name from `exports.export.EXPORTS`.
         base: where the backbone is mounted there; for an adapter.
         python: the version there.
 
     Raises:
-        InputError: no name that Kaggle takes.
+        InputError: a name that Kaggle does not accept.
     """
 
     dataset: str
@@ -63,38 +58,49 @@ class Bundle:
         """The data set's name without its owner."""
         return self.dataset.partition("/")[2]
 
+    @property
+    def title(self) -> str:
+        """The data set's title."""
+        return self.name.replace("-", " ")
+
 
 def write_bundle(bundle: Bundle, folder: Path) -> None:
-    """Write all of a bundle but its model.
+    """Write all of a bundle except its model.
 
     Args:
         bundle: what it is for.
-        folder: its folder, with the model in `BUNDLED_MODEL`.
+        folder: its folder, with the model in model/.
 
     Raises:
-        InputError: as `exports.kaggle.collect`.
+        InputError: as `download_wheels`.
     """
-    collect(bundle.installed, bundle.python, folder / WHEELS)
-    about = {"title": bundle.name.replace("-", " "), "id": bundle.dataset, "licenses": [{"name": "other"}]}
-    write_text(folder / METADATA, json.dumps(about, indent=2) + "\n")
-    text = script(bundle)
-    write_text(folder / SCRIPT, text)
-    write_text(folder / NOTEBOOK, json.dumps(notebook(text), indent=1) + "\n")
+    copy_source(folder)
+    download_wheels(bundle.installed, bundle.python, folder / "wheels")
+    about = {"title": bundle.title, "id": bundle.dataset, "licenses": [{"name": "other"}]}
+    write_text(folder / "dataset-metadata.json", json.dumps(about, indent=2) + "\n")
+    script = render_script(bundle)
+    write_text(folder / "inference.py", script)
+    write_text(folder / "inference.ipynb", json.dumps(build_notebook(script), indent=1) + "\n")
 
 
-def script(bundle: Bundle) -> str:
-    """Return the program of the notebook, its cells parted by `# %%`."""
+def copy_source(folder: Path) -> None:
+    """Copy the package that is running, installed or from a source tree, into a folder, which then can be imported."""
+    package = Path(rewardmodel.__file__).parent
+    shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+
+
+def render_script(bundle: Bundle) -> str:
+    """Return the notebook's program, its cells separated by `# %%`."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True
     )
-    names = {"title": bundle.name.replace("-", " "), "dataset": bundle.dataset, "name": bundle.name}
-    return environment.get_template("kaggle.py.jinja").render(**names, base=bundle.base, model=BUNDLED_MODEL)
+    return environment.get_template("kaggle.py.jinja").render(bundle=bundle)
 
 
-def notebook(text: str) -> dict[str, Any]:
-    """Return the Jupyter notebook (nbformat 4.5) of a program whose cells are parted by `# %%`."""
+def build_notebook(script: str) -> dict[str, Any]:
+    """Return the Jupyter notebook (nbformat 4.5) of a program whose cells are separated by `# %%`."""
     cells = []
-    for number, part in enumerate(re.split(r"^# %%", text, flags=re.MULTILINE)[1:]):
+    for number, part in enumerate(re.split(r"^# %%", script, flags=re.MULTILINE)[1:]):
         kind, _, body = part.partition("\n")
         cell: dict[str, Any] = {"id": f"cell-{number}", "metadata": {}}
         if "[markdown]" in kind:
@@ -106,31 +112,61 @@ def notebook(text: str) -> dict[str, Any]:
     return {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
 
 
-NAME = "rewardmodel"
+def download_wheels(installed: Path, python: str, folder: Path) -> None:
+    """Download the wheels that the other machine lacks for rewardmodel; without any, no folder is made.
 
-NEVER = re.compile(r"torch|triton|nvidia-.*|cuda-.*")
-"""Packages that fit the drivers of their machine: used as they are there, or refused."""
+    Args:
+        installed: as of `check_installed`.
+        python: the version there.
+        folder: where to.
 
-PLATFORMS = ["manylinux2014_x86_64", *(f"manylinux_2_{minor}_x86_64" for minor in range(17, 36))]
-"""Of wheels that a Linux machine with glibc 2.35 can install."""
+    Raises:
+        InputError: as `check_installed`, or a wheel that pip cannot download.
+    """
+    wanted = [f"{name}=={version}" for name, version in sorted(check_installed(installed, python).items())]
+    if not wanted:
+        return
+    # wheels for CPython on Linux with glibc 2.35 or later
+    platforms = ["manylinux2014_x86_64", *(f"manylinux_2_{minor}_x86_64" for minor in range(17, 36))]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary=:all:", "--implementation", "cp", "--python-version", python]
+    command += [word for platform in platforms for word in ("--platform", platform)]
+    done = subprocess.run([*command, "--dest", str(folder), *wanted], capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+        raise InputError(f"--installed: pip cannot download {', '.join(wanted)}: {reason}")
+
+
+def check_installed(installed: Path, python: str) -> dict[str, str]:
+    """Return the packages, with versions, that the other machine lacks for rewardmodel, like `{"peft": "0.21.0"}`.
+
+    Args:
+        installed: a file with what is installed there, as of `read_installed`.
+        python: the version there, like 3.11.
+
+    Raises:
+        InputError: no such list, a Python that rewardmodel does not run on, or torch is too old there.
+    """
+    requires = metadata.metadata("rewardmodel")["Requires-Python"]
+    if not re.fullmatch(r"3\.\d+", python) or not Requirement(f"python{requires}").specifier.contains(python):
+        raise InputError(f"--python: {python}; rewardmodel needs {requires}: give the version there, like 3.11")
+    return find_missing(read_installed(installed), python)
 
 
 def read_installed(file: Path) -> dict[str, Version]:
-    """Return versions by canonical name out of the text of `pip freeze` or `pip list --format freeze`.
+    """Return versions by canonical name from the output of `pip freeze` or `pip list --format freeze`.
 
     Raises:
-        InputError: it cannot be read, or names no package.
+        InputError: the file cannot be read, or names no package.
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"--installed: {file}: no list can be read there ({error}); give what pip freeze prints"
-        ) from error
+        raise InputError(f"--installed: {file}: cannot be read ({error}); give what pip freeze prints there") from error
     found: dict[str, Version] = {}
     for line in lines:
-        name, at, version = line.partition(" @ ") if " @ " in line else line.partition("==")
-        if at == " @ ":  # as conda and offline installations have it: only the file's name tells the version
+        name, separator, version = line.partition(" @ ") if " @ " in line else line.partition("==")
+        if separator == " @ ":  # conda and offline installations: torch @ file:///wheels/torch-2.11.0-cp312-….whl
             version = "".join(unquote(version).rpartition("/")[2].split("-")[1:2])
         try:
             found[canonicalize_name(name.strip())] = Version(version.split(";")[0].strip())
@@ -141,103 +177,47 @@ def read_installed(file: Path) -> dict[str, Version]:
     return found
 
 
-def check_installed(file: Path, python: str) -> dict[str, str]:
-    """Return the packages, with versions, that a machine with such a list lacks for rewardmodel.
+def find_missing(installed: dict[str, Version], python: str) -> dict[str, str]:
+    """Return what is absent or too old, at this machine's versions, dependencies included.
 
     Args:
-        file: as `read_installed` takes it.
-        python: the version there, like 3.11.
+        installed: versions there, by canonical name.
+        python: the version there.
 
     Raises:
-        InputError: no such list, a Python that rewardmodel does not run on, or too old a torch.
+        InputError: torch, or another package that belongs to the machine's drivers, is too old.
     """
-    requires = metadata.metadata(NAME)["Requires-Python"]
-    if not re.fullmatch(r"3\.\d+", python) or not Requirement(f"python{requires}").specifier.contains(python):
-        raise InputError(f"--python: {python}; rewardmodel needs {requires}: give the version there, like 3.11")
-    return missing(read_installed(file), python)
-
-
-def missing(installed: dict[str, Version], python: str) -> dict[str, str]:
-    """Return name -> version of what is absent or too old, at this machine's versions, their dependencies included."""
-    there = {**default_environment(), "python_version": python, "python_full_version": f"{python}.0"}
-    there |= {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
-    wanted: dict[str, str] = {}
+    target = {**default_environment(), "python_version": python, "python_full_version": f"{python}.0"}
+    target |= {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
+    missing: dict[str, str] = {}
     seen = set()
-    queue = [(NAME, frozenset[str]())]
+    queue = [("rewardmodel", frozenset[str]())]  # packages with extras whose requirements are to be looked at
     while queue:
         package, extras = queue.pop()
         for text in metadata.requires(package) or []:
-            one = Requirement(text)
-            if not _applies(one, there, extras):
+            requirement = Requirement(text)
+            if not _applies(requirement, target, extras):
                 continue
-            name, has = canonicalize_name(one.name), installed.get(canonicalize_name(one.name))
-            satisfied = has is not None and one.specifier.contains(has, prereleases=True)
-            if not satisfied and has and NEVER.fullmatch(name):
+            name = canonicalize_name(requirement.name)
+            version = installed.get(name)
+            satisfied = version is not None and requirement.specifier.contains(version, prereleases=True)
+            if version and not satisfied and re.fullmatch(r"torch|triton|nvidia-.*|cuda-.*", name):
                 raise InputError(
-                    f"--installed: has {name} {has}, but {package} needs {one.specifier}; {name} goes with the machine "
-                    "and is not bundled: use a newer image there"
+                    f"--installed: has {name} {version}, but {package} needs {requirement.specifier}; {name} belongs "
+                    "to the machine's drivers and is not bundled: use a newer image there"
                 )
-            key = (name, frozenset(one.extras))
-            if (satisfied and not one.extras) or key in seen:
+            key = (name, frozenset(requirement.extras))
+            if (satisfied and not requirement.extras) or key in seen:
                 continue
             seen.add(key)
             if not satisfied:
-                wanted[name] = metadata.version(name)
+                missing[name] = metadata.version(name)
             queue.append(key)
-    return wanted
+    return missing
 
 
-def _applies(requirement: Requirement, there: dict[str, Any], extras: frozenset[str]) -> bool:
+def _applies(requirement: Requirement, target: dict[str, Any], extras: frozenset[str]) -> bool:
+    """Return whether a requirement's marker holds on the other machine for any of the extras, or without one."""
     return requirement.marker is None or any(
-        requirement.marker.evaluate({**there, "extra": extra}) for extra in (extras or {""})
+        requirement.marker.evaluate({**target, "extra": extra}) for extra in (extras or {""})
     )
-
-
-def collect(file: Path, python: str, folder: Path) -> None:
-    """Write to a folder the wheel of rewardmodel and those that a machine lacks; arguments as of `check_installed`.
-
-    Raises:
-        InputError: as `check_installed`, or a wheel that pip cannot get.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    own_wheel(folder)
-    wanted = [f"{name}=={version}" for name, version in sorted(check_installed(file, python).items())]
-    if not wanted:
-        return
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
-    target = ["--only-binary=:all:", "--implementation", "cp", "--python-version", python, *platforms]
-    done = subprocess.run([*pip, *target, "--dest", str(folder), *wanted], capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise InputError(f"--installed: pip cannot download {', '.join(wanted)}: {reason}")
-
-
-def own_wheel(folder: Path) -> Path:
-    """Write the wheel of the rewardmodel that is running, installed or in a source tree, and return its path.
-
-    The format is that of https://packaging.python.org/en/latest/specifications/binary-distribution-format/.
-    """
-    package, version = Path(rewardmodel.__file__).parent, metadata.version(NAME)
-    about = f"{NAME}-{version}.dist-info"
-    installed = metadata.distribution(NAME)
-    files = {
-        f"{NAME}/{path.relative_to(package).as_posix()}": path.read_bytes()
-        for path in sorted(package.rglob("*"))
-        if path.is_file() and "__pycache__" not in path.parts
-    }
-    told = installed.read_text("METADATA") or installed.read_text("PKG-INFO") or ""  # the latter in a source tree
-    files[f"{about}/METADATA"] = told.encode()
-    files[f"{about}/entry_points.txt"] = (installed.read_text("entry_points.txt") or "").encode()
-    files[f"{about}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: rewardmodel\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    record = [f"{name},sha256={_digest(content)},{len(content)}" for name, content in files.items()]
-    files[f"{about}/RECORD"] = ("\n".join([*record, f"{about}/RECORD,,"]) + "\n").encode()
-    wheel = folder / f"{NAME}-{version}-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in files.items():
-            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
-    return wheel
-
-
-def _digest(content: bytes) -> str:
-    return base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()

@@ -1,14 +1,14 @@
-"""A trained run in, one model without an adapter out: merged in float32, written a tensor at a time.
+"""A trained run -> one model without an adapter, merged in float32 and written a tensor at a time.
 
 An adapter belongs to the weights that it was trained on. If those were quantised, they are quantised again as loading
-did it and dequantised, what the adapter adds is added in float32, and only the sum is cast. The whole model is never
-in memory: only the tensor at work and the output shard are.
+did it and dequantised, the adapter's update is added in float32, and only the sum is cast. The whole model is never in
+memory: only the current tensor and the output shard are.
 """
 
-import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
@@ -18,9 +18,9 @@ from safetensors import safe_open
 from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.quantizers import AutoHfQuantizer
 
-from rewardmodel.config.schema import Recipe
 from rewardmodel.errors import InputError
-from rewardmodel.exports.weight_files import SHARD, parameter_names, weight_files, write_shards
+from rewardmodel.exports.checks import TrainedRun
+from rewardmodel.exports.weight_files import find_weight_files, match_parameters, write_shards
 from rewardmodel.files import write_json
 from rewardmodel.model.backbone import saved_backbone_folder
 from rewardmodel.model.families import find_family, lowest_layers
@@ -29,203 +29,189 @@ from rewardmodel.model.loading import label_names, load_tokenizer
 from rewardmodel.model.precision import bits_and_bytes, compute_device, dtype_name
 from rewardmodel.model.saved_model import ADAPTER_FILE, is_adapter, read_about
 from rewardmodel.objectives import HeadShape
-from rewardmodel.run_folder import BACKBONE_FILE, RunFolder, load_run_recipe, model_folder
+from rewardmodel.run_folder import BACKBONE_FILE
 
-PREFIX = "base_model.model."
-"""What PEFT puts before the names of a model's weights."""
-
-TIE = ".tie"
-"""The tie parameter of a reward head, which a plain classifier has no place for: it goes into `BACKBONE_FILE`."""
-
-Tensors = Iterator[tuple[str, torch.Tensor]]
+NamedTensors = Iterator[tuple[str, torch.Tensor]]
 
 
-class Trained(NamedTuple):
-    """A run that is trained: its folder, its recipe, and the precision that its backbone's weights were loaded in."""
-
-    folder: Path
-    recipe: Recipe
-    dtype: torch.dtype
-
-    @property
-    def model(self) -> Path:
-        """The folder of its model."""
-        return model_folder(self.folder)
-
-
-def trained(folder: Path) -> Trained:
-    """Return a run that is trained.
-
-    Raises:
-        InputError: no run, no model in it, or an environment.json that does not tell its precision.
-    """
-    recipe = load_run_recipe(folder)
-    read_about(RunFolder(folder).model)
-    try:
-        compute = json.loads(RunFolder(folder).environment.read_text(encoding="utf-8"))["compute"]
-        dtype = getattr(torch, compute["dtype"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{RunFolder(folder).environment}: no compute.dtype there; give a folder that train made"
-        ) from error
-    return Trained(folder, recipe, dtype if recipe.model.use_peft else torch.float32)
-
-
-def merge(
-    run: Trained, folder: Path, dtype: torch.dtype, requantise: BitsAndBytesConfig | None = None, shard: int = SHARD
+def merge_run(
+    run: TrainedRun, folder: Path, dtype: torch.dtype, *, to_4_bits: bool = False, shard_bytes: int = 2 * 10**9
 ) -> None:
     """Write a run's model with its adapter merged: configuration, weights as safetensors, tokenizer, `BACKBONE_FILE`.
 
     Args:
         run: with an adapter, or fully fine-tuned, which has nothing to merge.
         folder: where to; plain transformers loads the model from there.
-        dtype: of the weights written; the head stays float32, unless `requantise`.
-        requantise: bitsandbytes settings to quantise what was merged once more; none: not at all.
-        shard: bytes of an output file.
+        dtype: of the weights written; the head stays float32, unless `to_4_bits`.
+        to_4_bits: quantise the merged weights to 4 bits, as the recipe's `model` section says.
+        shard_bytes: size of an output file; a larger tensor has a file of its own.
 
     Raises:
-        InputError: a backbone that is not there, is another, or cannot be merged a tensor at a time.
-        FloatingPointError: a weight that is no finite number.
+        InputError: the backbone is not there, or is another one, or cannot be merged a tensor at a time.
+        FloatingPointError: a weight is NaN or infinite.
     """
-    about = read_about(run.model)
-    backbone = saved_backbone_folder(run.recipe.model, run.model)
-    settings = AutoConfig.from_pretrained(backbone, **label_names(HeadShape(**about["head"])))
-    settings = lowest_layers(settings, run.recipe.model.num_hidden_layers)
-    if getattr(settings, "quantization_config", None):
-        raise InputError(f"{backbone}: its weights are quantised in their files, which merging does not read")
-    streams = Merging(run, backbone, settings, HeadShape(**about["head"]), dtype, requantise)
+    # the model as a plain classifier
+    about, model_recipe = read_about(run.model), run.recipe.model
+    backbone = saved_backbone_folder(model_recipe, run.model)
+    head = HeadShape(**about["head"])
+    config = AutoConfig.from_pretrained(backbone, **label_names(head))
+    config = lowest_layers(config, model_recipe.num_hidden_layers)
+    if getattr(config, "quantization_config", None):
+        raise InputError(f"{backbone}: its weights are stored quantised, which merging does not read")
+    target = bits_and_bytes(replace(model_recipe, load_in_4bit=True, load_in_8bit=False), dtype) if to_4_bits else None
+
+    # weights
+    merged = MergedModel(run, backbone, config, head, dtype, target)
     folder.mkdir(parents=True, exist_ok=True)
-    write_shards(streams.tensors(), folder, shard)
+    write_shards(merged.tensors(), folder, shard_bytes)
+
+    # tokenizer, configuration, and what only rewardmodel reads
     tokenizer = load_tokenizer(run.model)
     tokenizer.padding_side = "right"
     tokenizer.save_pretrained(folder)
-    settings.architectures = [type(streams.model).__name__]
-    settings.dtype = dtype
-    settings.get_text_config().pad_token_id = settings.pad_token_id = tokenizer.pad_token_id
-    if requantise:
-        settings.quantization_config = requantise
-    settings.save_pretrained(folder)
-    bits = (4 if requantise.load_in_4bit else 8) if requantise else None
-    about["merged"] = {"dtype": dtype_name(dtype), "bits": bits}
-    write_json(folder / BACKBONE_FILE, about | ({} if streams.tie is None else {"tie": streams.tie}))
+    config.architectures = [type(merged.model).__name__]
+    config.dtype = dtype
+    config.get_text_config().pad_token_id = config.pad_token_id = tokenizer.pad_token_id
+    if target:
+        config.quantization_config = target
+    config.save_pretrained(folder)
+    about["merged"] = {"dtype": dtype_name(dtype), "bits": 4 if to_4_bits else None}
+    write_json(folder / BACKBONE_FILE, about | ({} if merged.tie is None else {"tie": merged.tie}))
 
 
-class Merging:
-    """The weights of a merged model, one after another.
+class MergedModel:
+    """A merged model whose weights are computed one after another.
 
     Args:
-        run: as `merge` has it, and so on.
-        backbone: the folder whose weights are read.
-        settings: the model's configuration.
+        run: as of `merge_run`.
+        backbone: folder of the weights under the run's adapter, or of the run's own if it was trained whole.
+        config: the model's transformers configuration.
         head: the shape of its head.
         dtype: of the weights to yield.
-        requantise: bitsandbytes settings for them.
+        target: bitsandbytes settings to quantise them by; None: they are not quantised.
 
     Attributes:
-        model: the classifier without any weights in memory.
-        tie: the tie parameter, once `tensors` is through, if there is one.
+        model: the classifier as it was loaded for training, on the meta device.
+        tie: the tie parameter, once `tensors` is exhausted; None: the head has none.
     """
 
     def __init__(
         self,
-        run: Trained,
+        run: TrainedRun,
         backbone: Path,
-        settings: Any,
+        config: Any,
         head: HeadShape,
         dtype: torch.dtype,
-        requantise: BitsAndBytesConfig | None,
+        target: BitsAndBytesConfig | None,
     ) -> None:
-        config = run.recipe.model
-        self.run, self.dtype, self.device = run, dtype, compute_device(config)
-        self.loaded = torch.float32 if find_family(settings.model_type).float32_weights else run.dtype
+        recipe, trained_dtype = run.recipe.model, getattr(torch, run.dtype)
+        self.run, self.dtype, self.device = run, dtype, compute_device(recipe)
+        self.loaded_dtype = torch.float32 if find_family(config.model_type).float32_weights else trained_dtype
         self.tie: float | None = None
-        quantised = config.load_in_4bit or config.load_in_8bit
 
-        def bare(settings_of_quantiser: BitsAndBytesConfig | None) -> tuple[Any, Any]:
+        def build(settings: BitsAndBytesConfig | None) -> tuple[Any, Any]:
+            """Return the classifier on the meta device, and transformers' quantizer for it."""
             with torch.device("meta"):
-                model = classifier_class(settings, config.pooling, head)(settings)
-            if settings_of_quantiser is None:
+                model = classifier_class(config, recipe.pooling, head)(config)
+            if settings is None:
                 return model, None
-            quantizer = AutoHfQuantizer.from_config(settings_of_quantiser, pre_quantized=False)
+            quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
             quantizer.preprocess_model(model=model, device_map=None)
             return model, quantizer
 
-        self.model, self.quantizer = bare(bits_and_bytes(config, run.dtype) if quantised else None)
-        self.target, self.requantizer = bare(requantise)
+        quantised = recipe.load_in_4bit or recipe.load_in_8bit
+        self.model, self.quantizer = build(bits_and_bytes(recipe, trained_dtype) if quantised else None)
+        self.target_model, self.target_quantizer = build(target)
         self.heads = tuple(f"{name}." for name in head_names(self.model))
-        self.files = weight_files(backbone)
-        self.adapter = Adapter(run.model) if is_adapter(run.model) else None
+        self.files = find_weight_files(backbone)
+        self.adapter = SavedAdapter(run.model) if is_adapter(run.model) else None
 
-    def tensors(self) -> Tensors:
-        """Yield every tensor of the merged model's files: name, and content on the CPU."""
-        loaded_into = parameter_names(self.model, self.files)
-        lacking = [name for name, _ in self.model.named_parameters() if name not in loaded_into.values()]
+    def tensors(self) -> NamedTensors:
+        """Yield every tensor of the merged model's files: name, and content on the CPU.
+
+        Raises:
+            InputError: a weight is missing in the backbone's files, or part of the adapter has no weight there.
+            FloatingPointError: a weight is NaN or infinite.
+        """
+        # before the first is read: are all weights there?
+        parameters = match_parameters(self.model, self.files)  # {"norm.weight": "model.norm.weight"}
+        missing = [name for name, _ in self.model.named_parameters() if name not in parameters.values()]
         if self.adapter:
-            lacking = [name for name in lacking if not name.startswith(self.heads) and name not in self.adapter.saved]
-        if lacking:
-            raise InputError(f"{next(iter(self.files.values())).parent}: no weights of {lacking[0]} in its files")
-        for key, name in loaded_into.items():
+            missing = [name for name in missing if not name.startswith(self.heads) and name not in self.adapter.saved]
+        if missing:
+            raise InputError(f"{next(iter(self.files.values())).parent}: no weights of {missing[0]} in its files")
+
+        # the backbone's, merged
+        for key, name in parameters.items():
             if self.adapter and name.startswith(self.heads):
                 continue  # of another task; the adapter brings its own
             with safe_open(self.files[key], "pt") as file:
                 value = file.get_tensor(key)
-            yield from self._written(key, name, self._merged(name, value))
+            yield from self._cast(key, name, self._merge(name, value))
+
+        # those that were trained whole
         if self.adapter:
             for name in sorted(self.adapter.saved):
-                yield from self._written(name, name, self.adapter.read(name))
+                yield from self._cast(name, name, self.adapter.read(name))
             self.adapter.check_all_merged()
 
-    def _merged(self, name: str, value: torch.Tensor) -> torch.Tensor:
+    def _merge(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Return a weight of the backbone as the trained model computes with it, adapter included."""
         if not value.is_floating_point():
             return value
-        value = value.to(self.device, self.loaded)
+        value = value.to(self.device, self.loaded_dtype)
         if self.quantizer and self.quantizer.param_needs_quantization(self.model, name):
-            value = dequantise(quantise(value, name, self.model, self.quantizer))
+            value = dequantise_weight(quantise_weight(value, name, self.model, self.quantizer))
         module = name.removesuffix(".weight")
-        return self.adapter.merge(module, value.float()) if self.adapter and module in self.adapter.layers else value
+        if self.adapter and module in self.adapter.layers:
+            return self.adapter.add_update(module, value.float())
+        return value
 
-    def _written(self, key: str, name: str, value: torch.Tensor) -> Tensors:
-        """Yield a tensor as it goes to disk: cast, quantised once more, or the head as it is."""
-        if name.endswith(TIE):
+    def _cast(self, key: str, name: str, value: torch.Tensor) -> NamedTensors:
+        """Yield a tensor as it is written: cast, quantised, or the head as it is."""
+        if name.endswith(".tie"):  # of a reward head; a plain classifier has no place for it
             self.tie = float(value)
             return
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise FloatingPointError(f"{self.run.folder}: {name} has values that are no finite numbers")
+            raise FloatingPointError(f"{self.run.folder}: {name} is NaN or infinite; train the run again")
         if name.startswith(self.heads):
-            # Beside quantised weights transformers casts nothing that it loads, and so could not compute the head.
-            yield key, value.to(self.dtype if self.requantizer else torch.float32).cpu().contiguous()
+            # transformers casts nothing that it loads next to quantised weights, and could not compute a float32 head
+            yield key, value.to(self.dtype if self.target_quantizer else torch.float32).cpu().contiguous()
             return
         value = value.to(self.dtype) if value.is_floating_point() else value
-        if self.requantizer and self.requantizer.param_needs_quantization(self.target, name):
-            yield from quantised_files(key, quantise(value, name, self.target, self.requantizer))
+        if self.target_quantizer and self.target_quantizer.param_needs_quantization(self.target_model, name):
+            weight = quantise_weight(value, name, self.target_model, self.target_quantizer)
+            yield key, weight.data.cpu()
+            for part, constants in weight.quant_state.as_dict(packed=True).items():  # as bitsandbytes saves them
+                yield f"{key}.{part}", constants.cpu()
             return
         yield key, value.cpu().contiguous()
 
 
-class Adapter:
-    """The adapter of a saved model: LoRA layers to merge, and the modules that were trained whole.
+class SavedAdapter:
+    """The adapter of a saved model: LoRA layers to merge, and weights that were trained whole.
 
     Args:
         folder: of the saved model, in PEFT's layout.
 
     Attributes:
-        layers: the parts of each adapted layer (`lora_A.weight`, ...), by the layer's name.
-        saved: names of the weights that were trained whole: the head.
+        layers: keys of the parts of each adapted layer, by the layer's name, like
+            `{"model.layers.0.mlp.up_proj": {"lora_A.weight": "base_model.model.model.layers.0…"}}`.
+        saved: names of the weights that were trained whole: the head's.
     """
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / ADAPTER_FILE
         self.config = LoraConfig.from_pretrained(folder)
-        self.config.init_lora_weights = False  # they are read, so none need be drawn
+        self.config.init_lora_weights = False  # they are read, so they need not be drawn
         self.layers: dict[str, dict[str, str]] = {}
         self.saved: set[str] = set()
         self.merged: set[str] = set()
         with safe_open(self.file, "pt") as file:
             keys = list(file.keys())
         for key in keys:
-            layer, found, part = key.removeprefix(PREFIX).partition(".lora_")
-            if found:
+            layer, lora, part = key.removeprefix("base_model.model.").partition(".lora_")
+            if lora:
                 self.layers.setdefault(layer, {})[f"lora_{part}"] = key
             else:
                 self.saved.add(layer)
@@ -233,58 +219,46 @@ class Adapter:
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor by its name without PEFT's prefix."""
         with safe_open(self.file, "pt") as file:
-            return file.get_tensor(PREFIX + name)
+            return file.get_tensor(f"base_model.model.{name}")
 
-    def merge(self, layer: str, weight: torch.Tensor) -> torch.Tensor:
-        """Return the float32 weight of a linear layer with the adapter added by PEFT's own arithmetic."""
+    def add_update(self, layer: str, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight of a linear layer, (out, in) float32, with the adapter added by PEFT's own arithmetic.
+
+        Raises:
+            InputError: an adapter other than LoRA or DoRA, or of a layer that is not linear.
+        """
         parts = {part: self.read(f"{layer}.{part}").to(weight.device) for part in self.layers[layer]}
-        if {"lora_A.weight", "lora_B.weight"} - parts.keys() or weight.ndim != 2:
-            raise InputError(f"{self.file}: {layer} has an adapter of a kind that cannot be merged; export the adapter")
+        factors = {"lora_A.weight", "lora_B.weight"}
+        if not factors <= parts.keys() <= factors | {"lora_magnitude_vector"} or weight.ndim != 2:
+            raise InputError(f"{self.file}: {layer} has an adapter that cannot be merged; use --kind adapter")
         base = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         base.weight = torch.nn.Parameter(weight, requires_grad=False)
         rank = len(parts["lora_A.weight"])
         adapted = LoraLinear(base, "default", config=self.config, r=rank, lora_alpha=self.config.lora_alpha)
-        homes = {
-            "lora_A.weight": lambda: adapted.lora_A["default"],
-            "lora_B.weight": lambda: adapted.lora_B["default"],
-            "lora_magnitude_vector": lambda: adapted.lora_magnitude_vector["default"],
-        }
         for part, value in parts.items():
-            homes[part]().weight.data = value.float()
+            getattr(adapted, part.removesuffix(".weight"))["default"].weight.data = value.float()
         adapted.merge()
         self.merged.add(layer)
         return base.weight.data
 
     def check_all_merged(self) -> None:
-        """Raise InputError if a layer of the adapter met no weight of the backbone."""
+        """Raise InputError if a layer of the adapter has no weight in the backbone."""
         for layer in self.layers.keys() - self.merged:
-            raise InputError(f"{self.file}: {layer} has no weight of its own in the backbone's files to merge into")
+            raise InputError(f"{self.file}: {layer} has no weight in the backbone's files to merge into")
 
 
-def quantise(value: torch.Tensor, name: str, model: Any, quantizer: Any) -> Any:
+def quantise_weight(value: torch.Tensor, name: str, model: Any, quantizer: Any) -> Any:
     """Return a weight quantised as transformers does when it loads one: bitsandbytes' Params4bit or Int8Params."""
     weight = quantizer.get_quantize_ops().convert({name: value}, model=model, full_layer_name=name)[name]
     module = model.get_submodule(name.rpartition(".")[0])
     if hasattr(module, "quant_state"):
-        module.quant_state = None  # bitsandbytes leaves it there, and so the constants of all layers in memory
+        module.quant_state = None  # bitsandbytes keeps it there, and so the constants of all layers in memory
     return weight
 
 
-def dequantise(weight: Any) -> torch.Tensor:
+def dequantise_weight(weight: Any) -> torch.Tensor:
     """Return a quantised weight in float32."""
-    if hasattr(weight, "SCB"):
+    if hasattr(weight, "SCB"):  # 8 bits, a scale per row
         return int8_vectorwise_dequant(weight.data, weight.SCB)
     weight.quant_state.dtype = torch.float32
     return dequantize_4bit(weight.data, weight.quant_state)
-
-
-def quantised_files(key: str, weight: Any) -> Tensors:
-    """Yield a quantised weight and its constants as bitsandbytes saves them."""
-    yield key, weight.data.cpu()
-    if hasattr(weight, "SCB"):
-        module = key.removesuffix("weight")
-        yield f"{module}SCB", weight.SCB.cpu()
-        yield f"{module}weight_format", torch.tensor(0, dtype=torch.uint8)
-        return
-    for part, value in weight.quant_state.as_dict(packed=True).items():
-        yield f"{key}.{part}", value.cpu()

@@ -1,4 +1,4 @@
-"""A folder of weights in, which file has which tensor and what loads it out; and tensors in, such a folder out."""
+"""A folder of weights -> which file has which tensor, and into which weight it is loaded; tensors -> such a folder."""
 
 import json
 from collections.abc import Iterable
@@ -14,20 +14,18 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from rewardmodel.errors import InputError
 from rewardmodel.files import write_json
 
-SHARD = 2 * 10**9
-"""Bytes of an output file, but for a tensor that is larger by itself."""
-
-INDEX = "model.safetensors.index.json"
+INDEX_FILE = "model.safetensors.index.json"
+"""Where transformers lists the tensors of several weight files."""
 
 
-def weight_files(folder: Path) -> dict[str, Path]:
-    """Return the file of each tensor of a model folder, in the order of the names.
+def find_weight_files(folder: Path) -> dict[str, Path]:
+    """Return the file of each tensor of a model folder, ordered by the tensors' names.
 
     Raises:
-        InputError: its weights are no safetensors.
+        InputError: its weights are not in safetensors files.
     """
-    if (folder / INDEX).is_file():
-        names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    if (folder / INDEX_FILE).is_file():
+        names = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
         return {key: folder / names[key] for key in sorted(names)}
     file = folder / "model.safetensors"
     if not file.is_file():
@@ -36,31 +34,44 @@ def weight_files(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(sorted(weights.keys()), file)
 
 
-def parameter_names(model: Any, keys: Iterable[str]) -> dict[str, str]:
-    """Return into which weight of a model transformers loads each tensor of a checkpoint; those of no use are left out.
+def match_parameters(model: Any, keys: Iterable[str]) -> dict[str, str]:
+    """Return the weight of a model that transformers loads each tensor of a checkpoint into.
+
+    Args:
+        model: whose weights may be on the meta device.
+        keys: names of the checkpoint's tensors; those that the model has no weight for are left out of the result.
+
+    Returns:
+        For instance `{"norm.weight": "model.norm.weight"}`.
 
     Raises:
-        InputError: transformers computes a weight out of several tensors, or out of one by more than its name.
+        InputError: transformers computes a weight from several tensors.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
     known = model.state_dict()
-    found = {}
+    matched = {}
     for key in keys:
         name, fused = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
         if name not in known and key in known:
             name, fused = key, None
         if fused and name in known:
-            raise InputError(f"{model.config.model_type}: {name} is made of several tensors; export the adapter")
+            raise InputError(f"{model.config.model_type}: {name} is made of several tensors; use --kind adapter")
         if name in known:
-            found[key] = name
-    return found
+            matched[key] = name
+    return matched
 
 
 def write_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, limit: int) -> None:
-    """Write tensors as safetensors of at most `limit` bytes each, with an index if there are several."""
-    shards: list[list[str]] = []
+    """Write tensors as safetensors files, with an index if there are several.
+
+    Args:
+        tensors: names and contents; one file's worth of them is in memory at a time.
+        folder: where to.
+        limit: bytes of a file; a larger tensor has a file of its own.
+    """
+    shards: list[list[str]] = []  # names of the tensors in each file
     held: dict[str, torch.Tensor] = {}
     total = 0
 
@@ -75,6 +86,8 @@ def write_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, limi
             flush()
         held[name] = value
     flush()
+
+    # names as transformers expects them, now that the number of files is known
     if len(shards) == 1:
         (folder / "0.safetensors").rename(folder / "model.safetensors")
         return
@@ -82,4 +95,4 @@ def write_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, limi
     for number, name in enumerate(names):
         (folder / f"{number}.safetensors").rename(folder / name)
     where = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})

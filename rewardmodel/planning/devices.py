@@ -1,4 +1,4 @@
-"""The name of a device, or the machine at hand, in; its memory, its speed and what it can compute in out."""
+"""A device by name, or the one of this machine -> memory, speed and compute capability; operations of a sequence."""
 
 import os
 import time
@@ -10,21 +10,21 @@ import torch
 from rewardmodel.errors import InputError, nearest
 
 GIB = 2**30
-TERA = 1e12
 
 
 @dataclass(frozen=True)
 class Device:
-    """What is to be known of a device before anything runs on it.
+    """A device to plan for.
 
     Attributes:
-        name: as a person calls it.
+        name: shown to people.
         kind: cpu or cuda.
         memory: bytes that torch can allocate.
-        half: operations a second of dense matrix products in bfloat16 or float16, summed in float32.
+        half: floating-point operations per second of dense matrix products in bfloat16 or float16, accumulated in
+            float32.
         single: the same in float32.
-        capability: compute capability; none: a CPU.
-        measured: whether both speeds were measured here; else the maker lists them.
+        capability: CUDA compute capability, like (8, 0); None: a CPU.
+        measured: whether both speeds were measured on this machine; otherwise they are from the data sheet.
     """
 
     name: str
@@ -36,12 +36,13 @@ class Device:
     measured: bool = False
 
     def rate(self, dtype: torch.dtype) -> float:
-        """Return the operations a second in a precision, as listed or measured."""
+        """Return the floating-point operations per second in a precision."""
         return self.single if dtype == torch.float32 else self.half
 
 
 def _gpu(name: str, gib: float, half: float, single: float, capability: tuple[int, int]) -> Device:
-    return Device(name, "cuda", int(gib * GIB), half * TERA, single * TERA, capability)
+    """Return a GPU of `gib` GiB with speeds in teraflops."""
+    return Device(name, "cuda", int(gib * GIB), half * 1e12, single * 1e12, capability)
 
 
 DEVICES = {
@@ -57,63 +58,65 @@ DEVICES = {
         _gpu("H200", 139.8, 989, 67, (9, 0)),
     )
 }
-"""GPUs by name: what torch reports of their memory, and Nvidia's data sheets without sparsity."""
+"""GPUs by name: memory as torch reports it, speed from Nvidia's data sheets, without sparsity."""
 
 
 def find_device(name: str | None) -> Device:
-    """Return a device by name; none: the first GPU here, or the CPU; `cpu`: the CPU.
+    """Return a device by name; None: the first GPU of this machine, or else its CPU; `cpu`: its CPU.
 
     Raises:
         InputError: no such device in the table.
     """
     if name is None or name == "cpu":
         gpu = name is None and torch.cuda.is_available()
-        return _here(torch.device("cuda", 0) if gpu else torch.device("cpu"))
+        return _measure_device(torch.device("cuda", 0) if gpu else torch.device("cpu"))
     if name not in DEVICES:
         raise InputError(f"--device: no '{name}'{nearest(name, DEVICES)}; there are: cpu, {', '.join(DEVICES)}")
     return DEVICES[name]
 
 
-def _here(device: torch.device) -> Device:
-    half, single = matrix_rate(device, torch.bfloat16), matrix_rate(device, torch.float32)
+def _measure_device(device: torch.device) -> Device:
+    """Return a device of this machine, its speeds measured."""
+    half, single = measure_matmul(device, torch.bfloat16), measure_matmul(device, torch.float32)
     if device.type == "cpu":
-        return Device(
-            "this CPU", "cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), half, single, None, True
-        )
-    about = torch.cuda.get_device_properties(device)
-    capability = (about.major, about.minor)
-    if capability < (8, 0):
-        half = matrix_rate(device, torch.float16)
-    return Device(about.name, "cuda", about.total_memory, half, single, capability, True)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return Device("this CPU", "cpu", memory, half, single, measured=True)
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    if capability < (8, 0):  # bfloat16 is emulated there
+        half = measure_matmul(device, torch.float16)
+    return Device(properties.name, "cuda", properties.total_memory, half, single, capability, measured=True)
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the operations a second of a large matrix product, the best of five."""
+def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the floating-point operations per second of a large matrix product, the best of up to five."""
     size = 8192 if device.type == "cuda" else 1024
-    one, other = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(5):
+    left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds: list[float] = []
+    while len(seconds) < 5 and sum(seconds) < 1.0:  # bfloat16 takes seconds on CPUs that emulate it
         start = time.perf_counter()
-        product = one @ other
+        product = left @ right
         product[0, 0].item()  # waits for a GPU
         seconds.append(time.perf_counter() - start)
     return 2.0 * size**3 / min(seconds)
 
 
-def battle_flops(backbone: Any, weights: int, length: float, square: float, backward: float) -> float:
-    """Return the operations that a sequence needs, however it is computed.
+def count_flops(backbone: Any, weights: int, length: float, square: float, backward: float) -> float:
+    """Return the floating-point operations that one sequence needs; recomputation under checkpointing not included.
 
-    A weight costs 2 a token forward and, frozen under LoRA, 2 more backward. Causal attention costs 2 layers · heads ·
-    head size · length² a sequence forward, and twice that more backward. Adapters and head count nothing.
+    A weight costs 2 per token in the forward pass and, frozen under LoRA, 2 more in the backward pass (for the gradient
+    of its input). Causal attention costs 2 · layers · heads · head size · length² per sequence in the forward pass, and
+    twice that in the backward pass. Adapters and head are left out.
 
     Args:
         backbone: transformers configuration.
-        weights: of the backbone, embedding left out.
+        weights: number of weights of the backbone, token embeddings left out.
         length: tokens of the sequence.
-        square: their square, or the mean of squares where `length` is a mean.
-        backward: share of the layers that are gone through backward; 2: and their own weights train.
+        square: length², or the mean of squares where `length` is a mean.
+        backward: share of the layers that the backward pass goes through, 0 to 1; 2: through all, and their weights are
+            trained, too (2 more per weight).
     """
     text = backbone.get_text_config()
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    attention = 2.0 * text.num_hidden_layers * text.num_attention_heads * head * square
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    attention = 2.0 * text.num_hidden_layers * text.num_attention_heads * head_size * square
     return 2.0 * weights * length * (1 + backward) + attention * (1 + 2 * min(backward, 1))

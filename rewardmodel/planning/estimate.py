@@ -1,326 +1,236 @@
-"""A recipe, a device and how long battles are in; bytes by component, tokens that fit, and hours out."""
+"""A scenario -> bytes of memory by component, tokens of a batch that fit, and hours."""
 
-import copy
 import math
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from rewardmodel.config.schema import Recipe
 from rewardmodel.config.trainer import BATTLES, TOKENS
-from rewardmodel.distributed import Launch
-from rewardmodel.model.batching import plan_packed
-from rewardmodel.model.budget import CPU_TOKENS, extrapolate_tokens
-from rewardmodel.model.families import find_family
+from rewardmodel.model.budget import extrapolate_tokens
 from rewardmodel.model.heads import WIDTHS
 from rewardmodel.objectives import find_objective
-from rewardmodel.planning.devices import GIB, Device, battle_flops
-from rewardmodel.planning.memory import Plan, Planned, Usage
-from rewardmodel.planning.workload import Battles, Branches
+from rewardmodel.planning.devices import GIB, count_flops
+from rewardmodel.planning.scenario import Scenario, measure_peaks
+from rewardmodel.planning.workload import Branches
 
-FEATURES = 5
-"""Copies of the features that a head is fitted to which are in memory at once: as read, scaled, parts of folds, and
-what is made while that is done."""
+CUDA_CONTEXT = int(0.5 * GIB)
+"""Bytes that CUDA and cuBLAS take for themselves: an estimate."""
 
-FITTING = "extrapolate_tokens the head"
-"""What `hours` calls it."""
+PROCESS_BYTES = int(1.07 * GIB)
+"""Bytes of host memory that Python, the libraries (0.57 GiB) and their kernels take: by scripts/bench_doctor.py."""
 
-LAUNCH = 10e-6
-"""Seconds from the start of one operation on a GPU to the next one's at best, as Python and PyTorch hand them over: an
-assumption, said with every time. Small models wait for it: their operations are done sooner."""
+ALLOCATOR_GAPS = 0.28
+"""Memory that glibc's allocator leaves unused on a CPU, as a share of activations without checkpointing (checkpointing
+does not reduce it): by scripts/bench_doctor.py. MALLOC_MMAP_THRESHOLD_ at 1 MiB avoids it, but slows training down."""
 
-FORWARD, BACKWARD = 95, 155
-"""Operations of a layer for each micro-batch, counted on a Llama's with LoRA on all linear layers and dropout."""
+USABLE_SHARE = 0.95
+"""Share of a GPU's memory that can be filled before fragmentation matters: an estimate."""
 
-STEPS = 500
-"""Steps that are drawn to learn how large their micro-batches are."""
-
-CONTEXT = int(0.5 * GIB)
-"""What CUDA takes for itself, and cuBLAS for its products: an estimate."""
-
-PROCESS = int(1.07 * GIB)
-"""What Python, the libraries (0.57) and their kernels take in the host's memory: by scripts/bench_doctor.py."""
-
-GAPS = 0.28
-"""What glibc's allocator leaves unused on a CPU, as a share of activations without checkpointing, which saves none of
-it: by scripts/bench_doctor.py. With MALLOC_MMAP_THRESHOLD_ at 1 MiB there is none, but training is slower."""
-
-PLAIN = {"gradient_checkpointing": False, "activation_checkpointing": False}
-
-KEPT = 0.95
-"""Share of a GPU's memory that its allocator can use before gaps in it count: an estimate."""
+FEATURE_COPIES = 5
+"""Copies of the features in memory while a head is fitted to them: as read, scaled, by fold, and temporary ones."""
 
 UTILISATION = {"cuda": 0.35, "cpu": 0.5}
-"""Share of a device's rate of products that training reaches: an assumption, said with every time."""
+"""Share of a device's matrix product speed that training reaches: an assumption, printed with every time."""
+
+LAUNCH_SECONDS = 10e-6
+"""Seconds between the starts of two operations on a GPU at best, as Python and PyTorch launch them: an assumption,
+printed with every time. It bounds small models, whose operations take less."""
+
+FORWARD_OPERATIONS, BACKWARD_OPERATIONS = 95, 155
+"""Operations of a layer for each micro-batch, counted on a Llama with LoRA on all linear layers and dropout."""
 
 
 @dataclass(frozen=True)
-class Case:
-    """A recipe on a device.
+class MemoryNeeds:
+    """Memory of training or of prediction on each device.
 
     Attributes:
-        recipe: what would be done.
-        backbone: its transformers configuration.
-        device: where.
-        dtype: that it computes in there.
-        launch: how it is spread over devices.
-        battles: what is to be learnt from.
-        found: peaks of cases that take the same, which they share.
+        parts: bytes by component at the peak, like `{"weights": 2_000_000_000, "activations": 900_000_000}`.
+        least: bytes at the peak with one battle at a time.
+        fits: whether `least` does.
+        tokens: of the batches that `parts` is for.
+        tokens_that_fit: in a batch; 0 if not even one battle does.
     """
 
-    recipe: Recipe
-    backbone: Any
-    device: Device
-    dtype: torch.dtype
-    launch: Launch
-    battles: Battles
-    found: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, int]
+    least: int
+    fits: bool
+    tokens: int
+    tokens_that_fit: int
 
     @property
-    def attention(self) -> str:
-        """The implementation of attention."""
-        return self.recipe.model.attn_implementation or find_family(self.backbone.model_type).attention[0]
+    def total(self) -> int:
+        """Bytes at the peak."""
+        return sum(self.parts.values())
 
-    @property
-    def checkpointing(self) -> bool:
-        """Whether layers are recomputed in the backward pass."""
-        return any(self.recipe.trainer.get(f"{kind}_checkpointing") for kind in ("gradient", "activation"))
 
-    @property
-    def gpu(self) -> bool:
-        """Whether the device is a GPU."""
-        return self.device.kind == "cuda"
+def estimate_training(scenario: Scenario) -> MemoryNeeds:
+    """Return the memory that training takes on each device."""
+    peaks, processes, recipe = measure_peaks(scenario), scenario.launch.processes, scenario.recipe
+    size, longest = peaks.size, peaks.tokens[0]
+
+    # what stays in memory
+    parts = {
+        "weights": size.weights,
+        "adapters": size.adapters,
+        "gradients": size.gradients,
+        "optimiser": size.optimiser,
+    }
+    if recipe.model.freeze_backbone:
+        parts["features"] = _feature_bytes(scenario)
+    if scenario.launch.strategy == "fsdp":
+        parts = {name: share // processes for name, share in parts.items()}
+        parts["gathered layers"] = 2 * size.largest_layer  # one computes while the next is gathered
+    elif scenario.launch.strategy == "ddp":
+        parts["buckets"] = size.gradients
+    own = CUDA_CONTEXT if scenario.gpu else PROCESS_BYTES
+
+    # the smallest micro-batch: one battle of the longest; a CPU has a fixed budget of tokens
+    one, two = peaks.training[0], peaks.training[-1]
+    without = peaks.without_checkpointing
+    least = sum(parts.values()) + own + _activation_bytes(scenario, one, without)
+
+    # the micro-batches that would be used
+    tokens = fits = longest
+    if scenario.gpu:
+        free = scenario.device.memory - CUDA_CONTEXT - parts["weights"] - parts["adapters"]
+        fits = extrapolate_tokens(free, parts["gradients"] + one, parts["gradients"] + two, longest)
+        tokens = max(longest, min(recipe.trainer[TOKENS] or fits, _step_tokens(scenario)))
+        if recipe.model.freeze_backbone:
+            tokens = max(longest, recipe.inference.batch_tokens or fits)
+        one += int((two - one) * (tokens / longest - 1))
+    parts["CUDA" if scenario.gpu else "process"] = own
+    parts["activations"] = _activation_bytes(scenario, one, without)
+
+    # a fitted head needs its features before training starts, when what only training needs is not yet there
+    if recipe.model.head_init == "fitted":
+        later = parts["gradients"] + parts["optimiser"] + parts["activations"]
+        beyond = max(0, _feature_bytes(scenario) - later)
+        parts |= {"features": beyond} if beyond else {}
+        least += beyond
+    return _check_fit(scenario, parts, least, tokens, fits)
+
+
+def estimate_inference(scenario: Scenario) -> MemoryNeeds:
+    """Return the memory that prediction takes on each device; every device holds all weights."""
+    peaks = measure_peaks(scenario)
+    one, two, longest = peaks.inference[0], peaks.inference[-1], peaks.tokens[1]
+    parts = {"weights": peaks.size.weights, "adapters": peaks.size.adapters}
+    own = CUDA_CONTEXT if scenario.gpu else PROCESS_BYTES
+    least = sum(parts.values()) + own + _activation_bytes(scenario, one)
+    tokens = fits = longest
+    if scenario.gpu:
+        fits = extrapolate_tokens(scenario.device.memory - CUDA_CONTEXT - sum(parts.values()), one, two, longest)
+        tokens = max(longest, scenario.recipe.inference.batch_tokens or fits)
+        one += int((two - one) * (tokens / longest - 1))
+    parts["CUDA" if scenario.gpu else "process"] = own
+    parts["activations"] = _activation_bytes(scenario, one)
+    return _check_fit(scenario, parts, least, tokens, fits)
+
+
+def _check_fit(scenario: Scenario, parts: dict[str, int], least: int, tokens: int, tokens_that_fit: int) -> MemoryNeeds:
+    fits = least <= int(scenario.device.memory * (USABLE_SHARE if scenario.gpu else 1))
+    return MemoryNeeds(parts, least, fits, tokens, tokens_that_fit if fits else 0)
+
+
+def _feature_bytes(scenario: Scenario) -> int:
+    """Return the bytes of the training battles' features, and of copies, while a head is fitted to them."""
+    model, workload = scenario.recipe.model, scenario.workload
+    head = find_objective(scenario.recipe.objective).head
+    width = WIDTHS[model.pooling](head.responses) * scenario.backbone.get_text_config().hidden_size
+    sequences = len(workload.branches[0]) - 1
+    return FEATURE_COPIES * workload.training * sequences * width * 4  # float32
+
+
+def _activation_bytes(scenario: Scenario, peak: int, without_checkpointing: int = 0) -> int:
+    """Return the bytes of activations whose peak is given, with the gaps that the allocator leaves on a CPU."""
+    return peak if scenario.gpu else int(peak + ALLOCATOR_GAPS * max(peak, without_checkpointing))
+
+
+def _step_tokens(scenario: Scenario) -> int:
+    """Return the tokens of one process's share of a large optimiser step: of battles from the longer half."""
+    costs = np.sort([sum(row) for row in scenario.training_rows])
+    mean = float(costs[len(costs) // 2 :].mean())
+    return int(mean * scenario.recipe.trainer[BATTLES] / scenario.launch.processes)
 
 
 @dataclass(frozen=True)
-class Peaks:
-    """What a case takes beyond what stays, in bytes, of one and of two of the longest rows, or of one micro-batch.
+class Hours:
+    """Estimated hours.
 
-    `plain` is what the same training would take without checkpointing, where that matters: on a CPU.
+    Attributes:
+        training: all epochs, without evaluations.
+        evaluation: all evaluations of the validation battles during training.
+        prediction: of the validation battles, once.
+        head_fit: of a head that is fitted before training; None: none is.
     """
 
-    usage: Usage
-    training: tuple[int, ...]
-    inference: tuple[int, ...]
-    tokens: tuple[int, int]
-    plain: int
+    training: float
+    evaluation: float
+    prediction: float
+    head_fit: float | None = None
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.training + self.evaluation + self.prediction + (self.head_fit or 0.0)
 
 
-def peaks(case: Case) -> Peaks:
-    """Return what a case takes; it is worked out once for all devices of a kind and precision."""
-    recipe = case.recipe
-    key = f"{recipe.model} {case.checkpointing} {case.dtype.itemsize} {case.device.kind} {recipe.prompt.max_length}"
-    if key not in case.found:
-        plan = Plan(
-            case.recipe.model, case.backbone, find_objective(case.recipe.objective).head, case.dtype, case.attention,
-            case.gpu, str(case.recipe.trainer.get("optim", "adamw_torch_fused")), case.checkpointing,
-        )  # fmt: skip
-        if case.gpu:
-            rows = [max(_cut(case, some), key=sum) for some in (case.battles.branches, case.battles.predicted)]
-            training, inference = [[rows[0]], [rows[0]] * 2], [[rows[1]], [rows[1]] * 2]
-        else:
-            training, inference = ([_micro_batch(case, one)] for one in (True, False))
-        planned, at = _shorter(plan)
-        found = [
-            [one.training_peak(rows) for rows in training] + [one.forward_peak(rows) for rows in inference]
-            for one in planned
-        ]
-        whole = [round(few + at * (more - few)) for few, more in zip(found[0], found[-1], strict=True)]
-        tokens = (sum(map(sum, training[0])), sum(map(sum, inference[0])))
-        usage = Planned(plan).usage if at else planned[0].usage
-        plain = 0
-        if case.checkpointing and not case.gpu:
-            plain = peaks(with_changes(case, {}, PLAIN, {})).training[0]
-        case.found[key] = Peaks(usage, tuple(whole[: len(training)]), tuple(whole[len(training) :]), tokens, plain)
-    return case.found[key]
+def estimate_hours(scenario: Scenario) -> Hours:
+    """Return the hours of training, its evaluations, and the prediction of the validation battles.
 
-
-def _shorter(plan: Plan) -> tuple[list[Planned], float]:
-    """Return backbones of a few layers, and how far beyond them the whole lies, as every further layer takes as much.
-
-    A model of four periods of layers and one of two are as far apart as 1; a model that is no longer is alone, at 0.
+    Floating-point operations (`planning.devices.count_flops`) by the share `UTILISATION` of the device's speed; on a
+    GPU at least `LAUNCH_SECONDS` per operation.
     """
-    text = plan.backbone.get_text_config()
-    kinds = list(getattr(text, "layer_types", None) or [0] * text.num_hidden_layers)
-    first = plan.model.lora_first_layer if plan.model.use_peft else 0
-    period = next(n for n in range(1, len(kinds) + 1) if kinds[:-n] == kinds[n:])
-    below, above = -(-first // period) * period and period, len(kinds) - first
-    if above <= 4 * period or first % period or text is not plan.backbone:
-        return [Planned(plan)], 0.0
-    made = []
-    for layers in (2 * period, 4 * period):
-        backbone = copy.deepcopy(plan.backbone)
-        backbone.num_hidden_layers = below + layers
-        if hasattr(backbone, "layer_types"):
-            backbone.layer_types = kinds[: below + layers]
-        model = replace(plan.model, lora_first_layer=below)
-        made.append(Planned(replace(plan, backbone=backbone, model=model)))
-    return made, (above - 2 * period) / (2 * period)
+    recipe, workload, size = scenario.recipe, scenario.workload, measure_peaks(scenario).size
+    step_battles, layers = recipe.trainer[BATTLES], scenario.layers
+    training_rows, prediction_rows = scenario.training_rows, scenario.prediction_rows
+    epochs, evaluations = _count_rounds(scenario)
+    battles = epochs * workload.training
 
+    # how much of the model the backward pass goes through, and how much of it is computed again
+    backward = 1 - recipe.model.lora_first_layer / layers if recipe.model.use_peft else 2.0
+    backward = 0.0 if recipe.model.freeze_backbone else backward
+    again = min(backward, 1) if scenario.checkpointing else 0.0
 
-def _cut(case: Case, branches: Branches) -> Branches:
-    """Return battles as long as the recipe lets them be."""
-    most = case.recipe.prompt.max_length
-    sequences = [(shared + max(others), [shared, *others]) for shared, *others in branches]
-    return [[max(1, n * most // one) if n else 0 for n in row] if one > most else row for one, row in sequences]
+    # seconds of computing one battle
+    rate = scenario.device.rate(scenario.dtype) * UTILISATION[scenario.device.kind] * scenario.launch.processes
+    weights = size.parameters - size.embedding
 
-
-def _micro_batch(case: Case, training: bool) -> Branches:
-    """Return the largest micro-batch of drawn steps, or the largest batch of a prediction, on a CPU."""
-    trainer = case.recipe.trainer
-    rows = _cut(case, case.battles.branches if training else case.battles.predicted)
-    costs = [sum(row) for row in rows]
-    steps = [range(len(rows))]
-    if training and not case.recipe.model.freeze_backbone:
-        random, size = np.random.default_rng(0), min(trainer[BATTLES], len(rows))
-        count = min(STEPS, -(-case.battles.training // trainer[BATTLES]))
-        steps = [random.choice(len(rows), size, replace=False).tolist() for _ in range(count)]
-    learns = training and not case.recipe.model.freeze_backbone
-    budget = (trainer[TOKENS] if learns else case.recipe.inference.batch_tokens) or CPU_TOKENS
-    drawn = [
-        [step[row] for row in micro]
-        for step in steps
-        for micro in plan_packed([costs[row] for row in step], budget, case.launch.processes)[0]
-    ]
-    largest = [rows[row] for row in max(drawn, key=lambda micro: sum(costs[row] for row in micro))]
-    if case.attention == "eager" or len(largest) < 3:
-        return largest
-    half = [max(1, sum(pieces) // 2) if any(pieces) else 0 for pieces in zip(*largest, strict=True)]
-    return [half, half]
-
-
-def training_needs(case: Case) -> dict[str, Any]:
-    """Return what training takes on each device: bytes by component, their total, whether it fits, and tokens."""
-    found, shards = peaks(case), case.launch.processes
-    usage, (one, two), longest = found.usage, found.training * (1 if case.gpu else 2), found.tokens[0]
-    parts = {
-        "weights": usage.weights, "adapters": usage.adapters, "gradients": usage.gradients,
-        "optimiser": usage.optimiser,
-    }  # fmt: skip
-    if case.recipe.model.freeze_backbone:
-        parts["features"] = _features(case)
-    if case.launch.strategy == "fsdp":
-        parts = {name: size // shards for name, size in parts.items()}
-        parts["gathered layers"] = 2 * usage.largest_layer  # one computes, the next is on its way
-    elif case.launch.strategy == "ddp":
-        parts["buckets"] = usage.gradients
-    own = CONTEXT if case.gpu else PROCESS
-    least = sum(parts.values()) + own + _activations(case, one, found.plain)
-    tokens = longest
-    if case.gpu:
-        free = case.device.memory - CONTEXT - parts["weights"] - parts["adapters"]
-        fits = extrapolate_tokens(free, parts["gradients"] + one, parts["gradients"] + two, longest)
-        tokens = max(longest, min(case.recipe.trainer[TOKENS] or fits, _step_tokens(case)))
-        if case.recipe.model.freeze_backbone:
-            tokens = max(longest, case.recipe.inference.batch_tokens or fits)
-        one += int((two - one) * (tokens / longest - 1))
-    else:
-        fits = tokens
-    parts["CUDA" if case.gpu else "process"] = own
-    parts["activations"] = _activations(case, one, found.plain)
-    if case.recipe.model.head_init == "fitted":  # before training, which then needs that memory for other things
-        later = parts["gradients"] + parts["optimiser"] + parts["activations"]
-        beyond = max(0, _features(case) - later)
-        parts |= {"features": beyond} if beyond else {}
-        least += beyond
-    return _told(case, parts, least, tokens, fits)
-
-
-def _features(case: Case) -> int:
-    """Return what a head is fitted to takes while that is done, in bytes."""
-    head = find_objective(case.recipe.objective).head
-    width = WIDTHS[case.recipe.model.pooling](head.responses) * case.backbone.get_text_config().hidden_size
-    sequences = len(case.battles.branches[0]) - 1
-    return FEATURES * case.battles.training * sequences * width * 4
-
-
-def inference_needs(case: Case) -> dict[str, Any]:
-    """Return the same of prediction; every device holds all weights."""
-    found = peaks(case)
-    usage, (one, two), longest = found.usage, found.inference * (1 if case.gpu else 2), found.tokens[1]
-    parts = {"weights": usage.weights, "adapters": usage.adapters}
-    own = CONTEXT if case.gpu else PROCESS
-    least = sum(parts.values()) + own + _activations(case, one)
-    tokens = fits = longest
-    if case.gpu:
-        fits = extrapolate_tokens(case.device.memory - CONTEXT - sum(parts.values()), one, two, longest)
-        tokens = max(longest, case.recipe.inference.batch_tokens or fits)
-        one += int((two - one) * (tokens / longest - 1))
-    parts["CUDA" if case.gpu else "process"] = own
-    parts["activations"] = _activations(case, one)
-    return _told(case, parts, least, tokens, fits)
-
-
-def _activations(case: Case, alive: int, plain: int = 0) -> int:
-    """Return what tensors take of which so many bytes are alive at once, and the gaps that the allocator leaves."""
-    return alive if case.gpu else int(alive + GAPS * max(alive, plain))
-
-
-def _told(case: Case, parts: dict[str, int], least: int, tokens: int, fits: int) -> dict[str, Any]:
-    room = int(case.device.memory * (KEPT if case.gpu else 1))
-    return {"parts": parts, "total": sum(parts.values()), "least": least, "fits": least <= room,
-            "tokens": tokens, "tokens that fit": fits if least <= room else 0}  # fmt: skip
-
-
-def _step_tokens(case: Case) -> int:
-    """Return the tokens of a process's share of a large step."""
-    costs = np.sort([sum(row) for row in _cut(case, case.battles.branches)])
-    mean = float(costs[len(costs) // 2 :].mean())  # of the longer half
-    return int(mean * case.recipe.trainer[BATTLES] / case.launch.processes)
-
-
-def hours(case: Case) -> dict[str, float]:
-    """Return the hours that training, its evaluations and the prediction of the validation battles take.
-
-    Operations, by `planning.devices.battle_flops`, at a share of the device's rate, `UTILISATION`; on a GPU at least
-    what starting them takes, `LAUNCH` for each.
-    """
-    recipe, battles, usage = case.recipe, case.battles, peaks(case).usage
-    trainer, layers = recipe.trainer, case.backbone.get_text_config().num_hidden_layers
-    back = 1 - recipe.model.lora_first_layer / layers if recipe.model.use_peft else 2.0
-    back = 0.0 if recipe.model.freeze_backbone else back
-    again = min(back, 1) if case.checkpointing else 0.0
-    epochs, evaluations = _rounds(case)
-
-    def flops(branches: Branches, backward: float) -> float:
-        rows = _cut(case, branches)
+    def compute_seconds(rows: Branches, share: float) -> float:
         length = float(np.mean([sum(row) for row in rows]))
-        square = float(np.mean([sum((shared + one) ** 2 for one in others) for shared, *others in rows]))
-        return battle_flops(case.backbone, usage.parameters - usage.embedding, length, square, backward)
+        square = float(np.mean([sum((shared + own) ** 2 for own in others) for shared, *others in rows]))
+        return count_flops(scenario.backbone, weights, length, square, share) / rate
 
-    rate = case.device.rate(case.dtype) * UTILISATION[case.device.kind] * case.launch.processes
-    start = layers * LAUNCH if case.gpu else 0.0  # of an operation in each layer
-    a_step = _batches(case, battles.branches, trainer[BATTLES], training_needs(case)["tokens"])
-    judged, predicted = (
-        _batches(case, branches, battles.validation, inference_needs(case)["tokens"])
-        for branches in (battles.branches, battles.predicted)
-    )
-    forward, trained = flops(battles.branches, 0.0), epochs * battles.training
-    operations = FORWARD * (1 + again) + BACKWARD * min(back, 1)
-    steps = trained / trainer[BATTLES] * a_step
+    forward, predicted = compute_seconds(training_rows, 0.0), compute_seconds(prediction_rows, 0.0)
+    trained = compute_seconds(training_rows, backward) + again * forward
+
+    # seconds of launching the operations of one batch, and the number of batches
+    launch = layers * LAUNCH_SECONDS if scenario.gpu else 0.0
+    forward_launch = FORWARD_OPERATIONS * launch
+    training_launch = (FORWARD_OPERATIONS * (1 + again) + BACKWARD_OPERATIONS * min(backward, 1)) * launch
+    training_tokens, inference_tokens = estimate_training(scenario).tokens, estimate_inference(scenario).tokens
+    training_batches = battles / step_battles * _count_batches(scenario, training_rows, step_battles, training_tokens)
     if recipe.model.freeze_backbone:
-        steps = _batches(case, battles.branches, battles.training, training_needs(case)["tokens"])
-    reads = _batches(case, battles.branches, battles.training, inference_needs(case)["tokens"])
-    seconds = {
-        "training": (
-            trained * (flops(battles.branches, back) + again * forward) / rate,
-            steps * operations * start,
-        ),
-        "evaluation": (evaluations * battles.validation * forward / rate, evaluations * judged * FORWARD * start),
-        FITTING: (battles.training * forward / rate, reads * FORWARD * start),
-        "prediction": (battles.validation * flops(battles.predicted, 0.0) / rate, predicted * FORWARD * start),
-    }  # fmt: skip
-    if recipe.model.head_init != "fitted":
-        del seconds[FITTING]
-    return {what: max(both) / 3600 for what, both in seconds.items()}
+        training_batches = _count_batches(scenario, training_rows, workload.training, training_tokens)
+    evaluation_batches = _count_batches(scenario, training_rows, workload.validation, inference_tokens)
+    prediction_batches = _count_batches(scenario, prediction_rows, workload.validation, inference_tokens)
+    fit_batches = _count_batches(scenario, training_rows, workload.training, inference_tokens)
+
+    # whichever takes longer: computing or launching
+    head_fit = max(workload.training * forward, fit_batches * forward_launch) / 3600
+    return Hours(
+        training=max(battles * trained, training_batches * training_launch) / 3600,
+        evaluation=evaluations * max(workload.validation * forward, evaluation_batches * forward_launch) / 3600,
+        prediction=max(workload.validation * predicted, prediction_batches * forward_launch) / 3600,
+        head_fit=head_fit if recipe.model.head_init == "fitted" else None,
+    )
 
 
-def _rounds(case: Case) -> tuple[float, float]:
-    """Return how often the training battles are gone through, and how often the validation battles are judged."""
-    trainer, battles = case.recipe.trainer, case.battles.training
-    if case.recipe.model.freeze_backbone:
+def _count_rounds(scenario: Scenario) -> tuple[float, float]:
+    """Return how many times training goes through its battles, and how many times the validation battles are judged."""
+    trainer, battles = scenario.recipe.trainer, scenario.workload.training
+    if scenario.recipe.model.freeze_backbone:
         return 1.0, 0.0
     steps = trainer.get("max_steps", -1)
     epochs = steps * trainer[BATTLES] / battles if steps > 0 else trainer["num_train_epochs"]
@@ -331,14 +241,7 @@ def _rounds(case: Case) -> tuple[float, float]:
     return epochs, evaluations
 
 
-def _batches(case: Case, branches: Branches, battles: int, tokens: int) -> int:
-    """Return the batches of at most so many tokens that each process computes of so many battles."""
-    mean = float(np.mean([sum(row) for row in _cut(case, branches)]))
-    return math.ceil(mean * battles / case.launch.processes / tokens)
-
-
-def with_changes(case: Case, model: dict[str, Any], trainer: dict[str, Any], prompt: dict[str, Any]) -> Case:
-    """Return a case whose recipe has other keys."""
-    recipe = case.recipe
-    changed = replace(recipe, model=replace(recipe.model, **model), trainer=recipe.trainer | trainer)
-    return replace(case, recipe=replace(changed, prompt=replace(recipe.prompt, **prompt)))
+def _count_batches(scenario: Scenario, rows: Branches, battles: int, tokens: int) -> int:
+    """Return how many batches of at most `tokens` tokens each process computes of so many battles."""
+    mean = float(np.mean([sum(row) for row in rows]))
+    return math.ceil(mean * battles / scenario.launch.processes / tokens)

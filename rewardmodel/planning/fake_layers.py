@@ -1,4 +1,4 @@
-"""A linear layer in, one of the size of a quantised one out, without content, to count memory by."""
+"""A linear layer -> one as large as bitsandbytes' quantised layer but without content, to count memory with."""
 
 from typing import Any
 
@@ -7,79 +7,78 @@ import torch
 
 from rewardmodel.config.schema import ModelConfig
 
-BLOCK = 64
-"""Weights that share a constant in bitsandbytes' 4-bit format."""
 
-NESTED = 256
-"""Constants that share one of their own under double quantisation, and states that share one in 8-bit optimisers."""
+def count_quantised_bytes(weights: int, model: ModelConfig, out_features: int) -> int:
+    """Return the bytes of a linear layer's weights as bitsandbytes keeps them, quantisation constants included.
 
+    8 bits: a byte per weight, and a float32 per row. 4 bits: half a byte per weight, and a float32 per block of 64
+    weights; or, with double quantisation, a byte per block and a float32 per 256 blocks (QLoRA, Dettmers et al. 2023).
 
-def quantised_bytes(weights: int, model: ModelConfig, out_features: int) -> int:
-    """Return the bytes of a linear layer's weights as bitsandbytes keeps them, with their constants.
-
-    4 bits: half a byte, and a float32 constant for `BLOCK` weights, or a byte for it and a float32 for `NESTED` of
-    those (QLoRA's double quantisation). 8 bits: a byte, and a float32 for a row.
+    Args:
+        weights: their number.
+        model: section of the recipe, with `load_in_4bit` or `load_in_8bit`.
+        out_features: rows of the weight matrix.
     """
     if model.load_in_8bit:
         return weights + 4 * out_features
-    blocks = -(-weights // BLOCK)
-    constants = blocks + 4 * -(-blocks // NESTED) if model.use_bnb_nested_quant else 4 * blocks
+    blocks = -(-weights // 64)
+    constants = blocks + 4 * -(-blocks // 256) if model.use_bnb_nested_quant else 4 * blocks
     return -(-weights // 2) + constants
 
 
-class _Product(torch.autograd.Function):
-    """A product with a weight that is made for it and kept by nobody, as bitsandbytes' are."""
+class _FakeProduct(torch.autograd.Function):
+    """A product with a temporary dequantised weight that is not kept for the backward pass, as in bitsandbytes."""
 
     @staticmethod
-    def forward(ctx: Any, given: torch.Tensor, out_features: int) -> torch.Tensor:
-        ctx.shape = (out_features, given.shape[-1])
-        return torch.nn.functional.linear(given, given.new_empty(ctx.shape))
+    def forward(ctx: Any, inputs: torch.Tensor, out_features: int) -> torch.Tensor:
+        ctx.shape = (out_features, inputs.shape[-1])
+        return torch.nn.functional.linear(inputs, inputs.new_empty(ctx.shape))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
         return torch.matmul(gradient, gradient.new_empty(ctx.shape)), None
 
 
-def _forward(self: Any, given: torch.Tensor) -> torch.Tensor:
-    product = _Product.apply(given.to(self.compute_dtype), self.out_features).to(given.dtype)
+def _compute_product(self: Any, inputs: torch.Tensor) -> torch.Tensor:
+    product = _FakeProduct.apply(inputs.to(self.compute_dtype), self.out_features).to(inputs.dtype)
     return product if self.bias is None else product + self.bias.to(product.dtype)
 
 
-class FourBits(bnb.nn.Linear4bit):
-    """A 4-bit linear layer of the size of another, which PEFT takes for one of bitsandbytes'."""
+class Fake4bitLinear(bnb.nn.Linear4bit):
+    """A 4-bit layer of the size of a linear layer; a subclass, so that PEFT adapts it as it does bitsandbytes'."""
 
     def __init__(self, linear: torch.nn.Linear, model: ModelConfig, dtype: torch.dtype) -> None:
         torch.nn.Module.__init__(self)
-        _take_size(self, linear, model, dtype)
+        _copy_size(self, linear, model, dtype)
         self.weight.compress_statistics = model.use_bnb_nested_quant
         self.weight.quant_type = model.bnb_4bit_quant_type
 
-    forward = _forward
+    forward = _compute_product
 
 
-class EightBits(bnb.nn.Linear8bitLt):
-    """The same of 8 bits."""
+class Fake8bitLinear(bnb.nn.Linear8bitLt):
+    """An 8-bit layer of the size of a linear layer."""
 
     def __init__(self, linear: torch.nn.Linear, model: ModelConfig, dtype: torch.dtype) -> None:
         torch.nn.Module.__init__(self)
-        _take_size(self, linear, model, dtype)
+        _copy_size(self, linear, model, dtype)
         self.state = bnb.MatmulLtState()
         self.index = None
 
-    forward = _forward
+    forward = _compute_product
 
 
-def _take_size(self: Any, linear: torch.nn.Linear, model: ModelConfig, dtype: torch.dtype) -> None:
-    self.in_features, self.out_features = linear.in_features, linear.out_features
-    size = quantised_bytes(linear.weight.numel(), model, linear.out_features)
-    self.weight = torch.nn.Parameter(torch.empty(size, 1, dtype=torch.uint8), requires_grad=False)
-    self.bias = linear.bias
-    self.compute_dtype = dtype
+def _copy_size(layer: Any, linear: torch.nn.Linear, model: ModelConfig, dtype: torch.dtype) -> None:
+    layer.in_features, layer.out_features = linear.in_features, linear.out_features
+    size = count_quantised_bytes(linear.weight.numel(), model, linear.out_features)
+    layer.weight = torch.nn.Parameter(torch.empty(size, 1, dtype=torch.uint8), requires_grad=False)
+    layer.bias = linear.bias
+    layer.compute_dtype = dtype
 
 
-class ByteDropout(torch.nn.Dropout):
-    """Dropout as a GPU computes it: what it keeps is a byte a number."""
+class FakeGpuDropout(torch.nn.Dropout):
+    """Dropout that keeps for the backward pass what it keeps on a GPU: one byte per element."""
 
-    def forward(self, given: torch.Tensor) -> torch.Tensor:
-        """Drop numbers in training."""
-        return torch.native_dropout(given, self.p, True)[0] if self.training and self.p else given
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the inputs with some elements set to zero in training."""
+        return torch.native_dropout(inputs, self.p, True)[0] if self.training and self.p else inputs

@@ -1,8 +1,8 @@
-"""A backbone's configuration and a recipe in, bytes by component out: nothing is loaded, and nothing is computed.
+"""A backbone's configuration and a recipe -> bytes of memory, by running the model without loading or computing it.
 
-The model is made of tensors that have a shape and no content (torch's FakeTensorMode), quantised layers and adapters
-included, and the code that trains runs over it: what is alive at its worst moment is what memory is needed for. So
-any architecture, attention and checkpointing counts as it is written, without a formula for each.
+The model is built of fake tensors, which have a shape and no content (torch's FakeTensorMode), with quantised layers
+and adapters, and the code that trains runs on it: the peak of the bytes alive is the memory that is needed. Any
+architecture, attention and checkpointing is counted as it is written, without a formula for each.
 """
 
 import copy
@@ -27,22 +27,21 @@ from rewardmodel.model.lora import add_lora
 from rewardmodel.model.packing import is_packed, may_pack
 from rewardmodel.model.precision import autocast
 from rewardmodel.objectives import HeadShape
-from rewardmodel.planning.fake_layers import NESTED, ByteDropout, EightBits, FourBits
-
-CPU = torch.device("cpu")
+from rewardmodel.planning.fake_layers import Fake4bitLinear, Fake8bitLinear, FakeGpuDropout
+from rewardmodel.planning.workload import Branches
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is to be held in memory.
+class MemorySpec:
+    """A model whose memory is to be estimated.
 
     Attributes:
-        model: of the recipe.
+        model: section of the recipe.
         backbone: its transformers configuration.
         head: its shape.
-        dtype: that the backbone computes in.
-        attention: the implementation.
-        gpu: whether on a GPU, whose dropout keeps a byte a number and whose adapters copy no input.
+        dtype: precision of the forward pass.
+        attention: the implementation, by transformers' name.
+        gpu: whether on a GPU, where dropout keeps one byte per element and adapters do not copy their input.
         optimiser: TRL's name of it.
         checkpointing: whether layers are recomputed in the backward pass.
     """
@@ -58,16 +57,16 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Usage:
-    """Bytes of what stays, on one device.
+class ModelSize:
+    """What stays in memory on one device.
 
     Attributes:
-        parameters: how many weights the backbone has, quantised or not.
-        embedding: how many of them are a table of tokens.
-        weights: bytes of them, of constants of quantisation, and of buffers.
-        adapters: bytes of what trains: adapters and head, or all weights.
-        gradients: of what trains.
-        optimiser: states of what trains.
+        parameters: number of weights of the backbone, quantised or not.
+        embedding: number of those in the token embeddings.
+        weights: bytes of frozen weights, quantisation constants and buffers.
+        adapters: bytes of trained weights: adapters and head, or all weights.
+        gradients: bytes of their gradients.
+        optimiser: bytes of their optimiser states.
         largest_layer: bytes of the largest layer, which FSDP gathers whole.
     """
 
@@ -80,79 +79,82 @@ class Usage:
     largest_layer: int
 
 
-class Planned:
-    """A model without content, to be asked what it needs.
+class FakeModel:
+    """A classifier of fake tensors that runs forward and backward passes to measure their memory.
 
     Attributes:
-        usage: what stays in memory.
-        layers: of the backbone.
+        size: what stays in memory.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, spec: MemorySpec) -> None:
+        self.spec = spec
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with torch.device("meta"):
-            self.model = _model(plan)
+            self.model = _build_classifier(spec)
         with self.mode:
-            _on_cpu(self.model)
+            _move_to_fake_cpu(self.model)
         self.packs = is_packed(self.model)
-        self.usage = _usage(self.model, plan)
+        self.size = _measure_size(self.model, spec)
 
-    def forward_peak(self, lengths: list[list[int]]) -> int:
-        """Return the bytes that predicting a batch takes at most, beyond the weights.
+    def forward_peak(self, lengths: Branches) -> int:
+        """Return the peak bytes of predicting a batch, beyond the weights.
 
         Args:
-            lengths: `branches` of `prompt.tokenization.TOKEN_ROW_FEATURES`, of each battle.
+            lengths: of each battle, like `[[10, 30, 30], [12, 80, 80]]`.
         """
         self.model.eval()
 
-        def work(batch: dict[str, Any]) -> None:
-            with torch.no_grad(), self._computing():
+        def predict(batch: dict[str, Any]) -> None:
+            with torch.no_grad(), self._autocast():
                 self.model(**batch).logits.float()
 
-        return self._peak(work, lengths)
+        return self._measure_peak(predict, lengths)
 
-    def training_peak(self, lengths: list[list[int]]) -> int:
-        """Return the same of a micro-batch's forward and backward pass, beyond weights, gradients and optimiser."""
+    def training_peak(self, lengths: Branches) -> int:
+        """Return the peak bytes of a micro-batch's forward and backward pass, beyond weights, gradients and optimiser.
+
+        Args:
+            lengths: as of `forward_peak`.
+        """
         self.model.train()
-        if self.plan.checkpointing:
-            checkpoint(self.model)
-        with self.mode:  # gradients of the micro-batch before
+        if self.spec.checkpointing:
+            enable_checkpointing(self.model)
+        with self.mode:  # the gradients that earlier micro-batches left
             for weight in self.model.parameters():
                 weight.grad = torch.empty_like(weight) if weight.requires_grad else None
 
-        def work(batch: dict[str, Any]) -> None:
-            with self._computing():
+        def train(batch: dict[str, Any]) -> None:
+            with self._autocast():
                 logits = self.model(**batch).logits
             logits.float().sum().backward()
 
-        return self._peak(work, lengths)
+        return self._measure_peak(train, lengths)
 
     @contextmanager
-    def _computing(self) -> Iterator[None]:
-        """Compute as the trainer does; adapters ask CUDA's autocast whether to copy their input."""
+    def _autocast(self) -> Iterator[None]:
+        """Compute in the precision that the trainer computes in; PEFT copies inputs unless CUDA's autocast is on."""
         before = torch.is_autocast_enabled("cuda")
-        torch.set_autocast_enabled("cuda", self.plan.gpu and self.plan.dtype != torch.float32)
+        torch.set_autocast_enabled("cuda", self.spec.gpu and self.spec.dtype != torch.float32)
         try:
-            with autocast(CPU, _stored(self.plan.dtype)):
+            with autocast(torch.device("cpu"), _cpu_dtype(self.spec.dtype)):
                 yield
         finally:
             torch.set_autocast_enabled("cuda", before)
 
-    def _peak(self, work: Callable[[dict[str, Any]], None], lengths: list[list[int]]) -> int:
-        rows = [_row(branches) for branches in lengths]
+    def _measure_peak(self, work: Callable[[dict[str, Any]], None], lengths: Branches) -> int:
+        rows = [_make_row(branches) for branches in lengths]
         batch = pack(rows) if self.packs else pad(rows, 0)
         batch = {
             name: self.mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
             for name, value in batch.items()
         }
-        live = Live([*self.model.parameters(), *self.model.buffers(), *tree_leaves(batch)])
-        with self.mode, live:
+        memory = PeakMemory([*self.model.parameters(), *self.model.buffers(), *tree_leaves(batch)])
+        with self.mode, memory:
             work(batch)
-        return live.peak
+        return memory.peak
 
 
-def checkpoint(model: Any) -> None:
+def enable_checkpointing(model: Any) -> None:
     """Let a model recompute each layer in the backward pass, as the trainer does."""
     name = "activation_checkpointing_enable"  # in later releases of transformers 5
     getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")({"use_reentrant": False})
@@ -160,11 +162,11 @@ def checkpoint(model: Any) -> None:
         model.disable_input_require_grads()
 
 
-class Live(TorchDispatchMode):
-    """Watches the tensors that are made: `peak` is the most bytes of them that were alive at once.
+class PeakMemory(TorchDispatchMode):
+    """The bytes of tensors that are made while it is active: `now` alive, `peak` the most alive at once.
 
     Args:
-        known: what is there before, and stays: not counted.
+        known: tensors that exist before and stay; they and their gradients are not counted.
     """
 
     def __init__(self, known: Iterable[Any]) -> None:
@@ -175,7 +177,7 @@ class Live(TorchDispatchMode):
         self._seen = {one.untyped_storage()._cdata for one in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and count what it made."""
+        """Run an operation and count the storages that it made."""
         made = func(*args, **(kwargs or {}))
         for one in (made,) if isinstance(made, torch.Tensor) else tree_leaves(made):
             if isinstance(one, torch.Tensor):
@@ -190,53 +192,57 @@ class Live(TorchDispatchMode):
         self._seen.add(key)
         self.now += size
 
-        def gone() -> None:
+        def forget() -> None:
             self._seen.discard(key)
             self.now -= size
 
-        weakref.finalize(storage, gone)
+        weakref.finalize(storage, forget)
 
 
-def optimiser_bytes(name: str, sizes: list[int]) -> int:
-    """Return the bytes of an optimiser's states for float32 weights of these sizes.
+def count_optimiser_bytes(name: str, sizes: list[int]) -> int:
+    """Return the bytes of an optimiser's states for float32 weights.
 
-    Two float32 states a weight as of AdamW, unless the name says otherwise: lion and adagrad have one, adafactor rows
-    and columns only, sgd none. bitsandbytes keeps 8 bits of states with a float32 constant for `NESTED` of them, but
-    float32 for tensors of less than 4,096 weights.
+    Two float32 states per weight, as of AdamW, unless the name says otherwise: lion and adagrad have one, adafactor
+    keeps rows and columns only, sgd nothing. bitsandbytes' 8-bit optimisers keep a byte per state and a float32
+    constant per 256 states, but float32 states for tensors of fewer than 4,096 weights.
+
+    Args:
+        name: TRL's name of the optimiser.
+        sizes: number of weights of each tensor.
     """
     states = 0 if name.startswith(("sgd", "adafactor")) else 1 if "lion" in name or "adagrad" in name else 2
     if "8bit" not in name:
         return 4 * states * sum(sizes)
-    return sum(states * (4 * size if size < 4096 else size + 4 * -(-size // NESTED)) for size in sizes)
+    return sum(states * (4 * size if size < 4096 else size + 4 * -(-size // 256)) for size in sizes)
 
 
-def _model(plan: Plan) -> Any:
-    """Return the classifier, with its adapters, as it is trained."""
-    config, model = copy.deepcopy(plan.backbone), plan.model
-    config.num_labels = plan.head.num_labels
-    kind = "eager" if plan.attention == "eager" else "sdpa"  # all fused kernels keep the same
-    dtype = _stored(plan.dtype) if model.use_peft else torch.float32
-    made: Any = classifier_class(config, model.pooling, plan.head)._from_config(
+def _build_classifier(spec: MemorySpec) -> Any:
+    """Return the classifier with its adapters as it is trained, on the current default device."""
+    config, model = copy.deepcopy(spec.backbone), spec.model
+    config.num_labels = spec.head.num_labels
+    kind = "eager" if spec.attention == "eager" else "sdpa"  # all fused kernels keep the same for the backward pass
+    dtype = _cpu_dtype(spec.dtype) if model.use_peft else torch.float32
+    made: Any = classifier_class(config, model.pooling, spec.head)._from_config(
         config, dtype=dtype, attn_implementation="eager"
     )
     made.config.get_text_config()._attn_implementation = packed_name(kind) if may_pack(made) else kind
     heads = head_names(made)
     if model.load_in_4bit or model.load_in_8bit:
-        _quantise(made, model, dtype)
+        _replace_linear_layers(made, model, dtype)
     for name in heads:
         made.get_submodule(name).float()
     if model.use_peft:
         made = add_lora(made, model)
-    if plan.gpu:
+    if spec.gpu:
         for module in list(made.modules()):
             for name, child in module.named_children():
                 if isinstance(child, torch.nn.Dropout):
-                    setattr(module, name, ByteDropout(child.p))
+                    setattr(module, name, FakeGpuDropout(child.p))
     return made
 
 
-def _on_cpu(model: torch.nn.Module) -> None:
-    """Put tensors without content that count as the CPU's in the place of those of the meta device."""
+def _move_to_fake_cpu(model: torch.nn.Module) -> None:
+    """Replace a model's meta tensors by fake tensors on the CPU; weights that are shared stay shared."""
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for name, weight in module._parameters.items():
@@ -250,41 +256,44 @@ def _on_cpu(model: torch.nn.Module) -> None:
                 module._buffers[name] = torch.empty_like(buffer, device="cpu")
 
 
-def _quantise(made: Any, model: ModelConfig, dtype: torch.dtype) -> None:
-    """Put layers of quantised size in the place of linear ones, as transformers does."""
-    kind = FourBits if model.load_in_4bit else EightBits
+def _replace_linear_layers(made: Any, model: ModelConfig, dtype: torch.dtype) -> None:
+    """Replace linear layers outside the head by fake quantised ones, as transformers does."""
+    kind = Fake4bitLinear if model.load_in_4bit else Fake8bitLinear
     for name, child in list(made.named_modules()):
         if type(child) is torch.nn.Linear and not {*name.split(".")} & {*HEADS}:
             made.set_submodule(name, kind(child, model, dtype))
     made.is_loaded_in_4bit, made.is_loaded_in_8bit = model.load_in_4bit, model.load_in_8bit
 
 
-def _usage(model: Any, plan: Plan) -> Usage:
+def _measure_size(model: Any, spec: MemorySpec) -> ModelSize:
+    # bytes of trained weights, and of everything else; a shared weight counts once
     training = {id(weight): weight for weight in model.parameters() if weight.requires_grad}
-    sizes = [weight.numel() for weight in training.values()]
-    trained = sum(weight.nbytes for weight in training.values())
-    every = {id(one): one for one in [*model.parameters(), *model.buffers()]}
-    held = sum(one.nbytes for one in every.values())
-    linear = [module for module in model.modules() if isinstance(module, FourBits | EightBits)]
+    trained_bytes = sum(weight.nbytes for weight in training.values())
+    held = {id(one): one for one in [*model.parameters(), *model.buffers()]}
+    held_bytes = sum(one.nbytes for one in held.values())
+    optimiser = count_optimiser_bytes(spec.optimiser, [weight.numel() for weight in training.values()])
+
+    # number of the backbone's weights; a quantised tensor has as many bytes as elements, not as weights
     whole = unwrap(model)
     backbone = getattr(whole, whole.base_model_prefix).named_parameters()
-    count = sum(weight.numel() for name, weight in backbone if "lora_" not in name) + sum(
-        module.in_features * module.out_features - module.weight.numel() for module in linear
-    )
+    count = sum(weight.numel() for name, weight in backbone if "lora_" not in name)
+    for module in model.modules():
+        if isinstance(module, Fake4bitLinear | Fake8bitLinear):
+            count += module.in_features * module.out_features - module.weight.numel()
+    embedding = model.get_input_embeddings().weight.numel()
+
     layers: Any = next((one for one in model.modules() if isinstance(one, torch.nn.ModuleList)), [])
     largest = max((sum(weight.nbytes for weight in layer.parameters()) for layer in layers), default=0)
-    optimiser = optimiser_bytes(plan.optimiser, sizes)
-    embedding = model.get_input_embeddings().weight.numel()
-    return Usage(count, embedding, held - trained, trained, trained, optimiser, largest)
+    return ModelSize(count, embedding, held_bytes - trained_bytes, trained_bytes, trained_bytes, optimiser, largest)
 
 
-def _stored(dtype: torch.dtype) -> torch.dtype:
-    """Return a precision of the same size that the CPU's operations know."""
+def _cpu_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return a precision of the same size that operations on the CPU support."""
     return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
-def _row(branches: list[int]) -> dict[str, Any]:
-    """Return a row of `prompt.tokenization.TOKEN_ROW_FEATURES` without content: its second half are responses."""
+def _make_row(branches: list[int]) -> dict[str, Any]:
+    """Return a row of tokens (`TOKEN_ROW_FEATURES`) of these lengths; ids are 0, the second half are responses."""
     length = sum(branches)
     half = length // 2
     segments = [0] * half + [1 + number % 2 for number in range(length - half)]

@@ -1,4 +1,4 @@
-"""A recipe in, how many battles it trains on and judges, and how long they are, out: for what is told beforehand."""
+"""A recipe -> how many battles it trains and validates on, and their lengths in tokens, before anything is trained."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,29 +14,31 @@ from rewardmodel.model.loading import load_tokenizer
 from rewardmodel.objectives import find_objective
 from rewardmodel.prompt.tokenization import tokenize
 
-SAMPLE = 500
-"""Battles that are tokenised to learn how long they are."""
-
-ARENA = 57_477
-"""Battles of the competition, assumed where a recipe's own are not at hand."""
+ARENA_BATTLES = 57_477
+"""Battles of the competition, assumed if a recipe's own are not on this machine."""
 
 ARENA_TOKENS = ((0, 5, 25, 50, 75, 95, 99, 100), (30, 123, 314, 599, 940, 1943, 3748, 11218))
 """Percentiles of a battle's tokens, both responses in one sequence, of 1,870 battles of the competition (SmolLM2)."""
 
+SAMPLED_BATTLES = 500
+"""Battles that are tokenised to estimate the lengths of all."""
+
 Branches = list[list[int]]
-"""Of some battles, as in `prompt.tokenization.TOKEN_ROW_FEATURES`."""
+"""Lengths of battles as in the column `branches` of token rows: tokens that a battle's sequences share, then the
+further tokens of each. Two battles in both orders: `[[10, 30, 30], [12, 80, 80]]`; in one order:
+`[[0, 40], [0, 92]]`."""
 
 
 @dataclass(frozen=True)
-class Battles:
-    """What is to be learnt from.
+class Workload:
+    """The battles of a recipe.
 
     Attributes:
-        training: battles.
-        validation: battles.
-        branches: of a sample of them, to train on.
-        predicted: the same, to predict.
-        source: where all this comes from, in words.
+        training: number of battles to train on.
+        validation: number of battles to validate on.
+        branches: lengths of a sample of battles as they are trained on.
+        predicted: lengths of the same battles as they are predicted.
+        source: where the numbers come from, in words.
     """
 
     training: int
@@ -46,42 +48,45 @@ class Battles:
     source: str
 
 
-def read_lengths(recipe: Recipe, folder: Path) -> Battles:
-    """Return how many battles a recipe has and how long they are.
+def read_workload(recipe: Recipe, folder: Path) -> Workload:
+    """Return how many battles a recipe has, and how long they are.
+
+    If its battles cannot be read on this machine, as many as the competition's are assumed, of their lengths.
 
     Args:
-        recipe: whose data, prompt and objective are read. Where its battles are not at hand, those of the competition
-            are taken in their place, as many and dealt in the same shares.
+        recipe: its data, prompt, objective and inference sections are read.
         folder: of the backbone, for its tokenizer.
 
     Raises:
-        InputError: the template is not to be used, or the battles at hand cannot be dealt as the recipe says.
+        InputError: a template that cannot be used, or folds that these battles cannot be split into.
     """
     data, longest = recipe.data, recipe.prompt.max_length
     try:
         battles = read_battles(data.train, seed=data.seed)
     except InputError as error:
-        lengths = np.interp(np.linspace(0, 100, SAMPLE), *ARENA_TOKENS).clip(max=longest).astype(int).tolist()
-        branches, predicted = ([[0, *[length] * times] for length in lengths] for times in _times(recipe))
-        source = f"as many and as long as those of the competition, for want of the recipe's ({error})"
+        # lengths at evenly spaced percentiles: [0, length] in one order, [0, length, length] in both
+        lengths = np.interp(np.linspace(0, 100, SAMPLED_BATTLES), *ARENA_TOKENS).clip(max=longest).astype(int).tolist()
+        branches, predicted = ([[0, *[length] * count] for length in lengths] for count in _count_sequences(recipe))
         shares = plan_parts(data.folds, data.calibration, data.holdout)[1]
-        dealt = min(ARENA, data.limit or ARENA) * shares[: data.folds]
-        validation = round(dealt[0])
-        training = round(dealt.sum()) - validation
+        fold_sizes = min(ARENA_BATTLES, data.limit or ARENA_BATTLES) * shares[: data.folds]
+        validation = round(fold_sizes[0])
+        training = round(fold_sizes.sum()) - validation
+        source = f"number and lengths as in the competition, because the recipe's battles cannot be read ({error})"
     else:
         parts = split(load_battles(data, battles), data.fold)
         training, validation = len(parts.training), len(parts.validation)
-        sample = battles.select(np.linspace(0, len(battles) - 1, min(len(battles), SAMPLE)).astype(int))
-        encoding, tokenizer = find_objective(recipe.objective).encoding, load_tokenizer(folder)
+        chosen = np.linspace(0, len(battles) - 1, min(len(battles), SAMPLED_BATTLES)).astype(int)
+        sample, tokenizer = battles.select(chosen), load_tokenizer(folder)
+        encoding = find_objective(recipe.objective).encoding
         branches, predicted = (
-            tokenize(sample, tokenizer, recipe.prompt, encoding=encoding, both_orders=times == 2)["branches"][:]
-            for times in _times(recipe)
+            tokenize(sample, tokenizer, recipe.prompt, encoding=encoding, both_orders=count == 2)["branches"][:]
+            for count in _count_sequences(recipe)
         )
         source = f"{len(sample):,} of {len(battles):,} tokenised"
-    return Battles(training, validation, branches, predicted, source)
+    return Workload(training, validation, branches, predicted, source)
 
 
-def _times(recipe: Recipe) -> tuple[int, int]:
+def _count_sequences(recipe: Recipe) -> tuple[int, int]:
     """Return how many sequences a battle has in training and in prediction."""
     if find_objective(recipe.objective).encoding == "separate":
         return 2, 2

@@ -7,21 +7,31 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from dataclasses import replace
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 from builders import battle_frame, write_csv
+from packaging.version import Version
 
+import rewardmodel
 from rewardmodel import export
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.config.loader import load_recipe
 from rewardmodel.errors import InputError
-from rewardmodel.exports.kaggle import Bundle, notebook, script
+from rewardmodel.exports.kaggle import (
+    Bundle,
+    build_notebook,
+    check_installed,
+    copy_source,
+    download_wheels,
+    find_missing,
+    read_installed,
+    render_script,
+)
 from rewardmodel.inference.predict import predict
 from rewardmodel.predictions import predicted
-from rewardmodel.training.train import train
 
 UNPLUGGED = """
 import socket
@@ -31,7 +41,18 @@ def refuse(*_, **__):
 
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
 """
-"""What stands in for a machine without a network, where the kernel lends no network namespace."""
+"""What simulates a machine without a network where the kernel does not allow a network namespace."""
+
+NOT_INSTALLED = """
+from importlib import metadata, util
+assert util.find_spec("rewardmodel") is None
+try:
+    metadata.version("rewardmodel")
+except metadata.PackageNotFoundError:
+    pass
+else:
+    raise AssertionError("there is metadata of rewardmodel")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +69,14 @@ def clean_python(tmp_path):
     """Return the Python of a virtual environment with the packages of this one, but without rewardmodel."""
     venv.create(tmp_path / "venv", with_pip=True)
     site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
-    for path in site.glob("setuptools*"):  # older than that of this environment, which stands behind it
+    for path in site.glob("setuptools*"):  # older than that of this environment, which comes later in the path
         shutil.rmtree(path)
-    (site / "others.pth").write_text(f"import sys; sys.path.append({sysconfig.get_path('purelib')!r})\n")
+    others = tmp_path / "others"  # everything but rewardmodel and its metadata
+    others.mkdir()
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if "rewardmodel" not in path.name:
+            (others / path.name).symlink_to(path)
+    (site / "others.pth").write_text(f"import sys; sys.path.append({str(others)!r})\n")
     (site / "sitecustomize.py").write_text(UNPLUGGED)
     return tmp_path / "venv" / "bin" / "python"
 
@@ -71,22 +97,78 @@ def run_offline(python: Path, code: Path, bundle: Path, battles: Path, work: Pat
     given = {"BUNDLE": str(bundle), "BATTLES": str(battles), "HOME": str(work), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [*without_network(), str(python), str(code)],
-        cwd=work, env={**keep, **given}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=work,
+        env={**keep, **given},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
-def test_the_notebook_runs_offline_in_a_clean_environment(recipe, installed, clean_python, tmp_path):
-    """Slow by what it claims: pip, a fresh interpreter and all imports, without a network."""
-    folder, _ = train(replace(recipe, trainer={**recipe.trainer, "max_steps": 2, "load_best_model_at_end": False}))
-    base = recipe.model.model_name_or_path
+def test_a_bundle_has_all_that_an_offline_machine_needs(run_folder, installed, tmp_path, in_this_process):
+    base = load_recipe(run_folder / "recipe.yaml").model.model_name_or_path
+    asked = Bundle("me/my-reward-model", installed, base=f"{base}/.")
+    export(run_folder, tmp_path / "bundle", "kaggle", bundle=asked)
+    names = {path.name for path in (tmp_path / "bundle").iterdir()}
+    files = {"inference.py", "inference.ipynb", "dataset-metadata.json", "parity.json"}
+    assert names == {"model", "rewardmodel"} | files  # no wheels: nothing is missing
+    assert load_recipe(tmp_path / "bundle" / "model" / "recipe.yaml").model.model_name_or_path == f"{base}/."
+    battles = battle_frame(3, seed=5)
+    found, expected = (predicted(predict(folder, battles)) for folder in (tmp_path / "bundle" / "model", run_folder))
+    assert abs(found - expected).max() <= 1e-5
+
+
+def test_a_merged_model_can_be_bundled(run_folder, installed, tmp_path, in_this_process):
+    asked = Bundle("me/my-reward-model", installed, contents="merged")
+    facts = export(run_folder, tmp_path / "bundle", "kaggle", dtype="float32", bundle=asked)
+    assert facts["max_abs_dp"] <= 1e-4
+    assert json.loads((tmp_path / "bundle" / "dataset-metadata.json").read_text()) == {
+        "title": "my reward model",
+        "id": "me/my-reward-model",
+        "licenses": [{"name": "other"}],
+    }
+    assert load_recipe(tmp_path / "bundle" / "model" / "recipe.yaml").model.model_name_or_path
+
+
+def test_a_bundle_needs_a_name_that_kaggle_takes(tmp_path):
+    with pytest.raises(InputError, match="give owner/name"):
+        Bundle("Some Name", tmp_path / "list.txt")
+
+
+def test_the_source_is_copied_whole_and_without_caches(tmp_path):
+    copy_source(tmp_path)
+    package, copy = Path(rewardmodel.__file__).parent, tmp_path / "rewardmodel"
+    wanted, found = (
+        {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        for folder in (package, copy)
+    )
+    assert found == {name for name in wanted if "__pycache__" not in name}
+    assert {"cli.py", "data/sample/train.csv", "evaluation/page.html.jinja"} <= found
+    assert not list(copy.rglob("__pycache__"))
+
+
+@pytest.mark.slow
+def test_the_copied_source_runs(tmp_path):
+    copy_source(tmp_path / "bundle")
+    code = "import rewardmodel, sys; from rewardmodel.cli import main; print(rewardmodel.__file__); main(['--help'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "bundle")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert str(tmp_path / "bundle") in done.stdout
+    assert "usage: rewardmodel" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_offline_in_a_clean_environment(run_folder, installed, clean_python, tmp_path):
+    base = load_recipe(run_folder / "recipe.yaml").model.model_name_or_path
     asked = Bundle("me/my-reward-model", installed, base=base)
-    export(folder, tmp_path / "bundle", "kaggle", bundle=asked)
-    assert {path.name for path in (tmp_path / "bundle").iterdir()} == {
-        "model", "wheels", "inference.py", "inference.ipynb", "dataset-metadata.json", "parity.json",
-    }  # fmt: skip
-    assert [path.name.split("-")[0] for path in (tmp_path / "bundle" / "wheels").iterdir()] == ["rewardmodel"]
-    code = "import importlib.util; assert importlib.util.find_spec('rewardmodel') is None"
-    subprocess.run([clean_python, "-c", code], cwd=tmp_path, env={}, check=True)
+    export(run_folder, tmp_path / "bundle", "kaggle", bundle=asked)
+    subprocess.run([clean_python, "-c", NOT_INSTALLED], cwd=tmp_path, env={}, check=True)
 
     test = tmp_path / "test.csv"
     if "REWARDMODEL_REAL_DATA" in os.environ:
@@ -97,7 +179,7 @@ def test_the_notebook_runs_offline_in_a_clean_environment(recipe, installed, cle
     code.write_text(notebook_code(tmp_path / "bundle" / "inference.ipynb"))
     done = run_offline(clean_python, code, tmp_path / "bundle", test, tmp_path / "work")
     assert done.returncode == 0, done.stderr[-3000:]
-    expected = predicted(predict(folder, test))
+    expected = predicted(predict(run_folder, test))
     assert f"submission.csv: {len(expected)} battles, valid" in done.stdout
     with (tmp_path / "work" / "submission.csv").open() as file:
         rows = [[float(one) for one in row[1:]] for row in list(csv.reader(file))[1:]]
@@ -105,8 +187,8 @@ def test_the_notebook_runs_offline_in_a_clean_environment(recipe, installed, cle
 
 
 def test_the_script_is_the_notebook(tmp_path):
-    text = script(Bundle("me/my-reward-model", tmp_path / "list", base="/kaggle/input/gemma"))
-    made = notebook(text)
+    text = render_script(Bundle("me/my-reward-model", tmp_path / "list", base="/kaggle/input/gemma"))
+    made = build_notebook(text)
     code = "\n".join(cell["source"] for cell in made["cells"] if cell["cell_type"] == "code")
     assert ast.dump(ast.parse(code)) == ast.dump(ast.parse(text))
     assert made["nbformat"] == 4
@@ -116,67 +198,136 @@ def test_the_script_is_the_notebook(tmp_path):
     assert len(text.splitlines()) < 70
 
 
-def test_two_gpus_get_a_process_each(tmp_path):
-    text = script(Bundle("me/my-reward-model", tmp_path / "list"))
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: Tesla T4'\necho 'GPU 1: Tesla T4'\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    heard = tmp_path / "heard"
-    recording = (
-        "import subprocess, sys\nreal = subprocess.run\n"
-        "def run(command, **how):\n"
-        "    if command[0] == 'nvidia-smi':\n        return real(command, **how)\n"
-        f"    open({str(heard)!r}, 'a').write(' '.join(map(str, command)) + '\\n')\n"
-        "subprocess.run = run\n"
-    )
-    until_check = text.rpartition("# %%")[0]
-    (tmp_path / "cells.py").write_text(recording + until_check)
+def test_two_gpus_get_a_process_each(tmp_path, monkeypatch):
+    script = render_script(Bundle("me/my-reward-model", tmp_path / "list"))
+    commands = []
+
+    def run(command, **_):
+        if command[0] == "nvidia-smi":
+            return subprocess.CompletedProcess(command, 0, "GPU 0: Tesla T4\nGPU 1: Tesla T4\n")
+        commands.append((" ".join(map(str, command)), os.environ["PYTHONPATH"]))
+        return subprocess.CompletedProcess(command, 0)
+
     (tmp_path / "wheels").mkdir()
     (tmp_path / "wheels" / "one.whl").touch()
-    given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "BUNDLE": str(tmp_path)}
-    subprocess.run([sys.executable, tmp_path / "cells.py"], env=given, check=True)
-    install, predict_all = heard.read_text().splitlines()
+    monkeypatch.setattr(os, "environ", {"BUNDLE": str(tmp_path), "PYTHONPATH": "/mine"})
+    monkeypatch.setattr(subprocess, "run", run)
+    exec(script.rpartition("# %%")[0], {})
+    (install, _), (predict_all, path) = commands
     assert f"--no-index --no-deps {tmp_path}/wheels/one.whl" in install
     assert "--multi_gpu --num_machines 1 --num_processes 2 " in predict_all
-    assert (
-        f"-m rewardmodel.cli predict {tmp_path}/model /kaggle/input/llm-classification-finetuning/test.csv"
-        in predict_all
-    )
+    test = "/kaggle/input/llm-classification-finetuning/test.csv"
+    assert f"-m rewardmodel.cli predict {tmp_path}/model {test}" in predict_all
+    assert path == f"{tmp_path}:/mine"
 
 
 @pytest.mark.parametrize(
-    ("broken", "said"),
+    ("broken", "message"),
     [
         ("id,winner_model_a,winner_model_b,winner_tie\nb,0.2,0.3,0.5\na,0.2,0.3,0.5\n", "ids or their order"),
-        ("id,winner_model_a,winner_model_b,winner_tie\na,0.2,0.3,0.5\nb,0.9,0.3,0.5\n", "('b', "),
-        ("id,winner_model_a,winner_model_b,winner_tie\na,0.2,0.3,0.5\nb,nan,0.3,0.5\n", "('b', "),
+        ("id,winner_model_a,winner_model_b,winner_tie\na,0.2,0.3,0.5\nb,0.9,0.3,0.5\n", r"\('b', "),
+        ("id,winner_model_a,winner_model_b,winner_tie\na,0.2,0.3,0.5\nb,nan,0.3,0.5\n", r"\('b', "),
         ("id,a,b,tie\na,0.2,0.3,0.5\nb,0.2,0.3,0.5\n", "'tie'"),
     ],
 )
-def test_the_notebook_checks_the_submission(broken, said, tmp_path):
+def test_the_notebook_checks_the_submission(broken, message, tmp_path, monkeypatch):
     (tmp_path / "test.csv").write_text('id,prompt\na,"[""x""]"\nb,"[""y""]"\n')
     (tmp_path / "submission.csv").write_text(broken)
-    cells = script(Bundle("me/my-reward-model", tmp_path / "list")).split("# %%\n")
-    (tmp_path / "check.py").write_text(cells[1] + cells[-1])
-    given = {"BATTLES": "test.csv"}
-    check = [sys.executable, "check.py"]
-    done = subprocess.run(check, cwd=tmp_path, env=given, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert said in done.stderr
+    cells = render_script(Bundle("me/my-reward-model", tmp_path / "list")).split("# %%\n")
+    files = {"BATTLES": tmp_path / "test.csv", "SUBMISSION": tmp_path / "submission.csv"}
+    monkeypatch.setattr(os, "environ", {name: str(path) for name, path in files.items()})
+    with pytest.raises(AssertionError, match=message):
+        exec(cells[1] + cells[-1], {})
 
 
-def test_an_adapter_needs_to_know_where_its_backbone_is(recipe, installed, tmp_path):
-    folder, _ = train(replace(recipe, trainer={**recipe.trainer, "max_steps": 1, "load_best_model_at_end": False}))
-    with pytest.raises(InputError, match="--base"):
-        export(folder, tmp_path / "bundle", "kaggle", bundle=Bundle("me/my-reward-model", installed))
-    assert not (tmp_path / "bundle").exists()
+def installed_here() -> dict[str, Version]:
+    """Return all packages of this environment, as a list of the other machine would have them."""
+    return {one.name.lower().replace("_", "-"): Version(one.version) for one in metadata.distributions()}
 
 
-def test_a_merged_model_can_be_bundled(recipe, installed, tmp_path):
-    folder, _ = train(replace(recipe, trainer={**recipe.trainer, "max_steps": 1, "load_best_model_at_end": False}))
-    asked = Bundle("me/my-reward-model", installed, contents="merged")
-    facts = export(folder, tmp_path / "bundle", "kaggle", dtype="float32", bundle=asked)
-    assert facts["max_abs_dp"] <= 1e-4
-    assert json.loads((tmp_path / "bundle" / "dataset-metadata.json").read_text()) == {
-        "title": "my reward model", "id": "me/my-reward-model", "licenses": [{"name": "other"}],
-    }  # fmt: skip
-    assert load_recipe(tmp_path / "bundle" / "model" / "recipe.yaml").model.model_name_or_path
+def written(versions, path):
+    path.write_text("".join(f"{name}=={version}\n" for name, version in versions.items()))
+    return path
+
+
+def test_lists_of_pip_are_read(tmp_path):
+    (tmp_path / "list").write_text(
+        "# a comment\nnumpy==2.4.6\nPyYAML==6.0.3\n-e git+https://x/y@1#egg=z\n"
+        "torch @ file:///wheels/torch-2.11.0%2Bcu126-cp312-cp312-linux_x86_64.whl\n"
+        "pandas @ file:///w/pandas-3.1.1-cp312-cp312-linux_x86_64.whl\njax==0.7.2+local\n"
+    )
+    found = read_installed(tmp_path / "list")
+    assert found["numpy"] == Version("2.4.6")
+    assert found["pyyaml"] == Version("6.0.3")
+    assert found["pandas"] == Version("3.1.1")
+    assert found["torch"] == Version("2.11.0+cu126")
+    assert found["jax"] == Version("0.7.2+local")
+
+
+@pytest.mark.parametrize("content", ["", "no versions here\n", None, b"\xff\xfe"])
+def test_a_file_that_is_not_a_list_is_refused(content, tmp_path):
+    if content is not None:
+        (tmp_path / "list").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match="--installed"):
+        read_installed(tmp_path / "list")
+
+
+def test_where_all_is_there_nothing_is_missing():
+    assert find_missing(installed_here(), "3.12") == {}
+
+
+def test_what_is_absent_or_too_old_is_taken_at_this_machines_version():
+    there = installed_here()
+    there["peft"] = Version("0.10")
+    del there["jsonargparse"]
+    assert find_missing(there, "3.12") == {
+        "peft": metadata.version("peft"),
+        "jsonargparse": metadata.version("jsonargparse"),
+    }
+
+
+def test_what_a_missing_package_needs_is_missing_too():
+    there = installed_here()
+    for name in ("datasets", "multiprocess", "dill"):
+        del there[name]
+    assert find_missing(there, "3.12").keys() == {"datasets", "multiprocess", "dill"}
+
+
+def test_what_an_extra_needs_is_looked_for():
+    there = installed_here()
+    del there["docstring-parser"]  # of jsonargparse[signatures]
+    assert find_missing(there, "3.12").keys() == {"docstring-parser"}
+
+
+def test_torch_that_is_too_old_is_refused_not_bundled(tmp_path):
+    there = {**installed_here(), "torch": Version("2.6.0+cu124")}
+    with pytest.raises(InputError, match=r"torch 2\.6\.0\+cu124, but \w+ needs .*newer image"):
+        check_installed(written(there, tmp_path / "list"), "3.12")
+
+
+@pytest.mark.parametrize("python", ["2.7", "3.9", "three", "3.12.1"])
+def test_a_python_that_rewardmodel_does_not_run_on_is_refused(python, tmp_path):
+    with pytest.raises(InputError, match="--python"):
+        check_installed(written(installed_here(), tmp_path / "list"), python)
+
+
+def tiny_wheel(name: str, version: str, folder):
+    about = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{about}/RECORD", "")
+
+
+def test_missing_wheels_are_downloaded_for_the_other_machine(tmp_path, monkeypatch):
+    (tmp_path / "index").mkdir()
+    tiny_wheel("jsonargparse", metadata.version("jsonargparse"), tmp_path / "index")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # pip's setting for: do not use the network
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    there = installed_here()
+    del there["jsonargparse"]
+    download_wheels(written(there, tmp_path / "list"), "3.12", tmp_path / "wheels")
+    assert {file.name.split("-")[0] for file in (tmp_path / "wheels").iterdir()} == {"jsonargparse"}
+    del there["peft"]
+    with pytest.raises(InputError, match="pip cannot download"):
+        download_wheels(written(there, tmp_path / "list"), "3.12", tmp_path / "again")

@@ -9,15 +9,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from rewardmodel.config.schema import ModelConfig, PromptConfig, Recipe
+from rewardmodel.config.schema import PromptConfig
 from rewardmodel.data.formats import read_battles
 from rewardmodel.errors import InputError
-from rewardmodel.exports.merge import Trained, merge, trained
-from rewardmodel.exports.weight_files import weight_files
-from rewardmodel.model.backbone import resolve_backbone
+from rewardmodel.exports.merge import merge_run
+from rewardmodel.exports.weight_files import find_weight_files
+from rewardmodel.model.backbone import resolve_backbone, saved_backbone_folder
 from rewardmodel.model.batching import pack, pad
-from rewardmodel.model.loading import backbone_folder, build_model, load_classifier, load_model, save_model
-from rewardmodel.model.precision import bits_and_bytes
+from rewardmodel.model.loading import load_classifier, load_model
 from rewardmodel.objectives import JOINT_HEAD, SEPARATE_HEAD
 from rewardmodel.prompt.tokenization import tokenize
 
@@ -29,7 +28,6 @@ VARIANTS = {
     "rslora": {"use_rslora": True, "load_in_4bit": True},
     "dora": {"use_dora": True, "load_in_4bit": True},
     "upper": {"lora_first_layer": 1},
-    "pissa": {"lora_init": "pissa"},
     "full": {"use_peft": False},
 }
 
@@ -45,18 +43,6 @@ def logits(model, batch):
         return model.eval()(**batch).logits.float()
 
 
-def random_run(folder, backbone, head=JOINT_HEAD, dtype=torch.float32, scale=0.05, **changes):
-    """Return a run whose adapter and head are random and large enough to matter."""
-    config = ModelConfig(str(backbone), device="cpu", dtype="float32", lora_r=4, **changes)
-    model, tokenizer = build_model(resolve_backbone(config), head, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    for name, weight in model.named_parameters():
-        if weight.requires_grad and "magnitude" not in name and ("lora_" in name or "score" in name):
-            weight.data = weight.data + scale * torch.randn(weight.shape, generator=generator)
-    save_model(model, tokenizer, resolve_backbone(config), folder / "model")
-    return Trained(folder, Recipe(model=config), dtype), model, tokenizer
-
-
 def plain_logits(folder, tokenizer, rows, **how):
     model = AutoModelForSequenceClassification.from_pretrained(folder, **how)
     padded = pad(rows, tokenizer.pad_token_id)
@@ -64,31 +50,31 @@ def plain_logits(folder, tokenizer, rows, **how):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_merged_model_is_the_trained_one_to_plain_transformers(variant, backbone, tmp_path):
-    run, model, tokenizer = random_run(tmp_path, backbone("llama"), **VARIANTS[variant])
+def test_a_merged_model_is_the_trained_one_to_plain_transformers(random_run, variant, backbone, tmp_path):
+    run, model, tokenizer = random_run(backbone("llama"), **VARIANTS[variant])
     rows = rows_of(tokenizer)
     before = logits(model, pack(rows))
     assert before.std() > 0.01
-    merge(run, tmp_path / "merged", torch.float32)
+    merge_run(run, tmp_path / "merged", torch.float32)
     after = plain_logits(tmp_path / "merged", tokenizer, rows)
     assert (after.softmax(-1) - before.softmax(-1)).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("variant", ["4bit", "plain"])
-def test_every_family_merges(family, variant, backbone, tmp_path):
-    run, model, tokenizer = random_run(tmp_path, backbone(family), **VARIANTS[variant])
+def test_every_family_merges(random_run, family, variant, backbone, tmp_path):
+    run, model, tokenizer = random_run(backbone(family), **VARIANTS[variant])
     rows = rows_of(tokenizer)
-    merge(run, tmp_path / "merged", torch.float32)
+    merge_run(run, tmp_path / "merged", torch.float32)
     after = plain_logits(tmp_path / "merged", tokenizer, rows)
     assert (after.softmax(-1) - logits(model, pack(rows)).softmax(-1)).abs().max() <= 1e-5
 
 
-def test_weights_are_those_of_peft_on_the_dequantised_backbone(backbone, tmp_path):
-    run, *_ = random_run(tmp_path, backbone("llama"), load_in_4bit=True)
-    merge(run, tmp_path / "merged", torch.float32)
+def test_weights_are_those_of_peft_on_the_dequantised_backbone(random_run, backbone, tmp_path):
+    run, *_ = random_run(backbone("llama"), load_in_4bit=True)
+    merge_run(run, tmp_path / "merged", torch.float32)
     found = load_file(tmp_path / "merged" / "model.safetensors")
-    base = load_classifier(run.recipe.model, backbone("llama"), JOINT_HEAD)
+    base = load_classifier(resolve_backbone(run.recipe.model), JOINT_HEAD)
     base.dequantize(torch.float32)
     whole = PeftModel.from_pretrained(base, run.model).merge_and_unload()
     expected = {name: weight for name, weight in whole.state_dict().items() if "lora_" not in name}
@@ -97,19 +83,19 @@ def test_weights_are_those_of_peft_on_the_dequantised_backbone(backbone, tmp_pat
         assert (weight - expected[name]).abs().max() <= 1e-6, name
 
 
-def test_an_8_bit_run_merges_close_to_what_it_computes(backbone, tmp_path):
+def test_an_8_bit_run_merges_close_to_what_it_computes(random_run, backbone, tmp_path):
     """Not exactly: LLM.int8 rounds activations too, which no merged model does."""
-    run, model, tokenizer = random_run(tmp_path, backbone("llama"), load_in_8bit=True)
+    run, model, tokenizer = random_run(backbone("llama"), load_in_8bit=True)
     rows = rows_of(tokenizer)
-    merge(run, tmp_path / "merged", torch.float32)
+    merge_run(run, tmp_path / "merged", torch.float32)
     after = plain_logits(tmp_path / "merged", tokenizer, rows)
     assert (after.softmax(-1) - logits(model, pack(rows)).softmax(-1)).abs().max() <= 0.02
 
 
-def test_16_bit_weights_are_rounded_as_loading_rounded_them(tmp_path):
+def test_16_bit_weights_are_rounded_as_loading_rounded_them(random_run, tmp_path):
     folder = make_backbone("llama", tmp_path / "base")  # float32
-    run, *_ = random_run(tmp_path, folder, dtype=torch.bfloat16)
-    merge(run, tmp_path / "merged", torch.float32)
+    run, *_ = random_run(folder, dtype="bfloat16")
+    merge_run(run, tmp_path / "merged", torch.float32)
     found, base = (load_file(one / "model.safetensors") for one in (tmp_path / "merged", folder))
     name = "model.embed_tokens.weight"
     assert torch.equal(found[name], base[name].bfloat16().float())
@@ -117,9 +103,9 @@ def test_16_bit_weights_are_rounded_as_loading_rounded_them(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_head_stays_float32_in_the_file_and_in_rewardmodel(dtype, backbone, tmp_path):
-    run, model, tokenizer = random_run(tmp_path, backbone("llama"))
-    merge(run, tmp_path / "merged", dtype)
+def test_the_head_stays_float32_in_the_file_and_in_rewardmodel(random_run, dtype, backbone, tmp_path):
+    run, model, tokenizer = random_run(backbone("llama"))
+    merge_run(run, tmp_path / "merged", dtype)
     found = load_file(tmp_path / "merged" / "model.safetensors")
     head = model.get_submodule("base_model.model.score").modules_to_save["default"].weight
     assert torch.equal(found["score.weight"], head)
@@ -133,9 +119,9 @@ def test_the_head_stays_float32_in_the_file_and_in_rewardmodel(dtype, backbone, 
     assert (exact.softmax(-1) - logits(model, pack(rows_of(tokenizer))).softmax(-1)).abs().max() <= 0.02
 
 
-def test_the_configuration_names_outcomes_padding_and_class(backbone, tmp_path):
-    run, _, tokenizer = random_run(tmp_path, backbone("qwen3"))
-    merge(run, tmp_path / "merged", torch.bfloat16)
+def test_the_configuration_names_outcomes_padding_and_class(random_run, backbone, tmp_path):
+    run, _, tokenizer = random_run(backbone("qwen3"))
+    merge_run(run, tmp_path / "merged", torch.bfloat16)
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["id2label"] == {"0": "winner_model_a", "1": "winner_model_b", "2": "winner_tie"}
     assert config["architectures"] == ["Qwen3ForSequenceClassification"]
@@ -144,11 +130,11 @@ def test_the_configuration_names_outcomes_padding_and_class(backbone, tmp_path):
     assert "quantization_config" not in config
 
 
-def test_a_reward_model_is_a_plain_one_with_its_tie_parameter_beside(backbone, tmp_path):
-    run, model, tokenizer = random_run(tmp_path, backbone("llama"), SEPARATE_HEAD, load_in_4bit=True)
+def test_a_reward_model_is_a_plain_one_with_its_tie_parameter_beside(random_run, backbone, tmp_path):
+    run, model, tokenizer = random_run(backbone("llama"), SEPARATE_HEAD, load_in_4bit=True)
     rows = rows_of(tokenizer, SEPARATE_HEAD)
     before = logits(model, pack(rows))
-    merge(run, tmp_path / "merged", torch.float32)
+    merge_run(run, tmp_path / "merged", torch.float32)
     assert "score.tie" not in load_file(tmp_path / "merged" / "model.safetensors")
     after = plain_logits(tmp_path / "merged", tokenizer, rows)
     assert after.shape == (len(before), 1)
@@ -159,30 +145,28 @@ def test_a_reward_model_is_a_plain_one_with_its_tie_parameter_beside(backbone, t
     assert torch.equal(logits(again, pack(rows))[:, 1], before[:, 1])
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_what_was_merged_is_quantised_once_more_with_the_head_left_out(bits, backbone, tmp_path):
-    run, _, tokenizer = random_run(tmp_path, backbone("llama"))
-    config = replace(run.recipe.model, load_in_4bit=bits == 4, load_in_8bit=bits == 8)
-    merge(run, tmp_path / "merged", torch.float32, bits_and_bytes(config, torch.float32))
+def test_a_merge_to_4_bits_leaves_the_head_out(random_run, backbone, tmp_path):
+    run, _, tokenizer = random_run(backbone("llama"))
+    config = replace(run.recipe.model, load_in_4bit=True)
+    merge_run(run, tmp_path / "merged", torch.float32, to_4_bits=True)
     found = load_file(tmp_path / "merged" / "model.safetensors")
-    expected = torch.uint8 if bits == 4 else torch.int8
-    assert found["model.layers.0.mlp.up_proj.weight"].dtype == expected
+    assert found["model.layers.0.mlp.up_proj.weight"].dtype == torch.uint8
     assert found["score.weight"].dtype == torch.float32
     rows = rows_of(tokenizer)
     after = plain_logits(tmp_path / "merged", tokenizer, rows)
     again, _ = load_model(config, tmp_path / "merged")
     assert (after.softmax(-1) - logits(again, pack(rows)).softmax(-1)).abs().max() <= 0.02
     # As transformers itself quantises the merged model when it loads it:
-    merge(run, tmp_path / "float32", torch.float32)
-    asked = load_classifier(replace(config, keep_head=True), tmp_path / "float32", JOINT_HEAD)
+    merge_run(run, tmp_path / "float32", torch.float32)
+    asked = load_classifier(resolve_backbone(replace(config, keep_head=True), folder=tmp_path / "float32"), JOINT_HEAD)
     ours = dict(again.named_parameters())
     for name, weight in asked.named_parameters():
         assert torch.equal(weight.data, ours[name].data), name
 
 
-def test_shards_hold_at_most_their_limit_and_load(backbone, tmp_path):
-    run, model, tokenizer = random_run(tmp_path, backbone("llama"))
-    merge(run, tmp_path / "merged", torch.float32, shard=90_000)
+def test_shards_hold_at_most_their_limit_and_load(random_run, backbone, tmp_path):
+    run, model, tokenizer = random_run(backbone("llama"))
+    merge_run(run, tmp_path / "merged", torch.float32, shard_bytes=90_000)
     files = sorted((tmp_path / "merged").glob("*.safetensors"))
     assert len(files) >= 3
     assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
@@ -190,25 +174,25 @@ def test_shards_hold_at_most_their_limit_and_load(backbone, tmp_path):
         with safe_open(file, "pt") as content:
             keys = list(content.keys())
         assert len(keys) == 1 or file.stat().st_size <= 100_000
-    assert len(weight_files(tmp_path / "merged")) == 21
+    assert len(find_weight_files(tmp_path / "merged")) == 21
     after = plain_logits(tmp_path / "merged", tokenizer, rows_of(tokenizer))
     assert (after - logits(model, pack(rows_of(tokenizer)))).abs().max() <= 1e-4
 
 
-def test_a_sharded_backbone_is_read(backbone, tmp_path):
+def test_a_sharded_backbone_is_read(random_run, backbone, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(backbone("llama"), num_labels=3)
     model.model.save_pretrained(tmp_path / "sharded", max_shard_size="150KB")  # and without the prefix 'model.'
     for file in backbone("llama").glob("tokenizer*"):
         (tmp_path / "sharded" / file.name).write_bytes(file.read_bytes())
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
-    run, trained_model, tokenizer = random_run(tmp_path, tmp_path / "sharded")
-    merge(run, tmp_path / "merged", torch.float32)
+    run, trained_model, tokenizer = random_run(tmp_path / "sharded")
+    merge_run(run, tmp_path / "merged", torch.float32)
     after = plain_logits(tmp_path / "merged", tokenizer, rows_of(tokenizer))
     assert (after - logits(trained_model, pack(rows_of(tokenizer)))).abs().max() <= 1e-4
 
 
-def test_an_adapter_that_is_not_merged_to_the_last_layer_is_refused(backbone, tmp_path):
-    run, *_ = random_run(tmp_path, backbone("llama"))
+def test_an_adapter_that_is_not_merged_to_the_last_layer_is_refused(random_run, backbone, tmp_path):
+    run, *_ = random_run(backbone("llama"))
     file = run.model / "adapter_model.safetensors"
     weights = load_file(file)
     for part in ("A", "B"):
@@ -216,24 +200,24 @@ def test_an_adapter_that_is_not_merged_to_the_last_layer_is_refused(backbone, tm
         weights[name.replace("q_proj", "z_proj")] = weights.pop(name)
     save_file(weights, file)
     with pytest.raises(InputError, match=r"layers\.0\.self_attn\.z_proj has no weight"):
-        merge(run, tmp_path / "merged", torch.float32)
+        merge_run(run, tmp_path / "merged", torch.float32)
 
 
-def test_a_weight_that_is_no_number_is_refused(backbone, tmp_path):
-    run, *_ = random_run(tmp_path, backbone("llama"))
+def test_a_weight_that_is_nan_is_refused(random_run, backbone, tmp_path):
+    run, *_ = random_run(backbone("llama"))
     file = run.model / "adapter_model.safetensors"
     weights = load_file(file)
     weights["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"][0, 0] = torch.nan
     save_file(weights, file)
     with pytest.raises(FloatingPointError, match=r"model\.layers\.0\.self_attn\.q_proj\.weight"):
-        merge(run, tmp_path / "merged", torch.float32)
+        merge_run(run, tmp_path / "merged", torch.float32)
 
 
-def test_a_backbone_without_safetensors_or_without_a_weight_is_refused(backbone, tmp_path):
+def test_a_backbone_without_safetensors_or_without_a_weight_is_refused(random_run, backbone, tmp_path):
     folder = make_backbone("llama", tmp_path / "base")
     with pytest.raises(InputError, match=r"no model\.safetensors"):
-        weight_files(tmp_path)
-    run, *_ = random_run(tmp_path, folder)
+        find_weight_files(tmp_path)
+    run, *_ = random_run(folder)
     weights = load_file(folder / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -242,26 +226,13 @@ def test_a_backbone_without_safetensors_or_without_a_weight_is_refused(backbone,
 
     (run.model / "backbone.json").write_text(json.dumps({**about, "fingerprint": fingerprint(folder)}))
     with pytest.raises(InputError, match=r"no weights of model\.norm\.weight"):
-        merge(run, tmp_path / "merged", torch.float32)
+        merge_run(run, tmp_path / "merged", torch.float32)
 
 
-def test_a_backbone_that_is_quantised_in_its_files_is_refused(backbone, tmp_path):
-    run, *_ = random_run(tmp_path / "first", backbone("llama"))
-    config = replace(run.recipe.model, load_in_4bit=True)
-    merge(run, tmp_path / "quantised", torch.float32, bits_and_bytes(config, torch.float32))
-    second, *_ = random_run(tmp_path / "second", tmp_path / "quantised", load_in_4bit=True)
-    assert backbone_folder(second.recipe.model, second.model) == tmp_path / "quantised"
-    with pytest.raises(InputError, match="quantised in their files"):
-        merge(second, tmp_path / "merged", torch.float32)
-
-
-def test_a_folder_without_its_precision_is_no_trained_run(recipe, backbone, tmp_path):
-    from rewardmodel.training.train import train
-
-    with pytest.raises(InputError, match=r"no recipe\.yaml"):
-        trained(tmp_path)
-    folder, _ = train(replace(recipe, trainer={**recipe.trainer, "max_steps": 1, "load_best_model_at_end": False}))
-    assert trained(folder).dtype == torch.float32
-    (folder / "environment.json").write_text("{}")
-    with pytest.raises(InputError, match=r"environment\.json: tells no compute\.dtype"):
-        trained(folder)
+def test_a_backbone_that_is_quantised_in_its_files_is_refused(random_run, backbone, tmp_path):
+    run, *_ = random_run(backbone("llama"), folder=tmp_path / "first")
+    merge_run(run, tmp_path / "quantised", torch.float32, to_4_bits=True)
+    second, *_ = random_run(tmp_path / "quantised", folder=tmp_path / "second", load_in_4bit=True)
+    assert saved_backbone_folder(second.recipe.model, second.model) == tmp_path / "quantised"
+    with pytest.raises(InputError, match="stored quantised"):
+        merge_run(second, tmp_path / "merged", torch.float32)

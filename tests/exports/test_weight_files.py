@@ -4,15 +4,16 @@ from safetensors.torch import load_file
 
 from rewardmodel.config.schema import ModelConfig
 from rewardmodel.errors import InputError
-from rewardmodel.exports.weight_files import parameter_names, weight_files, write_shards
+from rewardmodel.exports.weight_files import find_weight_files, match_parameters, write_shards
+from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.loading import load_classifier
 from rewardmodel.objectives import JOINT_HEAD
 
 
 def test_tensors_are_named_as_transformers_loads_them(backbone):
     config = ModelConfig(str(backbone("llama")), device="cpu", dtype="float32")
-    model = load_classifier(config, backbone("llama"), JOINT_HEAD)
-    names = parameter_names(model, ["lm_head.weight", "norm.weight", "model.embed_tokens.weight"])
+    model = load_classifier(resolve_backbone(config), JOINT_HEAD)
+    names = match_parameters(model, ["lm_head.weight", "norm.weight", "model.embed_tokens.weight"])
     assert names == {"norm.weight": "model.norm.weight", "model.embed_tokens.weight": "model.embed_tokens.weight"}
 
 
@@ -27,7 +28,7 @@ def test_several_shards_are_found_by_their_index(tmp_path):
     write_shards(tensors.items(), tmp_path, 80)
     names = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
     assert sorted(file.name for file in tmp_path.glob("*.safetensors")) == names
-    found = weight_files(tmp_path)
+    found = find_weight_files(tmp_path)
     assert list(found) == list("abcde")
     for name, file in found.items():
         assert torch.equal(load_file(file)[name], tensors[name])
@@ -40,4 +41,4 @@ def test_a_tensor_larger_than_a_shard_has_one_of_its_own(tmp_path):
 
 def test_a_folder_without_safetensors_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"no model\.safetensors"):
-        weight_files(tmp_path)
+        find_weight_files(tmp_path)

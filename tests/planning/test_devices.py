@@ -3,7 +3,7 @@ import torch
 from transformers import LlamaConfig
 
 from rewardmodel.errors import InputError
-from rewardmodel.planning.devices import DEVICES, GIB, battle_flops, find_device
+from rewardmodel.planning.devices import DEVICES, GIB, count_flops, find_device
 
 
 def test_gpus_are_known_by_name():
@@ -31,6 +31,6 @@ def test_the_machine_at_hand_is_measured():
 def test_operations_are_known_by_hand():
     config = LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=16, num_hidden_layers=3)
     dense, attention = 2 * 1000 * 10, 2 * 3 * 4 * 16 * 100
-    assert battle_flops(config, 1000, 10, 100, 0.0) == dense + attention
-    assert battle_flops(config, 1000, 10, 100, 1.0) == 2 * dense + 3 * attention  # frozen weights: once more
-    assert battle_flops(config, 1000, 10, 100, 2.0) == 3 * dense + 3 * attention  # weights that train: twice more
+    assert count_flops(config, 1000, 10, 100, 0.0) == dense + attention
+    assert count_flops(config, 1000, 10, 100, 1.0) == 2 * dense + 3 * attention  # frozen weights: once more
+    assert count_flops(config, 1000, 10, 100, 2.0) == 3 * dense + 3 * attention  # weights that train: twice more

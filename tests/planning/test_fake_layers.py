@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from rewardmodel.config.schema import ModelConfig
-from rewardmodel.planning.fake_layers import EightBits, FourBits, quantised_bytes
+from rewardmodel.planning.fake_layers import Fake4bitLinear, Fake8bitLinear, count_quantised_bytes
 
 NESTED = ModelConfig(load_in_4bit=True)
 PLAIN = ModelConfig(load_in_4bit=True, use_bnb_nested_quant=False)
@@ -11,9 +11,9 @@ EIGHT = ModelConfig(load_in_8bit=True)
 
 
 def test_constants_of_quantisation_are_counted():
-    assert quantised_bytes(4096, NESTED, 64) == 2048 + 64 + 4
-    assert quantised_bytes(4096, PLAIN, 64) == 2048 + 64 * 4
-    assert quantised_bytes(4096, EIGHT, 64) == 4096 + 64 * 4
+    assert count_quantised_bytes(4096, NESTED, 64) == 2048 + 64 + 4
+    assert count_quantised_bytes(4096, PLAIN, 64) == 2048 + 64 * 4
+    assert count_quantised_bytes(4096, EIGHT, 64) == 4096 + 64 * 4
 
 
 @pytest.mark.parametrize("config", [NESTED, PLAIN])
@@ -21,13 +21,13 @@ def test_a_4_bit_layer_is_as_large_as_bitsandbytes_own(config):
     nested = config.use_bnb_nested_quant
     weight = bnb.nn.Params4bit(
         torch.randn(512, 256), requires_grad=False, compress_statistics=nested, quant_type="nf4"
-    ).to("cpu")  # fmt: skip
+    ).to("cpu")
     state = weight.quant_state
     held = weight.nbytes + state.absmax.nbytes + (state.state2.absmax.nbytes if nested else 0)
-    assert quantised_bytes(512 * 256, config, 512) == held
+    assert count_quantised_bytes(512 * 256, config, 512) == held
 
 
-@pytest.mark.parametrize(("kind", "config"), [(FourBits, NESTED), (EightBits, EIGHT)])
+@pytest.mark.parametrize(("kind", "config"), [(Fake4bitLinear, NESTED), (Fake8bitLinear, EIGHT)])
 def test_layers_pass_shapes_and_gradients_on(kind, config):
     layer = kind(torch.nn.Linear(8, 6), config, torch.float32)
     given = torch.randn(3, 8, requires_grad=True)

@@ -12,7 +12,14 @@ from rewardmodel.model.batching import pack
 from rewardmodel.model.loading import build_model
 from rewardmodel.model.precision import autocast
 from rewardmodel.objectives import OBJECTIVES
-from rewardmodel.planning.memory import Live, Plan, Planned, _row, checkpoint, optimiser_bytes
+from rewardmodel.planning.memory import (
+    FakeModel,
+    MemorySpec,
+    PeakMemory,
+    _make_row,
+    count_optimiser_bytes,
+    enable_checkpointing,
+)
 
 JOINT = OBJECTIVES["cross_entropy"].head
 
@@ -20,7 +27,7 @@ LINEAR = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 64)
 """Weights of the linear layers of conftest's two-layer Llama: q and o, k and v, the three of the MLP."""
 
 BACKBONE = LINEAR + 400 * 64 + (2 * 2 + 1) * 64
-"""All of its weights: the table of tokens and the norms besides."""
+"""All of its weights: also the token embeddings and the norms."""
 
 ADAPTERS = 2 * 4 * ((64 + 64) * 2 + (64 + 32) * 2 + (64 + 64) * 3)
 """Weights of LoRA of rank 4 on all of them."""
@@ -29,47 +36,47 @@ HEAD = 3 * 64
 
 
 @pytest.fixture(scope="module")
-def planned(backbone):
-    """Return a function that plans the tiny model of a family: planned("llama", lora_r=4)."""
+def fake_model(backbone):
+    """Return a function that makes a fake model of the tiny backbone of a family: fake_model("llama", lora_r=4)."""
 
     def made(name="llama", dtype=torch.float32, attention="sdpa", gpu=False, **changes):
         folder = backbone(name)
         more = {key: changes.pop(key) for key in ("optimiser", "checkpointing", "head") if key in changes}
         config = ModelConfig(model_name_or_path=str(folder), **{"lora_r": 4, "lora_dropout": 0.0, **changes})
-        plan = Plan(config, AutoConfig.from_pretrained(folder), JOINT, dtype, attention, gpu)
-        return Planned(dataclasses.replace(plan, **more))
+        spec = MemorySpec(config, AutoConfig.from_pretrained(folder), JOINT, dtype, attention, gpu)
+        return FakeModel(dataclasses.replace(spec, **more))
 
     return made
 
 
-def test_what_stays_is_known_by_hand(planned):
-    usage = planned().usage
-    assert (usage.parameters, usage.embedding) == (BACKBONE, 400 * 64)
-    assert usage.adapters == usage.gradients == 4 * (ADAPTERS + HEAD)
-    assert usage.optimiser == 8 * (ADAPTERS + HEAD)
-    rest = usage.weights - 4 * BACKBONE
+def test_what_stays_is_known_by_hand(fake_model):
+    size = fake_model().size
+    assert (size.parameters, size.embedding) == (BACKBONE, 400 * 64)
+    assert size.adapters == size.gradients == 4 * (ADAPTERS + HEAD)
+    assert size.optimiser == 8 * (ADAPTERS + HEAD)
+    rest = size.weights - 4 * BACKBONE
     assert 4 * HEAD <= rest <= 4 * HEAD + 1024  # PEFT's other copy of the head, and the angles of rotary positions
 
 
-def test_half_precision_halves_the_backbone_and_nothing_else(planned):
-    whole, half = planned().usage, planned(dtype=torch.bfloat16).usage
+def test_half_precision_halves_the_backbone_and_nothing_else(fake_model):
+    whole, half = fake_model().size, fake_model(dtype=torch.bfloat16).size
     assert whole.weights - half.weights == 2 * BACKBONE
     assert (half.adapters, half.optimiser) == (whole.adapters, whole.optimiser)
 
 
 @pytest.mark.parametrize(("keys", "bits"), [({"load_in_4bit": True}, 4), ({"load_in_8bit": True}, 8)])
-def test_a_quantised_backbone_is_as_large_as_its_bits(planned, keys, bits):
-    usage, plain = planned(dtype=torch.bfloat16, **keys).usage, planned(dtype=torch.bfloat16).usage
-    saved = plain.weights - usage.weights
+def test_a_quantised_backbone_is_as_large_as_its_bits(fake_model, keys, bits):
+    size, plain = fake_model(dtype=torch.bfloat16, **keys).size, fake_model(dtype=torch.bfloat16).size
+    saved = plain.weights - size.weights
     assert LINEAR * (2 - bits / 8) * 0.93 <= saved <= LINEAR * (2 - bits / 8)
-    assert (usage.parameters, usage.adapters) == (plain.parameters, plain.adapters)
+    assert (size.parameters, size.adapters) == (plain.parameters, plain.adapters)
 
 
-def test_all_weights_train_in_float32(planned):
-    usage = planned(dtype=torch.bfloat16, use_peft=False).usage
-    assert usage.adapters == usage.gradients == 4 * (BACKBONE + HEAD)
-    assert usage.optimiser == 2 * usage.adapters
-    assert usage.weights <= 1024
+def test_all_weights_train_in_float32(fake_model):
+    size = fake_model(dtype=torch.bfloat16, use_peft=False).size
+    assert size.adapters == size.gradients == 4 * (BACKBONE + HEAD)
+    assert size.optimiser == 2 * size.adapters
+    assert size.weights <= 1024
 
 
 @pytest.mark.parametrize(
@@ -84,38 +91,38 @@ def test_all_weights_train_in_float32(planned):
     ],
 )
 def test_states_of_optimisers(name, expected):
-    assert optimiser_bytes(name, [1000, 9000]) == expected
+    assert count_optimiser_bytes(name, [1000, 9000]) == expected
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_tensors_without_content_take_what_real_ones_do(planned, backbone, family, attention, checkpointing):
+def test_tensors_without_content_take_what_real_ones_do(fake_model, backbone, family, attention, checkpointing):
     if (family, attention) == ("gemma2", "sdpa"):
         pytest.skip("Gemma 2 caps its attention logits")
     config = ModelConfig(str(backbone(family)), device="cpu", dtype="bfloat16", attn_implementation=attention, lora_r=4)
     model, _ = build_model(resolve_backbone(config), JOINT, seed=0)
     if checkpointing:
-        checkpoint(model)
+        enable_checkpointing(model)
     model.train()
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
     lengths = [[10, 30, 20], [0, 40]]
-    batch = pack([_row(branches) for branches in lengths])
-    live = Live([*model.parameters(), *model.buffers(), *batch.values()])
-    with live:
+    batch = pack([_make_row(branches) for branches in lengths])
+    memory = PeakMemory([*model.parameters(), *model.buffers(), *batch.values()])
+    with memory:
         with autocast(torch.device("cpu"), torch.bfloat16):
             logits = model(**batch).logits
         logits.sum().backward()
-    told = planned(family, torch.bfloat16, attention, lora_dropout=0.05, checkpointing=checkpointing)
-    assert told.training_peak(lengths) == pytest.approx(live.peak, rel=0.03)
+    fake = fake_model(family, torch.bfloat16, attention, lora_dropout=0.05, checkpointing=checkpointing)
+    assert fake.training_peak(lengths) == pytest.approx(memory.peak, rel=0.03)
 
 
 @settings(deadline=None, max_examples=8)
 @given(tokens=st.integers(64, 1024), more=st.integers(64, 1024))
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_more_tokens_take_more(tokens, more, attention, planned_once):
-    model = planned_once(attention)
+def test_more_tokens_take_more(tokens, more, attention, fake_once):
+    model = fake_once(attention)
     few, many = [[0, tokens]], [[0, tokens + more]]
     assert model.training_peak(few) < model.training_peak(many)
     assert model.forward_peak(few) < model.forward_peak(many)
@@ -125,27 +132,27 @@ def test_more_tokens_take_more(tokens, more, attention, planned_once):
 
 
 @pytest.fixture(scope="module")
-def planned_once(planned):
-    """Return a function that plans once for all examples of a test."""
+def fake_once(fake_model):
+    """Return a function that makes a fake model once for all examples of a test."""
     made = {}
-    return lambda attention: made.setdefault(attention, planned(attention=attention))
+    return lambda attention: made.setdefault(attention, fake_model(attention=attention))
 
 
-def test_checkpointing_upper_layers_and_no_dropout_take_less(planned):
+def test_checkpointing_upper_layers_and_no_dropout_take_less(fake_model):
     lengths = [[0, 2000]]
-    whole = planned(lora_dropout=0.1).training_peak(lengths)
+    whole = fake_model(lora_dropout=0.1).training_peak(lengths)
     for changes in ({"checkpointing": True}, {"lora_first_layer": 1}, {"lora_dropout": 0.0}):
-        assert planned(**{"lora_dropout": 0.1, **changes}).training_peak(lengths) < 0.95 * whole, changes
+        assert fake_model(**{"lora_dropout": 0.1, **changes}).training_peak(lengths) < 0.95 * whole, changes
 
 
-def test_a_gpu_keeps_less_of_dropout(planned):
+def test_a_gpu_keeps_less_of_dropout(fake_model):
     lengths = [[0, 1000]]
-    cpu, gpu = (planned(lora_dropout=0.1, gpu=gpu).training_peak(lengths) for gpu in (False, True))
+    cpu, gpu = (fake_model(lora_dropout=0.1, gpu=gpu).training_peak(lengths) for gpu in (False, True))
     assert gpu < cpu
 
 
-def test_one_after_another_no_memory_is_counted_twice(planned):
-    model = planned()
+def test_one_after_another_no_memory_is_counted_twice(fake_model):
+    model = fake_model()
     assert model.training_peak([[0, 300]]) == model.training_peak([[0, 300]])
     before = model.forward_peak([[0, 300]])
     model.training_peak([[0, 300]])

@@ -1,0 +1,165 @@
+"""What `export` is asked for -> trained runs and battles to compare on, checked before torch is imported."""
+
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+
+from rewardmodel.config.schema import Recipe
+from rewardmodel.data.formats import read_battles
+from rewardmodel.errors import InputError, nearest
+from rewardmodel.exports.kaggle import Bundle, check_installed
+from rewardmodel.inference.battles import battles_to_predict
+from rewardmodel.model.saved_model import is_adapter, read_about
+from rewardmodel.run_folder import RunFolder, load_run_recipe, model_folder, trained_models
+
+DTYPES = ("bfloat16", "float16", "float32")
+"""Precisions of merged weights; the first one is the default."""
+
+COMPARED_BATTLES = 64
+"""Battles that an export and its run are compared on, at least."""
+
+
+class TrainedRun(NamedTuple):
+    """A run that has finished training.
+
+    Attributes:
+        folder: of the run.
+        recipe: that it was trained with.
+        dtype: precision that the backbone's weights were loaded in, like `bfloat16`.
+    """
+
+    folder: Path
+    recipe: Recipe
+    dtype: str
+
+    @property
+    def model(self) -> Path:
+        """The folder of its model."""
+        return model_folder(self.folder)
+
+
+def load_trained_run(folder: Path) -> TrainedRun:
+    """Return a run that has finished training.
+
+    Raises:
+        InputError: no run, no model in it, or no precision in its environment.json.
+    """
+    recipe = load_run_recipe(folder)
+    read_about(RunFolder(folder).model)
+    environment = RunFolder(folder).environment
+    try:
+        dtype = json.loads(environment.read_text(encoding="utf-8"))["compute"]["dtype"]
+    except (OSError, ValueError, LookupError, TypeError):
+        dtype = None
+    if dtype not in DTYPES:
+        raise InputError(f"{environment}: no compute.dtype there; give the folder of a run that train made")
+    return TrainedRun(folder, recipe, dtype if recipe.model.use_peft else "float32")
+
+
+def load_trained_runs(runs: str | Path | Sequence[str | Path]) -> list[TrainedRun]:
+    """Return runs, with the folds of a k-fold run in its place.
+
+    Args:
+        runs: a run folder, or several.
+
+    Raises:
+        InputError: one is not a run, or has not finished training.
+    """
+    folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
+    return [load_trained_run(model) for folder in folders for model in trained_models(folder)]
+
+
+def check_options(
+    runs: Sequence[TrainedRun],
+    output: Path,
+    kind: str,
+    kinds: Collection[str],
+    *,
+    dtype: str | None,
+    rewardmodel_only: bool,
+    push_to_hub: str | None,
+    bundle: Bundle | None,
+) -> str:
+    """Return the kind of the exported model, which inside a Kaggle bundle is `bundle.contents`.
+
+    Args:
+        runs: to export.
+        output: the folder to make.
+        kind: one of `kinds`, or `kaggle`.
+        kinds: names of the exports.
+        dtype: of merged weights; None: the default.
+        rewardmodel_only: accept a model that plain transformers does not read as it was trained.
+        push_to_hub: a repository; None: none.
+        bundle: what a Kaggle bundle is for; None: it is none.
+
+    Raises:
+        InputError: an option that does not exist, or that does not go with the others or with the runs.
+    """
+    # the folder
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise InputError(f"--output: {output} already exists; remove it, or name another")
+
+    # kind and contents
+    if kind not in (*kinds, "kaggle"):
+        raise InputError(f"--kind: no export '{kind}'{nearest(kind, [*kinds, 'kaggle'])}")
+    if (kind == "kaggle") != (bundle is not None):
+        raise InputError("--kind: kaggle needs --dataset and --installed, and no other kind takes them")
+    contents = kind if bundle is None else bundle.contents
+    if contents not in kinds:
+        raise InputError(f"--contents: no export '{contents}'{nearest(contents, kinds)}")
+    first = runs[0]
+    if contents == "soup" and len(runs) < 2:
+        raise InputError("--kind: a soup is of several runs; give their folders")
+    if contents == "adapter" and not is_adapter(first.model):
+        raise InputError(f"{first.folder}: was trained whole and has no adapter; use --kind merged")
+    if not (first.recipe.model.plain_head or contents == "adapter" or rewardmodel_only or bundle):
+        raise InputError(
+            f"{first.folder}: model.pooling or model.pair_ties make a head that plain transformers does not have; "
+            "use --kind adapter, or accept with --rewardmodel-only that only rewardmodel loads it"
+        )
+
+    # dtype
+    if contents == "adapter" and dtype is not None:
+        raise InputError("--dtype: an adapter is saved as it was trained; leave it out")
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"--dtype: no precision '{dtype}'; there are: {', '.join(DTYPES)}")
+
+    # the bundle, and what is installed where it goes
+    if bundle is not None:
+        if push_to_hub:
+            raise InputError("--push-to-hub: a Kaggle bundle is not a model repository; export its model by itself")
+        if (contents == "adapter") != (bundle.base is not None):
+            raise InputError("--base: where the backbone is mounted; --contents adapter needs it, and only that")
+        check_installed(bundle.installed, bundle.python)
+    return contents
+
+
+def battles_to_compare(run: TrainedRun, battles: Any = None) -> Dataset:
+    """Return the battles that export and run predict.
+
+    Args:
+        run: to export.
+        battles: what `inference.battles.battles_to_predict` takes; default: `COMPARED_BATTLES` of the battles that the
+            run held out, or of the sample if those are not on this machine.
+
+    Raises:
+        InputError: fewer than `COMPARED_BATTLES` are given.
+    """
+    if battles is not None:
+        given = battles_to_predict(run.folder, battles)
+        if len(given) < COMPARED_BATTLES:
+            raise InputError(
+                f"--battles: {len(given)} battles; give at least {COMPARED_BATTLES} to compare export and run on"
+            )
+        return given
+    try:
+        held_out = battles_to_predict(run.folder, "validation")
+    except InputError:  # the run's data is on another machine
+        held_out = None
+    if held_out is None or len(held_out) < COMPARED_BATTLES:
+        held_out = read_battles("sample")
+    return held_out.select(np.linspace(0, len(held_out) - 1, COMPARED_BATTLES).astype(int))
