@@ -10,7 +10,7 @@ from rewardmodel.errors import InputError
 from rewardmodel.inference import predict as inference
 from rewardmodel.inference.battles import battles_to_predict, check_time_limit, check_weights
 from rewardmodel.inference.to_file import predict_to_file
-from rewardmodel.predictions import predictions_table, read_predictions
+from rewardmodel.predictions import build_predictions, read_predictions
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def predicted(monkeypatch):
     def predict(runs, battles, recipes, weights, *, work, time_limit):
         calls.append((runs, recipes, weights, time_limit))
         (work / ("0" * 16 + "-" + "0" * 16)).mkdir(parents=True)
-        return predictions_table(battles, pd.DataFrame([[0.5, 0.3, 0.2]] * len(battles)).to_numpy())
+        return build_predictions(battles, pd.DataFrame([[0.5, 0.3, 0.2]] * len(battles)).to_numpy())
 
     monkeypatch.setattr(inference, "predict", predict)
     return calls
