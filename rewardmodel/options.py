@@ -145,7 +145,9 @@ def build_parser(commands: Mapping[str, str], with_keys: bool) -> ArgumentParser
         'eval "$(register-python-argcomplete rewardmodel)"',
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"rewardmodel {__version__}", help="print it and stop")
+    parser.add_argument(
+        "--version", action="version", version=f"rewardmodel {__version__}", help="print the version and stop"
+    )
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     for name, about in commands.items():
         command = subparsers.add_parser(name, help=about, description=about, allow_abbrev=False)
@@ -153,7 +155,7 @@ def build_parser(commands: Mapping[str, str], with_keys: bool) -> ArgumentParser
         if name in OPTIONS:
             OPTIONS[name](command)
         if name in KEYS:
-            usage = " ".join(command.format_usage().removeprefix("usage: ").split())
+            usage = command.format_usage().removeprefix("usage: ").rstrip()
             command.usage = f"{usage} [--SECTION.KEY VALUE ...]"  # instead of 150 keys
             if with_keys:
                 _add_keys(command, KEYS[name])

@@ -783,7 +783,7 @@ EARLY = {
     "run without data.test": (["run", "good.yaml", "--data.sample_submission", "x.csv"], ["there is no data.test"]),
     "run with another sample": (
         ["run", "good.yaml", "--data.test", "good.csv", "--data.sample_submission", "sample.csv"],
-        ["sample.csv: id '", "is to be predicted, but is not there"],
+        ["sample.csv: id '", "is missing, but is to be predicted"],
     ),
     "run over a run": (["run", "good.yaml", "--trainer.output_dir", "run"], ["run already holds a run"]),
     "run --resume of another recipe": (
@@ -793,11 +793,11 @@ EARLY = {
     "train over a run": (["train", "good.yaml", "--trainer.output_dir", "run"], ["run already holds a run"]),
     "train without a teacher's file": (
         ["train", "good.yaml", "--data.train", "[{path: good.csv, teacher: nowhere.parquet}]"],
-        ["nowhere.parquet: no predictions can be read there"],
+        ["nowhere.parquet: cannot be read as predictions"],
     ),
     "predict with another sample": (
         ["predict", "run", "good.csv", "--output", "x.csv", "--sample-submission", "sample.csv"],
-        ["sample.csv: id '", "is to be predicted, but is not there"],
+        ["sample.csv: id '", "is missing, but is to be predicted"],
     ),
     "predict without a run": (
         ["predict", "nowhere", "good.csv", "--output", "x.csv"],
