@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from tqdm.auto import tqdm
 
 from rewardmodel.distributed import from_main, is_main, process_state
 from rewardmodel.files import read_arrays, write_arrays, write_text
 from rewardmodel.model.forward import Predictor, check_finite, split_by_tokens
 from rewardmodel.model.packing import is_packed
+from rewardmodel.progress import Progress
 from rewardmodel.prompt.tokenization import select_sequence
 
 logger = logging.getLogger(__name__)
@@ -39,8 +39,8 @@ BATCHES = 16
 WHOLE, FIRST, SECOND = "whole", "first", "second"
 """Kinds of shards: all sequences of their rows, the first only, or the second only."""
 
-PROGRESS = {WHOLE: "predicting", FIRST: "predicting as given", SECOND: "predicting exchanged"}
-"""Label of the progress bar, by kind of shard."""
+TITLES = {WHOLE: "predicting", FIRST: "predicting as given", SECOND: "predicting exchanged"}
+"""What progress is called, by kind of shard."""
 
 BUDGET_FILE = "budget.json"
 """File with the tokens of a batch, by the name of the device that they were measured on."""
@@ -195,10 +195,8 @@ def _compute_missing(
     for numbers, _ in pieces:
         done[numbers] = True
     if 0 < done.sum() < len(rows):
-        logger.info("continues: %d of %d battles are already computed (%s)", done.sum(), len(rows), PROGRESS[kind])
-    with tqdm(
-        total=len(rows), initial=int(done.sum()), desc=PROGRESS[kind], unit="battle", disable=not is_main()
-    ) as bar:
+        logger.info("continues: %d of %d battles are already computed (%s)", done.sum(), len(rows), TITLES[kind])
+    with Progress(len(rows), TITLES[kind], initial=int(done.sum()), show=is_main()) as progress:
         for shard in shards:
             todo = shard[~done[shard]]
             if not len(todo):
@@ -207,14 +205,13 @@ def _compute_missing(
             if until is not None and not until.allows(tokens):
                 break
             some = rows if len(todo) == len(rows) else rows.select(todo)
-            work = partial(compute, rows=some, advance=bar.update)
+            work = partial(compute, rows=some, advance=progress.update)
             logits = work() if measured is None else measured.measure(tokens, work)
             if folder is not None and is_main():
                 _write(folder, kind, (todo, logits))
             pieces.append((todo, logits))
             done[todo] = True
-            bar.n = int(done.sum())  # including rows of other processes
-            bar.refresh()
+            progress.move_to(int(done.sum()))  # including rows of other processes
     return _join_pieces(pieces, len(rows))
 
 

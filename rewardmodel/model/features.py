@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rewardmodel.distributed import common_to_all, from_main, is_main, process_state
@@ -21,6 +20,7 @@ from rewardmodel.files import read_arrays, write_arrays
 from rewardmodel.model.forward import Predictor, check_finite, split_by_tokens
 from rewardmodel.model.heads import head_names
 from rewardmodel.model.loading import trained_layer, unwrap
+from rewardmodel.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -72,15 +72,17 @@ def read_features(predictor: Predictor, rows: Dataset) -> np.ndarray:
         reader = replace(reader, budget=reader.find_budget(todo))
         costs = np.array(reader.batching.costs(todo))
         order = np.random.default_rng(0).permutation(len(missing))  # rows of mixed lengths fill batches best
-        with tqdm(total=len(missing), desc="reading features", unit="battle", disable=not is_main()) as bar:
+        with Progress(len(missing), "reading features", show=is_main()) as progress:
+            done = 0
             for part in split_by_tokens(costs, order, TOKENS_A_FILE * process_state().num_processes):
                 some, names = todo.select(part), [keys[number] for number in missing[part]]
-                values = reader.logits(some)
+                values = reader.logits(some, on_batch=progress.update)
                 check_finite(values, some, "features of {} battles are NaN or infinite")
                 if is_main():
                     write_arrays(folder / f"{names[0]}.npz", keys=np.array(names), features=values)
                 found |= dict(zip(names, values, strict=True))
-                bar.update(len(part))
+                done += len(part)
+                progress.move_to(done)  # including rows of other processes
     return np.stack([found[key] for key in keys])
 
 

