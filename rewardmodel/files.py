@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: written beside their place, then renamed into it."""
+"""Files and folders that are whole or absent: written next to their place, then renamed into it."""
 
 import json
 import logging
@@ -42,7 +42,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def clear(folder: Path) -> None:
     """Empty a folder at once: killed at any time, it holds all that it held, or nothing.
 
-    What was not removed by then is in `.NAME.old` beside it, until the next time. A mount point and the working
+    What was not removed by then is in `.NAME.old` next to it, until the next call. A mount point and the working
     directory cannot be moved out of the way, and are emptied bit by bit.
     """
     place = folder.resolve()

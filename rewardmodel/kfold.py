@@ -25,7 +25,7 @@ from rewardmodel.evaluation.results import Evaluation, read_evaluation
 from rewardmodel.files import clear, write_text
 from rewardmodel.pipeline import run
 from rewardmodel.predictions import average_tables, read_predictions, write_predictions
-from rewardmodel.run_folder import RunFolder, check_run, check_same_inputs, fold_folder, write_environment
+from rewardmodel.run_folder import RunFolder, check_run, check_same_inputs, write_environment
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ one by which a run counts as gathered."""
 def train_folds(
     recipe: Recipe, battles: Any = None, *, resume: bool = False, overwrite: bool = False
 ) -> tuple[Path, Evaluation]:
-    """Train a model for each fold on the others, and gather what each predicts of its own.
+    """Train a model for each fold on the others, and gather what each predicts of the battles it held out.
 
     Args:
         recipe: what to do; `recipe.run_folder` is written, and in it fold-0, fold-1, ...; `data.fold` does not count.
@@ -102,7 +102,7 @@ def _train(
     whole: Recipe, dealt: Dataset, fold: int, *, resume: bool, overwrite: bool = False, fresh: bool = False
 ) -> Path:
     """Train and evaluate a fold unless it is done; `fresh`: remove the existing k-fold run first. Return its folder."""
-    folder, parts = fold_folder(whole.run_folder, fold), split(dealt, fold)
+    folder, parts = RunFolder(whole.run_folder).fold(fold).path, split(dealt, fold)
     data = replace(whole.data, fold=fold, test=None, sample_submission=None)
     recipe = replace(whole, data=data, trainer={**whole.trainer, "output_dir": str(folder)})
     check_run(recipe, resume, overwrite)
@@ -142,7 +142,7 @@ def gather(recipe: Recipe, battles: Dataset) -> None:
         InputError: a fold is missing, was trained on another backbone, or predicted other battles.
     """
     folder, folds = recipe.run_folder, range(recipe.data.folds)
-    folders = [fold_folder(folder, fold) for fold in folds]
+    folders = [RunFolder(folder).fold(fold).path for fold in folds]
     environments = [json.loads(RunFolder(one).environment.read_text(encoding="utf-8")) for one in folders]
     for one, environment in zip(folders, environments, strict=True):
         if environment["backbone"] != environments[0]["backbone"]:

@@ -122,11 +122,11 @@ def check_run(recipe: Recipe, resume: bool, overwrite: bool, all_folds: bool = F
     folder = recipe.run_folder
     above = next(path for path in folder.absolute().parents if path.exists())
     if not above.is_dir():
-        raise InputError(f"trainer.output_dir: {folder}: {above} is no folder; name another")
+        raise InputError(f"trainer.output_dir: {folder}: {above} is not a folder; name another")
     if not folder.exists() or (folder.is_dir() and all(path.suffix == ".partial" for path in folder.iterdir())):
         return
     if not RunFolder(folder).recipe.is_file() and not (all_folds and is_k_fold(folder)):
-        raise InputError(f"trainer.output_dir: {folder} is there and is no run folder; name another")
+        raise InputError(f"trainer.output_dir: {folder} exists and is not a run folder; name another")
     whole = "--fold all --overwrite" if all_folds else "--overwrite"
     if resume:
         if not all_folds and is_k_fold(folder):
@@ -165,20 +165,20 @@ def open_run(recipe: Recipe, resume: bool, overwrite: bool, before_write: Callab
 def _check_same_recipe(folder: Path, recipe: Recipe, all_folds: bool) -> None:
     before, now = asdict(load_run_recipe(folder)), asdict(recipe)
     for section, key in (("data", "test"), ("data", "sample_submission"), ("trainer", "output_dir")):
-        before[section][key] = now[section][key]  # not a matter of training
+        before[section][key] = now[section][key]  # do not matter to training
     for section in ("data", "prompt", "model", "objective", "trainer"):
         for key in before[section].keys() | now[section].keys():
             default = trainer_default(key) if section == "trainer" else None
             there, here = (one[section].get(key, default) for one in (before, now))
             if there != here:
-                mend = "resume with the same recipe, or start anew with --overwrite"
+                hint = "resume with the same recipe, or start again with --overwrite"
                 if all_folds:
-                    mend = "folds have one recipe: give that, or train all of them anew with --fold all --overwrite"
-                raise InputError(f"{folder}: the run there has {section}.{key}: {there!r}, not {here!r}; {mend}")
+                    hint = "folds share one recipe: give that one, or train all folds again with --fold all --overwrite"
+                raise InputError(f"{folder}: the run there has {section}.{key}: {there!r}, not {here!r}; {hint}")
 
 
 def model_folder(run: Path) -> Path:
-    """Return where the model of a run is, or of an export, which is a model with its recipe beside."""
+    """Return the folder of the model of a run, or of an export, which is itself a model folder with a recipe."""
     return run if (run / BACKBONE_FILE).is_file() else RunFolder(run).model
 
 
@@ -186,16 +186,11 @@ def load_run_recipe(folder: Path) -> Recipe:
     """Return the recipe that a run carries.
 
     Raises:
-        InputError: the folder is no run.
+        InputError: the folder is not a run.
     """
     if not RunFolder(folder).recipe.is_file():
         raise InputError(f"{folder}: no recipe.yaml there; give the folder of a run")
     return load_recipe(RunFolder(folder).recipe, of_run=True)
-
-
-def fold_folder(run: Path, fold: int) -> Path:
-    """Return the folder of one fold of a k-fold run."""
-    return run / f"fold-{fold}"
 
 
 def is_k_fold(run: Path) -> bool:
@@ -207,13 +202,13 @@ def trained_models(run: Path) -> list[Path]:
     """Return the folders whose models predict for a run: itself, or its folds.
 
     Raises:
-        InputError: it is no run, or has not finished training.
+        InputError: it is not a run, or has not finished training.
     """
     folds = is_k_fold(run)
     if folds and not RunFolder(run).metrics.is_file():
         raise InputError(f"{run}: its folds are not gathered; finish with rewardmodel train RECIPE --fold all --resume")
     recipe = load_run_recipe(run)
-    folders = [fold_folder(run, fold) for fold in range(recipe.data.folds)] if folds else [run]
+    folders = [RunFolder(run).fold(fold).path for fold in range(recipe.data.folds)] if folds else [run]
     for folder in folders:
         if not model_folder(folder).is_dir():
             raise InputError(f"{RunFolder(folder).model}: no trained model there; has the run finished training?")
@@ -234,10 +229,10 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def check_same_inputs(folder: Path, facts: dict[str, Any]) -> None:
-    """Raise if the run in a folder began on another backbone or on other battles.
+    """Raise if the run in a folder was started with another backbone or other battles.
 
     Raises:
-        InputError: the fingerprints in its environment.json are others than those in `facts`.
+        InputError: the fingerprints in its environment.json differ from those in `facts`.
     """
     if not RunFolder(folder).environment.is_file():
         return
@@ -247,7 +242,9 @@ def check_same_inputs(folder: Path, facts: dict[str, Any]) -> None:
         raise InputError(f"{folder}: environment.json is not JSON; replace the run with --overwrite") from error
     for what in facts.keys() & {"backbone", "data"}:
         if before.get(what) != facts[what]:
-            raise InputError(f"{folder}: the run there began on another {what}; give the same, or use --overwrite")
+            raise InputError(
+                f"{folder}: the run there was started with another {what}; give the same, or use --overwrite"
+            )
 
 
 def write_environment(folder: Path, facts: dict[str, Any]) -> None:

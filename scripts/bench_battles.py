@@ -110,8 +110,11 @@ def measured(script: str, name: str, *arguments: str) -> dict:
         own = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "true", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
         done = subprocess.run(
             [sys.executable, script, "--measure", name, *arguments],
-            env=os.environ | own | {"REWARDMODEL_CACHE": cache}, check=True, text=True, stdout=subprocess.PIPE,
-        )  # fmt: skip
+            env=os.environ | own | {"REWARDMODEL_CACHE": cache},
+            check=True,
+            text=True,
+            stdout=subprocess.PIPE,
+        )
     found = json.loads(done.stdout.splitlines()[-1])
     print(f"{name} {' '.join(arguments[1:2])}: {found}", flush=True)
     return found

@@ -29,10 +29,16 @@ CASES: dict[str, dict[str, Any]] = {
     "smollm2, checkpointing": {**SMOLLM, "trainer.gradient_checkpointing": True},
     "smollm2, 4 bits": {**SMOLLM, "model.load_in_4bit": True},
     "smollm2, 4 bits, upper half, no dropout": {
-        **SMOLLM, "model.load_in_4bit": True, "model.lora_first_layer": 15, "model.lora_dropout": 0.0,
+        **SMOLLM,
+        "model.load_in_4bit": True,
+        "model.lora_first_layer": 15,
+        "model.lora_dropout": 0.0,
     },
     "smollm2, 4 bits, checkpointing, 1024 tokens": {
-        **SMOLLM, "model.load_in_4bit": True, "trainer.gradient_checkpointing": True, "prompt.max_length": 1024,
+        **SMOLLM,
+        "model.load_in_4bit": True,
+        "trainer.gradient_checkpointing": True,
+        "prompt.max_length": 1024,
     },
     "smollm2, eager": {**SMOLLM, "model.attn_implementation": "eager"},
     "smollm2, all weights": {**SMOLLM, "model.use_peft": False, "trainer.micro_batch_tokens": 1024},
@@ -42,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     "smollm2, prediction": {**SMOLLM, "predict": True},
     "smollm2, 4 bits, prediction": {**SMOLLM, "model.load_in_4bit": True, "predict": True},
     "llama-1024x12, prediction": {**MIDDLE, "predict": True},
-}  # fmt: skip
+}
 """Recipe keys of each case, over those of `recipe_of`."""
 
 
@@ -53,12 +59,18 @@ def recipe_of(name: str, folder: str) -> Any:
     path = Path(folder) / "recipe.yaml"
     path.write_text("")
     keys = {
-        "data.train": f"{folder}/battles.csv", "model.device": "cpu", "trainer.output_dir": f"{folder}/run",
-        "trainer.max_steps": 2, "inference.batch_tokens": 4096,
-        "trainer.battles_per_step": 8, "trainer.eval_strategy": "no",
-        "trainer.save_strategy": "no", "trainer.disable_tqdm": True, "prompt.max_length": 512,
+        "data.train": f"{folder}/battles.csv",
+        "model.device": "cpu",
+        "trainer.output_dir": f"{folder}/run",
+        "trainer.max_steps": 2,
+        "inference.batch_tokens": 4096,
+        "trainer.battles_per_step": 8,
+        "trainer.eval_strategy": "no",
+        "trainer.save_strategy": "no",
+        "trainer.disable_tqdm": True,
+        "prompt.max_length": 512,
         **{key: value for key, value in CASES[name].items() if "." in key},
-    }  # fmt: skip
+    }
     keys["model.model_name_or_path"] = f"{folder}/{keys['model.model_name_or_path']}"
     words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
     return load_recipe(path, [word.lower() if word in ("True", "False") else word for word in words])
@@ -73,9 +85,13 @@ def make_backbone(folder: Path) -> None:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=16,
-        num_key_value_heads=8, vocab_size=49152,
-    )  # fmt: skip
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=12,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        vocab_size=49152,
+    )
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
     load_tokenizer(folder.with_name("smollm2")).save_pretrained(folder)
 
@@ -165,8 +181,9 @@ def main() -> None:
         figures["cases"][name] = {
             **{key: estimated[key] for key in ("told_gib", "parts", "tokens")},
             **{key: took[key] for key in ("before_gib", "peak_gib")},
-            "error_percent": round(100 * error, 1), "error_percent_without_process": round(100 * own, 1),
-        }  # fmt: skip
+            "error_percent": round(100 * error, 1),
+            "error_percent_without_process": round(100 * own, 1),
+        }
         print(f"{name}: {100 * error:+.1f} %, without the process {100 * own:+.1f} %", file=sys.stderr, flush=True)
         if options.json:
             tell(figures, options.json)

@@ -53,44 +53,85 @@ class Shape:
 SHAPES = {
     "llama-3-8b": Shape(
         {
-            "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
-            "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+            "model_type": "llama",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 128256,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5,
+            "hidden_act": "silu",
             "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
         }
     ),
     # Some releases of transformers give Gemma 2 to torch's fused attention, which leaves the cap on its logits out.
     "gemma-2-9b": Shape(
         {
-            "model_type": "gemma2", "hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42,
-            "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256, "vocab_size": 256000,
-            "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh",
-            "sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
-            "query_pre_attn_scalar": 256, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "model_type": "gemma2",
+            "hidden_size": 3584,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 42,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 256,
+            "vocab_size": 256000,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-6,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "sliding_window": 4096,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "query_pre_attn_scalar": 256,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
         stock_attention="eager",
     ),
     "qwen3-4b": Shape(
         {
-            "model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
-            "max_position_embeddings": 262144, "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": True,
+            "model_type": "qwen3",
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-6,
+            "hidden_act": "silu",
+            "tie_word_embeddings": True,
             "rope_parameters": {"rope_type": "default", "rope_theta": 5000000.0},
         }
     ),
     "smollm2-135m-instruct": Shape(
-        None, four_bits=False, checkpointing=False, training_battles=32, inference_battles=32,
+        None,
+        four_bits=False,
+        checkpointing=False,
+        training_battles=32,
+        inference_battles=32,
         first_layer=15,  # with adapters everywhere, stock batches of 8 take more than 24 GiB
     ),
     "tiny": Shape(
         {
-            "model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 49152,
-            "max_position_embeddings": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "model_type": "llama",
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "vocab_size": 49152,
+            "max_position_embeddings": 8192,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
-        max_length=1024, four_bits=False, checkpointing=False,
+        max_length=1024,
+        four_bits=False,
+        checkpointing=False,
     ),
-}  # fmt: skip
+}
 """What can be measured; the first three are for a GPU."""
 
 
@@ -132,8 +173,11 @@ def unlettered_tokenizer() -> Any:
     words = {"<pad>": 0, "<eos>": 1, "<unk>": 2}
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")),
-        pad_token="<pad>", eos_token="<eos>", bos_token="<eos>", unk_token="<unk>",
-    )  # fmt: skip
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<eos>",
+        unk_token="<unk>",
+    )
 
 
 @contextmanager
@@ -227,14 +271,20 @@ def stock_model(plan: Any, num_labels: int) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
     bits = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=plan.dtype, llm_int8_skip_modules=["score"],
-    )  # fmt: skip
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=plan.dtype,
+        llm_int8_skip_modules=["score"],
+    )
     model = AutoModelForSequenceClassification.from_pretrained(
-        plan.folder, num_labels=num_labels, dtype=plan.dtype, device_map={"": plan.device},
+        plan.folder,
+        num_labels=num_labels,
+        dtype=plan.dtype,
+        device_map={"": plan.device},
         **({"quantization_config": bits} if plan.four_bits else {}),
         **({"attn_implementation": plan.stock_attention} if plan.stock_attention else {}),
-    )  # fmt: skip
+    )
     tokenizer = AutoTokenizer.from_pretrained(plan.folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id

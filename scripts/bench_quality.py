@@ -172,10 +172,13 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         found[name] = judged(orders, true, groups, baselines["tfidf"], before)
         print(f"seed {seed}, {name}: {found[name]}", flush=True)
     return {
-        "battles": len(true), "others": int((~arena).sum()), "groups": len(np.unique(groups)),
+        "battles": len(true),
+        "others": int((~arena).sum()),
+        "groups": len(np.unique(groups)),
         "baselines": {name: judged_baseline(baselines[name], true, groups) for name in baselines},
-        "levers": found, "where": sliced(battles.select(np.flatnonzero(arena)[asked]), before),
-    }  # fmt: skip
+        "levers": found,
+        "where": sliced(battles.select(np.flatnonzero(arena)[asked]), before),
+    }
 
 
 def predictions(

@@ -113,9 +113,7 @@ def trl(plan: Plan) -> Trained:
 
     model, tokenizer = stock_model(plan, num_labels=1)
     args = RewardConfig(**stock_settings(plan), max_length=None)
-    return model, lambda rows: RewardTrainer(
-        model, args, train_dataset=decided(rows), processing_class=tokenizer
-    )  # fmt: skip
+    return model, lambda rows: RewardTrainer(model, args, train_dataset=decided(rows), processing_class=tokenizer)
 
 
 def decided(rows: Any) -> Any:
@@ -239,9 +237,12 @@ def main() -> None:
         return
     parser = arguments(__doc__ or "", tuple(COMPETITORS), "training_battles")
     parser.add_argument(
-        "--synchronisation", dest="only", action="store_const", const="synchronisation",
+        "--synchronisation",
+        dest="only",
+        action="store_const",
+        const="synchronisation",
         help="only check that the processor never waits for the GPU within a step of ours",
-    )  # fmt: skip
+    )
     compare(__file__, parser.parse_args())
 
 

@@ -34,7 +34,7 @@ fi
 
 config=${ACCELERATE_CONFIG:-$([ "$gpus" -eq 1 ] && echo one_gpu || echo ddp)}
 [ -f "$config" ] || config=$root/recipes/accelerate/${config%.yaml}.yaml
-[ -f "$config" ] || fail "ACCELERATE_CONFIG: $ACCELERATE_CONFIG is no file and no name in recipes/accelerate; give one of them"
+[ -f "$config" ] || fail "ACCELERATE_CONFIG: $ACCELERATE_CONFIG is neither a file nor a name in recipes/accelerate; give one of them"
 setting() { sed -n "s/^$1: *\([^ #]*\).*/\1/p" "$config"; }
 
 [ "$(setting use_cpu)" = true ] || [ "$gpus" -le "$((seen > 0 ? seen : 1))" ] || fail "$gpus GPUS, but torch sees $seen"

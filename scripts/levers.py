@@ -11,9 +11,11 @@ layers, whose features the head reads next to those of the recipe.
 from typing import Any
 
 JOINT = {
-    "objective.name": "cross_entropy", "model.pair_ties": False, "prompt.max_length": 512,
+    "objective.name": "cross_entropy",
+    "model.pair_ties": False,
+    "prompt.max_length": 512,
     "data.swap_augmentation": "both",
-}  # fmt: skip
+}
 """Both responses in one sequence: of 512 tokens, about what "256 tokens" leaves of a battle."""
 
 GEMMA = {"model.model_name_or_path": "gemma3-270m", "prompt.template": "response", "prompt.max_length": 256}

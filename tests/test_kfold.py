@@ -34,7 +34,7 @@ from rewardmodel.evaluation.text_regression import load_regression, predict_each
 from rewardmodel.inference.predict import predict
 from rewardmodel.kfold import GATHERED, train_fold, train_folds
 from rewardmodel.predictions import predicted, read_predictions, write_predictions
-from rewardmodel.run_folder import RunFolder, check_run, fold_folder, load_run_recipe
+from rewardmodel.run_folder import RunFolder, check_run, load_run_recipe
 from rewardmodel.training.train import train
 from rewardmodel.training.trainer import PreferenceTrainer
 
@@ -113,7 +113,7 @@ def test_the_folder_holds_a_run_a_fold_and_what_is_asked_of_a_run(finished):
     gathered = {getattr(RunFolder(folder), name).name for name in GATHERED if name != "calibration"}
     assert names == {"recipe.yaml", *(f"fold-{fold}" for fold in range(FOLDS)), *gathered}
     for fold in range(FOLDS):
-        own = fold_folder(folder, fold)
+        own = RunFolder(folder).fold(fold).path
         assert load_run_recipe(own).data.fold == fold
         assert {"model", "validation.parquet", "metrics.json", "report.html", "training_keys.npy"} <= {
             path.name for path in own.iterdir()
@@ -131,7 +131,7 @@ def test_every_battle_is_predicted_once_in_order_by_the_fold_that_held_it_out(fi
     assert table["fold"].tolist() == battles["fold"][:]
     assert set(table["fold"]) == set(range(FOLDS))
     for fold in range(FOLDS):
-        own = read_predictions(RunFolder(fold_folder(folder, fold)).validation)
+        own = read_predictions(RunFolder(folder).fold(fold).validation)
         rows = table[table["fold"] == fold]
         assert rows["id"].tolist() == own["id"].tolist()
         np.testing.assert_array_equal(predicted(rows), predicted(own))
@@ -143,7 +143,7 @@ def test_no_battle_is_predicted_by_a_fold_that_trained_on_its_group(finished):
     group, fold = (np.array(battles[name][:]) for name in ("group", "fold"))
     assert group[0] == group[21]
     assert group[5] == group[32]
-    seen = find_seen_battles([fold_folder(folder, number) for number in range(FOLDS)], battles)
+    seen = find_seen_battles([RunFolder(folder).fold(number).path for number in range(FOLDS)], battles)
     np.testing.assert_array_equal(seen, fold != np.arange(FOLDS)[:, None])
 
 
@@ -179,7 +179,7 @@ def test_new_battles_are_predicted_by_the_mean_of_the_folds(finished):
     _, folder, _ = finished
     new = riddles(3, seed=9)
     table = predict(folder, new)
-    each = [predict(fold_folder(folder, fold), new) for fold in range(FOLDS)]
+    each = [predict(RunFolder(folder).fold(fold).path, new) for fold in range(FOLDS)]
     assert np.abs(predicted(each[0]) - predicted(each[1])).max() > 1e-3
     for order in ("", "ab", "ba"):
         mean = np.mean([predicted(one, order) for one in each], axis=0)
@@ -200,7 +200,7 @@ def blending(backbone, tmp_path_factory):
 def test_a_k_fold_run_blends_with_the_baselines_of_its_folds(blending):
     folder, metrics = blending
     assert metrics.calibration.method == "blend"
-    baselines = [load_regression(RunFolder(fold_folder(folder, fold)).blend_baseline) for fold in range(FOLDS)]
+    baselines = [load_regression(RunFolder(folder).fold(fold).blend_baseline) for fold in range(FOLDS)]
     assert not RunFolder(folder).blend_baseline.exists()
     new = riddles(3, seed=9)
     table, each = predict(folder, new), predict_each(baselines, read_battles(new))
@@ -254,7 +254,7 @@ def test_a_run_killed_between_folds_goes_on_to_the_same_result(small, finished, 
     expected, found = (read_predictions(RunFolder(run).validation) for run in (finished[1], folder))
     pd.testing.assert_frame_equal(found, expected)
     for fold in range(FOLDS):
-        one, other = (weights(fold_folder(run, fold)) for run in (finished[1], folder))
+        one, other = (weights(RunFolder(run).fold(fold).path) for run in (finished[1], folder))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -368,7 +368,7 @@ def test_an_overwriting_that_is_killed_leaves_nothing_of_the_old_folds_and_is_re
 ):
     recipe = copied(finished, tmp_path)
     for fold in range(FOLDS):
-        (fold_folder(recipe.run_folder, fold) / "old").write_text("")
+        (RunFolder(recipe.run_folder).fold(fold).path / "old").write_text("")
     new = with_data(recipe, seed=1, fold=0)
     monkeypatch.setattr(*kill)
     with pytest.raises(KeyboardInterrupt):
@@ -376,8 +376,8 @@ def test_an_overwriting_that_is_killed_leaves_nothing_of_the_old_folds_and_is_re
     assert not list(recipe.run_folder.rglob("old"))
     assert not {path.name for path in recipe.run_folder.iterdir()} - {"recipe.yaml", "fold-0"}
     check_run(new, resume=True, overwrite=False, all_folds=True)
-    if fold_folder(recipe.run_folder, 0).exists():
-        check_run(with_folder(new, fold_folder(recipe.run_folder, 0)), resume=True, overwrite=False)
+    if RunFolder(recipe.run_folder).fold(0).path.exists():
+        check_run(with_folder(new, RunFolder(recipe.run_folder).fold(0).path), resume=True, overwrite=False)
         with pytest.raises(InputError, match=r"data\.seed: 1, not 0"):
             check_run(with_data(recipe, fold=0), resume=True, overwrite=False, all_folds=True)
 
@@ -392,7 +392,7 @@ def test_an_overwriting_that_is_killed_is_resumed_to_new_folds_alone(finished, t
     folder, metrics = train_folds(new, resume=True)
     assert metrics.battles == 40
     assert {path.name for path in folder.glob("fold-*")} == {"fold-0", "fold-1"}
-    for run in (folder, *(fold_folder(folder, fold) for fold in range(2))):
+    for run in (folder, *(RunFolder(folder).fold(fold).path for fold in range(2))):
         assert load_run_recipe(run).trainer["seed"] == 7
     assert (read_predictions(RunFolder(folder).validation)["fold"] < 2).all()
 
@@ -434,7 +434,7 @@ def test_a_data_frame_is_noted_and_its_calibration_part_predicted_by_the_mean_of
     folder, _ = train_folds(with_data(small, train="nowhere.csv", folds=2, calibration=0.3), planted_frame())
     assert load_run_recipe(folder / "fold-1").data.train == "<DataFrame>"
     kept = read_predictions(RunFolder(folder).calibration)
-    each = [read_predictions(RunFolder(fold_folder(folder, fold)).calibration) for fold in range(2)]
+    each = [read_predictions(RunFolder(folder).fold(fold).calibration) for fold in range(2)]
     assert kept["id"].tolist() == each[0]["id"].tolist()
     np.testing.assert_allclose(predicted(kept), (predicted(each[0]) + predicted(each[1])) / 2, atol=1e-9)
     assert not set(kept["id"]) & set(read_predictions(RunFolder(folder).validation)["id"])
@@ -459,7 +459,7 @@ def test_a_student_learns_from_out_of_fold_labels_and_from_battles_without_votes
 
 def test_a_teacher_that_saw_a_group_is_refused(finished, tmp_path):
     recipe, teacher, _ = finished
-    table = predict(fold_folder(teacher, 0), recipe.data.train)
+    table = predict(RunFolder(teacher).fold(0).path, recipe.data.train)
     assert 0 < table["seen"].sum() < len(table)
     write_predictions(table, tmp_path / "soft.parquet")
     source = Source(recipe.data.train, teacher=str(tmp_path / "soft.parquet"))

@@ -9,7 +9,6 @@ from rewardmodel.run_folder import (
     RunFolder,
     check_run,
     check_same_inputs,
-    fold_folder,
     is_k_fold,
     last_checkpoint,
     load_run_recipe,
@@ -235,7 +234,7 @@ def test_a_folder_below_a_file_is_refused(tmp_path):
 
 def test_a_folder_of_folds_is_no_run_of_one(tmp_path):
     recipe = recipe_of(tmp_path / "run")
-    open_run(recipe_of(fold_folder(recipe.run_folder, 1)), resume=False, overwrite=False)
+    open_run(recipe_of(RunFolder(recipe.run_folder).fold(1).path), resume=False, overwrite=False)
     assert is_k_fold(recipe.run_folder)
     check_run(recipe, resume=True, overwrite=False, all_folds=True)
     for resume in (True, False):

@@ -44,7 +44,7 @@ def merge_run(
         folder: where to; plain transformers loads the model from there.
         dtype: of the weights written; the head stays float32, unless `to_4_bits`.
         to_4_bits: quantise the merged weights to 4 bits, as the recipe's `model` section says.
-        shard_bytes: size of an output file; a larger tensor has a file of its own.
+        shard_bytes: size of an output file; a larger tensor gets a separate file.
 
     Raises:
         InputError: the backbone is not there, or is another one, or cannot be merged a tensor at a time.

@@ -69,7 +69,7 @@ def write_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, limi
     Args:
         tensors: names and contents; one file's worth of them is in memory at a time.
         folder: where to.
-        limit: bytes of a file; a larger tensor has a file of its own.
+        limit: bytes of a file; a larger tensor gets a separate file.
     """
     shards: list[list[str]] = []  # names of the tensors in each file
     held: dict[str, torch.Tensor] = {}

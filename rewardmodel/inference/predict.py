@@ -64,7 +64,7 @@ def predict(
     time. Where a run blends (`inference.blend`), its baseline predicts the same battles, in `baseline_*`.
 
     A battle is predicted only by those runs and folds that had no battle of its group in training, or by all of them
-    if there are none: the column `seen` says so (absent if a run has no training_keys.npy).
+    if there is none; the column `seen` says so (absent if a run has no training_keys.npy).
 
     Args:
         runs: a run folder, or an export (`exports`); or several.

@@ -22,7 +22,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     dtype and bits) and, where the objective has one, `tie`.
 
     Raises:
-        InputError: the folder is no saved model.
+        InputError: the folder is not a saved model.
     """
     try:
         return json.loads((folder / BACKBONE_FILE).read_text(encoding="utf-8"))
