@@ -5,13 +5,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted((ROOT / "rewardmodel").rglob("*.py"))
-GROUND = {"errors", "files", "metrics", "distributed"}
+GROUND = {"errors", "files", "metrics", "progress", "distributed"}
 TABLES = {"battles", "config", "objectives", "predictions", "run_folder"}
 
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "metrics": set(),
+    "progress": set(),
     "distributed": {"errors"},
     "battles": {"errors", "files"},
     "config": {"errors"},
