@@ -13,7 +13,7 @@ from rewardmodel.prompt.truncation import MIN_ROUND_TOKENS, Sizes, measure_reten
 MAX_LENGTHS = (512, 1024, 1536, 2048, 3072, 4096, 8192)
 """Budgets in tokens at which truncation is measured, in addition to the encoder's own."""
 
-SAMPLED_BATTLES = 20_000
+COUNTED_BATTLES = 20_000
 """Battles whose tokens are counted, drawn with the seed; all of them where there are fewer."""
 
 
@@ -24,7 +24,7 @@ def count_tokens(battles: Dataset, encoder: PromptEncoder, seed: int = 0) -> dic
     encoding there are two sequences per battle, and the prompt keeps what it keeps in the shorter of the two.
 
     Args:
-        battles: what to count; at most `SAMPLED_BATTLES` of them are.
+        battles: what to count; at most `COUNTED_BATTLES` of them are.
         encoder: its tokenizer, template and truncation policy are measured.
         seed: draws the sample.
 
@@ -34,7 +34,7 @@ def count_tokens(battles: Dataset, encoder: PromptEncoder, seed: int = 0) -> dic
         template included, (n_sequences,) int64; `retention`: one entry per budget, with `max_length`, and `kept` and
         `right_cut`, each as `measure_retention` returns it.
     """
-    count = min(SAMPLED_BATTLES, len(battles))
+    count = min(COUNTED_BATTLES, len(battles))
     rows = np.sort(np.random.default_rng(seed).choice(len(battles), count, replace=False))
     least = encoder.fixed_tokens(1).length + len(encoder.mark) + MIN_ROUND_TOKENS
     budgets = [length for length in sorted({*MAX_LENGTHS, encoder.max_length}) if length >= least]

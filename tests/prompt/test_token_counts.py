@@ -101,7 +101,7 @@ def test_budgets_that_the_template_does_not_fit_into_are_left_out():
 
 
 def test_tokens_of_many_battles_are_those_of_a_seeded_sample(monkeypatch):
-    monkeypatch.setattr(module, "SAMPLED_BATTLES", 10)
+    monkeypatch.setattr(module, "COUNTED_BATTLES", 10)
     battles = long_battles()
     first, again, other = (count_tokens(battles, encoder(), seed) for seed in (0, 0, 1))
     assert first["battles"] == 10
