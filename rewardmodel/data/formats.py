@@ -154,7 +154,7 @@ def _find_format(raw: RawRows, name: str | None) -> "Format":
             needs = "; ".join(f"{one}: {', '.join(FORMATS[one].needs)}" for one in FORMATS)
             raise InputError(
                 f"{raw.where}: column '{column}' is missing{spare or ';'} the columns of each format are: {needs} (and "
-                f"the outcome: {', '.join(OUTCOMES)}, or winner, or p_b); other names go into data.train.columns"
+                f"the outcome: {', '.join(OUTCOMES)}, or winner, or p_b); map other names with data.train.columns"
             )
     return FORMATS[name]
 
@@ -313,10 +313,10 @@ def _parse_outcome(row: RawRow) -> dict[str, float | None]:
         values = [1 - p, p, 0.0]
     else:
         values = [row.read_number(name) for name in OUTCOMES]
-        label = row.read_text("winner").lower() if values == [None] * 3 else ""
-        if label and label not in _WINNERS:
+        label = row.read_text("winner") if values == [None] * 3 else ""
+        if label and label.lower() not in _WINNERS:
             raise row.error("winner", f"{shorten(label)} is not an outcome; known: {', '.join(_WINNERS)}")
-        values = [float(number == _WINNERS[label]) for number in range(3)] if label else values
+        values = [float(number == _WINNERS[label.lower()]) for number in range(3)] if label else values
     return dict(zip(OUTCOMES, values, strict=True))
 
 

@@ -433,7 +433,7 @@ def test_a_teacher_is_asked_for_and_left_unread_by_none(recipe, frame):
         train(distilled)
     source, *_ = taught_sources(recipe, frame, labelled=True)
     with pytest.raises(
-        InputError, match=r"have outcomes and a teacher, but objective\.name cross_entropy reads no teacher"
+        InputError, match=r"have outcomes and a teacher, but objective\.name cross_entropy would ignore the teacher"
     ):
         train(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=source)))
     assert not recipe.run_folder.exists()
