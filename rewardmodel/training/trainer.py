@@ -127,8 +127,9 @@ class PreferenceTrainer(RewardTrainer):
             InputError: a single battle does not fit into memory, or `trainer.micro_batch_tokens` do not in one of
                 several processes.
         """
-        # tokens of a micro-batch: as set, or measured in the first step
         costs = [self.batching.tokens(row) for row in inputs]  # tokens of each battle: [412, 1044, ...]
+
+        # tokens of a micro-batch: as set, or measured in the first step
         if self.tokens is None:
             self.tokens = self._find_budget(model)
 
