@@ -94,6 +94,7 @@ def draw_intervals(rows: Sequence[ChartRow], axis: str, name: str, line: float |
         digits: decimals of the values.
     """
     with _style():
+        # markers and intervals
         figure = Figure(figsize=(CHART_WIDTH, 0.95 + 0.31 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
         if line is not None:
@@ -105,6 +106,7 @@ def draw_intervals(rows: Sequence[ChartRow], axis: str, name: str, line: float |
             if math.isfinite(row.low) and math.isfinite(row.high):
                 axes.plot([row.low, row.high], [place, place], color=edge, linewidth=2.2, solid_capstyle="round")
             axes.plot([row.value], [place], marker, color=edge, markerfacecolor=face, markersize=7, linestyle="none")
+        # labels on the left, values on the right
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_yticks(range(len(rows)), [_label(row.label) for row in rows])
         values = axes.secondary_yaxis("right")
@@ -185,6 +187,7 @@ def draw_win_rates(ratio: np.ndarray, humans: np.ndarray, model: np.ndarray, gro
         groups: (n_battles,) labels, for the intervals.
         name: prefix of the chart's ids.
     """
+    # bins of equally many battles, each at its mean ratio
     bins = np.array_split(np.argsort(ratio, kind="stable"), min(len(ratio) // (MIN_LENGTH_BATTLES // 2), 10))
     places = [float(ratio[one].mean()) for one in bins]
     with _style():
@@ -195,6 +198,7 @@ def draw_win_rates(ratio: np.ndarray, humans: np.ndarray, model: np.ndarray, gro
             rows = [_mean(wins[one], groups[one]) for one in bins]
             axes.vlines(places, [row.low for row in rows], [row.high for row in rows], color=colour, alpha=0.45)
             axes.plot(places, [row.value for row in rows], form, color=colour, markersize=6, label=label)
+        # ticks in words: "2× longer"
         reach = max(1, math.ceil(max(map(abs, places))))
         ticks = sorted({-reach, -1, 0, 1, reach})
         words = [f"{2 ** abs(tick):,}×\n{'longer' if tick > 0 else 'shorter'}" if tick else "same" for tick in ticks]

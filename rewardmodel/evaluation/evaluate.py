@@ -124,6 +124,7 @@ def _with_probabilities(table: pd.DataFrame, probabilities: np.ndarray) -> pd.Da
 
 
 def _evaluate_folder(files: RunFolder) -> tuple[Evaluation, Calibrator]:
+    """Return the evaluation of a run's validation predictions, and the calibrator that was chosen for the run."""
     table = read_predictions(files.validation)
     true = require_outcomes(table, str(files.validation))
     choice, calibration = _calibrate(files, table)
