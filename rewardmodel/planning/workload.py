@@ -20,7 +20,7 @@ ARENA_BATTLES = 57_477
 ARENA_TOKENS = ((0, 5, 25, 50, 75, 95, 99, 100), (30, 123, 314, 599, 940, 1943, 3748, 11218))
 """Percentiles of a battle's tokens, both responses in one sequence, of 1,870 battles of the competition (SmolLM2)."""
 
-SAMPLED_BATTLES = 500
+MEASURED_BATTLES = 500
 """Battles that are tokenised to estimate the lengths of all."""
 
 Branches = list[list[int]]
@@ -65,7 +65,7 @@ def read_workload(recipe: Recipe, folder: Path) -> Workload:
         battles = read_battles(data.train, seed=data.seed)
     except InputError as error:
         # lengths at evenly spaced percentiles: [0, length] in one order, [0, length, length] in both
-        lengths = np.interp(np.linspace(0, 100, SAMPLED_BATTLES), *ARENA_TOKENS).clip(max=longest).astype(int).tolist()
+        lengths = np.interp(np.linspace(0, 100, MEASURED_BATTLES), *ARENA_TOKENS).clip(max=longest).astype(int).tolist()
         branches, predicted = ([[0, *[length] * count] for length in lengths] for count in _count_sequences(recipe))
         shares = plan_parts(data.folds, data.calibration, data.holdout)[1]
         fold_sizes = min(ARENA_BATTLES, data.limit or ARENA_BATTLES) * shares[: data.folds]
@@ -75,7 +75,7 @@ def read_workload(recipe: Recipe, folder: Path) -> Workload:
     else:
         parts = split(load_battles(data, battles), data.fold)
         training, validation = len(parts.training), len(parts.validation)
-        chosen = np.linspace(0, len(battles) - 1, min(len(battles), SAMPLED_BATTLES)).astype(int)
+        chosen = np.linspace(0, len(battles) - 1, min(len(battles), MEASURED_BATTLES)).astype(int)
         sample, tokenizer = battles.select(chosen), load_tokenizer(folder)
         encoding = find_objective(recipe.objective).encoding
         branches, predicted = (

@@ -142,6 +142,15 @@ def test_a_head_that_plain_transformers_cannot_read_must_be_accepted(untrained_r
     assert "Only rewardmodel loads this model" in (tmp_path / "export" / "README.md").read_text()
 
 
+def test_a_run_with_pair_ties_is_exported_as_an_adapter(untrained_run, tmp_path, in_this_process):
+    folder = untrained_run("pairs", "davidson", "response", pair_ties=True)
+    with pytest.raises(InputError, match="a head that plain transformers does not have"):
+        export(folder, tmp_path / "export")
+    facts = export(folder, tmp_path / "export", "adapter")
+    assert facts["max_abs_dp"] <= 1e-4
+    assert facts["plain"] is None
+
+
 def test_the_calibrator_goes_along_without_any_text(run_folder, tmp_path, in_this_process):
     run = tmp_path / "run"
     shutil.copytree(run_folder, run)

@@ -2,12 +2,18 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from builders import ENCODERS, SETTINGS, stored
+from transformers import AutoConfig
 
 from rewardmodel.distributed import Launch
 from rewardmodel.errors import InputError
-from rewardmodel.planning.devices import DEVICES
+from rewardmodel.planning import doctor as planning
+from rewardmodel.planning.devices import DEVICES, GIB
 from rewardmodel.planning.doctor import doctor, format_doctor
+from rewardmodel.planning.estimate import MemoryNeeds
+from rewardmodel.planning.scenario import Scenario
+from rewardmodel.planning.workload import Workload
 
 LLAMA_8B = {
     "hidden_size": 4096,
@@ -31,6 +37,33 @@ def changed(recipe):
     return made
 
 
+@pytest.fixture(scope="module")
+def diagnoses():
+    """Return the diagnoses of the recipe that tests of this module share."""
+    return {}
+
+
+@pytest.fixture
+def diagnose(changed, diagnoses):
+    """Return a function that diagnoses the recipe with changed keys of the model; the same is diagnosed once."""
+
+    def made(name, optim=None, **keys):
+        key = (name, optim, *sorted(keys.items()))
+        if key not in diagnoses:
+            recipe = changed(**keys)
+            recipe.trainer.update({} if optim is None else {"optim": optim})
+            diagnoses[key] = doctor(recipe, name)
+        return diagnoses[key]
+
+    return made
+
+
+@pytest.fixture(autouse=True)
+def unmeasured(monkeypatch):
+    """Let the speed of this CPU be given, not measured."""
+    monkeypatch.setattr("rewardmodel.planning.devices.measure_matmul", lambda device, dtype: 1e11)
+
+
 @pytest.fixture
 def large(backbone, tmp_path):
     """Return the folder of a backbone of eight billion weights, of which there is only the configuration."""
@@ -44,8 +77,8 @@ def large(backbone, tmp_path):
     return folder
 
 
-def test_a_recipe_that_fits_is_printed_as_a_table(changed):
-    found = doctor(changed(), "T4")
+def test_a_recipe_that_fits_is_printed_as_a_table(diagnose):
+    found = diagnose("T4")
     assert found.problems == []
     assert found.estimate.training.fits
     assert found.estimate.inference.fits
@@ -58,19 +91,50 @@ def test_a_recipe_that_fits_is_printed_as_a_table(changed):
     assert all(len(line) < 400 for line in said.splitlines())
 
 
-def test_the_time_of_fitting_the_head_is_printed_where_it_is_done(changed):
-    fitted, zero = (format_doctor(doctor(changed(head_init=start), "T4")) for start in ("fitted", "zero"))
+def test_the_time_of_fitting_the_head_is_printed_where_it_is_done(diagnose):
+    fitted, zero = (format_doctor(one) for one in (diagnose("T4", head_init="fitted"), diagnose("T4")))
     assert "time       fitting the head " in fitted
     assert "time       training " in zero
 
 
-def test_the_machine_at_hand_is_taken_where_none_is_named(changed):
-    found = doctor(changed(device="cpu"), "cpu")
+def test_the_machine_at_hand_is_taken_where_none_is_named(diagnose):
+    found = diagnose("cpu", "paged_adamw_8bit", device="cpu")
     assert found.device.kind == "cpu"
     assert "process" in found.estimate.training.parts
     assert found.problems == []
 
 
+def test_what_would_make_training_fit_is_reported(changed, monkeypatch):
+    def estimate(scenario):
+        return MemoryNeeds({}, 20 * GIB, scenario.recipe.model.load_in_4bit, 100, 100)
+
+    monkeypatch.setattr(planning, "estimate_training", estimate)
+    found = doctor(changed(), "T4")
+    steps = "trainer.gradient_checkpointing true, model.load_in_4bit true"
+    (problem,) = found.problems
+    assert problem.startswith("training needs at least 20.0 GiB, for one battle at a time, and T4 has 14.7; set")
+    assert problem.endswith(found.estimate.fix)
+    assert found.estimate.fix == f"set {steps}: 20.0 GiB"
+    assert "too large" in format_doctor(found)
+
+
+def test_without_a_fix_a_larger_gpu_is_advised(changed, backbone, monkeypatch):
+    needs = MemoryNeeds({}, 20 * GIB, False, 100, 0)
+    monkeypatch.setattr(planning, "estimate_training", lambda scenario: needs)
+    config = AutoConfig.from_pretrained(backbone("llama"))
+    workload = Workload(4, 1, [[0, 40]], [[0, 40]], "made for this test")
+    scenario = Scenario(changed(), config, DEVICES["T4"], torch.float16, Launch(), workload)
+    assert planning._find_fix(scenario) is None
+    problem = planning._describe_shortage("training", needs, DEVICES["T4"], None)
+    assert problem.endswith("; use a larger GPU, or a smaller backbone")
+
+
+def checkpointed(recipe):
+    recipe.trainer["gradient_checkpointing"] = True
+    return recipe
+
+
+@pytest.mark.slow
 def test_an_8b_model_is_larger_than_a_t4_in_16_bits_and_smaller_in_4(changed, large):
     whole = doctor(changed(model_name_or_path=str(large)), "T4")
     (problem,) = whole.problems
@@ -79,9 +143,7 @@ def test_an_8b_model_is_larger_than_a_t4_in_16_bits_and_smaller_in_4(changed, la
     assert "8,030,261,248" not in whole.backbone  # without the head for words
     assert "7,504,924,672 weights in 32 layers" in whole.backbone
     assert whole.estimate.inference.parts["weights"] == pytest.approx(2 * 7_504_924_672, rel=0.001)
-    quantised = changed(model_name_or_path=str(large), load_in_4bit=True)
-    quantised.trainer["gradient_checkpointing"] = True
-    found = doctor(quantised, "T4")
+    found = doctor(checkpointed(changed(model_name_or_path=str(large), load_in_4bit=True)), "T4")
     assert found.problems == []
     linear = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     expected = linear * (0.5 + 1 / 64 + 4 / 64 / 256) + 2 * (7_504_924_672 - linear)
@@ -111,22 +173,20 @@ def test_all_that_cannot_work_is_listed(changed, keys, device, launched, starts)
 
 
 def test_gemma_computes_in_float32_on_a_t4_and_the_reason_is_given(changed, backbone):
-    found = doctor(changed(model_name_or_path=str(backbone("gemma2"))), "T4")
+    found = doctor(changed(model_name_or_path=str(backbone("gemma2")), lora_r=0), "T4")  # without memory: quick
     assert "float32: no bfloat16 below compute capability 8.0, and gemma2's activations leave" in found.precision
     assert "8 times slower" in found.precision
     assert found.attention.startswith("eager: gemma2's default; keeps length²")
 
 
-def test_a_gpu_that_cannot_is_named_with_the_reason_among_the_others(changed):
-    others = {other.device.name: other for other in doctor(changed(dtype="bfloat16"), "H100").estimate.others}
+def test_a_gpu_that_cannot_is_named_with_the_reason_among_the_others(diagnose):
+    others = {other.device.name: other for other in diagnose("H100", dtype="bfloat16").estimate.others}
     assert others["T4"].problem.startswith("model.dtype: bfloat16 is emulated")
     assert others["L4"].training.fits
 
 
-def test_what_is_only_worth_knowing_is_no_problem(changed):
-    recipe = changed()
-    recipe.trainer["optim"] = "paged_adamw_8bit"
-    found = doctor(recipe, "cpu")
+def test_what_is_only_worth_knowing_is_no_problem(diagnose):
+    found = diagnose("cpu", "paged_adamw_8bit", device="cpu")
     assert found.problems == []
     assert "note       trainer.optim: on a CPU bitsandbytes does not page" in format_doctor(found)
 
@@ -138,8 +198,21 @@ def test_a_backbone_that_is_not_there_is_refused(changed):
         doctor(changed(), "T5")
 
 
-@pytest.mark.parametrize("bits", [None, 4])
-@pytest.mark.parametrize("name", ENCODERS)
+QUICK = [("roberta", 4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        *QUICK,
+        *(
+            pytest.param(name, bits, marks=pytest.mark.slow)
+            for name in ENCODERS
+            for bits in (None, 4)
+            if (name, bits) not in QUICK
+        ),
+    ],
+)
 def test_encoders_are_estimated_too(name, bits, changed, backbone):
     asked = changed(model_name_or_path=str(backbone(name)), load_in_4bit=bits == 4)
     found = doctor(dataclasses.replace(asked, prompt=dataclasses.replace(asked.prompt, template="encoder")), "T4")
@@ -147,14 +220,12 @@ def test_encoders_are_estimated_too(name, bits, changed, backbone):
     assert found.estimate.training.fits
 
 
-def test_a_backbone_that_is_stored_quantised_counts_as_what_it_is(changed, backbone, tmp_path):
+def test_a_backbone_that_is_stored_quantised_counts_as_what_it_is(changed, diagnose, backbone, tmp_path):
     folder = stored(backbone("llama"), tmp_path, SETTINGS["as is"])
     found = doctor(changed(model_name_or_path=str(folder)), "T4")
-    asked = doctor(
-        changed(model_name_or_path=str(backbone("llama")), load_in_4bit=True, use_bnb_nested_quant=False), "T4"
-    )
+    asked = diagnose("T4", load_in_4bit=True, use_bnb_nested_quant=False)
     assert "stored in 4 bits" in found.backbone
-    plain = doctor(changed(), "T4")
+    plain = diagnose("T4")
     held, as_asked, unquantised = (one.estimate.training.parts["weights"] for one in (found, asked, plain))
     assert held < unquantised
     assert held == pytest.approx(as_asked, rel=0.05)

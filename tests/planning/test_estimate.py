@@ -30,8 +30,14 @@ ROWS = [[0, 40], [0, 80], [0, 120], [0, 160]]
 BOTH = [[10, 30, 30], [10, 70, 70], [10, 110, 110], [10, 150, 150]]
 
 
+@pytest.fixture(scope="module")
+def caches():
+    """Return the caches of `measure_peaks` that scenarios of this module share, so that the same is measured once."""
+    return {}
+
+
 @pytest.fixture
-def scenario(recipe, backbone):
+def scenario(recipe, backbone, caches):
     """Return a function that puts the tiny recipe on a device: scenario(DEVICES["T4"], launch=...)."""
     config = AutoConfig.from_pretrained(backbone("llama"))
 
@@ -40,7 +46,10 @@ def scenario(recipe, backbone):
             recipe, model=dataclasses.replace(recipe.model, **model), trainer=recipe.trainer | (trainer or {})
         )
         workload = Workload(400, 100, ROWS, BOTH, "made for this test")
-        return Scenario(changed, config, device, torch.float32, launch or Launch(), workload)
+        launch = launch or Launch()
+        batches = (trainer or {}).get("micro_batch_tokens"), changed.trainer["battles_per_step"], launch
+        cache = caches.setdefault(device.kind if device.kind == "cuda" else batches, {})  # what the peaks depend on
+        return Scenario(changed, config, device, torch.float32, launch, workload, cache)
 
     return made
 
@@ -187,7 +196,7 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize("bits", [None, 4])
 def test_the_operations_of_a_layer_are_as_many_as_are_assumed(bits, backbone):
     found = []
-    for layers in (2, 4):
+    for layers in (1, 2):
         config = AutoConfig.from_pretrained(backbone("llama"))
         config.num_hidden_layers = layers
         model = ModelConfig(str(backbone("llama")), lora_dropout=0.1, load_in_4bit=bits == 4)
@@ -198,6 +207,6 @@ def test_the_operations_of_a_layer_are_as_many_as_are_assumed(bits, backbone):
         with both:
             fake.training_peak([[0, 60]])
         found.append((forward.count, both.count))
-    forward, both = ((more - few) / 2 for few, more in zip(*found, strict=True))
+    forward, both = (more - few for few, more in zip(*found, strict=True))
     assert forward == pytest.approx(FORWARD_OPERATIONS, rel=0.1)
     assert both == pytest.approx(FORWARD_OPERATIONS + BACKWARD_OPERATIONS, rel=0.1)
