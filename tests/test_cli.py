@@ -653,7 +653,7 @@ def test_doctor_tells_of_a_recipe_and_exits_by_whether_it_works(recipe_file, tmp
     wrong = ["--model.dtype", "bfloat16", "--trainer.torch_compile", "true"]
     assert main(["doctor", path, "--device", "T4", *wrong]) == 2
     output = capsys.readouterr()
-    assert "precision  bfloat16: model.dtype says so" in output.out
+    assert "precision  bfloat16: set by model.dtype" in output.out
     first, second = output.err.splitlines()
     assert first.startswith("error: model.dtype: bfloat16 is emulated")
     assert second.startswith("error: trainer.torch_compile: ")
@@ -776,7 +776,11 @@ EARLY = {
             ("predict", ["predict", "run", f"{fault}.csv"], ["--output", "x.csv"]),
             ("evaluate --data", ["evaluate", "run"], ["--data", f"{fault}.csv"]),
             ("evaluate --against", ["evaluate", "run", "--against", "run"], ["--data", f"{fault}.csv"]),
-            ("export --battles", ["export", "run"], ["--output", "exported", "--battles", f"{fault}.csv"]),
+            (
+                "export --battles",
+                ["export", "run"],
+                ["--output", "exported", "--kind", "adapter", "--battles", f"{fault}.csv"],
+            ),
             ("baseline", ["baseline", f"{fault}.csv"], []),
         )
     },
@@ -837,6 +841,9 @@ def early(tmp_path_factory):
     (folder / "run" / "model").mkdir(parents=True)  # all of a trained run that is looked at before it is loaded
     (folder / "run" / "x.csv").mkdir()
     shutil.copy(folder / "good.yaml", folder / "run" / "recipe.yaml")
+    (folder / "run" / "model" / "backbone.json").write_text(json.dumps({"head": {}}))
+    (folder / "run" / "model" / "adapter_config.json").write_text("{}")
+    (folder / "run" / "environment.json").write_text(json.dumps({"compute": {"dtype": "float32"}}))
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", FRESH],
         input=json.dumps([[arguments for arguments, _ in EARLY.values()], HEAVY]),

@@ -30,6 +30,7 @@ from rewardmodel.evaluation.baselines import baseline
 from rewardmodel.evaluation.calibration import load_calibrator
 from rewardmodel.evaluation.evaluate import compare, evaluate
 from rewardmodel.evaluation.report import report
+from rewardmodel.evaluation.results import read_evaluation
 from rewardmodel.evaluation.text_regression import load_regression, predict_each
 from rewardmodel.inference.predict import predict
 from rewardmodel.kfold import GATHERED, train_fold, train_folds
@@ -37,6 +38,8 @@ from rewardmodel.predictions import predicted, read_predictions, write_predictio
 from rewardmodel.run_folder import RunFolder, check_run, load_run_recipe
 from rewardmodel.training.train import train
 from rewardmodel.training.trainer import PreferenceTrainer
+
+pytestmark = pytest.mark.slow  # every test trains, predicts with or exports a whole run
 
 FOLDS = 3
 
@@ -159,9 +162,9 @@ def test_baselines_are_out_of_fold_too(finished):
 def test_it_is_evaluated_reported_and_compared_as_any_run(finished):
     _, folder, metrics = finished
     assert metrics.battles == 40
-    assert evaluate(folder) == metrics == json.loads(RunFolder(folder).metrics.read_text())
+    assert evaluate(folder) == metrics == read_evaluation(RunFolder(folder).metrics)
     assert report(folder) == RunFolder(folder).report
-    assert compare(folder, folder)["value"] == 0
+    assert compare(folder, folder).value == 0
 
 
 def test_its_own_battles_are_predicted_by_the_fold_that_did_not_see_them(finished):

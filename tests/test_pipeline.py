@@ -16,11 +16,14 @@ from rewardmodel.data.formats import read_battles
 from rewardmodel.data.splits import fingerprint_parts, load_battles, split
 from rewardmodel.errors import InputError
 from rewardmodel.evaluation.calibration import load_calibrator
+from rewardmodel.evaluation.results import read_evaluation
 from rewardmodel.evaluation.text_regression import load_regression, predict_each
 from rewardmodel.inference.predict import predict
 from rewardmodel.predictions import average_probabilities, predicted, read_predictions
 from rewardmodel.run_folder import RunFolder, load_run_recipe
 from rewardmodel.training.train import train
+
+pytestmark = pytest.mark.slow  # every test trains, predicts with or exports a whole run
 
 IDS = ["0900", "7", "x-3", "0033", "12345678901234567890", "00", "a,b", "猫"]
 """Ids that would not survive being read as numbers, in no order."""
@@ -127,7 +130,7 @@ def test_validation_is_the_held_out_fold(finished):
 
 def test_metrics_are_returned_and_written_and_are_the_log_loss_of_the_validation_table(finished):
     _, folder, metrics = finished
-    assert json.loads(RunFolder(folder).metrics.read_text()) == metrics
+    assert read_evaluation(RunFolder(folder).metrics) == metrics
     table = read_predictions(RunFolder(folder).validation)
     likelihood = (predicted(table) * table[list(OUTCOMES)].to_numpy()).sum(axis=1)
     assert metrics.metrics["log_loss"].value == pytest.approx(-np.log(likelihood).mean(), abs=1e-9)

@@ -27,6 +27,8 @@ from rewardmodel.pipeline import run as run_recipe
 from rewardmodel.predictions import predicted, read_predictions
 from rewardmodel.run_folder import RunFolder
 
+pytestmark = pytest.mark.slow  # every test trains, predicts with or exports a whole run
+
 
 @pytest.mark.parametrize(("kind", "dtype", "limit"), [("merged", "float32", 1e-4), ("adapter", None, 1e-4)])
 def test_an_export_is_compared_with_its_run(kind, dtype, limit, run_folder, tmp_path, in_this_process):

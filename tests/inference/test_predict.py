@@ -26,6 +26,8 @@ from rewardmodel.prompt.tokenization import measure_row_retention, tokenize
 from rewardmodel.run_folder import RunFolder, load_run_recipe
 from rewardmodel.training.train import train
 
+pytestmark = pytest.mark.slow  # every test trains, predicts with or exports a whole run
+
 SWAPPED = [1, 0, 2]
 
 

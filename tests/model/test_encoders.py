@@ -39,6 +39,8 @@ from rewardmodel.prompt.tokenization import tokenize
 from rewardmodel.run_folder import RunFolder
 from rewardmodel.training.train import train
 
+pytestmark = pytest.mark.slow  # every test trains, predicts with or exports a whole run
+
 VARIANTS = {
     "full": {"use_peft": False},
     "lora": {},

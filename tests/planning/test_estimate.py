@@ -25,6 +25,8 @@ from rewardmodel.planning.memory import FakeModel, MemorySpec
 from rewardmodel.planning.scenario import Scenario, measure_peaks
 from rewardmodel.planning.workload import Workload
 
+pytestmark = pytest.mark.slow  # measures memory by running models of fake tensors
+
 CPU = Device("a CPU", "cpu", 8 * 2**30, 1e12, 5e11)
 ROWS = [[0, 40], [0, 80], [0, 120], [0, 160]]
 BOTH = [[10, 30, 30], [10, 70, 70], [10, 110, 110], [10, 150, 150]]

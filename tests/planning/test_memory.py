@@ -21,6 +21,8 @@ from rewardmodel.planning.memory import (
     enable_checkpointing,
 )
 
+pytestmark = pytest.mark.slow  # measures memory by running models of fake tensors
+
 JOINT = OBJECTIVES["cross_entropy"].head
 
 LINEAR = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 64)

@@ -21,6 +21,8 @@ from rewardmodel.predictions import predicted, read_predictions, true_outcomes
 from rewardmodel.run_folder import RunFolder
 from rewardmodel.training.train import train
 
+pytestmark = pytest.mark.slow  # every test trains, predicts with or exports a whole run
+
 JOINT = ("cross_entropy",)
 OBJECTIVES = (*JOINT, "davidson", "bradley_terry")
 
@@ -124,7 +126,7 @@ def test_ties_of_pairs_are_learnt_saved_and_exported(frozen, freeze, tmp_path):
         apart = [weights.get_tensor(name) for name in list(weights.keys()) if name.endswith("tie_apart")]
     assert len(apart) == 1
     assert apart[0].abs().max() > 0
-    with pytest.raises(InputError, match="make a head that plain transformers does not know"):
+    with pytest.raises(InputError, match="make a head that plain transformers does not have"):
         export(run, tmp_path / "merged", "merged", dtype="float32")
     facts = export(run, tmp_path / "merged", "merged", dtype="float32", rewardmodel_only=True)
     assert facts["max_abs_dp"] <= 1e-4

@@ -28,6 +28,8 @@ from rewardmodel.run_folder import RunFolder
 from rewardmodel.training.train import train
 from rewardmodel.training.trainer import PreferenceTrainer
 
+pytestmark = pytest.mark.slow  # every test trains, predicts with or exports a whole run
+
 
 def adapter(run) -> dict[str, torch.Tensor]:
     return load_file(RunFolder(run).model / "adapter_model.safetensors")
