@@ -19,7 +19,7 @@ from rewardmodel.config.loader import dump_recipe
 from rewardmodel.config.schema import Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.evaluation.calibration import BLEND, NO_CALIBRATION, load_calibrator
-from rewardmodel.exports.checks import DTYPES, TrainedRun, battles_to_compare, check_options, load_trained_runs
+from rewardmodel.exports.checks import TrainedRun, battles_to_compare, check_options, load_trained_runs
 from rewardmodel.exports.kaggle import Bundle, write_bundle
 from rewardmodel.files import atomic_path, write_json, write_text
 from rewardmodel.predictions import PROBABILITIES, predicted, read_predictions, write_predictions
@@ -47,7 +47,8 @@ def export(
         output: the folder to make.
         kind: a name from `EXPORTS`, or `kaggle`: one of these, `bundle.contents`, with all that a machine without a
             network needs to predict with it.
-        dtype: of merged weights, one of `exports.checks.DTYPES`; default: bfloat16.
+        dtype: of merged weights, one of `exports.checks.DTYPES`; default: the precision that the run's backbone
+            was loaded in.
         battles: to compare export and run on, as of `exports.checks.battles_to_compare`.
         rewardmodel_only: accept a model that plain transformers does not read as it was trained.
         push_to_hub: owner/name of a repository on the hub; it is made, private, if it does not exist.
@@ -90,7 +91,7 @@ def export(
     )
     from rewardmodel.exports.soup import average_adapters
 
-    form, weights = EXPORTS[contents], getattr(torch, dtype or DTYPES[0])
+    form, weights = EXPORTS[contents], getattr(torch, dtype or trained[0].dtype)
     if form.merged:
         _check_mergeable(trained[0])
     with tempfile.TemporaryDirectory() as work, atomic_path(output) as folder:
