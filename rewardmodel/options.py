@@ -80,9 +80,7 @@ def _export(parser: ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     kinds = "adapter, merged, merged_4bit, soup or kaggle"
     parser.add_argument("--kind", default="merged", help=f"{kinds} (default: merged)")
-    parser.add_argument(
-        "--dtype", help="of merged weights: bfloat16, float16 or float32 (default: the run's)"
-    )
+    parser.add_argument("--dtype", help="of merged weights: bfloat16, float16 or float32 (default: the run's)")
     parser.add_argument(
         "--battles", help="at least 64 to compare export and run on; default: the run's validation fold, or `sample`"
     )
