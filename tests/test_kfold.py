@@ -317,7 +317,7 @@ def test_battles_that_changed_since_a_fold_was_trained_are_refused(finished, tmp
     original = write_csv(planted_frame(), recipe.data.train)
     write_csv(changed, original)
     try:
-        with pytest.raises(InputError, match="the run there began on another data"):
+        with pytest.raises(InputError, match="the run there was started with another data"):
             train_folds(recipe, resume=True)
     finally:
         write_csv(planted_frame(), original)
@@ -407,8 +407,8 @@ def test_one_fold_is_not_overwritten_by_another_recipe_than_the_others_have(fini
     command = ["train", str(tmp_path / "recipe.yaml"), "--data.seed", "1", "--fold", "2", "--overwrite"]
     assert main(command) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"error: {recipe.run_folder}: the run there has data.seed: 0, not 1; folds have one recipe: give that, or "
-        "train all of them anew with --fold all --overwrite"
+        f"error: {recipe.run_folder}: the run there has data.seed: 0, not 1; folds share one recipe: give that one, or "
+        "train all folds again with --fold all --overwrite"
     )
     assert sorted(recipe.run_folder.rglob("*")) == before
 

@@ -303,5 +303,5 @@ def test_a_part_that_was_not_kept_cannot_be_predicted(finished):
 def test_a_part_of_battles_that_changed_since_is_refused(recipe):
     folder, _ = pipeline.run(quick(recipe))
     write_csv(battle_frame(13), Path(recipe.data.train))
-    with pytest.raises(InputError, match="began on another data"):
+    with pytest.raises(InputError, match="was started with another data"):
         predict(folder, "validation")

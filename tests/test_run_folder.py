@@ -99,7 +99,7 @@ def test_overwrite_leaves_nothing_of_the_run_before(tmp_path):
 @pytest.mark.parametrize(("resume", "overwrite"), [(False, False), (True, False), (False, True)])
 def test_folder_with_something_else_is_refused_and_never_removed(tmp_path, resume, overwrite):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match=r"^trainer.output_dir: .* is no run folder; name another"):
+    with pytest.raises(InputError, match=r"^trainer.output_dir: .* is not a run folder; name another"):
         open_run(recipe_of(tmp_path), resume, overwrite)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
@@ -108,7 +108,7 @@ def test_folder_with_something_else_is_refused_and_never_removed(tmp_path, resum
 def test_file_in_the_place_of_the_folder_is_refused_and_never_removed(tmp_path, overwrite):
     place = tmp_path / "run"
     place.write_text("a file")
-    with pytest.raises(InputError, match=r"is no run folder"):
+    with pytest.raises(InputError, match=r"is not a run folder"):
         open_run(recipe_of(place), False, overwrite)
     assert place.read_text() == "a file"
 
@@ -168,9 +168,9 @@ def test_check_of_a_run_touches_nothing_whatever_it_finds(tmp_path):
 @pytest.mark.parametrize(("resume", "overwrite"), [(False, False), (True, False), (False, True)])
 def test_check_refuses_a_folder_with_something_else(tmp_path, resume, overwrite):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match=r"^trainer.output_dir: .* is no run folder; name another"):
+    with pytest.raises(InputError, match=r"^trainer.output_dir: .* is not a run folder; name another"):
         check_run(recipe_of(tmp_path), resume, overwrite)
-    with pytest.raises(InputError, match=r"^trainer.output_dir: .* is no run folder; name another"):
+    with pytest.raises(InputError, match=r"^trainer.output_dir: .* is not a run folder; name another"):
         check_run(recipe_of(tmp_path / "thesis.tex"), resume, overwrite)
 
 
@@ -213,7 +213,7 @@ def test_inputs_of_another_fingerprint_are_refused(tmp_path, section, key):
     before = tree(tmp_path)
     with pytest.raises(InputError) as caught:
         check_same_inputs(tmp_path, FACTS | {section: FACTS[section] | {key: "changed"}})
-    assert str(caught.value).startswith(f"{tmp_path}: the run there began on another {section}; ")
+    assert str(caught.value).startswith(f"{tmp_path}: the run there was started with another {section}; ")
     assert "--overwrite" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert tree(tmp_path) == before
@@ -228,7 +228,7 @@ def test_resume_knows_a_folder_by_any_spelling_and_a_key_at_its_default(tmp_path
 
 def test_a_folder_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file is no folder; name another"):
+    with pytest.raises(InputError, match="file is not a folder; name another"):
         open_run(recipe_of(tmp_path / "file" / "run"), resume=False, overwrite=False)
 
 
@@ -238,7 +238,7 @@ def test_a_folder_of_folds_is_no_run_of_one(tmp_path):
     assert is_k_fold(recipe.run_folder)
     check_run(recipe, resume=True, overwrite=False, all_folds=True)
     for resume in (True, False):
-        with pytest.raises(InputError, match="is there and is no run folder; name another"):
+        with pytest.raises(InputError, match="exists and is not a run folder; name another"):
             check_run(recipe, resume=resume, overwrite=False)
     with pytest.raises(InputError, match="its folds are not gathered"):
         trained_models(recipe.run_folder)
@@ -248,5 +248,5 @@ def test_what_a_kill_left_half_written_makes_no_folder_one_of_something_else(tmp
     (tmp_path / ".recipe.yaml.17.partial").write_text("data:")
     check_run(recipe_of(tmp_path), resume=True, overwrite=False)
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="is no run folder"):
+    with pytest.raises(InputError, match="is not a run folder"):
         check_run(recipe_of(tmp_path), resume=True, overwrite=False)

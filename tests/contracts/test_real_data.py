@@ -32,8 +32,8 @@ def test_the_arena_recipe_ends_with_a_valid_submission(real_data, user_cache, tm
         "data.train": kaggle / "train.csv",
         "data.test": kaggle / "test.csv",
         "data.sample_submission": kaggle / "sample_submission.csv",
-        "data.limit": 30,
-        "prompt.max_length": 256,
+        "data.limit": 15,
+        "prompt.max_length": 160,
         "trainer.max_steps": 2,
         "trainer.output_dir": tmp_path / "run",
     }

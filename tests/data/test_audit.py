@@ -234,7 +234,7 @@ def test_lengths_of_tokens_become_percentiles():
 
 
 def test_lines_say_how_many_battles_were_tokenised(monkeypatch):
-    monkeypatch.setattr(token_counts, "SAMPLED_BATTLES", 10)
+    monkeypatch.setattr(token_counts, "COUNTED_BATTLES", 10)
     battles = long_battles()
     assert "tokens of 10 battles" in format_audit(audit(battles, tokens_of(battles)))
 
