@@ -682,6 +682,7 @@ def test_a_baseline_file_ends_in_parquet(refusal, tmp_path):
     assert "does not end in .parquet" in refusal("baseline", "sample", "--output", tmp_path / "x.csv")
 
 
+@pytest.mark.slow  # trains every fold
 def test_all_folds_are_trained_and_the_run_is_predicted_with(
     recipe_file, recipe, test_file, tmp_path, capsys, monkeypatch
 ):
@@ -860,6 +861,7 @@ def early(tmp_path_factory):
     return dict(zip(EARLY, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
+@pytest.mark.slow  # a fresh process
 @pytest.mark.parametrize("name", EARLY)
 def test_what_is_wrong_with_files_is_reported_before_anything_heavy_is_imported(name, early):
     code, error, loaded = early[name]

@@ -124,6 +124,7 @@ def test_fingerprints_tell_the_parts_apart(data):
     assert prints != fingerprint_parts(parts_of(data, seed=1))
 
 
+@pytest.mark.slow  # reads 50,000 real battles
 def test_real_battles_of_all_sources_share_no_group_and_no_part_has_other_outcomes(real_data):
     sources = [str(real_data / "kaggle" / "train.csv"), *map(str, sorted((real_data / "battles").glob("*.parquet")))]
     parts = split(load_battles(DataConfig(train=sources, calibration=0.1, holdout=0.1)), 0)

@@ -105,6 +105,7 @@ def run_offline(python: Path, code: Path, bundle: Path, battles: Path, work: Pat
     )
 
 
+@pytest.mark.slow  # exports a whole run
 def test_a_bundle_has_all_that_an_offline_machine_needs(run_folder, installed, tmp_path, in_this_process):
     base = load_recipe(run_folder / "recipe.yaml").model.model_name_or_path
     asked = Bundle("me/my-reward-model", installed, base=f"{base}/.")

@@ -307,6 +307,7 @@ def test_the_shortest_battles_get_the_second_order_in_time(run, computed, tickin
     assert f"time is up: {both.sum()} of 40 battles were predicted in both orders" in caplog.text
 
 
+@pytest.mark.slow  # trains two runs
 def test_all_runs_predict_one_order_before_any_predicts_the_other(run, computed, ticking):
     two = [run[0], shutil.copytree(run[0], run[0].with_name("two"))]
     other_model(two[1])

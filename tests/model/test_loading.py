@@ -44,6 +44,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow  # loads every family in every precision
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_model_predicts_the_same(family, variant, backbone, tmp_path):

@@ -589,6 +589,7 @@ def test_tokens_before_a_budget_of_a_known_example():
     assert kept_before(made, [(5, 6, 7)], before[0] + 5 + before[1] + 1) == [5, 1, 0]
 
 
+@pytest.mark.slow  # tokenises all real battles
 def test_of_real_battles_the_less_kept_response_keeps_a_fifth_more_than_with_a_plain_cut(real_data, smollm2):
     from rewardmodel.data.formats import read_battles
 

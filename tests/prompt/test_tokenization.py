@@ -131,6 +131,7 @@ print(json.dumps({"files": [file["filename"] for file in rows.cache_files], "row
 """
 
 
+@pytest.mark.slow  # fresh processes
 def test_a_file_is_tokenised_once_for_all_processes(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     arguments = [str(write_csv(battle_frame(), tmp_path / "train.csv")), str(tmp_path / "tokenizer")]
