@@ -17,7 +17,7 @@ from rewardmodel.model.saved_model import is_adapter, read_about
 from rewardmodel.run_folder import RunFolder, load_run_recipe, model_folder, trained_models
 
 DTYPES = ("bfloat16", "float16", "float32")
-"""Precisions of merged weights; the first one is the default."""
+"""Precisions of merged weights."""
 
 COMPARED_BATTLES = 64
 """Battles that an export and its run are compared on, at least."""
