@@ -19,8 +19,6 @@ from rewardmodel.config.schema import Recipe
 from rewardmodel.data.splits import fingerprint_parts, load_battles, split
 from rewardmodel.distributed import is_main, wait_for_all
 from rewardmodel.errors import InputError
-from rewardmodel.evaluation.evaluate import evaluate_run
-from rewardmodel.evaluation.report import report
 from rewardmodel.evaluation.results import Evaluation, read_evaluation
 from rewardmodel.files import clear, write_text
 from rewardmodel.pipeline import run
@@ -162,6 +160,9 @@ def gather(recipe: Recipe, battles: Dataset) -> None:
     facts = {"data": fingerprint_parts(parts), "backbone": environments[0]["backbone"], "compute": compute}
     write_text(RunFolder(folder).recipe, dump_recipe(recipe))
     write_environment(folder, facts)
+    from rewardmodel.evaluation.evaluate import evaluate_run
+    from rewardmodel.evaluation.report import report
+
     report(folder, evaluations=[evaluate_run(folder)])
 
 

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 
 import numpy as np
 from datasets import Dataset
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from rewardmodel.battles import outcomes, with_column
 from rewardmodel.errors import InputError
@@ -30,6 +28,9 @@ def assign_groups(battles: Dataset) -> Dataset:
     counts in either order. Groups are numbered by their least key, so numbers do not depend on the order of rows. Keys
     are 64-bit hashes; a collision would merge two groups, which leaks nothing.
     """
+    from scipy.sparse import coo_array  # late, so that a broken file is reported sooner
+    from scipy.sparse.csgraph import connected_components
+
     count, keys = len(battles), content_keys(battles)
     distinct, nodes = np.unique(keys, return_inverse=True)
     edges = (np.repeat(np.arange(count), 2), count + nodes.ravel())
@@ -154,6 +155,8 @@ def _deal_groups(group: np.ndarray, stratum: np.ndarray, shares: np.ndarray, ran
         shares: (n_parts,) float64, sum 1.
         random: breaks ties.
     """
+    from scipy.sparse import coo_array
+
     count, strata = group.max() + 1, stratum.max() + 1
     content = coo_array((np.ones(len(group)), (group, stratum)), shape=(count, strata)).tocsr()  # battles by stratum
     lacking = shares[:, None] * np.bincount(stratum, minlength=strata)

@@ -175,7 +175,7 @@ def _calibrate(files: RunFolder, table: pd.DataFrame) -> tuple[CalibrationChoice
 
 
 def _inference_settings(files: RunFolder) -> dict[str, Any]:
-    """Return the recipe's inference section, read as YAML, because the recipe's own reader needs torch."""
+    """Return the recipe's inference section; the defaults where the run has no recipe that can be read."""
     defaults = asdict(InferenceConfig())
     try:
         recipe = yaml.safe_load(files.recipe.read_text(encoding="utf-8"))
