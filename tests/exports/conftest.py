@@ -72,13 +72,17 @@ def random_run(tmp_path):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def untrained_run(recipe_of):
-    """Return a function that writes the run folder of a recipe whose weights are random, not trained."""
+    """Return a function that writes, once, the run folder of a recipe whose weights are random."""
+    made = {}
 
     def make(name: str, *args, **model):
+        key = (name, *args, *sorted(model.items()))
+        if key in made:
+            return made[key]
         recipe = recipe_of(name, *args, **model)
-        folder = recipe.run_folder
+        folder = made[key] = recipe.run_folder
         write_random_model(recipe.model, folder / "model", find_objective(recipe.objective).head)
         (folder / "recipe.yaml").write_text(dump_recipe(recipe))
         (folder / "environment.json").write_text(json.dumps({"compute": {"dtype": "float32"}}))

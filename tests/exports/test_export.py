@@ -27,8 +27,6 @@ from rewardmodel.pipeline import run as run_recipe
 from rewardmodel.predictions import predicted, read_predictions
 from rewardmodel.run_folder import RunFolder
 
-pytestmark = pytest.mark.slow  # every test trains, predicts with or exports a whole run
-
 
 @pytest.mark.parametrize(("kind", "dtype", "limit"), [("merged", "float32", 1e-4), ("adapter", None, 1e-4)])
 def test_an_export_is_compared_with_its_run(kind, dtype, limit, run_folder, tmp_path, in_this_process):
@@ -50,6 +48,7 @@ def check_export(kind, dtype, limit, run_folder, tmp_path):
     assert (facts["plain"] is not None) == (kind == "merged")
 
 
+@pytest.mark.slow
 def test_predict_takes_an_export_like_a_run(run_folder, tmp_path, in_this_process):
     export(run_folder, tmp_path / "export", dtype="float32")
     battles = battle_frame(3, seed=5)
@@ -61,6 +60,7 @@ def test_predict_takes_an_export_like_a_run(run_folder, tmp_path, in_this_proces
     assert made.prompt == load_recipe(run_folder / "recipe.yaml").prompt
 
 
+@pytest.mark.slow
 def test_an_adapter_loads_with_peft_alone(untrained_run, tmp_path, in_this_process):
     folder = untrained_run("plain")
     export(folder, tmp_path / "export", "adapter")
@@ -69,6 +69,7 @@ def test_an_adapter_loads_with_peft_alone(untrained_run, tmp_path, in_this_proce
     assert torch.equal(model.get_submodule("base_model.model.score").modules_to_save["default"].weight, saved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["rao_kupper", "davidson", "bradley_terry"])
 def test_a_reward_model_keeps_its_probability_of_a_tie(objective, untrained_run, tmp_path, in_this_process):
     folder = untrained_run("rewards", objective, "response", load_in_4bit=True)
@@ -78,6 +79,7 @@ def test_a_reward_model_keeps_its_probability_of_a_tie(objective, untrained_run,
     assert config["id2label"] == {"0": "reward"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"use_peft": False}, {"use_dora": True}, {"load_in_8bit": True}])
 def test_other_runs_are_merged(changes, untrained_run, tmp_path, in_this_process):
     folder = untrained_run("other", **changes)
@@ -86,6 +88,7 @@ def test_other_runs_are_merged(changes, untrained_run, tmp_path, in_this_process
     assert ("rounded_run" in facts) == ("load_in_8bit" in changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bits_are_held_to_their_limit(dtype, run_folder, tmp_path, in_this_process):
     facts = export(run_folder, tmp_path / "export", dtype=dtype)
@@ -93,6 +96,7 @@ def test_16_bits_are_held_to_their_limit(dtype, run_folder, tmp_path, in_this_pr
     assert facts["precision"] == ("float32" if dtype == "float16" else dtype)
 
 
+@pytest.mark.slow
 def test_a_merge_to_4_bits_is_measured_and_not_limited(run_folder, tmp_path, in_this_process):
     facts = export(run_folder, tmp_path / "export", "merged_4bit")
     assert facts["limits"] is None
@@ -116,6 +120,7 @@ def test_an_export_that_predicts_otherwise_leaves_no_folder(run_folder, tmp_path
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_plain_transformers_that_pools_elsewhere_is_refused_unless_accepted(
     run_folder, tmp_path, in_this_process, monkeypatch
 ):
@@ -135,6 +140,7 @@ def test_plain_transformers_that_pools_elsewhere_is_refused_unless_accepted(
     assert "Only rewardmodel loads this model" in (tmp_path / "export" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_head_that_plain_transformers_cannot_read_must_be_accepted(untrained_run, tmp_path, in_this_process):
     folder = untrained_run("responses", pooling="responses")
     with pytest.raises(InputError, match="a head that plain transformers does not have"):
@@ -144,6 +150,7 @@ def test_a_head_that_plain_transformers_cannot_read_must_be_accepted(untrained_r
     assert "Only rewardmodel loads this model" in (tmp_path / "export" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_with_pair_ties_is_exported_as_an_adapter(untrained_run, tmp_path, in_this_process):
     folder = untrained_run("pairs", "davidson", "response", pair_ties=True)
     with pytest.raises(InputError, match="a head that plain transformers does not have"):
@@ -153,6 +160,7 @@ def test_a_run_with_pair_ties_is_exported_as_an_adapter(untrained_run, tmp_path,
     assert facts["plain"] is None
 
 
+@pytest.mark.slow
 def test_the_calibrator_goes_along_without_any_text(run_folder, tmp_path, in_this_process):
     run = tmp_path / "run"
     shutil.copytree(run_folder, run)
@@ -167,6 +175,7 @@ def test_the_calibrator_goes_along_without_any_text(run_folder, tmp_path, in_thi
     assert np.abs(predicted(predict(tmp_path / "export", battles)) - expected).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_run_that_blends_predicts_the_same_once_exported(recipe_of, tmp_path, in_this_process):
     recipe = replace(recipe_of("blends"), inference=InferenceConfig(blend=True))
     folder, metrics = run_recipe(recipe)
@@ -185,6 +194,7 @@ def test_a_run_that_blends_predicts_the_same_once_exported(recipe_of, tmp_path, 
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.slow
 def test_without_the_runs_data_the_sample_is_compared(untrained_run, tmp_path, in_this_process):
     folder = untrained_run("moved")
     Path(load_recipe(folder / "recipe.yaml").data.train).unlink()
@@ -203,6 +213,7 @@ class FakeHub:
         self.calls.append(("upload", repo_id, sorted(path.name for path in folder_path.iterdir())))
 
 
+@pytest.mark.slow
 def test_an_export_is_pushed_to_the_hub_by_key(run_folder, tmp_path, in_this_process, monkeypatch):
     monkeypatch.setattr(FakeHub, "calls", [], raising=False)
     monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
@@ -213,6 +224,7 @@ def test_an_export_is_pushed_to_the_hub_by_key(run_folder, tmp_path, in_this_pro
     assert {"README.md", "adapter_model.safetensors", "recipe.yaml", "parity.json"} <= set(second[2])
 
 
+@pytest.mark.slow
 def test_a_hub_that_refuses_leaves_the_export_and_says_so(run_folder, tmp_path, in_this_process, monkeypatch):
     def refuse(self, name, **_):
         raise OSError("401 unauthorised")
@@ -224,6 +236,7 @@ def test_a_hub_that_refuses_leaves_the_export_and_says_so(run_folder, tmp_path, 
     assert (tmp_path / "export" / "README.md").is_file()
 
 
+@pytest.mark.slow
 def test_of_folds_the_mean_is_exported(recipe_of, tmp_path, in_this_process):
     recipe = recipe_of("folds", load_in_4bit=True, use_rslora=True)
     folds, _ = train_folds(replace(recipe, data=replace(recipe.data, folds=2)))
@@ -241,6 +254,7 @@ def test_the_public_function_is_not_shadowed_by_a_module():
     assert rewardmodel.export is exports.export
 
 
+@pytest.mark.slow
 def test_the_command_prints_what_was_measured(run_folder, tmp_path, in_this_process, capsys):
     from rewardmodel.cli import main
 

@@ -25,8 +25,6 @@ from rewardmodel.planning.memory import FakeModel, MemorySpec
 from rewardmodel.planning.scenario import Scenario, measure_peaks
 from rewardmodel.planning.workload import Workload
 
-pytestmark = pytest.mark.slow  # measures memory by running models of fake tensors
-
 CPU = Device("a CPU", "cpu", 8 * 2**30, 1e12, 5e11)
 ROWS = [[0, 40], [0, 80], [0, 120], [0, 160]]
 BOTH = [[10, 30, 30], [10, 70, 70], [10, 110, 110], [10, 150, 150]]
@@ -105,6 +103,7 @@ def test_ddp_keeps_gradients_twice(scenario):
     assert ddp["weights"] == alone["weights"]
 
 
+@pytest.mark.slow
 def test_changes_that_take_less_take_less(scenario):
     whole = scenario(lora_dropout=0.1)
     least = estimate_training(whole).least
@@ -116,6 +115,7 @@ def test_changes_that_take_less_take_less(scenario):
         assert estimate_training(whole.with_changes(*changes)).least < least, changes
 
 
+@pytest.mark.slow
 def test_what_takes_the_same_is_worked_out_once(scenario):
     first = scenario(DEVICES["L4"])
     assert measure_peaks(first) is measure_peaks(dataclasses.replace(first, device=DEVICES["H100"]))
@@ -138,6 +138,7 @@ def test_hours_are_operations_by_the_rate(scenario):
     assert upper == pytest.approx(400 * (1.5 * dense + 2 * attention) / rate)
 
 
+@pytest.mark.slow
 def test_a_head_that_is_fitted_first_costs_a_forward_pass_and_room_for_what_it_reads(scenario):
     fitted, plain = scenario(head_init="fitted"), scenario()
     hours = estimate_hours(plain)
@@ -164,6 +165,7 @@ def test_evaluations_are_counted(scenario, keys, times):
     assert changed.evaluation == pytest.approx(times * hours.evaluation)
 
 
+@pytest.mark.slow
 def test_on_a_gpu_a_small_model_waits_for_its_operations_to_start(scenario):
     layers, steps, every = 2, 50, LAUNCH_SECONDS / 3600
     forward, both = FORWARD_OPERATIONS, FORWARD_OPERATIONS + BACKWARD_OPERATIONS
@@ -195,6 +197,7 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [None, 4])
 def test_the_operations_of_a_layer_are_as_many_as_are_assumed(bits, backbone):
     found = []

@@ -21,8 +21,6 @@ from rewardmodel.planning.memory import (
     enable_checkpointing,
 )
 
-pytestmark = pytest.mark.slow  # measures memory by running models of fake tensors
-
 JOINT = OBJECTIVES["cross_entropy"].head
 
 LINEAR = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 64)
@@ -102,8 +100,8 @@ def test_states_of_optimisers(name, expected):
     ("family", "attention", "checkpointing"),
     [
         ("llama", "sdpa", False),
-        ("llama", "eager", True),
-        ("gemma3_text", "sdpa", True),
+        pytest.param("llama", "eager", True, marks=pytest.mark.slow),
+        pytest.param("gemma3_text", "sdpa", True, marks=pytest.mark.slow),
         pytest.param("llama", "eager", False, marks=pytest.mark.slow),
         pytest.param("llama", "sdpa", True, marks=pytest.mark.slow),
         pytest.param("gemma2", "eager", False, marks=pytest.mark.slow),  # it caps attention logits, which sdpa does not
@@ -142,6 +140,7 @@ def check_growth(model, tokens, more, attention):
     assert growth > 1 if attention == "eager" else growth == pytest.approx(1, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_more_tokens_take_more(attention, fake_once):
     check_growth(fake_once(attention), 64, 1024, attention)
@@ -162,6 +161,7 @@ def fake_once(fake_model):
     return lambda attention: made.setdefault(attention, fake_model(attention=attention, layers=1))
 
 
+@pytest.mark.slow
 def test_checkpointing_upper_layers_and_no_dropout_take_less(fake_model):
     lengths = [[0, 2000]]
     whole = fake_model(lora_dropout=0.1).training_peak(lengths)
@@ -169,6 +169,7 @@ def test_checkpointing_upper_layers_and_no_dropout_take_less(fake_model):
         assert fake_model(**{"lora_dropout": 0.1, **changes}).training_peak(lengths) < 0.95 * whole, changes
 
 
+@pytest.mark.slow
 def test_a_gpu_keeps_less_of_dropout(fake_model):
     lengths = [[0, 1000]]
     cpu, gpu = (fake_model(lora_dropout=0.1, gpu=gpu).training_peak(lengths) for gpu in (False, True))
