@@ -18,7 +18,6 @@ from rewardmodel.battles import TEXT_COLUMNS
 from rewardmodel.config.loader import dump_recipe
 from rewardmodel.config.schema import Recipe
 from rewardmodel.errors import InputError
-from rewardmodel.evaluation.calibration import BLEND, NO_CALIBRATION, load_calibrator
 from rewardmodel.exports.checks import TrainedRun, battles_to_compare, check_options, load_trained_runs
 from rewardmodel.exports.kaggle import Bundle, write_bundle
 from rewardmodel.files import atomic_path, write_json, write_text
@@ -167,6 +166,12 @@ def _copy_calibrator(run: Path, model: Path) -> None:
 
     The texts of the battles are left out.
     """
+    from rewardmodel.evaluation.calibration import (
+        BLEND,
+        NO_CALIBRATION,
+        load_calibrator,
+    )  # here, because it imports scipy
+
     source, target = RunFolder(run), RunFolder(model)
     calibrator = load_calibrator(source.calibrator)
     if calibrator == NO_CALIBRATION:
