@@ -443,3 +443,18 @@ def parametrize_some(names, cases, quick):
     return pytest.mark.parametrize(
         names, [case if case in quick else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
     )
+
+
+LOADED: dict[str, object] = {}
+"""What `load_once` has loaded."""
+
+
+def load_once(config, folder: Path, budget: int | None = None):
+    """Stand in for `load_predictor`: models that are the same, byte by byte and in their settings, are loaded once."""
+    from rewardmodel.inference.shards import _model_digest
+    from rewardmodel.model.loading import load_predictor
+
+    key = f"{config} {_model_digest(folder)}"
+    if key not in LOADED:
+        LOADED[key] = load_predictor(config, folder)
+    return dataclasses.replace(LOADED[key], budget=budget)

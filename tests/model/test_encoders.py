@@ -41,8 +41,6 @@ from rewardmodel.prompt.encoder import PromptEncoder
 from rewardmodel.run_folder import RunFolder
 from rewardmodel.training.train import train
 
-pytestmark = pytest.mark.slow  # every test trains, predicts with or exports a whole run
-
 VARIANTS = {
     "full": {"use_peft": False},
     "lora": {},
