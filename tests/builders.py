@@ -435,7 +435,7 @@ def assert_same(found, expected):
 
 
 def parametrize_some(names, cases, quick):
-    """Parametrise a test by all cases; those that are not among the quick ones are marked slow, because they are many."""
+    """Parametrise a test by all cases; those that are not among the quick ones are marked slow: they are many."""
     import pytest
 
     cases = list(cases)
