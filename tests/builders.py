@@ -225,12 +225,21 @@ def config_of(folder, **changes):
     return ModelConfig(model_name_or_path=str(folder), device="cpu", dtype="float32", lora_r=4, **changes)
 
 
-def rows_of(tokenizer, battles: int = 6) -> list[dict]:
+TOKENIZED: dict[tuple, list[dict]] = {}
+"""What `rows_of` has made."""
+
+
+def rows_of(tokenizer, battles: int = 6, encoding: str = "joint", template: str | None = None) -> list[dict]:
+    """Return the token rows of up to eight battles; each tokenizer tokenises them once a session."""
     from rewardmodel.config.schema import PromptConfig
     from rewardmodel.data.formats import read_battles
     from rewardmodel.prompt.tokenization import tokenize
 
-    return list(tokenize(read_battles(battle_frame(2)), tokenizer, PromptConfig(max_length=160)).select(range(battles)))
+    key = (tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token, tokenizer.chat_template, encoding, template)
+    if key not in TOKENIZED:
+        prompt = PromptConfig(template=template, max_length=160)
+        TOKENIZED[key] = list(tokenize(read_battles(battle_frame(2)), tokenizer, prompt, encoding=encoding))
+    return [dict(row) for row in TOKENIZED[key][:battles]]
 
 
 def batch_of(tokenizer):
@@ -423,3 +432,29 @@ def assert_same(found, expected):
     """Compare tensors up to rounding."""
     assert found.shape == expected.shape
     assert (found - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
+
+
+def parametrize_some(names, cases, quick):
+    """Parametrise a test by all cases; those that are not among the quick ones are marked slow: they are many."""
+    import pytest
+
+    cases = list(cases)
+    assert {*quick} <= {*cases}
+    return pytest.mark.parametrize(
+        names, [case if case in quick else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+    )
+
+
+LOADED: dict[str, object] = {}
+"""What `load_once` has loaded."""
+
+
+def load_once(config, folder: Path, budget: int | None = None):
+    """Stand in for `load_predictor`: models that are the same, byte by byte and in their settings, are loaded once."""
+    from rewardmodel.inference.shards import _model_digest
+    from rewardmodel.model.loading import load_predictor
+
+    key = f"{config} {_model_digest(folder)}"
+    if key not in LOADED:
+        LOADED[key] = load_predictor(config, folder)
+    return dataclasses.replace(LOADED[key], budget=budget)

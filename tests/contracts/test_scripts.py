@@ -66,7 +66,7 @@ def plan_of(script, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("name", "bits"),
-    [(name, bits) for bits in (16, 4) for name in ("ours", "separate", "trainer", "trl")][:-1],
+    [("ours", 16), ("ours", 4), ("separate", 16), ("trainer", 16), ("trainer", 4), ("trl", 16)],
     # not TRL's on 4 bits: it casts adapters to bfloat16, which a forward pass in float32, as here, does not take
 )
 def test_training_is_measured_on_random_weights(name, bits, script, plan_of):

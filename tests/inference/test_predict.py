@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from builders import battle_frame, write_csv
+from builders import battle_frame, load_once, write_csv
 
 from rewardmodel.battles import OUTCOMES, swap
 from rewardmodel.config.loader import dump_recipe
@@ -26,9 +26,13 @@ from rewardmodel.prompt.tokenization import measure_row_retention, tokenize
 from rewardmodel.run_folder import RunFolder, load_run_recipe
 from rewardmodel.training.train import train
 
-pytestmark = pytest.mark.slow  # every test trains, predicts with or exports a whole run
-
 SWAPPED = [1, 0, 2]
+
+
+@pytest.fixture(autouse=True)
+def models_are_loaded_once(monkeypatch):
+    """Let predictions of the same model share it: loading it takes most of the time."""
+    monkeypatch.setattr("rewardmodel.inference.predict.load_predictor", load_once)
 
 
 def fill_head(model, value=None):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import battle_frame, small_recipe, with_trainer, write_csv
+from builders import battle_frame, load_once, small_recipe, with_trainer, write_csv
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -50,6 +50,12 @@ Predictor.logits = slow
 sys.exit(main(sys.argv[2:]))
 """
 """The command line with a shard a micro-batch, each of them slow, that says which battles it computes."""
+
+
+@pytest.fixture(autouse=True)
+def models_are_loaded_once(monkeypatch):
+    """Let predictions of the same model share it: loading it takes most of the time."""
+    monkeypatch.setattr("rewardmodel.inference.predict.load_predictor", load_once)
 
 
 class Clock:

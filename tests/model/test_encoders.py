@@ -1,6 +1,7 @@
 """Encoders through the whole line: full fine-tunes and LoRA, quantised or not, of tiny random backbones."""
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from builders import (
     logits,
     make_backbone,
     make_encoder_tokenizer,
+    parametrize_some,
+    rows_of,
     train_a_little,
     write_csv,
 )
@@ -35,11 +38,8 @@ from rewardmodel.model.precision import autocast
 from rewardmodel.objectives import JOINT_HEAD, OBJECTIVES, SEPARATE_HEAD
 from rewardmodel.predictions import predicted
 from rewardmodel.prompt.encoder import PromptEncoder
-from rewardmodel.prompt.tokenization import tokenize
 from rewardmodel.run_folder import RunFolder
 from rewardmodel.training.train import train
-
-pytestmark = pytest.mark.slow  # every test trains, predicts with or exports a whole run
 
 VARIANTS = {
     "full": {"use_peft": False},
@@ -63,8 +63,7 @@ each_encoding = pytest.mark.parametrize("encoding", SHAPES)
 
 
 def batch_of(tokenizer, encoding="joint"):
-    rows = tokenize(read_battles(battle_frame(2)), tokenizer, PromptConfig(max_length=160), encoding=encoding)
-    return pad(list(rows), tokenizer.pad_token_id)
+    return pad(rows_of(tokenizer, 8, encoding), tokenizer.pad_token_id)
 
 
 def trained(backbone, name, encoding="joint", **changes):
@@ -137,8 +136,11 @@ def test_a_new_head_starts_even_handed_and_its_other_layers_by_seed(name, encodi
     assert any(not torch.equal(one[key], other[key]) for key in one) == (not pretrained)
 
 
-@each_variant
-@each_family
+@parametrize_some(
+    ("name", "variant"),
+    itertools.product(ENCODERS, VARIANTS),
+    quick=[("deberta-v2", "4bit"), ("roberta", "lora"), ("distilbert", "8bit"), ("modernbert", "full")],
+)
 def test_a_saved_encoder_predicts_the_same(name, variant, backbone, tmp_path):
     model, config, tokenizer, batch = trained(backbone, name, **VARIANTS[variant])
     before = logits(model, batch)
@@ -212,7 +214,7 @@ def test_transformers_and_peft_alone_give_the_same_logits_in_a_fresh_process(nam
 @each_family
 def test_padding_changes_nothing(name, backbone):
     model, _, tokenizer, _ = trained(backbone, name)
-    rows = list(tokenize(read_battles(battle_frame(2)), tokenizer, PromptConfig(max_length=160)))
+    rows = rows_of(tokenizer, 8)
     assert not is_packed(model)
     how = choose_batching(model, tokenizer.pad_token_id)
     together = logits(model, how.collate(rows))
@@ -221,8 +223,11 @@ def test_padding_changes_nothing(name, backbone):
     assert (together - alone).abs().max() <= 1e-5
 
 
-@each_variant
-@each_family
+@parametrize_some(
+    ("name", "variant"),
+    itertools.product(ENCODERS, VARIANTS),
+    quick=[("deberta-v2", "lora"), ("deberta-v2", "8bit"), ("roberta", "full"), ("distilbert", "4bit")],
+)
 def test_heads_compute_in_float32_under_autocast_and_master_weights_are_float32(name, variant, backbone):
     config = dataclasses.replace(config_of(backbone(name), **VARIANTS[variant]), dtype="bfloat16")
     model, tokenizer = build_model(resolve_backbone(config), JOINT_HEAD, seed=0)
@@ -258,8 +263,11 @@ def recipe_of(backbone, tmp_path):
     return made
 
 
-@pytest.mark.parametrize("variant", ["full", "4bit"])
-@each_family
+@parametrize_some(
+    ("name", "variant"),
+    itertools.product(ENCODERS, ("full", "4bit")),
+    quick=[("deberta-v2", "full"), ("roberta", "4bit"), ("distilbert", "full"), ("modernbert", "4bit")],
+)
 def test_train_and_predict_take_an_encoder(name, variant, recipe_of, frame):
     trainer = {"learning_rate": 1e-3 if variant == "full" else 1e-2, "num_train_epochs": 2, "save_total_limit": 9}
     recipe = recipe_of(name, trainer=trainer, **VARIANTS[variant])
@@ -293,11 +301,20 @@ def test_master_weights_of_deberta_stay_float32_under_bfloat16(recipe_of):
         assert 0 < small[small > 0].median() < 2**-9 * 0.2  # steps that bfloat16 weights of this size would not take
 
 
-@pytest.mark.parametrize("objective", ["bradley_terry", "rao_kupper", "davidson"])
-@each_family
-def test_encoders_learn_rewards_of_single_responses(name, objective, recipe_of, frame):
-    run, _ = train(recipe_of(name, objective, trainer={"learning_rate": 1e-2}))
-    battles = read_battles(frame)
+@parametrize_some(
+    ("name", "objective"),
+    itertools.product(ENCODERS, ("bradley_terry", "rao_kupper", "davidson")),
+    quick=[
+        ("deberta-v2", "rao_kupper"),
+        ("roberta", "davidson"),
+        ("distilbert", "bradley_terry"),
+        ("modernbert", "davidson"),
+    ],
+)
+def test_encoders_learn_rewards_of_single_responses(name, objective, recipe_of):
+    unchecked = {"eval_strategy": "no", "save_strategy": "no"}  # quicker
+    run, _ = train(recipe_of(name, objective, trainer={"learning_rate": 1e-2, **unchecked}))
+    battles = read_battles(battle_frame(4))
     table, swapped = predict(run, battles), predict(run, swap(battles))
     assert predicted(table)[:, 0].std() > 1e-3
     assert np.abs(predicted(swapped)[:, [1, 0, 2]] - predicted(table)).max() <= 1e-6

@@ -10,7 +10,6 @@ from builders import (
     SETTINGS,
     SMALL,
     batch_of,
-    battle_frame,
     config_of,
     logits,
     make_backbone,
@@ -23,7 +22,6 @@ from builders import (
 from safetensors.torch import load_file, save_file
 
 from rewardmodel.config.schema import ModelConfig, PromptConfig
-from rewardmodel.data.formats import read_battles
 from rewardmodel.errors import InputError
 from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.batching import pack, pad
@@ -34,7 +32,6 @@ from rewardmodel.model.packing import is_packed
 from rewardmodel.model.precision import autocast, compute_dtype
 from rewardmodel.objectives import JOINT_HEAD, OBJECTIVES, SEPARATE_HEAD
 from rewardmodel.prompt.encoder import PromptEncoder
-from rewardmodel.prompt.tokenization import tokenize
 
 VARIANTS = {
     "plain": {},
@@ -100,11 +97,10 @@ def test_a_true_last_token_that_is_the_padding_id_counts(backbone):
 def test_a_reward_head_carries_its_tie_parameter_through_saving(pooling, backbone, tmp_path):
     config = config_of(backbone("llama"), pooling=pooling, load_in_4bit=True)
     model, tokenizer = build_model(resolve_backbone(config), SEPARATE_HEAD, seed=0)
-    battles = read_battles(battle_frame(2))
-    batch = pack(list(tokenize(battles, tokenizer, PromptConfig("response", 160), encoding="separate")))
+    batch = pack(rows_of(tokenizer, 8, "separate", "response"))
     train_a_little(model, batch)
     before = logits(model, batch)
-    assert before.shape == (2 * len(battles), 2)
+    assert before.shape == (2 * 8, 2)
     assert before[0, 1] != 0
     assert (before[:, 1] == before[0, 1]).all()
     assert before[:, 0].std() > 1e-3
@@ -119,8 +115,7 @@ def test_peft_alone_gives_the_rewards_of_a_scalar_model(backbone, tmp_path):
 
     config = config_of(backbone("qwen3"))
     model, tokenizer = build_model(resolve_backbone(config), SEPARATE_HEAD, seed=0)
-    battles = read_battles(battle_frame(2))
-    rows = list(tokenize(battles, tokenizer, PromptConfig("response", 160), encoding="separate"))
+    rows = rows_of(tokenizer, 8, "separate", "response")
     train_a_little(model, pack(rows))
     save_model(model, tokenizer, resolve_backbone(config), tmp_path / "model")
     plain = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=1).eval()
@@ -342,8 +337,7 @@ def test_the_head_of_a_published_reward_model_is_kept_and_goes_on_learning(varia
     head = model.get_submodule("base_model.model.score").modules_to_save["default"]
     assert torch.equal(head.weight, published_head(published))
     assert head.tie == 0
-    battles = read_battles(battle_frame(2))
-    batch = pack(list(tokenize(battles, tokenizer, PromptConfig("response", 160), encoding="separate")))
+    batch = pack(rows_of(tokenizer, 8, "separate", "response"))
     train_a_little(model, batch)
     assert not torch.equal(head.weight, published_head(published))
     before = logits(model, batch)

@@ -21,7 +21,7 @@ from rewardmodel.predictions import predicted, read_predictions, true_outcomes
 from rewardmodel.run_folder import RunFolder
 from rewardmodel.training.train import train
 
-pytestmark = pytest.mark.slow  # every test trains, predicts with or exports a whole run
+several = pytest.mark.slow  # trains several runs, or exports one
 
 JOINT = ("cross_entropy",)
 OBJECTIVES = (*JOINT, "davidson", "bradley_terry")
@@ -88,6 +88,7 @@ def test_heads_on_a_frozen_backbone_predict_the_same_in_a_fresh_process(frozen_r
         np.testing.assert_allclose(predicted(found), predicted(predict(run, parts.validation)), atol=1e-6)
 
 
+@several
 def test_folds_read_the_features_of_a_battle_once(frozen, monkeypatch, tmp_path):
     monkeypatch.setenv("REWARDMODEL_CACHE", str(tmp_path / "cache"))
     count, compute = [], Predictor.logits
@@ -102,6 +103,7 @@ def test_folds_read_the_features_of_a_battle_once(frozen, monkeypatch, tmp_path)
     assert facts.metrics["log_loss"].value < 0.9
 
 
+@several
 def test_what_a_frozen_run_exports_predicts_alike(frozen, tmp_path):
     recipe = frozen("cross_entropy")
     last = dataclasses.replace(recipe.model, pooling="last")
@@ -110,6 +112,7 @@ def test_what_a_frozen_run_exports_predicts_alike(frozen, tmp_path):
     assert facts["max_abs_dp"] <= 1e-4
 
 
+@several
 @pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "lora"])
 def test_ties_of_pairs_are_learnt_saved_and_exported(frozen, freeze, tmp_path):
     recipe = frozen("davidson")
@@ -135,6 +138,7 @@ def test_ties_of_pairs_are_learnt_saved_and_exported(frozen, freeze, tmp_path):
     assert reward_function(run)([prompt for [prompt] in odd], [prompt for [prompt] in odd]) == pytest.approx(alone)
 
 
+@several
 def test_frozen_folds_are_exported_as_their_mean(frozen, tmp_path):
     recipe = frozen("davidson")
     inference = dataclasses.replace(recipe.inference, tie_if_same=0.9, win_if_other_empty=0.8)
@@ -164,6 +168,7 @@ def test_a_frozen_run_that_is_done_is_left_alone_and_one_that_was_killed_goes_on
     assert (RunFolder(run).model / "adapter_model.safetensors").read_bytes() == before
 
 
+@several
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_training_starts_from_a_head_that_is_fitted_to_what_the_untouched_backbone_reads(
     frozen_run, objective, tmp_path, monkeypatch

@@ -28,7 +28,7 @@ from rewardmodel.run_folder import RunFolder
 from rewardmodel.training.train import train
 from rewardmodel.training.trainer import PreferenceTrainer
 
-pytestmark = pytest.mark.slow  # every test trains, predicts with or exports a whole run
+learns = pytest.mark.slow  # trains for many epochs, or several times
 
 
 def adapter(run) -> dict[str, torch.Tensor]:
@@ -41,6 +41,7 @@ def assert_same_weights(one, two) -> None:
         assert torch.equal(one[name], two[name]), name
 
 
+@learns
 def test_training_learns_to_tell_kind_from_rude(recipe):
     recipe = with_trainer(recipe, num_train_epochs=12, lr_scheduler_type="constant")
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, pooling="responses", lora_r=16))
@@ -62,6 +63,7 @@ def test_the_best_checkpoint_by_log_loss_is_what_is_saved(recipe):
     assert_same_weights(adapter(run), load_file(best / "adapter_model.safetensors"))
 
 
+@learns
 def test_the_same_seed_trains_the_same_weights(recipe, tmp_path):
     one, _ = train(with_trainer(recipe, output_dir=str(tmp_path / "one")))
     two, _ = train(with_trainer(recipe, output_dir=str(tmp_path / "two")))
@@ -97,6 +99,7 @@ def test_a_killed_run_resumes_to_the_same_weights(recipe, tmp_path):
     assert_same_weights(adapter(whole), adapter(run))
 
 
+@learns
 def test_early_stopping_counts_on_after_a_resume(recipe, tmp_path):
     keys = {"num_train_epochs": 10, "learning_rate": 0.5, "early_stopping_patience": 2, "save_total_limit": 100}
     recipe = with_trainer(recipe, **keys)
@@ -108,6 +111,7 @@ def test_early_stopping_counts_on_after_a_resume(recipe, tmp_path):
     assert latest_state(run).parent.name == steps
 
 
+@learns
 def test_resuming_passes_over_a_checkpoint_that_was_cut_off(recipe, tmp_path):
     recipe = with_trainer(recipe, num_train_epochs=2, save_total_limit=10)
     run, _ = train(recipe)
@@ -238,6 +242,7 @@ def test_nothing_in_a_step_waits_for_the_device(recipe):
     assert counts[0] == counts[1]  # what there is belongs to the start and the end of training
 
 
+@learns
 @pytest.mark.parametrize("name", ["rao_kupper", "davidson", "bradley_terry"])
 def test_separate_objectives_learn_and_state_ties(recipe, name):
     recipe = dataclasses.replace(
@@ -266,6 +271,7 @@ def test_four_bit_training_keeps_float32_weights_and_moves_head_and_adapters(rec
     assert set(moved) == set(before)
 
 
+@learns
 def test_gradient_checkpointing_changes_no_weight(recipe, tmp_path):
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, lora_first_layer=1))
     plain, _ = train(with_trainer(recipe, output_dir=str(tmp_path / "plain")))
@@ -304,6 +310,7 @@ def test_swap_augmentation_is_data(recipe, augmentation, caplog):
     assert ("its sequences share" in caplog.text) == (augmentation == "both")
 
 
+@learns
 def test_early_stopping_ends_a_run_that_gets_worse(recipe):
     recipe = with_trainer(recipe, num_train_epochs=10, learning_rate=0.5, early_stopping_patience=1)
     run, _ = train(recipe)
@@ -397,6 +404,7 @@ def taught_sources(recipe, frame, labelled):
     return Source(str(path), teacher=str(folder / "soft.parquet")), battles, answers
 
 
+@learns
 @pytest.mark.parametrize(
     ("objective", "labelled"),
     [("distillation", True), ("cross_entropy", False), ("rao_kupper", False)],
