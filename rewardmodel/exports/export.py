@@ -166,11 +166,8 @@ def _copy_calibrator(run: Path, model: Path) -> None:
 
     The texts of the battles are left out.
     """
-    from rewardmodel.evaluation.calibration import (
-        BLEND,
-        NO_CALIBRATION,
-        load_calibrator,
-    )  # here, because it imports scipy
+    # Imported here because it imports scipy.
+    from rewardmodel.evaluation.calibration import BLEND, NO_CALIBRATION, load_calibrator
 
     source, target = RunFolder(run), RunFolder(model)
     calibrator = load_calibrator(source.calibrator)
