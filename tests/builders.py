@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -242,9 +243,15 @@ def rows_of(tokenizer, battles: int = 6, encoding: str = "joint", template: str 
     return [dict(row) for row in TOKENIZED[key][:battles]]
 
 
-def batch_of(tokenizer):
-    from rewardmodel.model.batching import pack
+def pack(rows):
+    """Pack rows for the dense kernels, with the masks of plain causal attention and of the window of `SLIDING`."""
+    from rewardmodel.model import batching
+    from rewardmodel.model.layout import arrange_padded
 
+    return batching.pack(rows, partial(arrange_padded, windows=(None, 32), masked=True))
+
+
+def batch_of(tokenizer):
     return pack(rows_of(tokenizer))
 
 

@@ -14,9 +14,9 @@ from rewardmodel.config.schema import ModelConfig
 from rewardmodel.distributed import Launch, current_launch
 from rewardmodel.errors import InputError
 from rewardmodel.files import cache_folder
-from rewardmodel.model.compatibility import Configuration, refuse
+from rewardmodel.model.compatibility import Configuration, default_attention, refuse
 from rewardmodel.model.families import Family, check_length, find_family, lowest_layers
-from rewardmodel.model.precision import compute_device, compute_dtype, quantized_bits
+from rewardmodel.model.precision import capability_of, compute_device, compute_dtype, dtype_name, quantized_bits
 from rewardmodel.model.saved_model import is_adapter, read_about
 from rewardmodel.model.weights import fetch_backbone, fingerprint
 
@@ -64,8 +64,9 @@ class Backbone:
 
     @property
     def attention(self) -> str:
-        """The attention implementation, by transformers' name."""
-        return self.model.attn_implementation or self.family.attention[0]
+        """The attention implementation, a key of `model.attention.KERNELS`."""
+        set_by_recipe = self.model.attn_implementation
+        return set_by_recipe or default_attention(self.family, dtype_name(self.dtype), capability_of(self.device))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -117,8 +118,7 @@ def resolve_backbone(
         check_length(config, max_length)
     family, device, launch = find_family(config.model_type), compute_device(model), current_launch()
     dtype = compute_dtype(model, device, family)
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    refuse(Configuration.of(model, config, device.type, dtype, capability, trainer, launch))
+    refuse(Configuration.of(model, config, device.type, dtype, capability_of(device), trainer, launch))
     bits = quantized_bits(model, config)
     layers = stored.get_text_config().num_hidden_layers
     return Backbone(model, folder, config, layers, family, device, dtype, bits, launch)

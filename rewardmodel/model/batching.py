@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import Sampler
+
+from rewardmodel.model.layout import Layout
 
 Batch = dict[str, Any]
 """Arguments of a classifier's forward pass (`model.heads.PooledHead`)."""
@@ -16,16 +19,20 @@ Span = tuple[int, int]
 """First index and number of tokens."""
 
 
-def pack(rows: Sequence[dict[str, Any]]) -> Batch:
+def pack(rows: Sequence[dict[str, Any]], arrange: Callable[[Layout], Any], multiple: int = 1) -> Batch:
     """Concatenate token rows into one packed row.
 
     Args:
         rows: of `prompt.tokenization.TOKEN_ROW_FEATURES`.
+        arrange: layout -> index tensors for attention (`model.attention.Kernel.arrange`).
+        multiple: the row gets tokens of id 0 at its end, a sequence that nothing reads, up to a multiple of this.
 
     Returns:
-        input_ids and position_ids (1, T) int64, the positions of each sequence counted from 0; layout, the branches of
-        each battle (`model.attention.Layout`); and `pooling_indices`.
+        input_ids and position_ids (1, T) int64, the positions of each sequence counted from 0; packing, what `arrange`
+        makes of the row's layout; and `pooling_indices`.
     """
+    layout = [list(row["branches"]) for row in rows]  # [[0, 3], [2, 2, 3]]
+    ids = [np.asarray(row["input_ids"], np.int64) for row in rows]
     positions, spans = [], []
     start = 0
     for row in rows:
@@ -34,10 +41,15 @@ def pack(rows: Sequence[dict[str, Any]]) -> Batch:
             positions.append(np.arange(shared, shared + branch))
             spans.append([(start, shared), (start + first, branch)])
         start += row["length"]
+    filling = -start % multiple
+    if filling:
+        layout.append([0, filling])
+        ids.append(np.zeros(filling, np.int64))
+        positions.append(np.arange(filling))
     return {
-        "input_ids": torch.from_numpy(np.concatenate([np.asarray(row["input_ids"], np.int64) for row in rows]))[None],
+        "input_ids": torch.from_numpy(np.concatenate(ids))[None],
         "position_ids": torch.from_numpy(np.concatenate(positions))[None],
-        "layout": [list(row["branches"]) for row in rows],  # [[0, 3], [2, 2, 3]]
+        "packing": arrange(layout),
         **pooling_indices(np.concatenate([row["segment_ids"] for row in rows]), spans),
     }
 
@@ -93,14 +105,28 @@ def pooling_indices(segment_ids: np.ndarray, sequences: Sequence[Sequence[Span]]
     }
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch with its tensors on the device; copies to a GPU are asynchronous."""
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return the batch with its tensors on the device; whatever is nested in it is sent in one asynchronous copy.
+
+    Args:
+        batch: dicts, lists and named tuples of tensors and other values.
+        device: where to send the tensors.
+    """
     if device.type == "cpu":
         return batch
-    return {
-        name: value.pin_memory().to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }
+    values, structure = tree_flatten(batch)
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    # one pinned buffer: page-locking memory for each tensor takes longer than copying it; each begins at 16 bytes
+    starts = np.cumsum([0, *(-(-tensor.nbytes // 16) * 16 for tensor in tensors)]).tolist()
+    buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for tensor, start in zip(tensors, starts, strict=False):
+        buffer[start : start + tensor.nbytes].copy_(tensor.reshape(-1).view(torch.uint8))
+    sent = buffer.to(device, non_blocking=True)
+    moved = (
+        sent[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for tensor, start in zip(tensors, starts, strict=False)
+    )
+    return tree_unflatten([next(moved) if isinstance(value, torch.Tensor) else value for value in values], structure)
 
 
 def padded_tokens(row: dict[str, Any]) -> int:

@@ -10,7 +10,8 @@ import torch
 from rewardmodel.config.schema import ModelConfig, ObjectiveConfig
 from rewardmodel.distributed import Launch
 from rewardmodel.errors import InputError
-from rewardmodel.model.families import FAMILIES, find_family, stored_bits
+from rewardmodel.model.attention import HAS_VARLEN
+from rewardmodel.model.families import FAMILIES, Family, find_family, stored_bits
 from rewardmodel.objectives import find_objective
 
 
@@ -62,7 +63,8 @@ class Configuration:
     @property
     def attention(self) -> str:
         """The attention implementation that would be used."""
-        return self.model.attn_implementation or find_family(self.model_type).attention[0]
+        family = find_family(self.model_type)
+        return self.model.attn_implementation or default_attention(family, self.dtype, self.capability)
 
     @property
     def known_attention(self) -> str:
@@ -106,6 +108,21 @@ class Configuration:
     def lacks(self, *packages: str) -> bool:
         """Return whether the run is to be on this machine and none of these packages is installed."""
         return self.here and not any(importlib.util.find_spec(package) for package in packages)
+
+
+def default_attention(family: Family, dtype: str, capability: tuple[int, int] | None) -> str:
+    """Return the attention implementation of a family where the recipe sets none: the first that works.
+
+    Args:
+        family: of the backbone.
+        dtype: precision of the forward pass: bfloat16, float16 or float32.
+        capability: compute capability of the GPU; None on a CPU.
+    """
+    ampere = capability is not None and capability >= (8, 0)
+    unusable = set() if ampere else {"varlen", "flex_attention"}
+    if dtype == "float32" or not HAS_VARLEN:
+        unusable.add("varlen")
+    return next(name for name in family.attention if name not in unusable)
 
 
 class Check(NamedTuple):
@@ -201,15 +218,20 @@ CHECKS = (
         training=False,
     ),
     Check(
-        lambda s: s.attention == "flash_attention_2" and (s.device == "cpu" or s.pre_ampere),
-        "model.attn_implementation: flash_attention_2 needs a GPU of compute capability 8.0 (Ampere) or later; leave "
-        "it out, or use one of: {s.known_attention}",
+        lambda s: s.attention in ("varlen", "flash_attention_2") and (s.device == "cpu" or s.pre_ampere),
+        "model.attn_implementation: {s.attention} needs a GPU of compute capability 8.0 (Ampere) or later; leave it "
+        "out, or use one of: {s.known_attention}",
         training=False,
     ),
     Check(
-        lambda s: s.attention == "flash_attention_2" and s.dtype == "float32",
-        "model.attn_implementation: flash_attention_2 computes in bfloat16 and float16 only; set model.dtype, or leave "
-        "it out",
+        lambda s: s.attention in ("varlen", "flash_attention_2") and s.dtype == "float32",
+        "model.attn_implementation: {s.attention} computes in bfloat16 and float16 only; set model.dtype, or leave it "
+        "out",
+        training=False,
+    ),
+    Check(
+        lambda s: s.attention == "varlen" and s.here and not HAS_VARLEN,
+        "model.attn_implementation: varlen needs torch 2.11 or later; leave it out, or upgrade torch",
         training=False,
     ),
     Check(

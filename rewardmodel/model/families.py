@@ -13,7 +13,7 @@ from rewardmodel.errors import InputError
 logger = logging.getLogger(__name__)
 
 ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flex_attention", "eager")
+IMPLEMENTATIONS = ("varlen", "sdpa", "flash_attention_2", "flex_attention", "eager")
 
 HEADS = ("score", "classifier", "pooler", "pre_classifier", "head", "lm_head")
 """Names of the modules of classification heads in transformers: never quantised, never LoRA targets."""
@@ -42,7 +42,8 @@ class Family:
 
     Attributes:
         lora_targets: linear layers that get LoRA by default; empty: all linear layers outside the head.
-        attention: attention implementations that compute the family correctly, the default first.
+        attention: attention implementations that compute the family correctly; the default is the first of them that
+            works on the device (`model.compatibility.default_attention`).
         float16: whether activations stay in the range of float16; if not, hardware without bfloat16 uses float32.
         float32_weights: whether frozen weights that are not quantised stay in float32 under autocast.
     """
@@ -60,7 +61,7 @@ FAMILIES = {
     "qwen3": Family(),
     "phi3": Family(lora_targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), float16=False),
     # Gemma 2 soft-caps its attention logits, which torch's fused attention cannot do.
-    "gemma2": Family(attention=("eager", "flash_attention_2", "flex_attention"), float16=False),
+    "gemma2": Family(attention=("flex_attention", "eager", "flash_attention_2"), float16=False),
     "gemma3": Family(float16=False),
     "gemma3_text": Family(float16=False),
     # transformers has only one implementation of DeBERTa's attention, and bfloat16 weights stall its training.
@@ -76,7 +77,7 @@ FAMILIES = {
 }
 """Families that the tests cover, by `model_type`."""
 
-GENERIC = Family(lora_targets=(), attention=("eager", "sdpa", "flash_attention_2", "flex_attention"), float16=False)
+GENERIC = Family(lora_targets=(), attention=("eager", *IMPLEMENTATIONS[:-1]), float16=False)
 """Conservative rules for all other families."""
 
 

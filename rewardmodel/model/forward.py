@@ -13,9 +13,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from rewardmodel.distributed import process_state
-from rewardmodel.model.batching import Batch, pack, pad, padded_tokens, plan_packed, plan_padded, to_device
+from rewardmodel.model.batching import Batch, pad, padded_tokens, plan_packed, plan_padded, to_device
 from rewardmodel.model.budget import Memory, find_budget
-from rewardmodel.model.packing import is_packed
+from rewardmodel.model.packing import is_packed, packing_of
 from rewardmodel.model.precision import autocast
 from rewardmodel.prompt.tokenization import MODEL_COLUMNS
 
@@ -46,7 +46,7 @@ class Batching:
 def choose_batching(model: Any, pad_token_id: int) -> Batching:
     """Return how rows become batches of a model: packed if its attention can, else padded."""
     if is_packed(model):
-        return Batching(pack, lambda row: row["length"], plan_packed)
+        return Batching(packing_of(model), lambda row: row["length"], plan_packed)
     return Batching(partial(pad, pad_token_id=pad_token_id), padded_tokens, plan_padded)
 
 

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput, SequenceClas
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from rewardmodel.errors import InputError
-from rewardmodel.model.attention import Layout, Packing
+from rewardmodel.model.attention import kernel_of
 from rewardmodel.model.families import HEADS
 from rewardmodel.objectives import HeadShape
 
@@ -191,13 +191,13 @@ class PooledHead(FloatHead):
         response_of: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        layout: Layout | None = None,
+        packing: Any = None,
         **_: Any,
     ) -> SequenceClassifierOutputWithPast:
         """Return logits (n_sequences, num_labels) float32 of a batch of `model.batching.pack` or `pad`."""
         kwargs: dict[str, Any] = {"attention_mask": attention_mask}
-        if layout is not None:
-            kwargs = {"attention_mask": None, "position_ids": position_ids, "packing": Packing(layout)}
+        if packing is not None:
+            kwargs |= {"position_ids": position_ids, "packing": kernel_of(self).prepare(packing)}
         decoder = getattr(self, self.base_model_prefix)  # type: ignore[attr-defined]
         hidden = decoder(input_ids, use_cache=False, **kwargs).last_hidden_state.flatten(0, 1)
         with torch.autocast(hidden.device.type, enabled=False):

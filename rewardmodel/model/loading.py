@@ -18,6 +18,7 @@ from rewardmodel.battles import OUTCOMES
 from rewardmodel.config.schema import ModelConfig
 from rewardmodel.errors import InputError
 from rewardmodel.files import atomic_path, write_json
+from rewardmodel.model.attention import LOADED_AS
 from rewardmodel.model.backbone import Backbone, resolve_saved_backbone
 from rewardmodel.model.families import FAMILIES, find_family, stored_bits
 from rewardmodel.model.forward import Predictor
@@ -74,7 +75,7 @@ def load_classifier(
         backbone.folder,
         config=config,
         dtype=dtype if model_recipe.use_peft and not backbone.family.float32_weights else torch.float32,
-        attn_implementation=backbone.attention,
+        attn_implementation=LOADED_AS.get(backbone.attention, backbone.attention),
         device_map=None if on_host else {"": backbone.device},
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # a head of another width is expected; check_loaded looks at the other weights
@@ -82,7 +83,8 @@ def load_classifier(
     )
     check_loaded(model, loaded, backbone.folder)
     _make_trainable(model, model_recipe.keep_head)
-    pack_attention(model)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN builds an execution plan for every new length, up to .5 s each
+    pack_attention(model, backbone.attention)
     if config.model_type not in FAMILIES:
         logger.info("%s is not in the table of families: generic rules apply", config.model_type)
     bits = f"{backbone.bits} bits" if backbone.bits else "not quantised"

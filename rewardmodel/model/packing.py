@@ -1,13 +1,15 @@
 """A classifier -> whether it computes packed rows, and its attention switched to them."""
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from rewardmodel.model.attention import KERNELS, PACKED_PREFIX, Packing, packed_name
-from rewardmodel.model.batching import pack
+from rewardmodel.model.attention import KERNELS, PACKED_PREFIX, kernel_of
+from rewardmodel.model.batching import Batch, pack, to_device
 from rewardmodel.model.families import FAMILIES
 from rewardmodel.model.heads import PooledHead
 
@@ -26,13 +28,18 @@ def may_pack(model: Any) -> bool:
     return isinstance(model, PooledHead) and attention and causal and layers <= PACKABLE_LAYERS
 
 
-def pack_attention(model: Any) -> None:
-    """Switch the model to attention over packed rows, if its family is known for it or passes the self-test."""
+def pack_attention(model: Any, attention: str) -> None:
+    """Switch the model to attention over packed rows, if its family is known for it or passes the self-test.
+
+    Args:
+        model: a classifier.
+        attention: a key of `model.attention.KERNELS`.
+    """
     if not may_pack(model):
         return
     config = model.config.get_text_config()
     plain = config._attn_implementation
-    config._attn_implementation = packed_name(plain)
+    config._attn_implementation = PACKED_PREFIX + attention
     if config.model_type not in FAMILIES and not _passes_self_test(model):
         config._attn_implementation = plain
         logger.warning("%s cannot compute packed rows: its batches are padded", config.model_type)
@@ -41,6 +48,16 @@ def pack_attention(model: Any) -> None:
 def is_packed(model: Any) -> bool:
     """Return whether a model, wrapped or not, takes packed rows."""
     return model.config.get_text_config()._attn_implementation.startswith(PACKED_PREFIX)
+
+
+def packing_of(model: Any) -> Callable[[list[dict[str, Any]]], Batch]:
+    """Return the function that packs token rows for a model that takes packed rows.
+
+    On a GPU, rows and padded groups get lengths that are multiples of 128 and 64 tokens: few shapes, and whole tiles.
+    """
+    windows = {None, getattr(model.config.get_text_config(), "sliding_window", None)}
+    row, group = (128, 64) if next(model.parameters()).device.type == "cuda" else (1, 1)
+    return partial(pack, arrange=lambda layout: kernel_of(model).arrange(layout, windows, group), multiple=row)
 
 
 @torch.no_grad()
@@ -59,9 +76,10 @@ def _passes_self_test(model: PreTrainedModel) -> bool:
     alone = [row(ids, [0, len(ids)]) for ids in (start + first, start + second, other)]
 
     def hidden_states(rows: list[dict[str, Any]]) -> torch.Tensor:
-        batch = pack(rows)
-        ids, positions = (batch[name].to(model.device) for name in ("input_ids", "position_ids"))
-        return decoder(ids, position_ids=positions, packing=Packing(batch["layout"]), use_cache=False)[0][0].float()
+        batch = to_device(packing_of(model)(rows), model.device)
+        packing, total = kernel_of(model).prepare(batch["packing"]), sum(row["length"] for row in rows)
+        states = decoder(batch["input_ids"], position_ids=batch["position_ids"], packing=packing, use_cache=False)[0]
+        return states[0, :total].float()
 
     try:
         found, (one, two, three) = hidden_states(together), (hidden_states([row]) for row in alone)

@@ -31,6 +31,11 @@ def compute_device(model: ModelConfig) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # set by accelerate launch and torchrun
 
 
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Return the compute capability of a GPU; None: a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
 def compute_dtype(
     model: ModelConfig, device: torch.device, family: Family, capability: tuple[int, int] | None = None
 ) -> torch.dtype:
@@ -53,7 +58,7 @@ def compute_dtype(
         return getattr(torch, model.dtype)
     if device.type == "cpu":
         return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-    if (capability or torch.cuda.get_device_capability(device)) >= (8, 0):
+    if (capability or capability_of(device) or (0, 0)) >= (8, 0):
         return torch.bfloat16
     return torch.float16 if family.float16 else torch.float32
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from rewardmodel.config.schema import ModelConfig, Recipe
 from rewardmodel.distributed import Launch, current_launch
 from rewardmodel.errors import InputError
-from rewardmodel.model.compatibility import Configuration, check_ties, incompatibilities
+from rewardmodel.model.compatibility import Configuration, check_ties, default_attention, incompatibilities
 from rewardmodel.model.families import check_length, find_family, lowest_layers, stored_bits
 from rewardmodel.model.precision import compute_dtype, dtype_name, quantization_name
 from rewardmodel.model.weights import fetch_backbone
@@ -120,7 +120,7 @@ def doctor(recipe: Recipe, device: str | None = None, launched: Launch | None = 
         launch,
         ", ".join([recipe.model.model_name_or_path, backbone.model_type, form]),
         f"{dtype_name(dtype)}: {_explain_precision(recipe.model, backbone, target, dtype)}",
-        _explain_attention(recipe.model, backbone),
+        _explain_attention(recipe.model, backbone.model_type, dtype, target),
         _list_notes(recipe, target),
         problems,
         None,
@@ -205,12 +205,12 @@ def _explain_precision(model: ModelConfig, backbone: Any, device: Device, dtype:
     )
 
 
-def _explain_attention(model: ModelConfig, backbone: Any) -> str:
-    allowed = find_family(backbone.model_type).attention
-    used = model.attn_implementation or allowed[0]
-    why = "set by model.attn_implementation" if model.attn_implementation else f"{backbone.model_type}'s default"
+def _explain_attention(model: ModelConfig, model_type: str, dtype: torch.dtype, device: Device) -> str:
+    family = find_family(model_type)
+    used = model.attn_implementation or default_attention(family, dtype_name(dtype), device.capability)
+    why = "set by model.attn_implementation" if model.attn_implementation else f"{model_type}'s default on this device"
     cost = "keeps length² values per head" if used == "eager" else "keeps nothing that grows with length²"
-    others = ", ".join(name for name in allowed if name != used)
+    others = ", ".join(name for name in family.attention if name != used)
     return f"{used}: {why}; {cost} (also supported: {others})"
 
 

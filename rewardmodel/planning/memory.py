@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rewardmodel.config.schema import ModelConfig
-from rewardmodel.model.attention import packed_name
-from rewardmodel.model.batching import pack, pad
+from rewardmodel.model.attention import LOADED_AS, PACKED_PREFIX
+from rewardmodel.model.batching import pad
 from rewardmodel.model.families import HEADS
 from rewardmodel.model.heads import classifier_class, head_names
 from rewardmodel.model.loading import unwrap
 from rewardmodel.model.lora import add_lora
-from rewardmodel.model.packing import is_packed, may_pack
+from rewardmodel.model.packing import is_packed, may_pack, packing_of
 from rewardmodel.model.precision import autocast
 from rewardmodel.objectives import HeadShape
 from rewardmodel.planning.fake_layers import Fake4bitLinear, Fake8bitLinear, FakeGpuDropout
@@ -40,7 +40,7 @@ class MemorySpec:
         backbone: its transformers configuration.
         head: its shape.
         dtype: precision of the forward pass.
-        attention: the implementation, by transformers' name.
+        attention: the implementation, a key of `model.attention.KERNELS`.
         gpu: whether on a GPU, where dropout keeps one byte per element and adapters do not copy their input.
         optimiser: TRL's name of it.
         checkpointing: whether layers are recomputed in the backward pass.
@@ -143,11 +143,8 @@ class FakeModel:
 
     def _measure_peak(self, work: Callable[[dict[str, Any]], None], lengths: Branches) -> int:
         rows = [_make_row(branches) for branches in lengths]
-        batch = pack(rows) if self.packs else pad(rows, 0)
-        batch = {
-            name: self.mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()
-        }
+        batch = packing_of(self.model)(rows) if self.packs else pad(rows, 0)
+        batch = tree_map_only(torch.Tensor, self.mode.from_tensor, batch)
         memory = PeakMemory([*self.model.parameters(), *self.model.buffers(), *tree_leaves(batch)])
         with self.mode, memory:
             work(batch)
@@ -220,12 +217,14 @@ def _build_classifier(spec: MemorySpec) -> Any:
     """Return the classifier with its adapters as it is trained, on the current default device."""
     config, model = copy.deepcopy(spec.backbone), spec.model
     config.num_labels = spec.head.num_labels
-    kind = "eager" if spec.attention == "eager" else "sdpa"  # all fused kernels keep the same for the backward pass
+    # flex_attention and flash attention keep for the backward pass what varlen keeps, which runs on fake tensors
+    kind = spec.attention if spec.attention in ("eager", "sdpa") else "varlen"
     dtype = _cpu_dtype(spec.dtype) if model.use_peft else torch.float32
     made: Any = classifier_class(config, model.pooling, spec.head)._from_config(
         config, dtype=dtype, attn_implementation="eager"
     )
-    made.config.get_text_config()._attn_implementation = packed_name(kind) if may_pack(made) else kind
+    plain = LOADED_AS.get(kind, kind)
+    made.config.get_text_config()._attn_implementation = PACKED_PREFIX + kind if may_pack(made) else plain
     heads = head_names(made)
     if model.load_in_4bit or model.load_in_8bit:
         _replace_linear_layers(made, model, dtype)

@@ -13,7 +13,9 @@ from rewardmodel.config.trainer import BATTLES, TOKENS
 from rewardmodel.distributed import Launch
 from rewardmodel.model.batching import plan_packed
 from rewardmodel.model.budget import CPU_TOKENS
+from rewardmodel.model.compatibility import default_attention
 from rewardmodel.model.families import find_family
+from rewardmodel.model.precision import dtype_name
 from rewardmodel.objectives import find_objective
 from rewardmodel.planning.devices import Device
 from rewardmodel.planning.memory import FakeModel, MemorySpec, ModelSize
@@ -44,8 +46,10 @@ class Scenario:
 
     @property
     def attention(self) -> str:
-        """The attention implementation, by transformers' name."""
-        return self.recipe.model.attn_implementation or find_family(self.backbone.model_type).attention[0]
+        """The attention implementation, a key of `model.attention.KERNELS`."""
+        family = find_family(self.backbone.model_type)
+        default = default_attention(family, dtype_name(self.dtype), self.device.capability)
+        return self.recipe.model.attn_implementation or default
 
     @property
     def checkpointing(self) -> bool:

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builders import FAMILIES, battle_frame, make_backbone
+from builders import FAMILIES, battle_frame, make_backbone, pack
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -15,7 +15,7 @@ from rewardmodel.errors import InputError
 from rewardmodel.exports.merge import merge_run
 from rewardmodel.exports.weight_files import find_weight_files
 from rewardmodel.model.backbone import resolve_backbone, saved_backbone_folder
-from rewardmodel.model.batching import pack, pad
+from rewardmodel.model.batching import pad
 from rewardmodel.model.loading import load_classifier, load_model
 from rewardmodel.objectives import JOINT_HEAD, SEPARATE_HEAD
 from rewardmodel.prompt.tokenization import tokenize

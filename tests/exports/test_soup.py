@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builders import battle_frame
+from builders import battle_frame, pack
 from peft import LoraConfig
 from safetensors.torch import load_file
 
@@ -12,7 +12,6 @@ from rewardmodel.errors import InputError
 from rewardmodel.exports.checks import TrainedRun
 from rewardmodel.exports.merge import merge_run
 from rewardmodel.exports.soup import average_adapters
-from rewardmodel.model.batching import pack
 from rewardmodel.model.loading import load_model
 from rewardmodel.prompt.tokenization import tokenize
 

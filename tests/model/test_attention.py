@@ -4,20 +4,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import FAMILIES, assert_same, attending, battle_frame, make_backbone, plain_logits, sequences
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from builders import FAMILIES, assert_same, attending, battle_frame, make_backbone, pack, plain_logits, sequences
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
 from rewardmodel.config.schema import ModelConfig, ObjectiveConfig, PromptConfig
 from rewardmodel.data.formats import read_battles
 from rewardmodel.model import attention
-from rewardmodel.model.attention import KERNELS, Packing, packed_name
+from rewardmodel.model.attention import KERNELS, PACKED_PREFIX
 from rewardmodel.model.backbone import resolve_backbone
-from rewardmodel.model.batching import pack
+from rewardmodel.model.compatibility import default_attention
 from rewardmodel.model.families import FAMILIES as FAMILY_TABLE
 from rewardmodel.model.loading import build_model
-from rewardmodel.model.packing import is_packed
+from rewardmodel.model.packing import is_packed, packing_of
 from rewardmodel.objectives import JOINT_HEAD, OBJECTIVES, SEPARATE_HEAD
 from rewardmodel.prompt.encoder import EncodedSequence
 from rewardmodel.prompt.tokenization import pack_sequences, tokenize
@@ -120,8 +119,8 @@ def alone(build, rows_of):
 
 def assert_learns_as_plain(name, model, rows, expected=None):
     """Compare logits, loss, and the gradients of all weights that train, none of which is zero."""
-    with attending(model, packed_name(name)):
-        found = model(**pack(rows)).logits
+    with attending(model, PACKED_PREFIX + name):
+        found = model(**packing_of(model)(rows)).logits
         loss, gradients = learnt(model, found, rows)
     plain, plain_loss, plain_gradients = expected or by_plain(model, rows)
     assert plain.std() > 0.01
@@ -153,58 +152,10 @@ def drawn(count, seed=0):
     return np.random.default_rng(seed).integers(3, 250, count).tolist()
 
 
-layouts = st.lists(
-    st.tuples(st.integers(0, 4), st.lists(st.integers(1, 4), min_size=1, max_size=3)).map(
-        lambda drawn: [drawn[0], *drawn[1]]
-    ),
-    min_size=1,
-    max_size=4,
-)
-
-
-@settings(deadline=None, max_examples=50)
-@given(layouts)
-def test_a_row_is_made_of_its_sequences_again(layout):
-    packing = Packing(layout)
-    total = sum(map(sum, layout))
-    states = torch.arange(total * 6.0).view(total, 2, 3).transpose(0, 1)[None]  # (1, heads, T, width)
-    found = packing.split(states)
-    assert [one.shape[2] for one in found] == packing.lengths
-    assert torch.equal(packing.join([one.transpose(1, 2) for one in found]), states.transpose(1, 2))
-
-
-@settings(deadline=None, max_examples=50)
-@given(layouts)
-def test_a_sequence_is_the_shared_beginning_and_its_branch(layout):
-    begin, expected = 0, []
-    for shared, *branches in layout:
-        places = list(range(begin, begin + sum(branches) + shared))
-        rest = places[shared:]
-        for branch in branches:
-            expected.append([*places[:shared], *rest[:branch]])
-            rest = rest[branch:]
-        begin += len(places)
-    states = torch.arange(float(begin)).view(1, 1, begin, 1)
-    assert [one.flatten().tolist() for one in Packing(layout).split(states)] == expected
-
-
-def test_the_outputs_of_a_shared_beginning_are_those_of_the_first_sequence():
-    first, second = torch.full((1, 3, 1, 1), 1.0), torch.full((1, 4, 1, 1), 2.0)
-    assert Packing([[2, 1, 2]]).join([first, second]).flatten().tolist() == [1, 1, 1, 2, 2]
-
-
-def test_a_mask_is_made_once_for_its_key():
-    packing, made = Packing([[0, 3]]), []
-    for key in ("narrow", "wide", "narrow", None, "wide", None):
-        assert packing.mask(key, lambda key=key: made.append(key) or f"mask {key}") == f"mask {key}"
-    assert made == ["narrow", "wide", None]
-
-
-def test_every_kernel_is_known_to_transformers_beside_its_plain_form():
-    names = [packed_name(name) for name in KERNELS]
-    assert len({*names, *KERNELS}) == 2 * len(KERNELS)
-    for name in names:
-        assert AttentionInterface()[name].func is attention._attention
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_is_known_to_transformers_next_to_its_plain_form(name):
+    assert PACKED_PREFIX + name not in KERNELS
+    assert AttentionInterface()[PACKED_PREFIX + name].func is attention._attention
 
 
 @each_kind
@@ -225,7 +176,7 @@ def test_a_packed_row_learns_what_each_sequence_alone_would(family, name, kind, 
 def test_a_full_fine_tune_on_a_packed_row_learns_what_each_sequence_alone_would(family, build, rows_of):
     model = build(family, use_peft=False)
     assert all(weight.requires_grad for weight in model.parameters())
-    assert_learns_as_plain(FAMILY_TABLE[family].attention[0], model, rows_of("both orders"))
+    assert_learns_as_plain(default_attention(FAMILY_TABLE[family], "float32", None), model, rows_of("both orders"))
 
 
 @pytest.mark.parametrize(("family", "name"), HERE)
@@ -264,54 +215,70 @@ def no_compiler(test):
 @each_family
 def test_flex_attention_states_what_each_sequence_alone_would(family, kind, alone):
     model, rows, (expected, *_) = alone(family, kind)
-    with torch.no_grad(), uncompiled(), attending(model, packed_name("flex_attention")):
-        found = model(**pack(rows)).logits
+    with torch.no_grad(), uncompiled(), attending(model, PACKED_PREFIX + "flex_attention"):
+        found = model(**packing_of(model)(rows)).logits
     assert_same(found, expected)
 
 
-def flash_by_hand(calls):
-    """Return what stands in for flash attention: the same formula by torch, and the arguments kept in `calls`."""
+def attend_by_hand(query, key, value, query_ends, key_ends, scale, window, softcap=None):
+    """Return what a variable-length kernel computes: queries (n_queries, heads, width), aligned with the last keys."""
+    key, value = (state.repeat_interleave(query.shape[1] // state.shape[1], dim=1) for state in (key, value))
+    outputs = []
+    for (first, last), (begin, end) in zip(*map(itertools.pairwise, (query_ends, key_ends)), strict=True):
+        q, k, v = query[first:last], key[begin:end], value[begin:end]
+        scores = torch.einsum("qhw,khw->hqk", q, k) * scale
+        scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+        distance = torch.arange(end - begin - (last - first), end - begin)[:, None] - torch.arange(end - begin)
+        seen = (distance >= 0) & (distance < (window or torch.inf))
+        outputs.append(torch.einsum("hqk,khw->qhw", scores.masked_fill(~seen, -torch.inf).softmax(dim=-1), v))
+    return torch.cat(outputs)
 
-    def forward(
-        query, key, value, attention_mask, query_length, is_causal, dropout=0.0, softmax_scale=None,
-        sliding_window=None, softcap=None, cu_seq_lens_q=None, cu_seq_lens_k=None, max_length_q=None,
-        max_length_k=None, attn_implementation=None, **_,
-    ):  # fmt: skip
-        calls.append({"window": sliding_window, "softcap": softcap, "ends": cu_seq_lens_q})
-        ends = cu_seq_lens_q.tolist()
-        lengths = [end - begin for begin, end in itertools.pairwise(ends)]
+
+def flash_by_hand(calls):
+    """Return what stands in for transformers' flash attention, and keeps its arguments in `calls`."""
+
+    def forward(query, key, value, attention_mask, query_length, is_causal, dropout=0.0, softmax_scale=None,
+                sliding_window=None, softcap=None, attn_implementation=None, **kwargs):  # fmt: skip
+        calls.append({"window": sliding_window, "softcap": softcap, **kwargs})
         assert attention_mask is None
         assert is_causal
         assert dropout == 0
         assert attn_implementation == "flash_attention_2"
-        assert cu_seq_lens_q is cu_seq_lens_k
-        assert cu_seq_lens_q.dtype == torch.int32
-        assert [ends[0], ends[-1]] == [0, query_length]
-        assert query.shape[:2] == key.shape[:2] == value.shape[:2] == (1, query_length)
-        assert [max_length_q, max_length_k] == [max(lengths)] * 2
-        heads, width = query.shape[2:]
-        key, value = (state.repeat_interleave(heads // state.shape[2], dim=2) for state in (key, value))
-        outputs = []
-        for begin, end in itertools.pairwise(ends):
-            q, k, v = (state[0, begin:end].transpose(0, 1) for state in (query, key, value))
-            scores = q @ k.transpose(1, 2) * (width**-0.5 if softmax_scale is None else softmax_scale)
-            scores = scores if softcap is None else softcap * (scores / softcap).tanh()
-            seen = torch.ones(end - begin, end - begin).tril()
-            if sliding_window is not None:
-                seen = seen.triu(1 - sliding_window)
-            outputs.append((scores.masked_fill(seen == 0, -torch.inf).softmax(dim=-1) @ v).transpose(0, 1))
-        return torch.cat(outputs)[None]
+        assert query.shape[:2] == (1, query_length)
+        ends = [kwargs[f"cu_seq_lens_{of}"].tolist() for of in "qk"]
+        return attend_by_hand(query[0], key[0], value[0], *ends, softmax_scale, sliding_window, softcap)[None]
 
     return forward
 
 
+def varlen_by_hand(calls):
+    """Return what stands in for torch's `varlen_attn`, and keeps its arguments in `calls`."""
+
+    def attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+        assert window_size[1] == 0
+        window = None if window_size[0] < 0 else window_size[0] + 1
+        assert enable_gqa == (query.shape[1] != key.shape[1])
+        calls.append({"window": window, "softcap": None, "cu_seq_lens_q": cu_seq_q, "cu_seq_lens_k": cu_seq_k,
+                      "max_length_q": max_q, "max_length_k": max_k})  # fmt: skip
+        return attend_by_hand(query, key, value, cu_seq_q.tolist(), cu_seq_k.tolist(), scale, window)
+
+    return attend
+
+
+VARIABLE = {"flash_attention_2": ("_flash_attention_forward", flash_by_hand), "varlen": ("varlen_attn", varlen_by_hand)}
+"""Kernels that only GPUs have: the function that they call, and what stands in for it."""
+
+
 @each_kind
-@each_family
-def test_flash_attention_is_called_with_the_sequences_of_a_row(family, kind, alone, monkeypatch):
-    calls = []
-    monkeypatch.setattr(attention, "_flash_attention_forward", flash_by_hand(calls))
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [(family, name) for family in FAMILIES for name in VARIABLE if name in FAMILY_TABLE[family].attention],
+)
+def test_kernels_of_variable_length_are_called_once_a_layer_with_all_sequences(family, name, kind, alone, monkeypatch):
+    calls, (function, by_hand) = [], VARIABLE[name]
+    monkeypatch.setattr(attention, function, by_hand(calls))
     model, rows, expected = alone(family, kind)
-    assert_learns_as_plain("flash_attention_2", model, rows, expected)
+    assert_learns_as_plain(name, model, rows, expected)
     windows = {
         "mistral": [WINDOW, WINDOW],
         "phi3": [WINDOW, WINDOW],
@@ -320,9 +287,62 @@ def test_flash_attention_is_called_with_the_sequences_of_a_row(family, kind, alo
     }
     assert [call["window"] for call in calls] == windows.get(family, [None, None])
     assert [call["softcap"] for call in calls] == [50.0 if family == "gemma2" else None] * 2
-    assert calls[0]["ends"] is calls[1]["ends"]
+    for of in "qk":
+        assert calls[0][f"cu_seq_lens_{of}"] is calls[1][f"cu_seq_lens_{of}"]
+        ends = calls[0][f"cu_seq_lens_{of}"]
+        assert ends.dtype == torch.int32
+        assert calls[0][f"max_length_{of}"] == ends.diff().max()
+    assert calls[0]["cu_seq_lens_q"][-1] == sum(row["length"] for row in rows)  # no token is computed twice
     lengths = [len(ids) for row in rows for ids in sequences(row)]
-    assert calls[0]["ends"].tolist() == [0, *itertools.accumulate(lengths)]
+    assert {*lengths} <= {*calls[0]["cu_seq_lens_k"].diff().tolist()}
+
+
+def test_a_kernel_that_knows_no_grouped_queries_gets_as_many_keys(alone, monkeypatch):
+    def attend(query, key, value, *args, **kwargs):
+        assert query.shape[1] == key.shape[1] == value.shape[1]
+        return varlen_by_hand([])(query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "varlen_attn", attend)
+    monkeypatch.setattr(attention, "_PARAMETERS", {})
+    assert_learns_as_plain("varlen", *alone("llama", "both orders"))
+
+
+def rows_of_lengths(lengths):
+    """Return rows of pairs of sequences that share a third of the shorter one."""
+    return [
+        row_of([drawn(length // 3) + drawn(length, 1), drawn(length // 3) + drawn(length + 5, 2)]) for length in lengths
+    ]
+
+
+class Operations(TorchDispatchMode):
+    """Counts dispatched operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@no_compiler
+@pytest.mark.parametrize(("family", "name"), [("llama", "varlen"), ("mistral", "varlen"), ("llama", "sdpa"),
+    ("gemma3_text", "sdpa"), ("gemma2", "eager"), ("gemma2", "flex_attention")])  # fmt: skip
+def test_more_sequences_and_lengths_take_no_more_operations(family, name, build, monkeypatch):
+    def attend(query, *_, **__):
+        return query.clone()
+
+    monkeypatch.setattr(attention, "varlen_attn", attend)
+    monkeypatch.setattr(attention, "flex_attention", lambda query, *_, **__: query.clone())
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: attention.flex_attention)
+    model, counts = build(family), []
+    for rows in (rows_of_lengths([12, 20, 30, 41]), rows_of_lengths(range(10, 42, 2))):
+        with attending(model, PACKED_PREFIX + name):
+            batch = packing_of(model)(rows)
+            with Operations() as operations:
+                model(**batch).logits.sum().backward()
+        counts.append(operations.count)
+        model.zero_grad()
+    assert counts[1] <= 1.1 * counts[0]
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_(en|dis)able` is deprecated:FutureWarning")
@@ -331,8 +351,8 @@ def test_gradient_checkpointing_changes_no_gradient(family, build, rows_of, monk
     model, rows, calls = build(family), rows_of("both orders"), []
     assert is_packed(model)
     _, expected = learnt(model, model(**pack(rows)).logits, rows)
-    whole = Packing.split
-    monkeypatch.setattr(Packing, "split", lambda self, states: calls.append(self) or whole(self, states))
+    attend = attention._padded
+    monkeypatch.setattr(attention, "_padded", lambda *args: calls.append(args) or attend(*args))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     try:
@@ -340,42 +360,9 @@ def test_gradient_checkpointing_changes_no_gradient(family, build, rows_of, monk
     finally:
         model.eval()
         model.gradient_checkpointing_disable()
-    assert len(calls) == 2 * 2 * 3  # forward and again backward, in two layers: queries, keys and values
-    assert len(set(calls)) == 1
+    assert len(calls) == 2 * 2  # forward and again backward, in two layers
     for name, gradient in expected.items():
         assert_same(found[name], gradient)
-
-
-@no_compiler
-@pytest.mark.parametrize(
-    ("family", "name", "masks"),
-    [
-        ("llama", "sdpa", 0),
-        ("llama", "eager", 1),
-        ("llama", "flex_attention", 1),
-        ("mistral", "sdpa", 1),
-        ("mistral", "eager", 1),
-        ("mistral", "flex_attention", 1),
-        ("phi3", "sdpa", 1),
-        ("phi3", "eager", 1),
-        ("gemma2", "eager", 2),
-        ("gemma3_text", "sdpa", 1),
-        ("gemma3_text", "eager", 2),
-    ],
-)
-def test_masks_are_made_once_a_row_for_all_layers(family, name, masks, build, rows_of, monkeypatch):
-    made = []
-    for function in ("_causal_mask", "create_block_mask"):
-        original = getattr(attention, function)
-        monkeypatch.setattr(
-            attention, function, lambda *args, make=original, **kwargs: made.append(args) or make(*args, **kwargs)
-        )
-    model, batch = build(family), pack(rows_of("both orders")[1:])
-    with torch.no_grad(), uncompiled(), attending(model, packed_name(name)):
-        model(**batch)
-        assert len(made) == masks
-        model(**batch)
-        assert len(made) == 2 * masks
 
 
 EVERYWHERE = [*HERE, ("llama", "flex_attention"), ("gemma2", "flex_attention")]
@@ -393,9 +380,9 @@ def test_tokens_of_other_battles_and_branches_change_nothing(family, name, build
             changed[row]["input_ids"] = [*rows[row]["input_ids"]]
             assert changed[row]["input_ids"][place] != token
             changed[row]["input_ids"][place] = token
-        return model(**pack(changed)).logits
+        return model(**packing_of(model)(changed)).logits
 
-    with torch.no_grad(), uncompiled(), attending(model, packed_name(name)):
+    with torch.no_grad(), uncompiled(), attending(model, PACKED_PREFIX + name):
         before = logits()
         same = {
             "shared": logits(0, shared - 1, 2) == before,

@@ -3,10 +3,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from builders import pack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewardmodel.model.batching import pack, pad, padded_tokens, plan_packed, plan_padded, to_device
+from rewardmodel.model.batching import pad, padded_tokens, plan_packed, plan_padded, to_device
 from rewardmodel.model.heads import POOLINGS
 
 PAD = 0

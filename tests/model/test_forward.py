@@ -3,14 +3,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from builders import battle_frame
+from builders import battle_frame, pack
 from datasets import Dataset
 
 from rewardmodel.config.schema import ModelConfig, PromptConfig
 from rewardmodel.data.formats import read_battles
 from rewardmodel.model import forward
 from rewardmodel.model.backbone import resolve_backbone
-from rewardmodel.model.batching import pack, pad, padded_tokens, plan_packed, plan_padded
+from rewardmodel.model.batching import pad, padded_tokens, plan_packed, plan_padded
 from rewardmodel.model.budget import CPU_TOKENS
 from rewardmodel.model.forward import Batching, Predictor, choose_batching
 from rewardmodel.model.loading import build_model

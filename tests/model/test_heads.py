@@ -1,11 +1,11 @@
 import pytest
 import torch
+from builders import pack
 from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config, ViTConfig
 
 from rewardmodel.config.schema import ModelConfig
 from rewardmodel.errors import InputError
 from rewardmodel.model.backbone import resolve_backbone
-from rewardmodel.model.batching import pack
 from rewardmodel.model.heads import POOLINGS, FloatHead, FloatLinear, PairTieHead, PooledHead, TieHead, classifier_class
 from rewardmodel.model.loading import load_classifier
 from rewardmodel.objectives import JOINT_HEAD, SEPARATE_HEAD

@@ -14,6 +14,7 @@ from builders import (
     logits,
     make_backbone,
     make_tokenizer,
+    pack,
     reload_in_fresh_process,
     rows_of,
     stored,
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from rewardmodel.config.schema import ModelConfig, PromptConfig
 from rewardmodel.errors import InputError
 from rewardmodel.model.backbone import resolve_backbone
-from rewardmodel.model.batching import pack, pad
+from rewardmodel.model.batching import pad
 from rewardmodel.model.families import HEADS, Family
 from rewardmodel.model.forward import choose_batching
 from rewardmodel.model.loading import build_model, load_classifier, load_model, load_tokenizer, save_model

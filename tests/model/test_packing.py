@@ -1,13 +1,12 @@
 import pytest
 import torch
-from builders import assert_same, battle_frame, make_backbone, plain_logits
+from builders import assert_same, battle_frame, make_backbone, pack, plain_logits
 from transformers import AttentionInterface
 
 from rewardmodel.config.schema import ModelConfig, PromptConfig
 from rewardmodel.data.formats import read_battles
-from rewardmodel.model.attention import packed_name
+from rewardmodel.model.attention import PACKED_PREFIX
 from rewardmodel.model.backbone import resolve_backbone
-from rewardmodel.model.batching import pack
 from rewardmodel.model.families import FAMILIES
 from rewardmodel.model.loading import load_classifier
 from rewardmodel.model.packing import is_packed, may_pack, pack_attention
@@ -75,7 +74,7 @@ def test_an_attention_that_sees_the_whole_row_is_padded_with_a_warning(stranger,
         hidden = torch.full((query.shape[2],) * 2, -1e9).triu(1)
         return eager_attention_forward(module, query, key, value, hidden, **kwargs)
 
-    monkeypatch.setitem(AttentionInterface._global_mapping, packed_name("eager"), whole_row)
+    monkeypatch.setitem(AttentionInterface._global_mapping, PACKED_PREFIX + "eager", whole_row)
     assert not is_packed(stranger())
     assert "its batches are padded" in caplog.text
 
@@ -93,9 +92,9 @@ def test_layers_and_attention_that_are_not_known_to_pack_are_padded(name, layers
     config = ModelConfig(str(backbone("llama")), device="cpu", dtype="float32")
     model = load_classifier(resolve_backbone(config), JOINT_HEAD)
     model.config._attn_implementation, model.config.layer_types = name, layers
-    pack_attention(model)
+    pack_attention(model, name)
     assert is_packed(model) == packs
-    assert model.config._attn_implementation == (packed_name(name) if packs else name)
+    assert model.config._attn_implementation == (PACKED_PREFIX + name if packs else name)
 
 
 def test_encoders_and_decoders_that_see_ahead_may_not_pack(backbone):

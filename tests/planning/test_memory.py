@@ -2,13 +2,13 @@ import dataclasses
 
 import pytest
 import torch
+from builders import pack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from rewardmodel.config.schema import ModelConfig
 from rewardmodel.model.backbone import resolve_backbone
-from rewardmodel.model.batching import pack
 from rewardmodel.model.loading import build_model
 from rewardmodel.model.precision import autocast
 from rewardmodel.objectives import OBJECTIVES

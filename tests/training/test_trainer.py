@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from builders import make_trainer, with_trainer, write_csv
+from builders import make_trainer, pack, with_trainer, write_csv
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,7 +20,6 @@ from rewardmodel.data.formats import read_battles
 from rewardmodel.data.splits import find_seen_battles, load_battles, split
 from rewardmodel.errors import InputError
 from rewardmodel.inference.predict import predict
-from rewardmodel.model.batching import pack
 from rewardmodel.objectives import find_objective
 from rewardmodel.predictions import build_predictions, predicted, write_predictions
 from rewardmodel.prompt.tokenization import tokenize
