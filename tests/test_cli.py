@@ -650,13 +650,13 @@ def test_doctor_tells_of_a_recipe_and_exits_by_whether_it_works(recipe_file, tmp
     output = capsys.readouterr()
     assert "device     L4, 2 of them: 22.0 GiB" in output.out
     assert "error" not in output.err
-    wrong = ["--model.dtype", "bfloat16", "--trainer.torch_compile", "true"]
+    wrong = ["--model.dtype", "bfloat16", "--trainer.optim", "lomo"]
     assert main(["doctor", path, "--device", "T4", *wrong]) == 2
     output = capsys.readouterr()
     assert "precision  bfloat16: set by model.dtype" in output.out
     first, second = output.err.splitlines()
     assert first.startswith("error: model.dtype: bfloat16 is emulated")
-    assert second.startswith("error: trainer.torch_compile: ")
+    assert second.startswith("error: trainer.optim: ")
 
 
 def test_training_refuses_what_doctor_refuses_before_weights_are_read(refusal, recipe_file, backbone, tmp_path):

@@ -86,6 +86,7 @@ TRAINER_REFUSED = {
     "pad_token": "leave it out; padding is marked by the attention mask",
     "per_device_eval_batch_size": "set inference.batch_tokens",
     "per_device_train_batch_size": "set trainer.battles_per_step",
+    "torch_empty_cache_steps": "leave it out; a step that runs out of memory empties the cache by itself",
     "train_sampling_strategy": "leave it out; trainer.seed shuffles battles, and a step batches them by length",
     "trust_remote_code": "leave it out; code from a model folder is never run",
     "use_cpu": "set model.device",

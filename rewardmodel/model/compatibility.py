@@ -1,6 +1,8 @@
 """A planned run -> the settings that cannot work together, with reason and fix, before any weight is loaded."""
 
 import importlib.util
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -104,6 +106,11 @@ class Configuration:
     def trainer_key(self, key: str, default: Any = None) -> Any:
         """Return a key of the recipe's `trainer` section."""
         return (self.trainer or {}).get(key, default)
+
+    @property
+    def lacks_compiler(self) -> bool:
+        """Whether the run is to be on this machine and torch finds no compiler for the code that it generates."""
+        return self.here and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
 
     def lacks(self, *packages: str) -> bool:
         """Return whether the run is to be on this machine and none of these packages is installed."""
@@ -258,9 +265,27 @@ CHECKS = (
         "none, and adapters stay as they are; set use_reentrant false, or leave it out",
     ),
     Check(
-        lambda s: bool(s.trainer_key("torch_compile")),
-        "trainer.torch_compile: every packed micro-batch has another layout, which torch would compile again; leave it "
-        "out",
+        lambda s: bool(s.trainer_key("torch_compile")) and s.model.freeze_backbone,
+        "trainer.torch_compile: freeze_backbone reads each battle once, which takes less than compiling; leave it out",
+    ),
+    Check(
+        lambda s: bool(s.trainer_key("torch_compile")) and s.fsdp,
+        "trainer.torch_compile: FSDP gathers weights between the blocks' operations, which was not tried compiled; "
+        "leave it out, or launch with recipes/accelerate/ddp.yaml",
+    ),
+    Check(
+        lambda s: bool(s.trainer_key("torch_compile")) and s.lacks_compiler,
+        "trainer.torch_compile: needs a C++ compiler, and none is found; install gcc, or leave it out",
+    ),
+    Check(
+        lambda s: s.attention == "flex_attention" and s.lacks_compiler,
+        "model.attn_implementation: flex_attention needs a C compiler, and none is found; install gcc, or set eager",
+        training=False,
+    ),
+    Check(
+        lambda s: str(s.trainer_key("optim")) in ("lomo", "adalomo"),
+        "trainer.optim: lomo and adalomo update weights in every backward pass, of which a step has several; "
+        "set another, like adamw_torch_fused",
     ),
     Check(
         lambda s: bool(s.trainer_key("use_liger_kernel")) and (s.device == "cpu" or s.lacks("liger_kernel")),

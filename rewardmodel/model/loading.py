@@ -24,7 +24,7 @@ from rewardmodel.model.families import FAMILIES, find_family, stored_bits
 from rewardmodel.model.forward import Predictor
 from rewardmodel.model.heads import FloatLinear, check_loaded, classifier_class, head_names
 from rewardmodel.model.lora import add_lora
-from rewardmodel.model.packing import pack_attention
+from rewardmodel.model.packing import is_packed, pack_attention
 from rewardmodel.model.precision import quantization_settings, spare_head
 from rewardmodel.model.saved_model import check_head, is_adapter, read_about
 from rewardmodel.model.weights import tensor_shape
@@ -199,6 +199,26 @@ def trained_layer(model: Any) -> Any:
 def unwrap(model: Any) -> Any:
     """Return the transformers model, out of PEFT's wrapper if it has one."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def compile_blocks(model: Any, **options: Any) -> None:
+    """Compile the blocks of a decoder in place, each for all lengths; they are alike, so few graphs serve all.
+
+    Args:
+        model: a classifier, with or without adapters.
+        options: of `torch.compile`.
+
+    Raises:
+        InputError: its batches are padded.
+    """
+    if not is_packed(model):
+        raise InputError(
+            f"trainer.torch_compile: compiles decoders whose rows are packed, and those of {model.config.model_type} "
+            "are padded; leave it out"
+        )
+    plain = unwrap(model)
+    for block in getattr(plain, plain.base_model_prefix).layers:
+        block.compile(dynamic=True, **options)
 
 
 def load_model(

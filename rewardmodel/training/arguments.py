@@ -19,6 +19,17 @@ RENAMED_KEYS = {
 """Keys that later releases of transformers 5 have renamed, where the old name gives a warning."""
 
 
+COMPILE_KEYS = {"torch_compile": None, "torch_compile_backend": "backend", "torch_compile_mode": "mode"}
+"""Keys of which transformers would compile the whole model, and the arguments of `torch.compile` that they set."""
+
+
+def compile_options(trainer: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the arguments of `torch.compile` by a recipe's `trainer` section; None: nothing is compiled."""
+    if not trainer.get("torch_compile"):
+        return None
+    return {argument: trainer[key] for key, argument in COMPILE_KEYS.items() if argument and trainer.get(key)}
+
+
 def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> RewardConfig:
     """Return TRL's arguments: the recipe's `trainer` section, and what other sections of the recipe imply.
 
@@ -30,7 +41,8 @@ def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device)
     Raises:
         InputError: keys that transformers refuses together, or several GPUs in one process.
     """
-    keys = {key: value for key, value in recipe.trainer.items() if key not in OWN_KEYS}
+    own = {*OWN_KEYS, *COMPILE_KEYS}
+    keys = {key: value for key, value in recipe.trainer.items() if key not in own}
     keys.setdefault("ddp_find_unused_parameters", False)
     if keys.get("disable_tqdm") is None:
         keys["disable_tqdm"] = not in_terminal()

@@ -24,12 +24,12 @@ from rewardmodel.model.backbone import Backbone, resolve_backbone
 from rewardmodel.model.compatibility import check_ties
 from rewardmodel.model.features import layer_logits, read_features
 from rewardmodel.model.forward import Predictor
-from rewardmodel.model.loading import build_model, load_tokenizer, save_model, trained_layer
+from rewardmodel.model.loading import build_model, compile_blocks, load_tokenizer, save_model, trained_layer
 from rewardmodel.model.precision import dtype_name
 from rewardmodel.objectives import find_objective, fit_tie
 from rewardmodel.prompt.tokenization import measure_row_retention, shared_token_fraction, tokenize
 from rewardmodel.run_folder import RunFolder, check_run, check_same_inputs, last_checkpoint, open_run, write_environment
-from rewardmodel.training.arguments import LearningRates, training_arguments
+from rewardmodel.training.arguments import LearningRates, compile_options, training_arguments
 from rewardmodel.training.head_fit import Examples, check_groups, fit_last_layer
 from rewardmodel.training.trainer import PreferenceTrainer
 from rewardmodel.training.training_log import TrainingLog
@@ -134,6 +134,9 @@ class TrainingInputs(NamedTuple):
 def _train_adapters(inputs: TrainingInputs, args: RewardConfig, resume: bool, begin: Callable[[], None]) -> None:
     """Train the adapters and the head, or all weights, and save the model; `begin` opens the run folder."""
     recipe, run = inputs.recipe, RunFolder(inputs.recipe.run_folder)
+    options = compile_options(recipe.trainer)
+    if options is not None:
+        compile_blocks(inputs.model, **options)
     trainer = PreferenceTrainer(
         inputs.model,
         args,

@@ -162,6 +162,9 @@ class PreferenceTrainer(RewardTrainer):
             micro_batches: row numbers of this process: [[0, 3], [2]].
             weight: total weight of the battles of the step.
         """
+        if not self.model.training:  # walks over thousands of modules, so not in every micro-batch as upstream does
+            model.train()
+            getattr(self.optimizer, "train", lambda: None)()  # of schedule-free optimisers
         shortest = min(rows, key=self.batching.tokens)
         losses = []
         for number, micro in enumerate(micro_batches, 1):
@@ -169,8 +172,11 @@ class PreferenceTrainer(RewardTrainer):
             chosen = [rows[row] for row in micro] or [{**shortest, "weight": 0.0}]
             last = number == len(micro_batches)
             self.accelerator.gradient_state._set_sync_gradients(last)
-            with nullcontext() if last else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, self._make_batch(chosen), weight))
+            # a GPU computes one micro-batch while the next is collated and sent: nothing here waits for it
+            with nullcontext() if last else self.accelerator.no_sync(model), self.maybe_activation_offload_context:
+                loss = self.compute_loss(model, self._make_batch(chosen), num_items_in_batch=weight)
+                self.accelerator.backward(loss)
+            losses.append(loss.detach())
         return torch.stack(losses).sum()
 
     def _make_batch(self, rows: list[dict]) -> dict[str, Any]:
@@ -179,8 +185,8 @@ class PreferenceTrainer(RewardTrainer):
             name: torch.tensor([row[name] for row in rows], dtype=torch.float32)
             for name in ("labels", "teacher", "weight")
         }
-        device, ids = self.accelerator.device, [row["id"] for row in rows]
-        return {"model": to_device(self.batching.collate(rows), device), **to_device(targets, device), "ids": ids}
+        batch = {"model": self.batching.collate(rows), **targets, "ids": [row["id"] for row in rows]}
+        return to_device(batch, self.accelerator.device)
 
     def compute_loss(
         self,

@@ -99,8 +99,8 @@ def test_what_only_training_needs_is_asked_with_a_trainer_section_only(backbone)
     assert resolve_backbone(config).folder == backbone("llama")
     with pytest.raises(InputError, match=r"^model\.lora_r: 0; the rank is at least 1"):
         resolve_backbone(config, trainer={})
-    with pytest.raises(InputError, match=r"^trainer\.torch_compile: "):
-        resolve_backbone(ModelConfig(str(backbone("llama")), **CPU), trainer={"torch_compile": True})
+    with pytest.raises(InputError, match=r"^trainer\.optim: "):
+        resolve_backbone(ModelConfig(str(backbone("llama")), **CPU), trainer={"optim": "lomo"})
 
 
 def test_fewer_positions_than_the_longest_sequence_are_refused(backbone):

@@ -5,7 +5,8 @@ import pytest
 from rewardmodel.config.schema import ModelConfig
 from rewardmodel.distributed import Launch
 from rewardmodel.errors import InputError
-from rewardmodel.model.compatibility import CHECKS, Configuration, incompatibilities, refuse
+from rewardmodel.model.compatibility import CHECKS, Configuration, default_attention, incompatibilities, refuse
+from rewardmodel.model.families import find_family
 
 GOOD = Configuration(ModelConfig(), "llama", 16, "cuda", "bfloat16", (9, 0), trainer={})
 FSDP = Launch(2, "fsdp", 2)
@@ -43,7 +44,16 @@ CASES = [
     (configured({"lora_r": 0}), "model.lora_r: 0; the rank is at least 1"),
     (configured({"lora_first_layer": 16}), "model.lora_first_layer: 16, but the backbone has layers 0 to 15"),
     (configured(trainer={"gradient_checkpointing_kwargs": {"use_reentrant": True}}), "set use_reentrant false"),
-    (configured(trainer={"torch_compile": True}), "trainer.torch_compile: .*; leave it out"),
+    (configured({"freeze_backbone": True}, trainer={"torch_compile": True}), "takes less than compiling; leave it out"),
+    (configured(launch=FSDP, trainer={"torch_compile": True}), "launch with recipes/accelerate/ddp.yaml"),
+    (configured(trainer={"torch_compile": True}), "trainer.torch_compile: needs a C.. compiler, .*; leave it out"),
+    (configured(model_type="gemma2"), "flex_attention needs a C compiler, .* set eager"),
+    (
+        configured({"attn_implementation": "varlen"}, dtype="float16", capability=(7, 5)),
+        "varlen needs a GPU of compute",
+    ),
+    (configured({"attn_implementation": "varlen"}, dtype="float32"), "varlen computes in bfloat16 and float16 only"),
+    (configured(trainer={"optim": "lomo"}), "trainer.optim: lomo and adalomo update weights in every backward pass"),
     (
         configured(trainer={"use_liger_kernel": True}, device="cpu", capability=None),
         "trainer.use_liger_kernel: needs a",
@@ -67,14 +77,16 @@ def no_optional_packages(monkeypatch):
 
 
 @pytest.mark.parametrize(("wrong", "message"), CASES, ids=[message[:40] for _, message in CASES])
-def test_what_cannot_work_is_said_in_one_line_with_the_fix(wrong, message):
+def test_what_cannot_work_is_said_in_one_line_with_the_fix(wrong, message, monkeypatch):
+    monkeypatch.setattr(Configuration, "lacks_compiler", "compiler" in message)
     with pytest.raises(InputError, match=message) as caught:
         refuse(wrong)
     assert "\n" not in str(caught.value)
     assert len(incompatibilities(wrong)) == 1
 
 
-def test_every_check_has_a_case():
+def test_every_check_has_a_case(monkeypatch):
+    monkeypatch.setattr(Configuration, "lacks_compiler", True)
     for check in CHECKS:
         assert any(check.wrong(wrong) for wrong, _ in CASES), check.message
 
@@ -93,6 +105,7 @@ def test_every_check_has_a_case():
         configured({"use_dora": True}, launch=EFFICIENT),
         configured({"use_peft": False, "lora_first_layer": 99}),
         configured(FLASH, here=False),
+        configured(trainer={"torch_compile": True}),
         configured(trainer={"optim": "paged_adamw_8bit", "gradient_checkpointing_kwargs": {"use_reentrant": False}}),
     ],
 )
@@ -114,6 +127,26 @@ def test_all_are_listed_and_the_first_is_raised_with_their_number():
     ]  # fmt: skip
     with pytest.raises(InputError, match=r"^model\.lora_r.*\(and 2 more; `rewardmodel doctor` lists all\)$"):
         refuse(wrong)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "capability", "expected"),
+    [
+        ("llama", "bfloat16", (9, 0), "varlen"),
+        ("llama", "float32", (9, 0), "sdpa"),
+        ("llama", "float16", (7, 5), "sdpa"),
+        ("llama", "bfloat16", None, "sdpa"),
+        ("gemma2", "bfloat16", (8, 0), "flex_attention"),
+        ("gemma2", "float32", (7, 5), "eager"),
+        ("gemma2", "bfloat16", None, "eager"),
+        ("olmo2", "bfloat16", (9, 0), "eager"),
+    ],
+)
+def test_the_default_attention_is_the_first_that_works(family, dtype, capability, expected, monkeypatch):
+    assert default_attention(find_family(family), dtype, capability) == expected
+    monkeypatch.setattr("rewardmodel.model.compatibility.HAS_VARLEN", False)
+    older = "sdpa" if expected == "varlen" else expected
+    assert default_attention(find_family(family), dtype, capability) == older
 
 
 def test_packages_are_looked_for_only_where_they_count(monkeypatch):

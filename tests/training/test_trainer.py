@@ -20,10 +20,12 @@ from rewardmodel.data.formats import read_battles
 from rewardmodel.data.splits import find_seen_battles, load_battles, split
 from rewardmodel.errors import InputError
 from rewardmodel.inference.predict import predict
+from rewardmodel.model.loading import compile_blocks
 from rewardmodel.objectives import find_objective
 from rewardmodel.predictions import build_predictions, predicted, write_predictions
 from rewardmodel.prompt.tokenization import tokenize
 from rewardmodel.run_folder import RunFolder
+from rewardmodel.training.arguments import compile_options, training_arguments
 from rewardmodel.training.train import train
 from rewardmodel.training.trainer import PreferenceTrainer
 
@@ -74,6 +76,7 @@ def test_the_same_seed_trains_the_same_weights(recipe, tmp_path):
 TRAIN = """
 import sys
 from rewardmodel.config.loader import load_recipe
+from rewardmodel.training.arguments import compile_options, training_arguments
 from rewardmodel.training.train import train
 train(load_recipe(sys.argv[1]), resume="--resume" in sys.argv)
 """
@@ -159,7 +162,7 @@ def test_the_loss_is_the_weighted_mean_over_battles(recipe):
     with torch.no_grad():
         logits = trainer.model(**pack(rows)).logits
     each = -(torch.tensor([row["labels"] for row in rows]) * logits.log_softmax(-1)).sum(-1)
-    assert loss.item() == pytest.approx((each * torch.tensor([1.0, 2, 3, 4])).sum().item() / 10, abs=1e-6)
+    assert loss.item() == pytest.approx((each * torch.tensor([1.0, 2, 3, 4])).sum().item() / 10, rel=1e-6)
 
 
 def test_both_orders_of_a_battle_count_as_its_mean(recipe):
@@ -239,6 +242,45 @@ def test_nothing_in_a_step_waits_for_the_device(recipe):
             trainer.train()
         counts.append(mode.seen)
     assert counts[0] == counts[1]  # what there is belongs to the start and the end of training
+
+
+@learns
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself and about bitsandbytes
+@pytest.mark.parametrize("bits", [None, 4])
+def test_compiled_blocks_train_as_others_do_and_are_compiled_for_all_lengths(bits, recipe, tmp_path, monkeypatch):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    model = dataclasses.replace(recipe.model, load_in_4bit=bits == 4, lora_dropout=0.0)
+    recipe = dataclasses.replace(recipe, model=model)
+    recipe, runs = with_trainer(recipe, micro_batch_tokens=400, battles_per_step=4), []
+    for options in (None, {"backend": count}):
+        monkeypatch.setattr("rewardmodel.training.train.compile_options", lambda _, options=options: options)
+        run, _ = train(with_trainer(recipe, output_dir=str(tmp_path / str(len(runs)))))
+        runs.append(adapter(run))
+    for name in runs[0]:
+        assert (runs[0][name] - runs[1][name]).abs().max() <= 1e-5, name
+    assert 1 <= len(graphs) <= 8  # in training and in evaluation, with one to four groups of lengths
+
+
+def test_a_recipe_says_how_blocks_are_compiled(recipe):
+    assert compile_options(recipe.trainer) is None
+    assert compile_options({"torch_compile": True}) == {}
+    keys = {"torch_compile": True, "torch_compile_backend": "inductor", "torch_compile_mode": "max-autotune"}
+    assert compile_options(keys) == {"backend": "inductor", "mode": "max-autotune"}
+    args = training_arguments(with_trainer(recipe, **keys), torch.float32, torch.device("cpu"))
+    assert not args.torch_compile
+
+
+def test_padded_models_are_not_compiled(recipe):
+    trainer = make_trainer(recipe, *(read_battles(recipe.data.train),) * 2)
+    trainer.model.config._attn_implementation = "sdpa"
+    with pytest.raises(InputError, match="those of llama are padded; leave it out"):
+        compile_blocks(trainer.model)
 
 
 @learns
