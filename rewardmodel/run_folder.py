@@ -222,7 +222,7 @@ def trained_models(run: Path) -> list[Path]:
     folders = [RunFolder(run).fold(fold).path for fold in range(recipe.data.folds)] if folds else [run]
     for folder in folders:
         if not model_folder(folder).is_dir():
-            raise InputError(f"{RunFolder(folder).model}: no trained model there; has the run finished training?")
+            raise InputError(f"{RunFolder(folder).model}: no trained model there; give a run that finished training")
     return folders
 
 
@@ -242,8 +242,12 @@ def last_checkpoint(folder: Path) -> Path | None:
 def check_same_inputs(folder: Path, facts: dict[str, Any]) -> None:
     """Raise if the run in a folder was started with another backbone or other battles.
 
+    Args:
+        folder: of the run.
+        facts: what `write_environment` would write; `backbone` and `data` are compared where it has them.
+
     Raises:
-        InputError: the fingerprints in its environment.json differ from those in `facts`.
+        InputError: one of them differs from that in the run's environment.json, or the file is not JSON.
     """
     if not RunFolder(folder).environment.is_file():
         return
