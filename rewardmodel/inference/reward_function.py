@@ -44,11 +44,14 @@ def reward_function(run: str | Path) -> Callable[..., list[float]]:
         )
     folders = trained_models(run)
     if len(folders) > 1:
-        raise InputError(f"{run}: a run of {len(folders)} folds; give one of them, or export them as a soup")
+        raise InputError(
+            f"{run}: a run of {len(folders)} folds; give the folder of one fold, or export the run with --kind soup"
+        )
     predictor = load_predictor(recipe.model, model_folder(run), recipe.inference.batch_tokens)
     encoder = PromptEncoder(predictor.tokenizer, recipe.prompt, objective.encoding)
 
     def rewards(prompts: Sequence[Conversation], completions: Sequence[Conversation], **_: Any) -> list[float]:
+        # turns: (the user's, the assistant's) of each conversation: [(["What is 2 + 2?"], ["4"]), ...]
         turns = [split_turns(*pair) for pair in zip(prompts, completions, strict=True)]
         encoded = [pack_sequences([one]) for one in encoder(*zip(*turns, strict=True))]
         rows = Dataset.from_list(
