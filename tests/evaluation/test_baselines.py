@@ -234,5 +234,5 @@ def test_battles_without_an_outcome_teach_and_judge_nothing():
     only = battles.select(np.flatnonzero(known))
     assert baseline(battles).equals(baseline(only))
     assert fit_predict(battles, only).equals(fit_predict(only, only))
-    with pytest.raises(InputError, match="the baselines need training battles with outcomes"):
+    with pytest.raises(InputError, match="no training battle has an outcome"):
         fit_predict(battles.select(np.flatnonzero(~known)), only)
