@@ -176,7 +176,7 @@ def _choose_precision(
     """Return the precision of the forward pass on a device, and the recipe's incompatible settings there."""
     model, problems, dtype = recipe.model, [], torch.float32
     if model.device not in ("auto", device.kind):
-        problems.append(f"model.device: {model.device}, but {device.name} is of kind {device.kind}; set auto")
+        problems.append(f"model.device: {model.device} is requested, but {device.name} is {device.kind}; set auto")
     try:
         family = find_family(backbone.model_type)
         dtype = compute_dtype(model, torch.device(device.kind), family, device.capability)

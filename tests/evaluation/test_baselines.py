@@ -116,11 +116,11 @@ def test_a_soft_outcome_is_the_battle_with_each_outcome_by_its_weight():
 def test_unlabelled_training_battles_are_refused(trained):
     unlabelled = battles_of([("x", "y")], np.full((1, 3), np.nan))
     unlabelled = changed(unlabelled, **{name: [None] for name in OUTCOMES})
-    with pytest.raises(InputError, match="outcomes"):
+    with pytest.raises(InputError, match="outcome"):
         fit_predict(unlabelled, trained)
-    with pytest.raises(InputError, match="outcomes"):
+    with pytest.raises(InputError, match="outcome"):
         fit_predict(trained.select([]), trained)
-    with pytest.raises(InputError, match="outcomes"):
+    with pytest.raises(InputError, match="outcome"):
         baseline(unlabelled)
     table = fit_predict(trained, unlabelled)
     assert table.columns.tolist() == ["id", *ALL]
