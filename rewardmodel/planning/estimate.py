@@ -185,6 +185,7 @@ def estimate_hours(scenario: Scenario) -> Hours:
     recipe, workload, size = scenario.recipe, scenario.workload, measure_peaks(scenario).size
     step_battles, layers = recipe.trainer[BATTLES], scenario.layers
     training_rows, prediction_rows = scenario.training_rows, scenario.prediction_rows
+    evaluation_rows = scenario.evaluation_rows
     epochs, evaluations = _count_rounds(scenario)
     battles = epochs * workload.training
 
@@ -203,6 +204,7 @@ def estimate_hours(scenario: Scenario) -> Hours:
         return count_flops(scenario.backbone, weights, length, square, share) / rate
 
     forward, predicted = compute_seconds(training_rows, 0.0), compute_seconds(prediction_rows, 0.0)
+    evaluated = compute_seconds(evaluation_rows, 0.0)
     trained = compute_seconds(training_rows, backward) + again * forward
 
     # seconds of launching the operations of one batch, and the number of batches
@@ -213,7 +215,7 @@ def estimate_hours(scenario: Scenario) -> Hours:
     training_batches = battles / step_battles * _count_batches(scenario, training_rows, step_battles, training_tokens)
     if recipe.model.freeze_backbone:
         training_batches = _count_batches(scenario, training_rows, workload.training, training_tokens)
-    evaluation_batches = _count_batches(scenario, training_rows, workload.validation, inference_tokens)
+    evaluation_batches = _count_batches(scenario, evaluation_rows, workload.validation, inference_tokens)
     prediction_batches = _count_batches(scenario, prediction_rows, workload.validation, inference_tokens)
     fit_batches = _count_batches(scenario, training_rows, workload.training, inference_tokens)
 
@@ -221,7 +223,7 @@ def estimate_hours(scenario: Scenario) -> Hours:
     head_fit = max(workload.training * forward, fit_batches * forward_launch) / 3600
     return Hours(
         training=max(battles * trained, training_batches * training_launch) / 3600,
-        evaluation=evaluations * max(workload.validation * forward, evaluation_batches * forward_launch) / 3600,
+        evaluation=evaluations * max(workload.validation * evaluated, evaluation_batches * forward_launch) / 3600,
         prediction=max(workload.validation * predicted, prediction_batches * forward_launch) / 3600,
         head_fit=head_fit if recipe.model.head_init == "fitted" else None,
     )

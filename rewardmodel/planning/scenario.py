@@ -67,6 +67,13 @@ class Scenario:
         """Lengths of the sampled battles in training, cut to `prompt.max_length`."""
         return _limit_lengths(self.workload.branches, self.recipe.prompt.max_length)
 
+    @property
+    def evaluation_rows(self) -> Branches:
+        """Lengths of the sampled battles in evaluations during training, which show A first, whatever training does."""
+        if find_objective(self.recipe.objective).encoding == "separate":
+            return self.training_rows
+        return [[0, shared + first] for shared, first, *_ in self.training_rows]
+
     @cached_property
     def prediction_rows(self) -> Branches:
         """Lengths of the sampled battles in prediction, cut to `prompt.max_length`."""
