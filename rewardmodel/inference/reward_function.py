@@ -67,9 +67,12 @@ def split_turns(prompt: Conversation, completion: Conversation) -> tuple[list[st
     """Return the user's turns and the assistant's turns of a prompt and its completion; both lists are equally long.
 
     Raises:
-        InputError: roles do not alternate from the user to the assistant.
+        InputError: roles do not alternate from the user to the assistant, or a message is not a role and a text.
     """
     messages = [*_as_messages(prompt, "user"), *_as_messages(completion, "assistant")]
+    for message in messages:
+        if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise InputError(f"rewards: {message!r:.80}: give messages like {{'role': 'user', 'content': 'a text'}}")
     system = [message["content"] for message in messages if message["role"] == "system"]
     dialogue = [message for message in messages if message["role"] != "system"]
     roles = [message["role"] for message in dialogue]
