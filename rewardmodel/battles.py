@@ -160,9 +160,8 @@ def _check_texts(table: pa.Table, where: str) -> None:
         column = table.column(name)
         row = _first_true(pc.is_null(column))
         if row is None and name != "id":
-            holes = pc.is_null(pc.list_flatten(column))
-            hole = _first_true(holes)
-            row = None if hole is None else pc.list_parent_indices(column)[hole].as_py()
+            turn = _first_true(pc.is_null(pc.list_flatten(column)))  # counted over all rows
+            row = None if turn is None else pc.list_parent_indices(column)[turn].as_py()
         if row is not None:
             raise InputError(f"{where}: row {row + 1}, column '{name}': null; give a text, which may be empty")
     row = _first_true(pc.equal(pc.list_value_length(table.column("prompt")), 0))
@@ -233,6 +232,7 @@ def _check_weights(weights: pa.ChunkedArray, where: str) -> None:
 
 
 def _first_true(mask: pa.ChunkedArray | pa.Array) -> int | None:
+    """Return the index of the first true value, or None."""
     row = pc.index(mask, value=True).as_py()
     return None if row < 0 else row
 
@@ -306,12 +306,8 @@ def data_fingerprint(battles: Dataset) -> str:
     depend on the file that the battles came from, nor on how they are grouped and split.
     """
     digest = hashlib.sha256()
-    left_out = [
-        "group",
-        "fold",
-        "source",
-        *(() if np.isfinite(teacher_probabilities(battles)).any() else TEACHER_COLUMNS),
-    ]
+    has_teacher = np.isfinite(teacher_probabilities(battles)).any()
+    left_out = {"group", "fold", "source", *(() if has_teacher else TEACHER_COLUMNS)}
     columns = [name for name in BATTLE_FEATURES if name not in left_out]
     for batch in battles.with_format(None).select_columns(columns).iter(batch_size=1000):
         digest.update(json.dumps(batch, ensure_ascii=False).encode())

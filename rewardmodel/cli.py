@@ -284,7 +284,7 @@ def _numbers(name: str, words: list[str] | None) -> list[float] | None:
 
 
 def _read_parts(recipe: "Recipe", options: Namespace) -> "Parts":
-    """Return the battles of a recipe that may be trained now, read and checked."""
+    """Check that the run may be written, then read and split the recipe's battles."""
     from rewardmodel.data.splits import load_battles, split
     from rewardmodel.run_folder import check_run
 

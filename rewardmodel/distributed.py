@@ -31,12 +31,12 @@ def process_state() -> "PartialState":
 
 
 def wait_for_all() -> None:
-    """Return when every process has called this."""
+    """Block until every process has called this (a barrier)."""
     process_state().wait_for_everyone()
 
 
 def from_main(compute: Callable[[], T]) -> T:
-    """Return in every process what `compute` returns in the main one, the only one that calls it."""
+    """Call `compute` in the main process only, and return its result in every process (a broadcast, by pickle)."""
     process_state()
     from accelerate.utils import broadcast_object_list
 
@@ -97,18 +97,22 @@ def read_launch(path: Path, processes: int | None = None) -> Launch:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not a configuration of accelerate ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict) or "distributed_type" not in content:
-        raise InputError(f"{path}: not a configuration of accelerate: no distributed_type; see recipes/accelerate")
-    count = processes or int(content.get("num_processes") or 1)
-    kind = str(content["distributed_type"]).upper()
+        if not isinstance(content, dict) or "distributed_type" not in content:
+            raise ValueError("no distributed_type")
+        kind = str(content["distributed_type"]).upper()
+        count = processes or int(content.get("num_processes") or 1)
+        fsdp = dict(content.get("fsdp_config") or {})
+        version = int(fsdp.get("fsdp_version", 1))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{path}: not a configuration of accelerate ({reason}); start from a file in recipes/accelerate"
+        ) from error
     if kind == "DEEPSPEED":
         raise InputError(f"{path}: {NO_DEEPSPEED}")
     if kind == "FSDP":
-        fsdp = content.get("fsdp_config") or {}
         efficient = _is_true(fsdp.get("fsdp_cpu_ram_efficient_loading", True))  # accelerate's own default
-        return Launch(count, "fsdp", int(fsdp.get("fsdp_version", 1)), efficient)
+        return Launch(count, "fsdp", version, efficient)
     return Launch(count, "ddp" if count > 1 else "")
 
 

@@ -40,10 +40,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def clear(folder: Path) -> None:
-    """Empty a folder at once: killed at any time, it holds all that it held, or nothing.
+    """Empty a folder atomically: if the process is killed, the folder has all of its content or none.
 
     What was not removed by then is in `.NAME.old` next to it, until the next call. A mount point and the working
-    directory cannot be moved out of the way, and are emptied bit by bit.
+    directory cannot be renamed, so their content is removed file by file.
     """
     place = folder.resolve()
     old = place.with_name(f".{place.name}.old")
@@ -60,7 +60,7 @@ def clear(folder: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Return the folder of what can be made again: $REWARDMODEL_CACHE, or rewardmodel in the user's cache folder."""
+    """Return the folder of files that can be computed again: $REWARDMODEL_CACHE, else ~/.cache/rewardmodel."""
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "rewardmodel"
     return Path(os.environ.get("REWARDMODEL_CACHE", default)).expanduser()
 
@@ -77,7 +77,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_arrays(folder: Path, pattern: str, names: Sequence[str]) -> Iterator[list[np.ndarray]]:
-    """Yield the arrays of these names out of each file of a folder; of one that cannot be read, a warning."""
+    """Yield the named arrays of each .npz file that matches; a file that cannot be read is skipped with a warning."""
     for path in sorted(folder.glob(pattern)):
         try:
             with path.open("rb") as opened, np.load(opened) as file:
@@ -89,6 +89,6 @@ def read_arrays(folder: Path, pattern: str, names: Sequence[str]) -> Iterator[li
 
 
 def write_arrays(path: Path, **arrays: Any) -> None:
-    """Write arrays to a file, whole or not at all."""
+    """Write arrays to an .npz file, by name, whole or not at all."""
     with atomic_path(path) as partial_file, partial_file.open("wb") as file:
         np.savez(file, **arrays)

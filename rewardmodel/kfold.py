@@ -51,15 +51,13 @@ def train_folds(
     """
     whole = _of_all_folds(recipe, battles)
     check_run(whole, resume, overwrite, all_folds=True)
-    dealt = load_battles(whole.data, battles)
-    for fold in range(whole.data.folds):
-        if fold == 0:
-            _train(whole, dealt, fold, resume=resume, overwrite=overwrite, fresh=overwrite and not resume)
-        else:
-            _train(whole, dealt, fold, resume=True)
+    battles = load_battles(whole.data, battles)
+    _train(whole, battles, 0, resume=resume, overwrite=overwrite, fresh=overwrite and not resume)
+    for fold in range(1, whole.data.folds):
+        _train(whole, battles, fold, resume=True)
     folder = whole.run_folder
     if is_main():
-        gather(whole, dealt)
+        gather(whole, battles)
     wait_for_all()
     return folder, read_evaluation(RunFolder(folder).metrics)
 
@@ -84,11 +82,12 @@ def train_fold(
     """
     whole = _of_all_folds(recipe, battles)
     check_run(whole, resume=True, overwrite=False, all_folds=True)
-    dealt = load_battles(replace(whole.data, fold=fold), battles)
-    return _train(whole, dealt, fold, resume=resume, overwrite=overwrite)
+    battles = load_battles(replace(whole.data, fold=fold), battles)
+    return _train(whole, battles, fold, resume=resume, overwrite=overwrite)
 
 
 def _of_all_folds(recipe: Recipe, battles: Any) -> Recipe:
+    """Return the recipe of the k-fold run, below `whole`: it names the battles, and does not depend on `data.fold`."""
     if battles is not None:
         from rewardmodel.training.train import with_source
 
@@ -97,15 +96,16 @@ def _of_all_folds(recipe: Recipe, battles: Any) -> Recipe:
 
 
 def _train(
-    whole: Recipe, dealt: Dataset, fold: int, *, resume: bool, overwrite: bool = False, fresh: bool = False
+    whole: Recipe, battles: Dataset, fold: int, *, resume: bool, overwrite: bool = False, fresh: bool = False
 ) -> Path:
     """Train and evaluate a fold unless it is done; `fresh`: remove the existing k-fold run first. Return its folder."""
-    folder, parts = RunFolder(whole.run_folder).fold(fold).path, split(dealt, fold)
+    folder, parts = RunFolder(whole.run_folder).fold(fold).path, split(battles, fold)
     data = replace(whole.data, fold=fold, test=None, sample_submission=None)
     recipe = replace(whole, data=data, trainer={**whole.trainer, "output_dir": str(folder)})
     check_run(recipe, resume, overwrite)
-    own = RunFolder(folder)
-    written = (own.validation, own.baselines, own.report, *([own.blend_baseline] if whole.inference.blend else []))
+    files = RunFolder(folder)
+    written = [files.validation, files.baselines, files.report]
+    written += [files.blend_baseline] if whole.inference.blend else []
     if resume and all(path.is_file() for path in written):
         check_same_inputs(folder, {"data": fingerprint_parts(parts)})
         logger.info("%s: done", folder)
@@ -139,12 +139,15 @@ def gather(recipe: Recipe, battles: Dataset) -> None:
     Raises:
         InputError: a fold is missing, was trained on another backbone, or predicted other battles.
     """
+    # the folds, which must have the same backbone
     folder, folds = recipe.run_folder, range(recipe.data.folds)
     folders = [RunFolder(folder).fold(fold).path for fold in folds]
     environments = [json.loads(RunFolder(one).environment.read_text(encoding="utf-8")) for one in folders]
     for one, environment in zip(folders, environments, strict=True):
         if environment["backbone"] != environments[0]["backbone"]:
             raise InputError(f"{one}: trained on another backbone than {folders[0]}; train it again with --overwrite")
+
+    # out-of-fold predictions of the model and of the baselines; the calibration part is predicted by every fold
     parts = split(battles, None)
     ids = parts.validation["id"][:]
     predictions = [
@@ -156,10 +159,13 @@ def gather(recipe: Recipe, battles: Dataset) -> None:
     if len(parts.calibration):
         kept = [read_predictions(RunFolder(one).calibration) for one in folders]
         write_predictions(average_tables(kept, [1.0] * len(kept)), RunFolder(folder).calibration)
+
+    # what an ordinary run has besides: recipe, environment, calibrator, report
     compute = {one.name: environment["compute"] for one, environment in zip(folders, environments, strict=True)}
     facts = {"data": fingerprint_parts(parts), "backbone": environments[0]["backbone"], "compute": compute}
     write_text(RunFolder(folder).recipe, dump_recipe(recipe))
     write_environment(folder, facts)
+
     from rewardmodel.evaluation.evaluate import evaluate_run
     from rewardmodel.evaluation.report import report
 
@@ -169,7 +175,7 @@ def gather(recipe: Recipe, battles: Dataset) -> None:
 def _in_order(tables: list[pd.DataFrame], ids: list[str], run: Path) -> pd.DataFrame:
     """Return the tables of all folds as one, a row for each of these battles."""
     together = pd.concat(tables, ignore_index=True)
-    place = pd.Index(together["id"])
-    if len(together) != len(ids) or set(place) != set(ids):
+    index = pd.Index(together["id"])
+    if len(together) != len(ids) or set(index) != set(ids):
         raise InputError(f"{run}: its folds did not predict each battle once; train it again with --overwrite")
-    return together.iloc[place.get_indexer(pd.Index(ids))].reset_index(drop=True)
+    return together.iloc[index.get_indexer(pd.Index(ids))].reset_index(drop=True)

@@ -232,7 +232,7 @@ OBJECTIVES = {
 
 _SETTING_RANGES = dict.fromkeys(Settings.__annotations__, (0.0, math.inf))
 _SETTING_RANGES |= {"label_smoothing": (0.0, 1.0), "temperature": (0.01, math.inf)}
-"""The least value of each setting (inclusive), and its upper bound (exclusive)."""
+"""Setting -> its least value (inclusive) and its upper bound (exclusive)."""
 
 
 def find_objective(config: Any) -> Objective:
@@ -247,7 +247,9 @@ def find_objective(config: Any) -> Objective:
     """
     name = config.name
     if name not in OBJECTIVES:
-        raise InputError(f"objective.name: no objective '{name}'{nearest(name, OBJECTIVES)}")
+        raise InputError(
+            f"objective.name: no objective '{name}'{nearest(name, OBJECTIVES)}; known: {', '.join(OBJECTIVES)}"
+        )
     defaults = {field.name: field.default for field in fields(config) if field.name in _SETTING_RANGES}
     for key, default in defaults.items():
         value, (least, below) = getattr(config, key), _SETTING_RANGES[key]

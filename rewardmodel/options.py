@@ -12,6 +12,7 @@ from rewardmodel import __version__
 from rewardmodel.errors import InputError
 
 ALL_KEYS = ("--",)
+"""How every recipe key begins."""
 
 KEYS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("run", "doctor", "prepare", "train"), ALL_KEYS),

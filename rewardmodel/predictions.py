@@ -96,6 +96,8 @@ def average_tables(tables: Sequence[pd.DataFrame], weights: Sequence[float]) -> 
         return tables[0]
     kept = [name for name in tables[0] if all(name in table for table in tables)]
     names = [name for name in kept if str(name).endswith(PROBABILITIES)]
+
+    # every table's rows, one after the other, each with its weight; then sums by battle number
     stacked = pd.concat([table[kept] for table in tables])
     share = pd.Series(np.repeat(weights, [len(table) for table in tables]).astype(np.float64), stacked.index)
     sums = stacked[names].astype(np.float64).mul(share, axis=0).groupby(level=0).sum()
@@ -243,7 +245,9 @@ def check_sample(sample: Path, ids: Iterable[str]) -> None:
         raise InputError(f"{sample}: cannot be read as a sample submission; give a CSV file") from error
     columns = ["id", *OUTCOMES]
     if list(expected.columns) != columns:
-        raise InputError(f"{sample}: columns {list(expected.columns)}, but a submission has {columns}")
+        raise InputError(
+            f"{sample}: columns {list(expected.columns)}, but a submission has {columns}; rename or remove columns"
+        )
     here, there = set(ids), set(expected["id"])
     twice = expected["id"][expected["id"].duplicated()]
     if len(twice):

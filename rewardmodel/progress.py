@@ -30,11 +30,11 @@ class Progress:
     """Counts what a loop has done and shows it.
 
     Args:
-        total: of what is to be done.
+        total: number of items, like battles.
         title: what is being done, like "predicting".
-        initial: how much of it was done before.
-        unit: name of one of them.
-        show: whether to show anything; one process of several does.
+        initial: number of items that were done before.
+        unit: what an item is called.
+        show: whether to show anything; of several processes only one should.
     """
 
     def __init__(self, total: int, title: str, initial: int = 0, unit: str = "battle", show: bool = True) -> None:
@@ -53,11 +53,11 @@ class Progress:
             self.bar.close()
 
     def update(self, count: int) -> None:
-        """Count some more."""
+        """Add `count` items that are done."""
         self.move_to(self.done + count)
 
     def move_to(self, done: int) -> None:
-        """Set how many are done by now."""
+        """Set the number of items that are done."""
         before, self.done = self.done, done
         if self.bar is not None:
             self.bar.update(done - before)

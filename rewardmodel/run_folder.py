@@ -110,19 +110,26 @@ class RunFolder:
 
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "scikit-learn")
+"""Packages whose versions environment.json records."""
 
 
 def check_run(recipe: Recipe, resume: bool, overwrite: bool, all_folds: bool = False) -> None:
-    """Raise if the run, of one fold or of all, may not be written to its folder; touch nothing.
+    """Raise if the run may not be written to its folder; write nothing.
+
+    Args:
+        recipe: of the run; `recipe.run_folder` is looked at.
+        resume: continue the run that is there.
+        overwrite: replace it.
+        all_folds: whether a k-fold run is to be written, not a run of one fold.
 
     Raises:
         InputError: the folder holds a run already and neither `resume` nor `overwrite` is set, or holds
             something else, or `resume` finds a run of another recipe, or one of all folds where one is meant.
     """
     folder = recipe.run_folder
-    above = next(path for path in folder.absolute().parents if path.exists())
-    if not above.is_dir():
-        raise InputError(f"trainer.output_dir: {folder}: {above} is not a folder; name another")
+    parent = next(path for path in folder.absolute().parents if path.exists())
+    if not parent.is_dir():
+        raise InputError(f"trainer.output_dir: {folder}: {parent} is not a folder; name another")
     if not folder.exists() or (folder.is_dir() and all(path.suffix == ".partial" for path in folder.iterdir())):
         return
     if not RunFolder(folder).recipe.is_file() and not (all_folds and is_k_fold(folder)):
@@ -148,7 +155,11 @@ def check_run(recipe: Recipe, resume: bool, overwrite: bool, all_folds: bool = F
 def open_run(recipe: Recipe, resume: bool, overwrite: bool, before_write: Callable[[], None] = lambda: None) -> Path:
     """Return the run folder, holding the resolved recipe and nothing of another run.
 
-    `before_write` is called before anything is written there.
+    Args:
+        recipe: of the run.
+        resume: keep what is there.
+        overwrite: remove what is there.
+        before_write: called before anything is written there.
 
     Raises:
         InputError: as `check_run`.
@@ -178,7 +189,7 @@ def _check_same_recipe(folder: Path, recipe: Recipe, all_folds: bool) -> None:
 
 
 def model_folder(run: Path) -> Path:
-    """Return the folder of the model of a run, or of an export, which is itself a model folder with a recipe."""
+    """Return the folder of a run's model; an export is a model folder itself, with a recipe in it."""
     return run if (run / BACKBONE_FILE).is_file() else RunFolder(run).model
 
 
@@ -211,7 +222,7 @@ def trained_models(run: Path) -> list[Path]:
     folders = [RunFolder(run).fold(fold).path for fold in range(recipe.data.folds)] if folds else [run]
     for folder in folders:
         if not model_folder(folder).is_dir():
-            raise InputError(f"{RunFolder(folder).model}: no trained model there; has the run finished training?")
+            raise InputError(f"{RunFolder(folder).model}: no trained model there; give a run that finished training")
     return folders
 
 
@@ -231,8 +242,12 @@ def last_checkpoint(folder: Path) -> Path | None:
 def check_same_inputs(folder: Path, facts: dict[str, Any]) -> None:
     """Raise if the run in a folder was started with another backbone or other battles.
 
+    Args:
+        folder: of the run.
+        facts: what `write_environment` would write; `backbone` and `data` are compared where it has them.
+
     Raises:
-        InputError: the fingerprints in its environment.json differ from those in `facts`.
+        InputError: one of them differs from that in the run's environment.json, or the file is not JSON.
     """
     if not RunFolder(folder).environment.is_file():
         return

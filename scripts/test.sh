@@ -7,5 +7,6 @@ bash scripts/setup.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
+# Neighbouring tests share fixtures: worksteal keeps them together and evens out the ends.
 # OpenMP threads that spin while idle would take the cores from the other test processes.
-OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 .venv/bin/python -m pytest --numprocesses logical --maxprocesses 8 "$@"
+OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 .venv/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal "$@"

@@ -52,7 +52,14 @@ def test_deepspeed_is_refused_by_either_way_in(tmp_path):
         read_launch(config, 2)
 
 
-@pytest.mark.parametrize("text", [None, "a: [", "just words", "num_processes: 2\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(None, "a: [", "just words", "num_processes: 2\n"),
+        "distributed_type: MULTI_GPU\nnum_processes: two\n",
+        "distributed_type: FSDP\nfsdp_config: 2\n",
+    ],
+)
 def test_a_file_that_is_no_configuration_is_refused(text, tmp_path):
     path = tmp_path / "launch.yaml"
     if text is not None:

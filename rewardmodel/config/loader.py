@@ -31,13 +31,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, of_run: bool
     given = _read_mapping(path)
     _check_sources(given.get("data", {}), path)
     overridden = [word[2:].split("=")[0] for word in overrides if word.startswith("--")]
-    asked = {*given.get("trainer", {}), *(key.removeprefix("trainer.") for key in overridden)}
+
+    # the type of every key: {"model.lora_r": int, "trainer.seed": int, ...}; an unknown key is an error
+    trainer_names = {*given.get("trainer", {}), *(key.removeprefix("trainer.") for key in overridden)}
     types = {f"{name}.{field.name}": field.type for name, section in SECTIONS.items() for field in fields(section)}
-    types |= {f"trainer.{key}": schema_to_type(schema) for key, schema in trainer_keys(asked).items()}
+    types |= {f"trainer.{key}": schema_to_type(schema) for key, schema in trainer_keys(trainer_names).items()}
     types |= dict.fromkeys(REMOVED_KEYS, Any) if of_run else {}
     keys = [*_leaves(given, types), *overridden]
     for key in keys:
         _check_key(key, types, path)
+
+    # the values, and the defaults of the file
     sections = _parse(path if given else None, overrides, {key: types[key] for key in keys}, path)
     for section, name in (key.split(".") for key in REMOVED_KEYS):
         sections[section].pop(name, None)
@@ -90,8 +94,11 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not YAML ({' '.join(str(error).split())}); fix that line") from error
     if content is None:
         return {}
-    if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
-        raise InputError(f"{path}: a recipe has one mapping per section: {', '.join([*SECTIONS, 'trainer'])}")
+    values = content if isinstance(content, dict) else {"the file": content}
+    wrong = [name for name, value in values.items() if not isinstance(value, dict)]
+    if wrong:
+        names = ", ".join([*SECTIONS, "trainer"])
+        raise InputError(f"{path}: {wrong[0]}: not a mapping; a recipe has one mapping per section: {names}")
     return content
 
 

@@ -93,20 +93,20 @@ TRAINER_REFUSED = {
 }
 """Keys of RewardConfig that another key decides or that nothing would read, and what to do instead."""
 
-TRL_KEYS = Path(__file__).with_name("trainer_keys.json")
-"""`versions` of trl and transformers, and `keys`: name -> JSON schema with `default` and `description`."""
+TRL_KEYS_FILE = Path(__file__).with_name("trainer_keys.json")
+"""The table: `versions` of trl and transformers, and `keys`: name -> JSON schema with `default` and `description`."""
 
 
-def trainer_keys(asked: Iterable[str] = ()) -> dict[str, Schema]:
+def trainer_keys(used: Iterable[str] = ()) -> dict[str, Schema]:
     """Return every key that `trainer` takes, with its type, default and help as a JSON schema.
 
     Args:
-        asked: names that a recipe uses. The installed trl is imported only if one of them is in no table and the
+        used: names that a recipe uses. The installed trl is imported only if one of them is in no table and the
             table was made from other versions of trl or transformers.
     """
     table = read_trl_keys()
     known = table["keys"]
-    if not {*asked} <= {*known, *OWN_KEYS} and table["versions"] != installed_versions():
+    if not {*used} <= {*known, *OWN_KEYS} and table["versions"] != installed_versions():
         known = known | find_trl_keys()
     own = {key: property_of(hint, default, text) for key, (hint, default, text) in OWN_KEYS.items()}
     taken = own | {key: schema for key, schema in known.items() if key not in TRAINER_REFUSED}
@@ -134,7 +134,7 @@ def property_of(hint: Any, default: Any, description: str) -> Schema:
 @cache
 def read_trl_keys() -> dict[str, Any]:
     """Return the shipped table `trainer_keys.json`."""
-    return json.loads(TRL_KEYS.read_text(encoding="utf-8"))
+    return json.loads(TRL_KEYS_FILE.read_text(encoding="utf-8"))
 
 
 def find_trl_keys() -> dict[str, Schema]:
@@ -160,4 +160,4 @@ def write_trl_keys() -> None:
     """
     keys = ",\n".join(f"{json.dumps(key)}: {json.dumps(schema)}" for key, schema in find_trl_keys().items())
     text = f'{{"versions": {json.dumps(installed_versions())},\n"keys": {{\n{keys}\n}}}}\n'
-    TRL_KEYS.write_text(text, encoding="utf-8")
+    TRL_KEYS_FILE.write_text(text, encoding="utf-8")

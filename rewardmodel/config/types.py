@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 Schema = dict[str, Any]
 """A JSON schema (draft 2020-12), or a part of one."""
 
-PLAIN: dict[Any, str] = {
+_JSON_TYPES: dict[Any, str] = {
     bool: "boolean",
     dict: "object",
     float: "number",
@@ -21,6 +21,7 @@ PLAIN: dict[Any, str] = {
     NoneType: "null",
     str: "string",
 }
+"""Python types -> the names that JSON schema has for them."""
 
 
 def type_to_schema(hint: Any) -> Schema:
@@ -40,7 +41,7 @@ def type_to_schema(hint: Any) -> Schema:
         return {"enum": [member.value for member in kind]}
     if is_dataclass(kind) and kind.__module__.startswith("rewardmodel."):
         return {"$ref": f"#/$defs/{hint.__name__}"}
-    schema: Schema = {"type": PLAIN.get(kind, "object")}
+    schema: Schema = {"type": _JSON_TYPES.get(kind, "object")}
     if inner and inner[-1] is not Any:
         schema["items" if kind is list else "additionalProperties"] = type_to_schema(inner[-1])
     return schema
@@ -52,7 +53,7 @@ def _union(options: list[Schema]) -> Schema:
 
 
 def schema_to_type(schema: Schema) -> Any:
-    """Return the type hint of a JSON schema that `type_to_schema` made; of a class or an Enum, what stands for it."""
+    """Return the type hint of a JSON schema of `type_to_schema`; a class comes back as dict, an Enum as a Literal."""
     if "anyOf" in schema:
         return Union[tuple(map(schema_to_type, schema["anyOf"]))]  # noqa: UP007 (made at run time)
     if "enum" in schema:
@@ -64,4 +65,4 @@ def schema_to_type(schema: Schema) -> Any:
         return list[schema_to_type(schema["items"])]  # type: ignore[misc]
     if "additionalProperties" in schema:
         return dict[str, schema_to_type(schema["additionalProperties"])]  # type: ignore[misc]
-    return next((one for one, name in PLAIN.items() if name == kind), Any)
+    return next((one for one, name in _JSON_TYPES.items() if name == kind), Any)

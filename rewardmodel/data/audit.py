@@ -14,14 +14,16 @@ from rewardmodel.data.folds import CALIBRATION_FOLD, HOLDOUT_FOLD, TRAIN_ONLY, T
 from rewardmodel.metrics import wilson_interval
 
 _PERCENTILES = (5, 25, 50, 75, 95, 99)
+"""Percentiles that summarise lengths."""
 
 _PART_NAMES = {
     TRAIN_ONLY: "train only",
     CALIBRATION_FOLD: "calibration",
     HOLDOUT_FOLD: "holdout",
     UNUSED: "unused",
-    -1: "not dealt",
+    -1: "no fold",
 }
+"""Names of the values of `fold` that are not folds."""
 
 _FEW_BATTLES = 50
 """Groups and sources of fewer battles are never reported as a problem."""
@@ -96,9 +98,14 @@ def _survey_texts(battles: Dataset) -> _Survey:
         scripts.append(detect_scripts(texts[0]))
     share = np.bincount(np.concatenate(scripts), minlength=len(SCRIPTS)) / len(battles)
     ranked = sorted(zip(SCRIPTS, share.tolist(), strict=True), key=lambda item: -item[1])
-    found = {name: here for name, here in ranked if here}
-    numbered, rounds = np.concatenate(source), np.concatenate(turns)
-    return _Survey(list(numbers), numbered, rounds, np.concatenate(characters), empty, found)
+    return _Survey(
+        list(numbers),
+        np.concatenate(source),
+        np.concatenate(turns),
+        np.concatenate(characters),
+        empty,
+        {name: here for name, here in ranked if here},
+    )
 
 
 def _shares(mean: np.ndarray) -> dict[str, float] | None:
@@ -210,7 +217,7 @@ def _text_lines(facts: dict[str, Any]) -> list[str]:
     lines = {
         "turns": ", ".join(f"{name}: {100 * turns[name]:.1f} %" for name in rounds) + f"; at most {turns['most']}",
         "empty turns": ", ".join(f"{name}: {count:,}" for name, count in facts["empty_turns"].items()),
-        "script of prompt": _first([f"{name}: {100 * share:.1f} %" for name, share in facts["scripts"].items()]),
+        "script of prompt": _join_names([f"{name}: {100 * share:.1f} %" for name, share in facts["scripts"].items()]),
         "prompt groups": f"{grouped}{shared}" if groups else "not assigned",
         "exact duplicates": f"{_count(same['battles'])}; both responses are the same in {_count(twice)}",
         "similar prompts": f"at least {near['pairs']:,} pairs among {near['prompts']:,} prompts, of different groups",
@@ -219,7 +226,7 @@ def _text_lines(facts: dict[str, Any]) -> list[str]:
     return [*shown, "", *_percentile_lines("characters", facts["characters"])]
 
 
-def _first(names: list[str]) -> str:
+def _join_names(names: list[str]) -> str:
     more = len(names) - _NAMES_SHOWN
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
@@ -268,7 +275,7 @@ def _outcome_problems(facts: dict[str, Any]) -> Iterator[str]:
     large = {name: row["outcomes"] for name, row in rows if row["battles"] >= _FEW_BATTLES and row["outcomes"]}
     without = [name for name, shares in large.items() if not shares["winner_tie"]]
     if without and facts["outcomes"]["winner_tie"] > 0:
-        yield f"There are ties, but none in {_first(without)}: a model can learn to recognise the source."
+        yield f"There are ties, but none in {_join_names(without)}: a model can learn to recognise the source."
 
     # Parts whose outcomes differ from all battles' by more than 2 points, and by more than chance explains.
     for name, part in facts["parts"].items():

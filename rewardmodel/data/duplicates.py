@@ -162,8 +162,8 @@ def _grams(text: str) -> np.ndarray:
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32).astype(np.uint64)
     count = len(points) - _GRAM + 1
     hashed = np.zeros(count, np.uint64)
-    for place, factor in enumerate(_odd_numbers(_GRAM, np.uint64)):
-        hashed += points[place : place + count] * factor
+    for offset, factor in enumerate(_odd_numbers(_GRAM, np.uint64)):
+        hashed += points[offset : offset + count] * factor
     return hashed
 
 
@@ -191,7 +191,7 @@ def _candidates(bands: np.ndarray) -> np.ndarray:
     for keys in bands.T:
         order = np.argsort(keys, kind="stable")
         starts, sizes = np.unique(keys[order], return_index=True, return_counts=True)[1:]
-        start = np.repeat(starts, sizes)  # place in `order` where the bucket of each place begins
+        start = np.repeat(starts, sizes)  # index in `order` of the first row of each row's bucket
         for leader in range(LEADERS):
             later = np.flatnonzero(np.arange(count) > start + leader)
             found.append(order[start[later] + leader] * count + order[later])

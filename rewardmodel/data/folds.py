@@ -56,7 +56,7 @@ def content_keys(battles: Dataset) -> np.ndarray:
 def assign_folds(
     battles: Dataset, folds: int, seed: int = 0, calibration: float = 0.0, holdout: float = 0.0
 ) -> Dataset:
-    """Return the battles with `fold`, dealing whole groups so that outcomes and sources are alike in all parts.
+    """Return the battles with `fold`: whole groups, stratified by outcome and source.
 
     `fold` becomes 0 to `folds` - 1, or `CALIBRATION_FOLD` or `HOLDOUT_FOLD` for these shares of the battles. Battles
     that come as `TRAIN_ONLY` are never evaluated: they stay so, or become `TRAIN_WITH` - k or `UNUSED` if they share a
@@ -95,10 +95,10 @@ def assign_folds(
             )
 
     # Battles that only train follow the part of their group, if it was dealt.
-    place = np.searchsorted(distinct, groups).clip(max=len(distinct) - 1)
-    dealt = part_of_group[place]
-    shared = np.where(dealt >= 0, TRAIN_WITH - dealt, UNUSED)
-    fold = np.where(only_trains, np.where(distinct[place] == groups, shared, TRAIN_ONLY), dealt)
+    nearest = np.searchsorted(distinct, groups).clip(max=len(distinct) - 1)
+    was_dealt, own_part = distinct[nearest] == groups, part_of_group[nearest]
+    follows = np.where(own_part >= 0, TRAIN_WITH - own_part, UNUSED)
+    fold = np.where(only_trains, np.where(was_dealt, follows, TRAIN_ONLY), own_part)
     return with_column(battles, "fold", fold.astype(np.int32))
 
 
@@ -159,7 +159,7 @@ def _deal_groups(group: np.ndarray, stratum: np.ndarray, shares: np.ndarray, ran
 
     count, strata = group.max() + 1, stratum.max() + 1
     content = coo_array((np.ones(len(group)), (group, stratum)), shape=(count, strata)).tocsr()  # battles by stratum
-    lacking = shares[:, None] * np.bincount(stratum, minlength=strata)
+    lacking = shares[:, None] * np.bincount(stratum, minlength=strata)  # (n_parts, n_strata) battles still to deal
     part = np.full(count, -1)
     sizes = np.bincount(group)
     order = random.permutation(count)
@@ -168,24 +168,24 @@ def _deal_groups(group: np.ndarray, stratum: np.ndarray, shares: np.ndarray, ran
     def deal_greedily(groups: np.ndarray) -> None:
         for number in groups:
             here = slice(content.indptr[number], content.indptr[number + 1])
-            columns, brought = content.indices[here], content.data[here]
-            need = lacking[:, columns] @ brought + lacking.sum(axis=1) * brought.sum()
+            columns, counts = content.indices[here], content.data[here]
+            need = lacking[:, columns] @ counts + lacking.sum(axis=1) * counts.sum()
             part[number] = random.choice(np.flatnonzero(need >= need.max() - 1e-9))
-            lacking[part[number], columns] -= brought
+            lacking[part[number], columns] -= counts
 
     # Groups of several battles.
     deal_greedily(order[sizes[order] > 1])
 
     # Groups of one battle: fill the quota of each part and stratum, then deal what rounding left over.
-    alone = order[sizes[order] == 1]
-    stratum_alone = content.indices[content.indptr[alone]]
+    single = order[sizes[order] == 1]
+    stratum_of_single = content.indices[content.indptr[single]]
     for number in range(strata):
-        here = alone[stratum_alone == number]
+        candidates = single[stratum_of_single == number]
         wanted = lacking[:, number].clip(min=0)
-        quota = np.floor(wanted * min(1, len(here) / max(wanted.sum(), 1))).astype(np.int64)
-        part[here[: quota.sum()]] = np.repeat(np.arange(len(shares)), quota)
+        quota = np.floor(wanted * min(1, len(candidates) / max(wanted.sum(), 1))).astype(np.int64)
+        part[candidates[: quota.sum()]] = np.repeat(np.arange(len(shares)), quota)
         lacking[:, number] -= quota
-    deal_greedily(alone[part[alone] < 0])
+    deal_greedily(single[part[single] < 0])
     return part
 
 

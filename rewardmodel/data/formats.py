@@ -30,6 +30,7 @@ from rewardmodel.errors import InputError, nearest
 logger = logging.getLogger(__name__)
 
 ROWS_PER_TABLE = 5_000
+"""Battles that are parsed before they are written to the cache; bounds memory."""
 
 BattleSource: TypeAlias = str | Path | Source | pd.DataFrame | Dataset
 """Where battles can be read from: a path, a hub id, a path or hub id with options, or a table."""
@@ -78,10 +79,16 @@ def _read_source(given: BattleSource, role: str, seed: int, prefix: str = "") ->
         names = np.array([prefix + name for name in given["id"]], dtype=object) if prefix else None
         return validate(given if names is None else with_column(given, "id", names), "data set")
 
-    # Read the raw rows, parse them into battles, and store these in the cache.
+    # Check the options before a large file is read.
     source = Source("") if isinstance(given, pd.DataFrame | Dataset) else _as_source(given)
     if not source.weight > 0:
         raise InputError(f"{source.path}: weight: {source.weight}; give a number above 0, or leave the source out")
+    if source.limit is not None and source.limit < 1:
+        raise InputError(f"{source.path}: limit: {source.limit}; give a positive number of battles, or leave it out")
+    if source.teacher is not None and role != "train":
+        raise InputError(f"{source.path}: teacher: used in training only; leave it out")
+
+    # Read the raw rows, parse them into battles, and store these in the cache.
     wanted = {*KNOWN_COLUMNS, *(name for name in source.columns.values() if name)}
     with open_rows(given if isinstance(given, pd.DataFrame | Dataset) else source, role, wanted) as opened:
         raw = _rename_columns(opened, source.columns)
@@ -90,16 +97,10 @@ def _read_source(given: BattleSource, role: str, seed: int, prefix: str = "") ->
 
     # Add the teacher's probabilities, and cut to the limit.
     if source.teacher is not None:
-        if role != "train":
-            raise InputError(f"{source.path}: teacher: used in training only; leave it out")
         battles = with_teacher(battles, Path(source.teacher), prefix)
     for what, count in sorted(raw.notes.items()):
         logger.warning("%s: %d %s", raw.where, count, what)
-    if source.limit is None:
-        return battles
-    if source.limit < 1:
-        raise InputError(f"{source.path}: limit: {source.limit}; give a positive number of battles, or leave it out")
-    return limit_battles(assign_groups(battles), source.limit, seed)
+    return battles if source.limit is None else limit_battles(assign_groups(battles), source.limit, seed)
 
 
 def _rename_columns(raw: RawRows, mapping: Mapping[str, str | None]) -> RawRows:
@@ -160,7 +161,7 @@ def _find_format(raw: RawRows, name: str | None) -> "Format":
 
 
 class _Reader:
-    """Parses the raw rows of one source into Arrow tables of battles."""
+    """Parses the raw rows of one source into Arrow tables of battles; `prefix` is put before each id."""
 
     def __init__(self, raw: RawRows, format: "Format", source: Source, seed: int, prefix: str) -> None:
         self.raw, self.format, self.source, self.seed, self.prefix = raw, format, source, seed, prefix
@@ -195,10 +196,11 @@ class _Reader:
         yield build_table(battles)
 
     def check_late_columns(self, number: int, values: dict[str, Any]) -> None:
-        for name in sorted((values.keys() - self.columns) & KNOWN_COLUMNS):
+        late = sorted((values.keys() - self.columns) & KNOWN_COLUMNS)
+        if late:
             raise InputError(
-                f"{self.raw.where}: row {number}, column '{name}': none of the first {PEEKED_ROWS} rows has it; give "
-                "every row the same columns, null where there is no value"
+                f"{self.raw.where}: row {number}, column '{late[0]}': none of the first {PEEKED_ROWS} rows has it; "
+                "give every row the same columns, null where there is no value"
             )
 
     def battle(self, row: RawRow) -> dict[str, Any]:
@@ -269,16 +271,16 @@ def _parse_preference(row: RawRow) -> dict[str, Any]:
 
 def _conversation(row: RawRow, column: str, prompt: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Return a conversation with its prompt, which may be in the prompt column, at the start of `column`, or both."""
-    said = row.read_dialogue(column, "assistant")
-    if len(said) == 0:
+    messages = row.read_dialogue(column, "assistant")
+    if not messages:
         raise row.error(column, "empty; give the response")
-    own_prompt = said[0][0] != "assistant"
+    own_prompt = messages[0][0] != "assistant"
     if not prompt and not own_prompt:
         raise row.error(column, "no prompt; give a column 'prompt', or messages that begin with the user's")
-    users = [[text.strip() for role, text in part if role == "user"] for part in (prompt, said)]
-    if own_prompt and users[1][: len(users[0])] == users[0]:
-        return [one for one in prompt if one[0] == "system" and one not in said] + said
-    return prompt + said
+    users = [[text.strip() for role, text in part if role == "user"] for part in (prompt, messages)]
+    if own_prompt and users[1][: len(users[0])] == users[0]:  # the column repeats the prompt
+        return [one for one in prompt if one[0] == "system" and one not in messages] + messages
+    return prompt + messages
 
 
 def _split_turns(messages: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
@@ -289,17 +291,17 @@ def _split_turns(messages: list[tuple[str, str]]) -> tuple[list[str], list[str]]
     """
     prompts: list[str] = []
     responses: list[str] = []
-    asked = False
+    after_prompt = False  # whether the message before is of the prompt's side
     for role, text in messages:
-        asks = role != "assistant"
-        if asks and asked:
+        is_prompt = role != "assistant"
+        if is_prompt and after_prompt:
             prompts[-1] += f"\n\n{text}"
-        elif asks or not prompts:
-            prompts.append(text if asks else "")
-            responses.append("" if asks else text)
+        elif is_prompt or not prompts:
+            prompts.append(text if is_prompt else "")
+            responses.append("" if is_prompt else text)
         else:
-            responses[-1] = text if asked else f"{responses[-1]}\n\n{text}"
-        asked = asks
+            responses[-1] = text if after_prompt else f"{responses[-1]}\n\n{text}"
+        after_prompt = is_prompt
     return prompts, responses
 
 

@@ -20,7 +20,7 @@ class RawRow:
         where: the name of the file, for error messages.
         number: of the row, from 1, without the header.
         values: by column name.
-        notes: counts of repairs by description, shared by all rows of the file.
+        notes: counts of repairs by description, shared by all rows of the file: {"null turns read as empty": 3}.
         json_texts: whether texts that are strings hold JSON lists of turns.
         seed: decides which response is A in preference data.
     """
@@ -42,7 +42,11 @@ class RawRow:
         return "" if _is_missing(value) else self.repair(str(value).strip())
 
     def read_number(self, column: str, hint: str = "give 1, 0 or a probability") -> float | None:
-        """Return a number, or None if it is missing."""
+        """Return a number, or None if it is missing.
+
+        Raises:
+            InputError: not a number; `hint` says what to write instead.
+        """
         value = self.values.get(column)
         if _is_missing(value) or (isinstance(value, str) and not value.strip()):
             return None
@@ -52,7 +56,11 @@ class RawRow:
             raise self.error(column, f"{shorten(value)} is not a number; {hint}") from None
 
     def read_turns(self, column: str) -> list[str]:
-        """Return the turns of a text, a list of strings or its JSON; a null turn is read as an empty one."""
+        """Return the turns of a text: `["What is 2 + 2?", "And 3 + 3?"]`; a null turn is read as an empty one.
+
+        Raises:
+            InputError: neither a list of texts nor, where the file's texts are JSON, the JSON of one.
+        """
         value = self.values.get(column)
         if isinstance(value, str) and not self.json_texts:
             return [self.repair(value)]
@@ -72,8 +80,13 @@ class RawRow:
 
         Roles are user, assistant and system. `Human:`/`Assistant:` transcripts are split into messages; any other plain
         text is one message of `speaker`.
+
+        Raises:
+            InputError: a message without a known role, or whose content is not text.
         """
         value = self.values.get(column)
+
+        # plain text
         if isinstance(value, str) and not _is_messages(value):
             pieces = _TRANSCRIPT_ROLE.split(value)  # ["", "Human", " What is 2 + 2?", "Assistant", " 4"]
             if pieces[0] or len(pieces) == 1:
@@ -82,12 +95,14 @@ class RawRow:
                 (_ROLES[role.lower()], self.repair(text.strip()))
                 for role, text in zip(pieces[1::2], pieces[2::2], strict=True)
             ]
+
+        # messages, or their JSON
         messages = self.read_list(column, 'write a text, or messages like [{"role": "user", "content": "..."}]')
         if len(messages) == 1 and isinstance(messages[0], str):
             return [(speaker, self.repair(messages[0]))]
-        return [self._message(column, message) for message in messages]
+        return [self._read_message(column, message) for message in messages]
 
-    def _message(self, column: str, message: Any) -> tuple[str, str]:
+    def _read_message(self, column: str, message: Any) -> tuple[str, str]:
         if not isinstance(message, dict):
             raise self.error(
                 column, f"{shorten(message)} is not a message; give one text, or objects with role and content"
@@ -109,7 +124,11 @@ class RawRow:
         return _ROLES[role.lower()], "\n\n".join(texts)
 
     def read_list(self, column: str, hint: str) -> list[Any]:
-        """Return a list or the list that a JSON text holds; empty if the value is missing."""
+        """Return a list, given as one or as its JSON text; empty if the value is missing.
+
+        Raises:
+            InputError: anything else; `hint` says what to write instead.
+        """
         value = self.values.get(column)
         if _is_missing(value) or (isinstance(value, str) and not value.strip()):
             return []

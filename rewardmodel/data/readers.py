@@ -38,8 +38,8 @@ class RawRows(NamedTuple):
     Attributes:
         where: the name of the file, for error messages.
         columns: of the header, or of the first `PEEKED_ROWS` rows where there is none.
-        rows: (number from 1, values by column name) of each row.
-        notes: counts of what was skipped, by description.
+        rows: number and values of each row: (1, {"prompt": "What is 2 + 2?", "chosen": "4", "rejected": "5"}).
+        notes: counts of what was skipped, by description: {"blank lines, skipped": 2}.
     """
 
     where: str
@@ -133,13 +133,17 @@ def _read_csv(file: IO[bytes], request: ReadRequest) -> RawRows:
         io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     )
     reader = csv.reader(text, strict=True)
-    notes: Counter[str] = Counter()
+    notes: Counter[str] = Counter()  # {"blank lines, skipped": 2}
 
     def lines() -> Iterator[list[str]]:
         try:
             yield from reader
         except csv.Error as error:
             raise InputError(f"{where}: line {reader.line_num}: {error}; check the quotes of that row") from error
+
+    content = lines()
+    header = next((fields for fields in content if any(map(str.strip, fields))), [])
+    _check_utf8("".join(header), f"{where}: header")
 
     def rows() -> Iterator[dict[str, Any]]:
         number = 0
@@ -158,9 +162,6 @@ def _read_csv(file: IO[bytes], request: ReadRequest) -> RawRows:
                 _check_utf8(field, f"{where}: row {number}, column '{name}'")
             yield row
 
-    content = lines()
-    header = next((fields for fields in content if any(map(str.strip, fields))), [])
-    _check_utf8("".join(header), f"{where}: header")
     return _rows(rows(), where, header, notes)
 
 
@@ -174,7 +175,7 @@ def _read_json_lines(file: IO[bytes], request: ReadRequest) -> RawRows:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 _check_utf8(line, f"{where}: line {number}")
-                yield _parsed(line, f"{where}: line {number}")
+                yield _parse_json(line, f"{where}: line {number}")
             else:
                 notes["blank lines, skipped"] += 1
 
@@ -182,7 +183,8 @@ def _read_json_lines(file: IO[bytes], request: ReadRequest) -> RawRows:
 
 
 def _check_utf8(text: str, where: str) -> None:
-    broken = None if text.isascii() else re.search("[\udc80-\udcff]", text)  # by surrogateescape
+    # surrogateescape reads a byte that is not UTF-8 as U+DC00 + byte
+    broken = None if text.isascii() else re.search("[\udc80-\udcff]", text)
     if broken:
         raise InputError(f"{where}: byte {ord(broken[0]) - 0xDC00:#x} is not UTF-8; save the file as UTF-8")
 
@@ -193,13 +195,13 @@ def _read_json(file: IO[bytes], request: ReadRequest) -> RawRows:
         raise InputError(
             f"{request.where}: not a JSON list of objects, one per battle; if it is JSON Lines, name it .jsonl"
         )
-    content = _parsed(text, request.where)
+    content = _parse_json(text, request.where)
     if not isinstance(content, list):
         raise InputError(f"{request.where}: not a JSON list; give a list of objects, one per battle")
     return _rows(content, request.where, None)
 
 
-def _parsed(text: str, where: str) -> Any:
+def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text, strict=False)
     except (ValueError, RecursionError) as error:
@@ -245,8 +247,8 @@ READERS: dict[str, Callable[[IO[bytes], ReadRequest], RawRows]] = {
 
 
 def _rows(rows: Iterable[Any], where: str, columns: list[str] | None, notes: Counter[str] | None = None) -> RawRows:
-    """Return rows with numbers; without a header, columns are collected from the first rows."""
-    numbered = _numbered(rows, where)
+    """Return numbered rows; columns are the header's, or without one those of the first `PEEKED_ROWS` rows."""
+    numbered = _number_rows(rows, where)
     if columns is None:
         first = list(islice(numbered, PEEKED_ROWS))
         columns = list(dict.fromkeys(name for _, row in first for name in row))
@@ -254,7 +256,7 @@ def _rows(rows: Iterable[Any], where: str, columns: list[str] | None, notes: Cou
     return RawRows(where, columns, numbered, Counter() if notes is None else notes)
 
 
-def _numbered(rows: Iterable[Any], where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _number_rows(rows: Iterable[Any], where: str) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
     with _explain_failures(where, lambda: number):
         for number, row in enumerate(rows, start=1):

@@ -87,14 +87,18 @@ def fingerprint_parts(parts: Parts) -> dict[str, str]:
 
 
 def split(battles: Dataset, fold: int | None) -> Parts:
-    """Return the battles by part, with one fold for validation; None: with all of them, as in a k-fold run."""
-    dealt = np.asarray(battles.with_format(None)["fold"][:])
-    validated = dealt >= 0 if fold is None else dealt == fold
+    """Return the battles by part.
+
+    Args:
+        battles: with `fold` assigned.
+        fold: the one to validate on; None: all of them, as in a k-fold run.
+    """
+    folds = np.asarray(battles.with_format(None)["fold"][:])
     masks = (
-        train_mask(dealt, -1 if fold is None else fold),
-        validated,
-        dealt == CALIBRATION_FOLD,
-        dealt == HOLDOUT_FOLD,
+        train_mask(folds, -1 if fold is None else fold),
+        folds >= 0 if fold is None else folds == fold,
+        folds == CALIBRATION_FOLD,
+        folds == HOLDOUT_FOLD,
     )
     return Parts(*(battles.select(np.flatnonzero(mask)) for mask in masks))
 
@@ -117,9 +121,9 @@ def find_seen_battles(runs: list[Path], battles: Dataset) -> np.ndarray | None:
     """
     if not all(RunFolder(run).training_keys.is_file() for run in runs):
         return None
-    own, group = content_keys(battles), np.asarray(battles.with_format(None)["group"][:])
+    keys, group = content_keys(battles), np.asarray(battles.with_format(None)["group"][:])
     seen = np.empty((len(runs), len(battles)), bool)
     for number, run in enumerate(runs):
-        hit = np.isin(own, np.load(RunFolder(run).training_keys)).any(axis=1)
-        seen[number] = np.isin(group, group[hit])
+        trained = np.isin(keys, np.load(RunFolder(run).training_keys)).any(axis=1)
+        seen[number] = np.isin(group, group[trained])
     return seen

@@ -47,17 +47,20 @@ def with_teacher(battles: Dataset, path: Path, prefix: str = "") -> Dataset:
         raise InputError(f"{path}: id '{table['id'][table['id'].duplicated()].iloc[0]}' occurs twice; keep one")
 
     # Align the predictions with the battles.
-    place = pd.Index(table["id"]).get_indexer(ids)
-    if (place < 0).any():
-        raise InputError(f"{path}: no prediction of battle '{ids[place < 0][0]}'; predict the whole file again")
-    table = table.iloc[place]
-    other = (table[list(IDENTITY_COLUMNS[1:])].to_numpy() != _count_characters(battles)).any(axis=1)
-    if other.any():
+    rows = pd.Index(table["id"]).get_indexer(ids)
+    if (rows < 0).any():
+        raise InputError(f"{path}: no prediction of battle '{ids[rows < 0][0]}'; predict the whole file again")
+    table = table.iloc[rows]
+
+    # Refuse predictions of other texts, and of battles that the teacher trained on.
+    changed = (table[list(IDENTITY_COLUMNS[1:])].to_numpy() != _count_characters(battles)).any(axis=1)
+    if changed.any():
         raise InputError(
-            f"{path}: battle '{ids[other][0]}': its texts have other lengths than in the predictions; predict this "
+            f"{path}: battle '{ids[changed][0]}': its texts have other lengths than in the predictions; predict this "
             "file with the teacher"
         )
-    if (seen := table[SEEN_COLUMN].to_numpy(bool)).any():
+    seen = table[SEEN_COLUMN].to_numpy(bool)
+    if seen.any():
         raise InputError(
             f"{path}: the teacher trained on the prompts or responses of {seen.sum()} of {len(seen)} battles (column "
             f"'{SEEN_COLUMN}', first '{ids[seen][0]}'); predict with a k-fold run, which predicts each battle by the "

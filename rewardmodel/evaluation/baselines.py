@@ -32,7 +32,7 @@ def fit_baselines(training: Dataset) -> dict[str, FittedBaseline]:
     """
     training = select_labelled(training)
     if not len(training):
-        raise InputError("the baselines need training battles with outcomes; label them, or give others")
+        raise InputError("baselines: no training battle has an outcome; label them, or give others")
     return _fit(count_texts(training), _weighted_outcomes(training))
 
 
@@ -63,13 +63,13 @@ def baseline(battles: Dataset) -> pd.DataFrame:
     """
     battles = select_labelled(battles)
     if not len(battles):
-        raise InputError("the baselines are evaluated on labelled battles, but these have no outcomes; label them")
+        raise InputError("baselines: none of these battles has an outcome; give labelled battles")
     fold = np.asarray(battles.with_format(None)["fold"][:])
     rows = np.flatnonzero((fold >= 0) | train_mask(fold, -1))
     battles, fold = battles.select(rows), fold[rows]
     held_out = fold[fold >= 0]
     if not len(held_out) or (fold == held_out[0]).all():
-        raise InputError("the baselines need battles in at least two folds; set them with assign_folds")
+        raise InputError("baselines: the battles are not in two or more folds; assign them with assign_folds")
 
     # texts are counted once, for all folds
     counts, mass = count_texts(battles), _weighted_outcomes(battles)

@@ -1,4 +1,4 @@
-"""Predictions with known outcomes in, what the model favours out: position, length, models' names.
+"""Predictions with known outcomes in, biases of the model out: position, verbosity, models that wrote the responses.
 
 Intervals are 95 %, by a bootstrap of whole prompt groups; all results of a function share the same draws.
 """
@@ -40,6 +40,7 @@ from rewardmodel.predictions import (
 )
 
 MODEL_NAME_COLUMNS = ["model_a", "model_b"]
+"""Columns with the names of the models that wrote the responses."""
 
 MODEL_FAMILY_PREFIXES = {
     "chatgpt": "gpt",
@@ -177,9 +178,11 @@ def measure_model_bias(table: pd.DataFrame, least: int = 30) -> ModelBias | None
         return None
     names, codes = np.unique(table[MODEL_NAME_COLUMNS].fillna("").to_numpy(str), return_inverse=True)
     families, family_of = np.unique([model_family(name) for name in names], return_inverse=True)
+
+    # whom each battle's A and B count for, (n_battles, 2): an index, -1 for nobody
     known = names[codes] != ""
     by_name, by_family = np.where(known, codes, -1), np.where(known, family_of[codes], -1)
-    # a pair belongs to the side whose name comes first in the alphabet
+    # of a pair, the win rate is that of the side whose name comes first in the alphabet
     pairs, pair_of = np.unique(np.sort(codes, axis=1), axis=0, return_inverse=True)
     first = known.all(axis=1, keepdims=True) & (codes < codes[:, ::-1])
     by_pair = np.where(first, pair_of.reshape(-1, 1), -1)

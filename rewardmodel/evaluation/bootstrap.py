@@ -13,6 +13,7 @@ from rewardmodel.evaluation.results import Difference, Interval
 from rewardmodel.metrics import METRICS, log_loss_terms
 
 BOOTSTRAP_SAMPLES = 1000
+"""Bootstrap samples of an interval."""
 
 MAX_SLOPE = 50.0
 """Slopes are clipped to ± this: where every winner has the larger x there is no finite one."""
@@ -20,9 +21,12 @@ MAX_SLOPE = 50.0
 
 @dataclass(frozen=True)
 class Draws:
-    """How often each group is counted in the table itself (row 0: once) and in bootstrap samples (the other rows).
+    """Bootstrap samples of groups.
 
-    `members`: (n_battles,) int, the number of each battle's group; `counts`: (1 + samples, n_groups) uint8.
+    Attributes:
+        members: (n_battles,) int, the number of each battle's group.
+        counts: (1 + samples, n_groups) uint8, how often a group is counted: in row 0, the table itself, once; in the
+            others as often as it was drawn.
     """
 
     members: np.ndarray
@@ -39,7 +43,7 @@ class Draws:
 
     def means(self, terms: np.ndarray) -> np.ndarray:
         """Return the means over battles of (n_battles, k) terms, (1 + samples, k) float64."""
-        sums = self.sums(np.column_stack([terms, np.ones(len(terms))]))
+        sums = self.sums(np.column_stack([terms, np.ones(len(terms))]))  # the last column counts battles
         return sums[:, :-1] / sums[:, -1:]
 
     def times(self, rows: np.ndarray, samples: int) -> np.ndarray:
@@ -151,6 +155,8 @@ def _solve(x: np.ndarray, share: np.ndarray, weight: np.ndarray, times: np.ndarr
     least = 1e-12 * (up + down)
     ends = np.select([up + down == 0, down <= least, up <= least], [np.nan, MAX_SLOPE, -MAX_SLOPE], 0.0)
     slope = np.where(ends == 0, slope, ends)
+
+    # Newton steps within [low, high], where the score changes its sign
     pull = times * (weight * x)
     low, high = np.full(len(slope), -MAX_SLOPE), np.full(len(slope), MAX_SLOPE)
     for _ in range(60):

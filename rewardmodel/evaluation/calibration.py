@@ -28,7 +28,14 @@ _FREE, _WEIGHT = (-5.0, 5.0), (0.0, 5.0)
 
 @dataclass(frozen=True)
 class CalibrationMethod:
-    """Changes log-probabilities, (n, `columns`), by parameters within `bounds`; `start` changes nothing."""
+    """A way to calibrate, with parameters to fit.
+
+    Attributes:
+        change: (log-probabilities (n, `columns`), parameters) -> (n, 3) logits of A, B, tie.
+        start: parameters that change nothing.
+        bounds: least and largest value of each parameter.
+        columns: 3, or 6 with the baseline's log-probabilities.
+    """
 
     change: Callable[[np.ndarray, np.ndarray], np.ndarray]
     start: tuple[float, ...]
@@ -46,8 +53,8 @@ def _tie_mass(logs: np.ndarray, parameters: np.ndarray) -> np.ndarray:
 
 def _vector(logs: np.ndarray, parameters: np.ndarray) -> np.ndarray:
     lead, tie, mass = parameters
-    over = logs - logs[:, :2].mean(axis=1, keepdims=True)
-    return over * np.exp([lead, lead, tie]) + np.array([0, 0, mass])
+    centred = logs - logs[:, :2].mean(axis=1, keepdims=True)
+    return centred * np.exp([lead, lead, tie]) + np.array([0, 0, mass])
 
 
 def _blend(logs: np.ndarray, parameters: np.ndarray) -> np.ndarray:
@@ -56,9 +63,10 @@ def _blend(logs: np.ndarray, parameters: np.ndarray) -> np.ndarray:
 
 
 BLEND = "blend"
+"""The method that mixes in a baseline."""
 
 BLEND_BASELINE = "tfidf"
-"""The baseline that the blend mixes in."""
+"""The baseline that it mixes in."""
 
 CALIBRATION_METHODS = {
     "temperature": CalibrationMethod(_temperature, (0.0,), (_FREE,)),
@@ -74,7 +82,12 @@ baseline, and a constant added to the tie: a logarithmic opinion pool (Genest & 
 
 @dataclass(frozen=True)
 class Calibrator:
-    """A fitted method; without one, probabilities stay as they are."""
+    """A fitted method.
+
+    Attributes:
+        method: a name in `CALIBRATION_METHODS`; None: probabilities stay as they are.
+        parameters: of the method, fitted.
+    """
 
     method: str | None
     parameters: tuple[float, ...] = ()
@@ -111,12 +124,12 @@ def fit_calibrator(method: str, predicted: np.ndarray, true: np.ndarray) -> Cali
         predicted: as a `Calibrator` takes it.
         true: (n_battles, 3) outcomes.
     """
-    logs, how = _log_probabilities(predicted, method), CALIBRATION_METHODS[method]
+    logs, form = _log_probabilities(predicted, method), CALIBRATION_METHODS[method]
 
     def loss(parameters: np.ndarray) -> float:
-        return -float((true * _log_softmax(how.change(logs, parameters))).sum(axis=1).mean())
+        return -float((true * _log_softmax(form.change(logs, parameters))).sum(axis=1).mean())
 
-    found = minimize(loss, how.start, method="L-BFGS-B", bounds=how.bounds)
+    found = minimize(loss, form.start, method="L-BFGS-B", bounds=form.bounds)
     return Calibrator(method, tuple(map(float, found.x)))
 
 
@@ -211,7 +224,7 @@ def load_calibrator(path: Path) -> Calibrator:
     """Return the calibrator of a file; `NO_CALIBRATION` where there is no file.
 
     Raises:
-        InputError: something else in the file.
+        InputError: the file does not hold a calibrator.
     """
     if not path.is_file():
         return NO_CALIBRATION
@@ -227,7 +240,13 @@ def load_calibrator(path: Path) -> Calibrator:
 
 
 def reliability_bins(predicted: np.ndarray, true: np.ndarray, bins: int = 10) -> list[ReliabilityBin]:
-    """Return the confidence and the hit rate of the likeliest outcome, by equal-width bins that hold battles."""
+    """Return the reliability diagram of the likeliest outcome: its confidence and hit rate by equal-width bins.
+
+    Args:
+        predicted: (n_battles, 3) probabilities.
+        true: (n_battles, 3) outcomes.
+        bins: of the confidence from 0 to 1; those without battles are left out.
+    """
     confidence, hit = predicted.max(axis=1), predicted.argmax(axis=1) == true.argmax(axis=1)
     numbers = np.minimum((confidence * bins).astype(int), bins - 1)
     result = []

@@ -34,7 +34,7 @@ CHART_WIDTH = 5.0
 """Inches of every chart: 360 px at the 72 px an inch of SVG."""
 
 RowKind = Literal["run", "baseline", "published", "heading"]
-"""What is evaluated; what it is compared with on the same battles; results of others; words alone."""
+"""What is evaluated; what it is compared with on the same battles; published results; a heading."""
 
 MIN_LENGTH_BATTLES = 50
 """Battles that `draw_win_rates` needs; a bin has half of them or more."""

@@ -41,11 +41,11 @@ from rewardmodel.run_folder import RunFolder
 
 
 def evaluate(predictions: str | Path | pd.DataFrame) -> Evaluation:
-    """Return what is measured of predictions with known outcomes; write nothing.
+    """Evaluate predictions with known outcomes; write nothing.
 
-    Of a run it is measured what the run will predict: a calibrator is fitted on the run's calibration part, or across
-    the prompt groups of its validation fold, and applied if it helps beyond noise. Each battle is calibrated by a
-    calibrator that has not seen it. The run's baselines are measured on the same battles.
+    A run is evaluated as it will predict: a calibrator is fitted on the run's calibration part, or across the prompt
+    groups of its validation fold, and applied if it helps beyond noise. Each battle is calibrated by a calibrator that
+    has not seen it. The run's baselines are measured on the same battles.
 
     Args:
         predictions: a run folder (its validation predictions), a predictions file, or a table.
@@ -62,7 +62,7 @@ def evaluate(predictions: str | Path | pd.DataFrame) -> Evaluation:
 
 
 def evaluate_run(run: str | Path) -> Evaluation:
-    """Return what `evaluate` does of a run folder, and write it there: metrics.json and calibrator.json.
+    """Evaluate a run folder as `evaluate` does, and write metrics.json and calibrator.json there.
 
     Raises:
         InputError: no such run, or outcomes that are not known.
@@ -90,16 +90,20 @@ def evaluated_predictions(run: str | Path, evaluation: Evaluation) -> pd.DataFra
 def compare(first: str | Path | pd.DataFrame, second: str | Path | pd.DataFrame) -> Difference:
     """Return the log loss of the first predictions minus the second's on the same battles.
 
+    Args:
+        first: a run folder (its validation predictions, calibrated), a predictions file, or a table.
+        second: the same of another model.
+
     Raises:
         InputError: the two are not of the same labelled battles.
     """
     one, other = (_predictions_of(given) for given in (first, second))
     if len(one) != len(other) or set(one["id"]) != set(other["id"]):
-        raise InputError(f"{_name(first)} and {_name(second)} are of different battles; predict the same with both")
+        raise InputError(f"{_name(first)} and {_name(second)} are of different battles; predict one file with both")
     other = other.set_index("id").loc[one["id"]]
     true = true_outcomes(one)
     if not np.allclose(true, true_outcomes(other)):
-        raise InputError(f"{_name(first)} and {_name(second)} have other outcomes; predict the same file with both")
+        raise InputError(f"{_name(first)} and {_name(second)} have different outcomes; predict one file with both")
     return paired_difference(predicted(one), predicted(other), true, one["group"].to_numpy())
 
 
@@ -140,7 +144,7 @@ def _evaluate_folder(files: RunFolder) -> tuple[Evaluation, Calibrator]:
 
 
 def _calibrate(files: RunFolder, table: pd.DataFrame) -> tuple[CalibrationChoice, CalibrationResult]:
-    """Return the calibration of a run, `cross_fitted` being its validation battles, and the result to report."""
+    """Return a run's calibration and the result to report; `cross_fitted` of the first is its validation battles."""
     raw, true = predicted(table), true_outcomes(table)
     inference = _inference_settings(files)
 

@@ -30,7 +30,7 @@ MIN_GROUPS = 10
 """Least groups that show something where all are alike and an interval is a point."""
 
 MAX_NAMES = 4
-"""Names that a sentence or a line lists."""
+"""Names that a sentence or a line lists before "and 3 more"."""
 
 
 def list_findings(evaluation: Evaluation, training: Sequence[tuple[float, float]] = ()) -> list[str]:

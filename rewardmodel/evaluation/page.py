@@ -39,7 +39,7 @@ PUBLISHED_LOG_LOSSES = (
 """What others published on other splits of the competition's 57,477 battles, to be read to ±.01."""
 
 BASELINE_NAMES = {"prior": "class prior", "length": "length only", "tfidf": "TF-IDF + length"}
-"""Names of the baselines for people."""
+"""Display names of the baselines."""
 
 DIMENSION_NAMES = {
     "outcome": "true outcome",
@@ -50,7 +50,7 @@ DIMENSION_NAMES = {
     "length_gap": "longer by shorter response",
     "prompt_length": "prompt, characters",
 }
-"""Names of the dimensions of slices for people."""
+"""Display names of the dimensions of slices."""
 
 Losses = list[tuple[float, float]]
 """Steps and their loss: [(10, 1.1), (20, 1.0)]."""
@@ -80,7 +80,7 @@ def render_run(evaluation: Evaluation, table: pd.DataFrame, run: Path | None) ->
         training=training,
         validation=validation,
         best=min(validation, key=_finite_loss, default=None),
-        lists=_lists(table),
+        lists=_list_battles(table),
         files=[(path.name, _read_text(path)) for path in (RunFolder(run).recipe, RunFolder(run).environment)]
         if run
         else [],
@@ -119,7 +119,10 @@ def render_comparison(runs: Sequence[ComparedRun]) -> str:
 
 
 def judge_baselines(evaluation: Evaluation) -> tuple[str, str]:
-    """Return if the model beats its baselines beyond noise: `good`, `mixed`, `bad` or `unknown`; and a sentence."""
+    """Return whether the model beats its baselines beyond noise, and a sentence about it.
+
+    The first is `good`, `mixed`, `bad` or `unknown`.
+    """
     loss = (evaluation.metrics or {}).get("log_loss")
     if not loss:
         return "unknown", "The log loss was not measured."
@@ -211,12 +214,16 @@ def _slice_rows(evaluation: Evaluation) -> list[ChartRow]:
     return rows
 
 
-def _lists(table: pd.DataFrame) -> list[dict[str, Any]]:
+def _list_battles(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Return the ten battles that the model gets most wrong, and the ten that it is least sure of."""
     probabilities, true = predicted(table), true_outcomes(table)
     losses, entropy = log_loss_terms(probabilities, true), log_loss_terms(probabilities, probabilities)
     return [
-        {"title": title, "lead": lead, "battles": [_battle(table, row, losses[row]) for row in order[:10].tolist()]}
+        {
+            "title": title,
+            "lead": lead,
+            "battles": [_show_battle(table, row, losses[row]) for row in order[:10].tolist()],
+        }
         for title, lead, order in (
             ("Worst", "highest log loss", np.argsort(-losses, kind="stable")),
             ("Most contested", "predictions nearest to one third each", np.argsort(-entropy, kind="stable")),
@@ -224,7 +231,7 @@ def _lists(table: pd.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
-def _battle(table: pd.DataFrame, row: int, loss: float) -> dict[str, Any]:
+def _show_battle(table: pd.DataFrame, row: int, loss: float) -> dict[str, Any]:
     """Return what the page shows of a battle; of each text the label, its first 700 characters, and its length."""
     battle = table.iloc[row]
     true = [float(battle[name]) for name in OUTCOMES]
@@ -269,7 +276,7 @@ def _finite_loss(entry: tuple[float, float]) -> float:
 
 
 def _parameters(calibration: CalibrationResult | None) -> list[tuple[str, float]]:
-    """Return a calibrator's parameters by their names for people, a temperature as such."""
+    """Return a calibrator's parameters with their display names; a temperature is not shown as its logarithm."""
     if calibration is None:
         return []
     temperature, mass = "temperature", "added to the logarithm of P(tie)"
@@ -301,7 +308,14 @@ def _compare_with_first(runs: Sequence[ComparedRun]) -> str:
 
 
 def format_number(value: Any, digits: int = 4, scale: float = 1, sign: str = "") -> str:
-    """Return a number for people: decimals, a true minus, `sign` `+` for one always, a dash where there is none."""
+    """Return a number as the page shows it, with a typographic minus; a dash for None and NaN.
+
+    Args:
+        value: a number, or an interval, whose value is shown.
+        digits: decimals.
+        scale: factor, for instance 100 for percent.
+        sign: `+` to show the sign of positive numbers too.
+    """
     if isinstance(value, Interval):
         value = value.value
     if not isinstance(value, Real) or not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""Predictions with known outcomes in, how good they are on kinds of battles out: sources, scripts, lengths."""
+"""Predictions with known outcomes in, metrics of slices of the battles out: by source, script, turns, length."""
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,7 @@ def response_lengths(table: pd.DataFrame) -> np.ndarray:
 
 
 def measure_slices(table: pd.DataFrame, least: int = 30) -> dict[str, list[Slice] | None]:
-    """Return how good predictions are on kinds of battles: dimension -> slices, None where the table lacks its column.
+    """Return metrics by dimension and slice: dimension -> slices, None where the table lacks its column.
 
     Args:
         table: predictions with known outcomes.
@@ -40,10 +40,13 @@ def measure_slices(table: pd.DataFrame, least: int = 30) -> dict[str, list[Slice
     true = require_outcomes(table)
     terms, prior = slice_terms(predicted(table), true), class_prior(true)
     partitions = {name: one and _pool(*one, least) for name, one in _partitions(table, true).items()}
+
     # the sums of all terms on all slices of all dimensions at once: a column each, 0 outside the slice
     members = [_membership(*one) for one in partitions.values() if one]
     columns = [member.multiply(column[:, None]) for member in members for column in terms.T]
     sums = draw_groups(table["group"].to_numpy()).sums(sparse.hstack(columns))
+
+    # each dimension takes its columns from the left
     result: dict[str, list[Slice] | None] = {}
     for dimension, partition in partitions.items():
         if partition is None:
@@ -70,7 +73,7 @@ def slice_terms(probabilities: np.ndarray, true: np.ndarray) -> np.ndarray:
 
 
 def summarise_slice(name: str, sums: np.ndarray, true: np.ndarray, prior_all: np.ndarray) -> Slice:
-    """Return a slice.
+    """Return the metrics of a slice.
 
     Args:
         name: of the slice.
@@ -96,6 +99,7 @@ def constant_log_loss(shares: np.ndarray, true: np.ndarray) -> float:
 
 
 def _partitions(table: pd.DataFrame, true: np.ndarray) -> dict[str, Partition | None]:
+    """Return the partition of each dimension, None where the table lacks its column."""
     dimensions = ("outcome", "source", "script", "turns", "length", "length_gap", "prompt_length")
     found: dict[str, Partition | None] = dict.fromkeys(dimensions)
     found["outcome"] = np.where(true[:, 0] == true[:, 1], 2, true.argmax(axis=1)), ["A", "B", "tie"]
@@ -128,9 +132,9 @@ def _quarters(values: np.ndarray) -> Partition:
 
 
 def _pool(codes: np.ndarray, names: list[str], least: int) -> Partition:
-    """Return the slices without empty ones, those of fewer than `least` battles as one."""
+    """Return the partition without empty slices, those of fewer than `least` battles merged into one."""
     counts = np.bincount(codes, minlength=len(names))
     large, small = np.flatnonzero(counts >= least), np.flatnonzero((counts > 0) & (counts < least))
-    number = np.full(len(names), len(large))
-    number[large] = np.arange(len(large))
-    return number[codes], [names[code] for code in large] + [f"others ({len(small)})"] * (len(small) > 0)
+    new_code = np.full(len(names), len(large))
+    new_code[large] = np.arange(len(large))
+    return new_code[codes], [names[code] for code in large] + [f"others ({len(small)})"] * (len(small) > 0)

@@ -56,7 +56,7 @@ class TextCounts(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """Of one regression."""
+    """Coefficients of one logistic regression."""
 
     text: np.ndarray
     """(n_features,) float32, of all `GRAMS` one after another; of lengths alone (0,)."""
@@ -108,9 +108,9 @@ def _fit_both(counts: TextCounts, mass: np.ndarray, scales: tuple[np.ndarray, ..
     features = _features(counts, scales)
     first, second, tie = mass.T
     text = features.difference
-    lead = _coefficients(text, features.signed, first, second)
+    lead = _fit_coefficients(text, features.signed, first, second)
     np.abs(text.data, out=text.data)  # in place: it is the largest array
-    return Regression(scales, lead, _coefficients(text, features.even, tie, first + second))
+    return Regression(scales, lead, _fit_coefficients(text, features.even, tie, first + second))
 
 
 def predict_each(fitted: Sequence[Callable[[TextCounts], np.ndarray]], battles: Dataset) -> np.ndarray:
@@ -133,7 +133,7 @@ def load_regression(path: Path) -> Regression:
     """Return the regression of a file.
 
     Raises:
-        InputError: no such file, something else in it, or a regression of a version that counts other features.
+        InputError: no such file, no regression in it, or one of a version that counts other features.
     """
     try:
         with path.open("rb") as file, np.load(file) as arrays:
@@ -163,7 +163,7 @@ def count_texts(battles: Dataset) -> TextCounts:
 
 
 def _batches(battles: Dataset) -> Iterator[TextCounts]:
-    """Yield the counts of `TEXTS_BATCH` battles after another."""
+    """Yield the counts of the battles, `TEXTS_BATCH` at a time."""
     vectorizers = [
         HashingVectorizer(**settings, alternate_sign=False, norm=None, dtype=np.float32) for settings in GRAMS
     ]
@@ -171,8 +171,8 @@ def _batches(battles: Dataset) -> Iterator[TextCounts]:
         columns = [["\n".join(turns) for turns in batch[name]] for name in TEXT_COLUMNS]
         counts = [*([len(text) for text in texts] for texts in columns), [len(turns) for turns in batch["prompt"]]]
         sizes = np.log(np.array(counts, dtype=np.float64).T + np.array([1, 1, 1, 0]))
-        heads = [[text[:MAX_CHARACTERS] for text in texts] for texts in columns[1:]]
-        pairs = [[_dampen(vectorizer.transform(texts)) for texts in heads] for vectorizer in vectorizers]
+        starts = [[text[:MAX_CHARACTERS] for text in texts] for texts in columns[1:]]
+        pairs = [[_dampen(vectorizer.transform(texts)) for texts in starts] for vectorizer in vectorizers]
         yield TextCounts(sizes, [(first, second) for first, second in pairs])
 
 
@@ -214,7 +214,7 @@ def _features(counts: TextCounts, scales: tuple[np.ndarray, ...]) -> RegressionF
         return RegressionFeatures(csr_array((len(signed), 0), dtype=np.float32), signed, even)
     differences, cosines = [], []
     for pair, scale in zip(counts.grams, scales, strict=True):
-        vectors = [_unit(matrix, scale) for matrix in pair]
+        vectors = [_scale_to_unit(matrix, scale) for matrix in pair]
         differences.append(vectors[0] - vectors[1])
         cosine = np.asarray((vectors[0] * vectors[1]).sum(axis=1), dtype=np.float64)
         cosines += [cosine, cosine**2]
@@ -234,13 +234,13 @@ def _inverse_document_frequency(first: csr_array, second: csr_array, mass: np.nd
     return (np.log((1 + 2 * weight.sum()) / (1 + frequency)) + 1).astype(np.float32)
 
 
-def _unit(matrix: csr_array, scale: np.ndarray) -> csr_array:
-    """Return the rows with each column times its scale, then of length 1; empty rows stay empty."""
+def _scale_to_unit(matrix: csr_array, scale: np.ndarray) -> csr_array:
+    """Return the matrix with each column times its scale, then each row at L2 norm 1; empty rows stay empty."""
     scaled = csr_array((matrix.data * scale[matrix.indices], matrix.indices, matrix.indptr), shape=matrix.shape)
     return normalize(scaled, copy=False)
 
 
-def _coefficients(text: csr_array, further: np.ndarray, yes: np.ndarray, no: np.ndarray) -> Coefficients:
+def _fit_coefficients(text: csr_array, further: np.ndarray, yes: np.ndarray, no: np.ndarray) -> Coefficients:
     """Return the coefficients of an L2-penalised logistic regression without intercept.
 
     They minimise sum(yes log(1 + exp(-z)) + no log(1 + exp(z))) + |c|^2 / (2 `INVERSE_PENALTY`) where z = features @ c:

@@ -1,4 +1,4 @@
-"""What `export` is asked for -> trained runs and battles to compare on, checked before torch is imported."""
+"""The options of `export` -> trained runs and battles to compare on, checked before torch is imported."""
 
 import json
 from collections.abc import Collection, Sequence
@@ -56,12 +56,12 @@ def load_trained_run(folder: Path) -> TrainedRun:
     except (OSError, ValueError, LookupError, TypeError):
         dtype = None
     if dtype not in DTYPES:
-        raise InputError(f"{environment}: no compute.dtype there; give the folder of a run that train made")
+        raise InputError(f"{environment}: compute.dtype: none of {', '.join(DTYPES)}; give a run folder of `train`")
     return TrainedRun(folder, recipe, dtype if recipe.model.use_peft else "float32")
 
 
 def load_trained_runs(runs: str | Path | Sequence[str | Path]) -> list[TrainedRun]:
-    """Return runs, with the folds of a k-fold run in its place.
+    """Return runs that have finished training; a k-fold run is replaced by its folds.
 
     Args:
         runs: a run folder, or several.
@@ -104,13 +104,14 @@ def check_options(
         raise InputError(f"--output: {output} already exists; remove it, or name another")
 
     # kind and contents
-    if kind not in (*kinds, "kaggle"):
-        raise InputError(f"--kind: no export '{kind}'{nearest(kind, [*kinds, 'kaggle'])}")
+    names = [*kinds, "kaggle"]
+    if kind not in names:
+        raise InputError(f"--kind: no export '{kind}'{nearest(kind, names)}; known: {', '.join(names)}")
     if (kind == "kaggle") != (bundle is not None):
         raise InputError("--kind: kaggle needs --dataset and --installed, and no other kind takes them")
     contents = kind if bundle is None else bundle.contents
     if contents not in kinds:
-        raise InputError(f"--contents: no export '{contents}'{nearest(contents, kinds)}")
+        raise InputError(f"--contents: no export '{contents}'{nearest(contents, kinds)}; known: {', '.join(kinds)}")
     first = runs[0]
     if contents == "soup" and len(runs) < 2:
         raise InputError("--kind: a soup is of several runs; give their folders")
@@ -126,7 +127,7 @@ def check_options(
     if contents == "adapter" and dtype is not None:
         raise InputError("--dtype: an adapter is saved as it was trained; leave it out")
     if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"--dtype: no precision '{dtype}'; there are: {', '.join(DTYPES)}")
+        raise InputError(f"--dtype: no precision '{dtype}'; known: {', '.join(DTYPES)}")
 
     # the bundle, and what is installed where it goes
     if bundle is not None:

@@ -1,4 +1,4 @@
-"""Trained runs -> a folder for other machines, compared with the run before it is there.
+"""Trained runs -> a folder for other machines, which appears only after its predictions were compared with the run's.
 
 An export holds a model at its top, where hubs and plain transformers expect it, next to the run's recipe and
 calibrator, so that `predict` takes it like a run; parity.json; and README.md, its model card.
@@ -62,7 +62,7 @@ def export(
         InputError: what was given cannot be exported so; raised before torch is imported wherever no model is needed.
         FloatingPointError: the export does not predict as the run does.
     """
-    # what can be checked without a model
+    # check options, runs and battles, which needs no model
     output = Path(output)
     trained = load_trained_runs(runs)
     contents = check_options(
@@ -103,7 +103,7 @@ def export(
         if len(trained) == 1:
             _copy_calibrator(run.folder, model)
 
-        # does it predict as the run does?
+        # compare its predictions with the run's
         expected = predict_in_float32(run, compared)
         plain = run.recipe.model.plain_head and form.merged and not rewardmodel_only
         precision = choose_precision(run, weights) if form.merged else "float32"
@@ -117,7 +117,7 @@ def export(
             rounded = predict_in_float32(run, compared, round_activations=True)
             parity["rounded_run"] = measure_differences(rounded, expected)
 
-        # what goes with it
+        # parity.json, the model card, and the other files of a bundle
         write_json(folder / "parity.json", parity)
         write_card([one.folder for one in trained], model, parity, format_parity(parity))
         if bundle:
@@ -196,7 +196,7 @@ class Export:
     """A form of exported models.
 
     Attributes:
-        write: writes the model of a run to a folder, its weights in a precision.
+        write: (run, folder, dtype of the weights) -> writes the model.
         merged: whether it is a whole model, without an adapter.
         four_bits: whether merged weights are quantised to 4 bits; how far that moves predictions is measured only.
     """

@@ -28,7 +28,7 @@ from rewardmodel.files import write_text
 
 @dataclass(frozen=True)
 class Bundle:
-    """What a bundle is for.
+    """Settings of a Kaggle bundle: the data set that it becomes, and the machine that it runs on.
 
     Attributes:
         dataset: owner/name of the Kaggle data set.
@@ -68,7 +68,7 @@ def write_bundle(bundle: Bundle, folder: Path) -> None:
     """Write all of a bundle except its model.
 
     Args:
-        bundle: what it is for.
+        bundle: its settings.
         folder: its folder, with the model in model/.
 
     Raises:
@@ -134,7 +134,9 @@ def download_wheels(installed: Path, python: str, folder: Path) -> None:
     done = subprocess.run([*command, "--dest", str(folder), *wanted], capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-        raise InputError(f"--installed: pip cannot download {', '.join(wanted)}: {reason}")
+        raise InputError(
+            f"--installed: pip cannot download {', '.join(wanted)} ({reason}); install them there, or go online"
+        )
 
 
 def check_installed(installed: Path, python: str) -> dict[str, str]:
@@ -178,7 +180,7 @@ def read_installed(file: Path) -> dict[str, Version]:
 
 
 def find_missing(installed: dict[str, Version], python: str) -> dict[str, str]:
-    """Return what is absent or too old, at this machine's versions, dependencies included.
+    """Return packages that are absent or too old there, with this machine's versions, dependencies included.
 
     Args:
         installed: versions there, by canonical name.
@@ -191,7 +193,8 @@ def find_missing(installed: dict[str, Version], python: str) -> dict[str, str]:
     target |= {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
     missing: dict[str, str] = {}
     seen = set()
-    queue = [("rewardmodel", frozenset[str]())]  # packages with extras whose requirements are to be looked at
+    # packages whose requirements are still to be checked, and their extras: [("rewardmodel", {}), ("httpx", {"http2"})]
+    queue = [("rewardmodel", frozenset[str]())]
     while queue:
         package, extras = queue.pop()
         for text in metadata.requires(package) or []:

@@ -57,7 +57,7 @@ def merge_run(
     config = AutoConfig.from_pretrained(backbone, **label_names(head))
     config = lowest_layers(config, model_recipe.num_hidden_layers)
     if getattr(config, "quantization_config", None):
-        raise InputError(f"{backbone}: its weights are stored quantised, which merging does not read")
+        raise InputError(f"{backbone}: its weights are stored quantised, which merging cannot read; use adapter")
     target = bits_and_bytes(replace(model_recipe, load_in_4bit=True, load_in_8bit=False), dtype) if to_4_bits else None
 
     # weights
@@ -133,18 +133,19 @@ class MergedModel:
             InputError: a weight is missing in the backbone's files, or part of the adapter has no weight there.
             FloatingPointError: a weight is NaN or infinite.
         """
-        # before the first is read: are all weights there?
+        # check that all weights are there before any is read
         parameters = match_parameters(self.model, self.files)  # {"norm.weight": "model.norm.weight"}
         missing = [name for name, _ in self.model.named_parameters() if name not in parameters.values()]
         if self.adapter:
             missing = [name for name in missing if not name.startswith(self.heads) and name not in self.adapter.saved]
         if missing:
-            raise InputError(f"{next(iter(self.files.values())).parent}: no weights of {missing[0]} in its files")
+            folder = next(iter(self.files.values())).parent
+            raise InputError(f"{folder}: no weights of {missing[0]} in its files; fetch the backbone again")
 
         # the backbone's, merged
         for key, name in parameters.items():
             if self.adapter and name.startswith(self.heads):
-                continue  # of another task; the adapter brings its own
+                continue  # a head for another task; the adapter has the trained one
             with safe_open(self.files[key], "pt") as file:
                 value = file.get_tensor(key)
             yield from self._cast(key, name, self._merge(name, value))
@@ -244,7 +245,9 @@ class SavedAdapter:
     def check_all_merged(self) -> None:
         """Raise InputError if a layer of the adapter has no weight in the backbone."""
         for layer in self.layers.keys() - self.merged:
-            raise InputError(f"{self.file}: {layer} has no weight in the backbone's files to merge into")
+            raise InputError(
+                f"{self.file}: {layer} has no weight in the backbone's files to merge into; use --kind adapter"
+            )
 
 
 def quantise_weight(value: torch.Tensor, name: str, model: Any, quantizer: Any) -> Any:

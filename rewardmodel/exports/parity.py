@@ -159,7 +159,7 @@ def check_parity(
     """
     parity: Parity
     with tempfile.TemporaryDirectory() as temporary:
-        # what the fresh process needs
+        # write what the fresh process reads, and run it
         work = Path(temporary)
         if plain:
             torch.save(_make_plain_batch(run, battles), work / "batch.pt")
@@ -176,7 +176,7 @@ def check_parity(
         }
         _run_in_fresh_process(job, work)
 
-        # how far what it wrote is from the run, and from plain transformers
+        # compare its predictions with the run's, and with plain transformers'
         table = read_predictions(work / "predictions.parquet")
         parity = {"precision": precision, **measure_differences(expected, table)}
         parity["limits"] = limits and limits._asdict()
@@ -187,7 +187,12 @@ def check_parity(
 
 
 def measure_differences(one: pd.DataFrame, other: pd.DataFrame) -> Parity:
-    """Return how far apart two predictions of the same battles are; log losses: the second's minus the first's."""
+    """Return how far apart two predictions of the same battles are.
+
+    Returns:
+        `battles`; `max_abs_dp` and `mean_abs_dp`, of probabilities; `log_loss` of the first (`run`), of the second
+        (`export`) and their `difference`, second minus first, in nats; None if outcomes are unknown.
+    """
     apart = np.abs(predicted(one) - predicted(other))
     true = true_outcomes(one)
     losses = None
@@ -260,7 +265,7 @@ def _run_in_fresh_process(job: dict[str, str], work: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-        raise InputError(f"the export cannot be read back in a fresh process: {reason}")
+        raise InputError(f"the export cannot be read back in a fresh process ({reason}); fix that and export again")
 
 
 def _make_plain_batch(run: TrainedRun, battles: Dataset) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
-"""Several runs' adapters -> their exact mean as one adapter.
+"""Several runs' adapters -> their exact mean as one adapter (a model soup, Wortsman et al. 2022, of adapters).
 
-The mean of the updates B A is not the product of mean factors, but of stacked factors: (1/k) sum s_i B_i A_i =
+The mean of the updates B A is not the product of mean factors, but of concatenated factors: (1/k) sum s_i B_i A_i =
 [s_1/k B_1, ..., s_k/k B_k] [A_1; ...; A_k], an ordinary LoRA of the summed rank. Weights that were trained whole, like
 the head, are averaged.
 """

@@ -1,4 +1,4 @@
-"""A folder of weights -> which file has which tensor, and into which weight it is loaded; tensors -> such a folder."""
+"""The weight files of a model folder: which file has which tensor, which parameter it is loaded into; writing them."""
 
 import json
 from collections.abc import Iterable

@@ -24,7 +24,8 @@ def battles_to_predict(run: Path, battles: Any) -> Dataset:
         battles: what to read; `validation`, `calibration` and `holdout` are the run's own.
 
     Raises:
-        InputError: nothing there, or the run's own battles have changed since training.
+        InputError: battles that cannot be read, a part that is empty, or the run's own battles have changed since
+            training.
     """
     if not (isinstance(battles, str) and battles in OWN_PARTS):
         return read_battles(battles, role="test")
@@ -45,7 +46,7 @@ def check_weights(weights: Sequence[float] | None, runs: int) -> list[float]:
     """
     shares = [1.0] * runs if weights is None else [float(weight) for weight in weights]
     if len(shares) != runs:
-        raise InputError(f"weights: {len(shares)} for {runs} runs; give one for each")
+        raise InputError(f"weights: {len(shares)} for {runs} runs; give one for each run")
     if not all(0 <= share < np.inf for share in shares) or not any(shares):
         raise InputError(
             f"weights: {', '.join(f'{share:g}' for share in shares)}; give numbers from 0, not all of them 0"

@@ -38,12 +38,7 @@ from rewardmodel.predictions import (
     with_baseline,
 )
 from rewardmodel.prompt.tokenization import tokenize
-from rewardmodel.run_folder import (
-    RunFolder,
-    load_run_recipe,
-    model_folder,
-    trained_models,
-)
+from rewardmodel.run_folder import RunFolder, load_run_recipe, model_folder, trained_models
 
 logger = logging.getLogger(__name__)
 
@@ -94,17 +89,18 @@ def predict(
     if min(battles["group"]) < 0:
         battles = assign_groups(battles)
 
-    # one job for each model, with the battles that it may predict
-    models_of_run = [(number, folder) for number, share in enumerate(shares) if share for folder in models[number]]
-    use, seen = _models_by_battle([folder for _, folder in models_of_run], battles)
+    # one job for each model, with the battles that it may predict; numbered: [(0, runs/a/fold-0), (0, runs/a/fold-1)]
+    numbered = [(number, folder) for number, share in enumerate(shares) if share for folder in models[number]]
+    use, seen = _models_by_battle([folder for _, folder in numbered], battles)
     jobs = [
         PredictionJob(number, folder, recipes[number], np.flatnonzero(rows))
-        for (number, folder), rows in zip(models_of_run, use, strict=True)
+        for (number, folder), rows in zip(numbered, use, strict=True)
         if rows.any()
     ]
     baselines = _baseline_predictions(jobs, [one.blends for one in calibrations], battles)
     tables = _predict_jobs(jobs, battles, work, deadline)
-    tables = [with_baseline(table, baselines[at]) if at in baselines else table for at, table in enumerate(tables)]
+    for place, probabilities in baselines.items():
+        tables[place] = with_baseline(tables[place], probabilities)
 
     # the mean over the folds of each run, calibrated; then the mean over runs
     averaged = []
@@ -148,12 +144,15 @@ def _log_deadline(table: pd.DataFrame, deadline: Deadline) -> None:
 
 
 def _baseline_predictions(jobs: list[PredictionJob], run_blends: list[bool], battles: Dataset) -> dict[int, np.ndarray]:
-    """Return what the baselines to blend with predict of the jobs' battles, (n, 3), by the job's number.
+    """Return what the baselines to blend with predict of the jobs' battles.
 
     Args:
         jobs: of the models.
         run_blends: for each run whether its predictions are blended with its baseline's.
         battles: all of them.
+
+    Returns:
+        Index of a job whose run blends -> (n, 3) float64 of the job's battles.
     """
     places = [place for place, job in enumerate(jobs) if run_blends[job.run]]
     baselines = [load_regression(RunFolder(jobs[place].folder).blend_baseline) for place in places]
@@ -186,9 +185,10 @@ def _predict_job(job: PredictionJob, battles: Dataset, work: Path | None, deadli
 
 
 def _models_by_battle(folders: list[Path], battles: Dataset) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return which model predicts which battles, (n_models, n_battles) bool, and which battles all have seen, (n,).
+    """Return which model predicts which battles, (n_models, n_battles) bool, and which battles all models have seen.
 
-    The second is None where a run does not say what it trained on; every model then predicts every battle.
+    The second is (n_battles,) bool, or None where a run has no record of what it trained on; every model then predicts
+    every battle.
     """
     trained = find_seen_battles(folders, battles)
     if trained is None:
@@ -238,8 +238,8 @@ class RunCalibration(NamedTuple):
             return table
         if not alike.all():
             logger.warning("%d battles stay uncalibrated: the calibrator was fitted on both orders", (~alike).sum())
-        keys = [pd.MultiIndex.from_frame(one[list(IDENTITY_COLUMNS)]) for one in (table, self.fitted_on)]
-        new = ~keys[0].isin(keys[1])
+        here, fitted = (pd.MultiIndex.from_frame(one[list(IDENTITY_COLUMNS)]) for one in (table, self.fitted_on))
+        new = ~here.isin(fitted)
         if not new.all():
             logger.info("%d battles stay uncalibrated: the calibrator was fitted on them", (~new).sum())
         rows = new & alike
@@ -250,7 +250,11 @@ class RunCalibration(NamedTuple):
 
 
 def read_calibration(run: Path, recipe: Recipe) -> RunCalibration:
-    """Return the calibrator that a run's predictions are to get by a recipe.
+    """Return the calibrator to apply to a run's predictions.
+
+    Args:
+        run: the run folder.
+        recipe: its section `inference` says whether to calibrate and to blend.
 
     Raises:
         InputError: a calibrator, or the predictions that it was fitted on, that cannot be read.
@@ -292,7 +296,7 @@ def predict_with(
     Raises:
         FloatingPointError: a prediction that is NaN or infinite; the battles are named.
     """
-    # one row of tokens a battle, both orders in it if both are asked for
+    # one row of tokens per battle, with the sequences of both orders if both are to be predicted
     objective = find_objective(recipe.objective)
     if min(battles["group"]) < 0:
         battles = assign_groups(battles)

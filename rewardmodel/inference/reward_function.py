@@ -44,11 +44,14 @@ def reward_function(run: str | Path) -> Callable[..., list[float]]:
         )
     folders = trained_models(run)
     if len(folders) > 1:
-        raise InputError(f"{run}: a run of {len(folders)} folds; give one of them, or export them as a soup")
+        raise InputError(
+            f"{run}: a run of {len(folders)} folds; give the folder of one fold, or export the run with --kind soup"
+        )
     predictor = load_predictor(recipe.model, model_folder(run), recipe.inference.batch_tokens)
     encoder = PromptEncoder(predictor.tokenizer, recipe.prompt, objective.encoding)
 
     def rewards(prompts: Sequence[Conversation], completions: Sequence[Conversation], **_: Any) -> list[float]:
+        # turns: (the user's, the assistant's) of each conversation: [(["What is 2 + 2?"], ["4"]), ...]
         turns = [split_turns(*pair) for pair in zip(prompts, completions, strict=True)]
         encoded = [pack_sequences([one]) for one in encoder(*zip(*turns, strict=True))]
         rows = Dataset.from_list(
@@ -64,9 +67,12 @@ def split_turns(prompt: Conversation, completion: Conversation) -> tuple[list[st
     """Return the user's turns and the assistant's turns of a prompt and its completion; both lists are equally long.
 
     Raises:
-        InputError: roles do not alternate from the user to the assistant.
+        InputError: roles do not alternate from the user to the assistant, or a message is not a role and a text.
     """
     messages = [*_as_messages(prompt, "user"), *_as_messages(completion, "assistant")]
+    for message in messages:
+        if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise InputError(f"rewards: {message!r:.80}: give messages like {{'role': 'user', 'content': 'a text'}}")
     system = [message["content"] for message in messages if message["role"] == "system"]
     dialogue = [message for message in messages if message["role"] != "system"]
     roles = [message["role"] for message in dialogue]

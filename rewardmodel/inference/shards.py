@@ -34,13 +34,13 @@ from rewardmodel.prompt.tokenization import select_sequence
 logger = logging.getLogger(__name__)
 
 BATCHES = 16
-"""Micro-batches of a process in a shard: enough to be filled evenly, few enough to lose when interrupted."""
+"""Micro-batches of a process in a shard: enough for rows of mixed lengths to fill them, few enough to compute again."""
 
 WHOLE, FIRST, SECOND = "whole", "first", "second"
 """Kinds of shards: all sequences of their rows, the first only, or the second only."""
 
 TITLES = {WHOLE: "predicting", FIRST: "predicting as given", SECOND: "predicting exchanged"}
-"""What progress is called, by kind of shard."""
+"""Titles of the progress bar, by kind of shard."""
 
 BUDGET_FILE = "budget.json"
 """File with the tokens of a batch, by the name of the device that they were measured on."""
@@ -74,7 +74,7 @@ class Deadline:
         return from_main(lambda: self.seconds * tokens < self.left() * max(self.tokens, 1))
 
     def share(self, models: int) -> "Deadline":
-        """Return the deadline of the next model, if the time that is left is divided equally among `models`."""
+        """Return the deadline of the next of `models` models that share the time that is left equally."""
         return Deadline(self.left() / models, self.clock)
 
     def over(self) -> "Deadline":
@@ -105,7 +105,7 @@ def sharded_logits(
     Raises:
         FloatingPointError: logits that are NaN or infinite; that shard is not written.
     """
-    # the same budget in every process, and after a restart, so that shards are cut alike
+    # the same budget in every process, and after a restart, so that the same rows are in the same shard
     budget = _common_budget(folder, predictor, rows)
     predictor = replace(predictor, budget=budget)
     tokens = budget * BATCHES * process_state().num_processes if folder or deadline else None
@@ -174,10 +174,10 @@ def _compute_missing(
     measured: Deadline | None,
     until: Deadline | None,
 ) -> np.ndarray:
-    """Return the logits of rows, from files as far as they have them.
+    """Return the logits of rows; those that the files of `folder` lack are computed, shard by shard, and written.
 
     Args:
-        compute: (rows, on_batch) -> logits.
+        compute: (rows, advance) -> logits; calls `advance` with the number of rows of each batch.
         rows: to predict.
         costs: (n_rows,) tokens of each row.
         shards: row numbers of each shard.
@@ -204,8 +204,8 @@ def _compute_missing(
             tokens = int(costs[todo].sum())
             if until is not None and not until.allows(tokens):
                 break
-            some = rows if len(todo) == len(rows) else rows.select(todo)
-            work = partial(compute, rows=some, advance=progress.update)
+            shard_rows = rows if len(todo) == len(rows) else rows.select(todo)
+            work = partial(compute, rows=shard_rows, advance=progress.update)
             logits = work() if measured is None else measured.measure(tokens, work)
             if folder is not None and is_main():
                 _write(folder, kind, (todo, logits))
@@ -232,7 +232,7 @@ def _read(folder: Path | None, kind: str) -> list[Piece]:
 
 
 def _write(folder: Path, kind: str, piece: Piece) -> None:
-    # named by its first row, which is in no other shard, even of another number of processes
+    # named by its first row: no other shard that is written has it, even if the number of processes changes
     write_arrays(folder / f"{kind}-{piece[0][0]:08d}.npz", rows=piece[0], logits=piece[1])
 
 

@@ -20,7 +20,7 @@ SHARE = 0.85
 
 
 class Memory:
-    """Memory of a CUDA device, in bytes."""
+    """Measures the memory of a CUDA device, in bytes."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -88,7 +88,7 @@ def extrapolate_tokens(free: int, one: int, two: int, longest: int) -> int:
 
 
 def _bytes_per_row(one: int, two: int) -> int:
-    """Return what another row takes; at least half of the first, because a measured difference may be too small."""
+    """Return the bytes of one more row, at least half of the first's: the measured difference may be too small."""
     return max(two - one, one // 2, 1)
 
 

@@ -24,8 +24,8 @@ from rewardmodel.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-TOKENS_A_FILE = 2**17
-"""About so many tokens of each process are computed between two files of the cache."""
+TOKENS_PER_FILE = 2**17
+"""About how many tokens each process computes before the next file of the cache is written."""
 
 
 class LastLayerInput(torch.nn.Module):
@@ -57,15 +57,15 @@ def read_features(predictor: Predictor, rows: Dataset) -> np.ndarray:
         FloatingPointError: features that are NaN or infinite; that part is not written.
     """
     layer = trained_layer(predictor.model)
-    keys, folder = row_keys(rows), _with_rest_of_head(predictor, layer)
+    keys, folder = row_keys(rows), _feature_folder(predictor, layer)
 
-    # what the cache holds
+    # features that the cache holds
     found = _read_by_all(folder, set(keys))
     missing = np.array([number for number, key in enumerate(keys) if key not in found], dtype=np.int64)
     if len(missing) < len(keys):
         logger.info("features of %d of %d battles are in %s", len(keys) - len(missing), len(keys), folder)
 
-    # what is to be computed, in parts that are written one by one
+    # the others are computed in parts, each written to a file
     if len(missing):
         reader = replace(predictor, model=LastLayerInput(predictor.model, layer).eval())
         todo = rows.select(missing)
@@ -74,10 +74,10 @@ def read_features(predictor: Predictor, rows: Dataset) -> np.ndarray:
         order = np.random.default_rng(0).permutation(len(missing))  # rows of mixed lengths fill batches best
         with Progress(len(missing), "reading features", show=is_main()) as progress:
             done = 0
-            for part in split_by_tokens(costs, order, TOKENS_A_FILE * process_state().num_processes):
-                some, names = todo.select(part), [keys[number] for number in missing[part]]
-                values = reader.logits(some, on_batch=progress.update)
-                check_finite(values, some, "features of {} battles are NaN or infinite")
+            for part in split_by_tokens(costs, order, TOKENS_PER_FILE * process_state().num_processes):
+                part_rows, names = todo.select(part), [keys[number] for number in missing[part]]
+                values = reader.logits(part_rows, on_batch=progress.update)
+                check_finite(values, part_rows, "features of {} battles are NaN or infinite")
                 if is_main():
                     write_arrays(folder / f"{names[0]}.npz", keys=np.array(names), features=values)
                 found |= dict(zip(names, values, strict=True))
@@ -88,15 +88,18 @@ def read_features(predictor: Predictor, rows: Dataset) -> np.ndarray:
 
 @torch.no_grad()
 def layer_logits(layer: Any, features: np.ndarray) -> np.ndarray:
-    """Return the outputs of a layer for features, both (n_battles, n_sequences, width) float32."""
+    """Return the outputs of a layer, (n_battles, n_sequences, n_logits) float32, of features (..., width) float32."""
     inputs = torch.from_numpy(features).to(layer.weight.device)
     return layer(inputs.flatten(0, 1)).view(*inputs.shape[:2], -1).cpu().numpy()
 
 
-def _with_rest_of_head(predictor: Predictor, layer: torch.nn.Module) -> Path:
-    """Return the cache folder, a sub-folder of it if the head has layers below its last, which may be random."""
+def _feature_folder(predictor: Predictor, layer: torch.nn.Module) -> Path:
+    """Return the cache folder of the features that a layer of the head reads.
+
+    If the head has layers below it, which may be initialised at random, it is a sub-folder named by their weights.
+    """
     if predictor.feature_cache is None:
-        raise ValueError("a predictor without a feature_cache reads no features")
+        raise ValueError("a predictor without a feature_cache reads no features; load it with one")
     plain = unwrap(predictor.model)
     own = {id(weight) for weight in layer.parameters()}
     below = {
@@ -126,10 +129,10 @@ def row_keys(rows: Dataset) -> list[str]:
 
 
 def _read_by_all(folder: Path, wanted: set[str]) -> dict[str, np.ndarray]:
-    """Return in every process the features that the main process finds in its cache.
+    """Return in every process, by key, the features that the main process finds in its cache.
 
-    It sends those that other processes lack. Each process keeps its own values of the others: caches of several
-    machines may differ in the last digits.
+    The main process sends those that another process lacks. Of those that all have, each keeps its own: the caches of
+    several machines may differ in the last digits.
     """
     found = _read_cache(folder, wanted)
     shared = common_to_all(set(found))

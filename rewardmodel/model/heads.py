@@ -51,8 +51,10 @@ POOLINGS = {
 }
 """What a decoder's head reads, by the recipe's `model.pooling`.
 
-A pooling takes the hidden states of all tokens of a batch, (n_tokens, width), and `model.batching.pooling_indices`. The
-head reads as many columns as it has weights for: sequences of separate objectives have no second response.
+A pooling takes `hidden`, the hidden states of all tokens of a batch, (n_tokens, width), and the indices of
+`model.batching.pooling_indices`, all int64: `last` (n_sequences,), and `responses` and `response_of`, (m,) for the m
+tokens of responses. The head reads as many columns as it has weights for: sequences of separate objectives have no
+second response.
 """
 
 WIDTHS = {
@@ -98,9 +100,9 @@ class PairTieHead(TieHead):
         self.tie_mean = torch.nn.Parameter(torch.zeros(width))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Return rewards and tie parameters, (n, 2), of pooled states (n, width): A and B of the first battle, then on.
+        """Return rewards and tie parameters, (n, 2), of pooled states (n, width): A and B of each battle in turn.
 
-        If n is odd, as for a single reward, the last sequence has no other and its tie parameter is `tie`.
+        If n is odd, as for a single reward, the last sequence is not part of a pair and its tie parameter is `tie`.
         """
         outputs = super().forward(states)
         with torch.autocast(states.device.type, enabled=False):
@@ -228,13 +230,17 @@ def check_loaded(model: Any, found: dict[str, Any], folder: Path) -> None:
     """
     wrong = sorted(key for key, *_ in found["mismatched_keys"] if not key.startswith(model.last_layer))
     if wrong:
-        raise InputError(f"{folder}: weights of other sizes than its config.json says: {', '.join(wrong[:3])}")
+        raise InputError(
+            f"{folder}: weights of other sizes than its config.json says: {', '.join(wrong[:3])}; fetch or convert it "
+            "again"
+        )
     # a missing weight is one of the head if a part of its name is one of HEADS: bert.pooler.dense.weight
     absent = [key.split(".") for key in sorted(found["missing_keys"])]
     lacking = [".".join(parts) for parts in absent if not {*parts} & {*HEADS}]
     if lacking:
         raise InputError(f"{folder}: its weight files lack {', '.join(lacking[:3])}; fetch or convert it again")
-    ends = [next(place for place, part in enumerate(parts, 1) if part in HEADS) for parts in absent]
+    # the module of each, up to the part that is one of HEADS: bert.pooler
+    ends = [next(end for end, part in enumerate(parts, 1) if part in HEADS) for parts in absent]
     model.new_parts = tuple(sorted({".".join(parts[:end]) for parts, end in zip(absent, ends, strict=True)}))
 
 

@@ -104,7 +104,7 @@ class Padded(NamedTuple):
     outputs: torch.Tensor
     """(T,) int64: index of each token of the row in all groups, flattened, one after another.
 
-    The outputs of a shared prefix are taken from the first of its sequences; they are the same in the others.
+    The outputs of a shared prefix are taken from the first of its sequences: they are the same in the others.
     """
     masks: dict[int | None, list[torch.Tensor | None]]
     """Window -> for each group (longest, longest) bool, whether a query (row) attends to a key (column); None: plain
@@ -126,15 +126,22 @@ def arrange_padded(
     sequences = sequence_indices(layout)
     lengths = np.array([len(one) for one in sequences])
     group_of = np.minimum(np.log(lengths / lengths.max()) / np.log(GROUP_RATIO), GROUPS - 1).astype(int)
-    tokens, outputs, offset = [], np.empty(sum(map(sum, layout)), dtype=np.int64), 0
+
+    # a grid for each group, and where each sequence begins in all grids, flattened
+    tokens, starts, offset = [], np.empty(len(sequences), dtype=np.int64), 0
     for group in np.unique(group_of):
         members = np.flatnonzero(group_of == group)
-        grid = np.zeros((len(members), -(-lengths[members].max() // multiple) * multiple), dtype=np.int64)
+        longest = -(-lengths[members].max() // multiple) * multiple
+        grid = np.zeros((len(members), longest), dtype=np.int64)
         for place, number in enumerate(members):
             grid[place, : lengths[number]] = sequences[number]
-            outputs[sequences[number]] = offset + place * grid.shape[1] + np.arange(lengths[number])
+        starts[members] = offset + longest * np.arange(len(members))
         offset += grid.size
         tokens.append(torch.from_numpy(grid))
+
+    outputs = np.empty(sum(map(sum, layout)), dtype=np.int64)
+    for start, sequence in zip(reversed(starts), reversed(sequences), strict=True):  # a prefix is the first one's
+        outputs[sequence] = start + np.arange(len(sequence))
     masks = {window: [_window_mask(grid.shape[1], window, masked) for grid in tokens] for window in windows}
     return Padded(tokens, torch.from_numpy(outputs), masks)
 

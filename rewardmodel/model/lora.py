@@ -27,7 +27,10 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> PeftModel:
         return get_peft_model(model, lora)
     except ValueError as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"model.lora_r, model.lora_target_modules: PEFT refuses them: {reason}") from error
+        raise InputError(
+            f"model.lora_r, model.lora_target_modules: PEFT refuses them ({reason}); give a rank of at least 1 and "
+            "names of the backbone's linear layers"
+        ) from error
 
 
 def _head_only_config(model: PreTrainedModel) -> LoraConfig:
@@ -36,7 +39,7 @@ def _head_only_config(model: PreTrainedModel) -> LoraConfig:
 
 
 def _lora_config(model: PreTrainedModel, config: ModelConfig) -> LoraConfig:
-    """Return the recipe's LoRA in PEFT's words; heads, and parts that read images and sound, get none."""
+    """Return PEFT's configuration of the recipe's LoRA; the head, and parts for images and sound, get none."""
     layers = model.config.get_text_config().num_hidden_layers
     backbone = getattr(model, model.base_model_prefix)
     linear = {name: part for name, part in backbone.named_modules() if isinstance(part, torch.nn.Linear | Conv1D)}

@@ -17,7 +17,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 def read_about(folder: Path) -> dict[str, Any]:
     """Return the content of `BACKBONE_FILE` in the folder of a saved model.
 
-    Example: `{"model_name_or_path": "smollm2-135m-instruct", "model_revision": "main", "fingerprint": "0f3c…",
+    For example `{"model_name_or_path": "smollm2-135m-instruct", "model_revision": "main", "fingerprint": "0f3c…",
     "head": {"num_labels": 1, "responses": 1, "tie": true, "pairs": false}}`; of a merged model also `merged` (its
     dtype and bits) and, where the objective has one, `tie`.
 
@@ -27,7 +27,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / BACKBONE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no trained model there; has the run finished training?") from error
+        raise InputError(f"{folder}: no trained model there; give a run that finished training") from error
 
 
 def is_adapter(folder: Path) -> bool:

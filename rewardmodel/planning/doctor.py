@@ -72,9 +72,9 @@ class Diagnosis:
     """What `doctor` finds of a recipe on a device.
 
     Attributes:
-        device: where.
+        device: that it was estimated for.
         launch: how it is spread over processes.
-        backbone: name, family, quantisation and size in words.
+        backbone: name, family, quantisation and size as text.
         precision: of the forward pass, with the reason.
         attention: the implementation, with the reason.
         notes: what works and is worth knowing, a line each.
@@ -106,7 +106,7 @@ def doctor(recipe: Recipe, device: str | None = None, launched: Launch | None = 
         InputError: the backbone's configuration cannot be read, no such device, a template that cannot be used, more
             tokens than the backbone has positions for, or folds that the battles cannot be split into.
     """
-    # the backbone as it would run there, and what is incompatible with it
+    # the backbone's configuration, its precision on the device, and incompatible settings
     check_ties(recipe.model, recipe.objective)
     folder = fetch_backbone(recipe.model.model_name_or_path, recipe.model.model_revision, weights=False)
     backbone = lowest_layers(AutoConfig.from_pretrained(folder), recipe.model.num_hidden_layers)
@@ -128,12 +128,12 @@ def doctor(recipe: Recipe, device: str | None = None, launched: Launch | None = 
     if problems:
         return diagnosis
 
-    # fake models are quantised as the recipe says, so let it say how a stored backbone is quantised
+    # fake models are quantised by the recipe, so it must have the bits that the backbone's files are stored in
     if bits:
         recipe = replace(recipe, model=replace(recipe.model, load_in_4bit=bits == 4, load_in_8bit=bits == 8))
         del backbone.quantization_config
 
-    # memory and time there and on the other GPUs
+    # memory and time on this device and on the other GPUs
     scenario = Scenario(recipe, backbone, target, dtype, launch, read_workload(recipe, folder))
     training, inference = estimate_training(scenario), estimate_inference(scenario)
     fix = None if training.fits else _find_fix(scenario)
@@ -176,7 +176,7 @@ def _choose_precision(
     """Return the precision of the forward pass on a device, and the recipe's incompatible settings there."""
     model, problems, dtype = recipe.model, [], torch.float32
     if model.device not in ("auto", device.kind):
-        problems.append(f"model.device: {model.device} is requested, but {device.name} is not one; set auto")
+        problems.append(f"model.device: {model.device} is requested, but {device.name} is {device.kind}; set auto")
     try:
         family = find_family(backbone.model_type)
         dtype = compute_dtype(model, torch.device(device.kind), family, device.capability)
@@ -236,7 +236,8 @@ def _find_fix(scenario: Scenario) -> str | None:
     """Return settings that make training fit, the ones that cost least first, each added to those before; or None."""
     model, layers = scenario.recipe.model, scenario.layers
     half = scenario.recipe.prompt.max_length // 2
-    steps: list[tuple[str, dict, dict, dict]] = []  # words; keys of model, trainer and prompt
+    # text, then keys of model, trainer and prompt: ("prompt.max_length 512", {}, {}, {"max_length": 512})
+    steps: list[tuple[str, dict, dict, dict]] = []
     if not scenario.checkpointing and not model.freeze_backbone:
         steps.append(("trainer.gradient_checkpointing true", {}, {"gradient_checkpointing": True}, {}))
     if not model.load_in_4bit and model.use_peft:

@@ -47,9 +47,9 @@ class MemoryNeeds:
     Attributes:
         parts: bytes by component at the peak, like `{"weights": 2_000_000_000, "activations": 900_000_000}`.
         least: bytes at the peak with one battle at a time.
-        fits: whether `least` does.
+        fits: whether `least` bytes fit into the device's memory.
         tokens: of the batches that `parts` is for.
-        tokens_that_fit: in a batch; 0 if not even one battle does.
+        tokens_that_fit: largest number of tokens in a batch; 0 if not even one battle fits.
     """
 
     parts: dict[str, int]
@@ -91,24 +91,24 @@ def estimate_training(scenario: Scenario) -> MemoryNeeds:
     least = sum(parts.values()) + own + _activation_bytes(scenario, one, without)
 
     # the micro-batches that would be used
-    tokens = fits = longest
+    tokens = most = longest
     if scenario.gpu:
         free = scenario.device.memory - CUDA_CONTEXT - parts["weights"] - parts["adapters"]
-        fits = extrapolate_tokens(free, parts["gradients"] + one, parts["gradients"] + two, longest)
-        tokens = max(longest, min(recipe.trainer[TOKENS] or fits, _step_tokens(scenario)))
+        most = extrapolate_tokens(free, parts["gradients"] + one, parts["gradients"] + two, longest)
+        tokens = max(longest, min(recipe.trainer[TOKENS] or most, _step_tokens(scenario)))
         if recipe.model.freeze_backbone:
-            tokens = max(longest, recipe.inference.batch_tokens or fits)
+            tokens = max(longest, recipe.inference.batch_tokens or most)
         one += int((two - one) * (tokens / longest - 1))
     parts["CUDA" if scenario.gpu else "process"] = own
     parts["activations"] = _activation_bytes(scenario, one, without)
 
-    # a fitted head needs its features before training starts, when what only training needs is not yet there
+    # a head is fitted before training starts: its features take memory that training uses later, and may need more
     if recipe.model.head_init == "fitted":
         later = parts["gradients"] + parts["optimiser"] + parts["activations"]
         beyond = max(0, _feature_bytes(scenario) - later)
         parts |= {"features": beyond} if beyond else {}
         least += beyond
-    return _check_fit(scenario, parts, least, tokens, fits)
+    return _check_fit(scenario, parts, least, tokens, most)
 
 
 def estimate_inference(scenario: Scenario) -> MemoryNeeds:
@@ -118,14 +118,14 @@ def estimate_inference(scenario: Scenario) -> MemoryNeeds:
     parts = {"weights": peaks.size.weights, "adapters": peaks.size.adapters}
     own = CUDA_CONTEXT if scenario.gpu else PROCESS_BYTES
     least = sum(parts.values()) + own + _activation_bytes(scenario, one)
-    tokens = fits = longest
+    tokens = most = longest
     if scenario.gpu:
-        fits = extrapolate_tokens(scenario.device.memory - CUDA_CONTEXT - sum(parts.values()), one, two, longest)
-        tokens = max(longest, scenario.recipe.inference.batch_tokens or fits)
+        most = extrapolate_tokens(scenario.device.memory - CUDA_CONTEXT - sum(parts.values()), one, two, longest)
+        tokens = max(longest, scenario.recipe.inference.batch_tokens or most)
         one += int((two - one) * (tokens / longest - 1))
     parts["CUDA" if scenario.gpu else "process"] = own
     parts["activations"] = _activation_bytes(scenario, one)
-    return _check_fit(scenario, parts, least, tokens, fits)
+    return _check_fit(scenario, parts, least, tokens, most)
 
 
 def _check_fit(scenario: Scenario, parts: dict[str, int], least: int, tokens: int, tokens_that_fit: int) -> MemoryNeeds:
@@ -143,12 +143,12 @@ def _feature_bytes(scenario: Scenario) -> int:
 
 
 def _activation_bytes(scenario: Scenario, peak: int, without_checkpointing: int = 0) -> int:
-    """Return the bytes of activations whose peak is given, with the gaps that the allocator leaves on a CPU."""
+    """Return the peak bytes of activations, on a CPU with the gaps that the allocator leaves."""
     return peak if scenario.gpu else int(peak + ALLOCATOR_GAPS * max(peak, without_checkpointing))
 
 
 def _step_tokens(scenario: Scenario) -> int:
-    """Return the tokens of one process's share of a large optimiser step: of battles from the longer half."""
+    """Return the tokens of one process's share of a large optimiser step, all of whose battles are above the median."""
     costs = np.sort([sum(row) for row in scenario.training_rows])
     mean = float(costs[len(costs) // 2 :].mean())
     return int(mean * scenario.recipe.trainer[BATTLES] / scenario.launch.processes)
@@ -172,7 +172,7 @@ class Hours:
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """Sum of all."""
         return self.training + self.evaluation + self.prediction + (self.head_fit or 0.0)
 
 
@@ -185,6 +185,7 @@ def estimate_hours(scenario: Scenario) -> Hours:
     recipe, workload, size = scenario.recipe, scenario.workload, measure_peaks(scenario).size
     step_battles, layers = recipe.trainer[BATTLES], scenario.layers
     training_rows, prediction_rows = scenario.training_rows, scenario.prediction_rows
+    evaluation_rows = scenario.evaluation_rows
     epochs, evaluations = _count_rounds(scenario)
     battles = epochs * workload.training
 
@@ -203,6 +204,7 @@ def estimate_hours(scenario: Scenario) -> Hours:
         return count_flops(scenario.backbone, weights, length, square, share) / rate
 
     forward, predicted = compute_seconds(training_rows, 0.0), compute_seconds(prediction_rows, 0.0)
+    evaluated = compute_seconds(evaluation_rows, 0.0)
     trained = compute_seconds(training_rows, backward) + again * forward
 
     # seconds of launching the operations of one batch, and the number of batches
@@ -213,7 +215,7 @@ def estimate_hours(scenario: Scenario) -> Hours:
     training_batches = battles / step_battles * _count_batches(scenario, training_rows, step_battles, training_tokens)
     if recipe.model.freeze_backbone:
         training_batches = _count_batches(scenario, training_rows, workload.training, training_tokens)
-    evaluation_batches = _count_batches(scenario, training_rows, workload.validation, inference_tokens)
+    evaluation_batches = _count_batches(scenario, evaluation_rows, workload.validation, inference_tokens)
     prediction_batches = _count_batches(scenario, prediction_rows, workload.validation, inference_tokens)
     fit_batches = _count_batches(scenario, training_rows, workload.training, inference_tokens)
 
@@ -221,7 +223,7 @@ def estimate_hours(scenario: Scenario) -> Hours:
     head_fit = max(workload.training * forward, fit_batches * forward_launch) / 3600
     return Hours(
         training=max(battles * trained, training_batches * training_launch) / 3600,
-        evaluation=evaluations * max(workload.validation * forward, evaluation_batches * forward_launch) / 3600,
+        evaluation=evaluations * max(workload.validation * evaluated, evaluation_batches * forward_launch) / 3600,
         prediction=max(workload.validation * predicted, prediction_batches * forward_launch) / 3600,
         head_fit=head_fit if recipe.model.head_init == "fitted" else None,
     )

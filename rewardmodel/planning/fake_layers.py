@@ -1,4 +1,4 @@
-"""A linear layer -> one as large as bitsandbytes' quantised layer but without content, to count memory with."""
+"""Fake layers as large as bitsandbytes' quantised layers but without weights to compute with, to count memory."""
 
 from typing import Any
 

@@ -160,10 +160,14 @@ def enable_checkpointing(model: Any) -> None:
 
 
 class PeakMemory(TorchDispatchMode):
-    """The bytes of tensors that are made while it is active: `now` alive, `peak` the most alive at once.
+    """Counts the bytes of tensors that are made while it is active.
 
     Args:
         known: tensors that exist before and stay; they and their gradients are not counted.
+
+    Attributes:
+        now: bytes that are allocated.
+        peak: the most bytes that were allocated at once.
     """
 
     def __init__(self, known: Iterable[Any]) -> None:
@@ -281,6 +285,7 @@ def _measure_size(model: Any, spec: MemorySpec) -> ModelSize:
             count += module.in_features * module.out_features - module.weight.numel()
     embedding = model.get_input_embeddings().weight.numel()
 
+    # the largest layer
     layers: Any = next((one for one in model.modules() if isinstance(one, torch.nn.ModuleList)), [])
     largest = max((sum(weight.nbytes for weight in layer.parameters()) for layer in layers), default=0)
     return ModelSize(count, embedding, held_bytes - trained_bytes, trained_bytes, trained_bytes, optimiser, largest)

@@ -29,7 +29,7 @@ class Scenario:
     Attributes:
         recipe: what would be run.
         backbone: its transformers configuration.
-        device: where.
+        device: that it would run on.
         dtype: precision of the forward pass there.
         launch: how it is spread over devices.
         workload: the battles.
@@ -71,6 +71,13 @@ class Scenario:
         """Lengths of the sampled battles in training, cut to `prompt.max_length`."""
         return _limit_lengths(self.workload.branches, self.recipe.prompt.max_length)
 
+    @property
+    def evaluation_rows(self) -> Branches:
+        """Lengths of the sampled battles in evaluations during training, which show A first, whatever training does."""
+        if find_objective(self.recipe.objective).encoding == "separate":
+            return self.training_rows
+        return [[0, shared + first] for shared, first, *_ in self.training_rows]
+
     @cached_property
     def prediction_rows(self) -> Branches:
         """Lengths of the sampled battles in prediction, cut to `prompt.max_length`."""
@@ -108,9 +115,9 @@ class ActivationPeaks:
 
     Attributes:
         size: what stays in memory.
-        training: of one and of two of the longest rows on a GPU; of the largest micro-batch, alone, on a CPU.
-        inference: the same of prediction.
-        tokens: of the first batch in training, and in prediction.
+        training: on a GPU (one longest row, two longest rows); on a CPU (the largest micro-batch,).
+        inference: the same in prediction.
+        tokens: number of tokens in the first batch of `training`, and of `inference`.
         without_checkpointing: of the same training without checkpointing on a CPU, where the allocator's gaps depend on
             it; else 0.
     """

@@ -36,9 +36,9 @@ class Workload:
     Attributes:
         training: number of battles to train on.
         validation: number of battles to validate on.
-        branches: lengths of a sample of battles as they are trained on.
-        predicted: lengths of the same battles as they are predicted.
-        source: where the numbers come from, in words.
+        branches: lengths in training, in tokens, of a sample of battles.
+        predicted: lengths in prediction of the same battles.
+        source: where the numbers come from, as text.
     """
 
     training: int
@@ -51,7 +51,7 @@ class Workload:
 def read_workload(recipe: Recipe, folder: Path) -> Workload:
     """Return how many battles a recipe has, and how long they are.
 
-    If its battles cannot be read on this machine, as many as the competition's are assumed, of their lengths.
+    If its battles cannot be read on this machine, the number and the lengths of the competition's are assumed.
 
     Args:
         recipe: its data, prompt, objective and inference sections are read.

@@ -16,6 +16,7 @@ from rewardmodel.prompt.template import ENCODINGS, Template, compile_markers
 from rewardmodel.prompt.truncation import CUT_MARK, MIN_ROUND_TOKENS, TRUNCATIONS, Sizes, count_kept_tokens, keep_rounds
 
 _INSIDE = re.compile(r"(?<=\S)(?=\S)")
+"""A position between two characters that are not white space, where a space breaks a marker."""
 
 
 class EncodedSequence(NamedTuple):
@@ -61,7 +62,7 @@ class PromptEncoder:
 
     Attributes:
         responses: names of the responses in one sequence.
-        mark: ids that replace text that was cut.
+        mark: ids of `CUT_MARK`, which replace text that was cut.
 
     Raises:
         InputError: there is no such template, it is for the other encoding, or it does not fit into `max_length`.
@@ -71,6 +72,8 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self.max_length = config.max_length
         self.truncation = config.truncation
+
+        # the template, with the responses that the encoding needs
         wanted, decoder, encoder = ENCODINGS[encoding]
         name = config.template or (encoder if tokenizer.sep_token else decoder)
         self.template = Template(name, tokenizer)
@@ -80,6 +83,8 @@ class PromptEncoder:
                 f"prompt.template: '{name}' has {' and '.join(self.responses)}, but the objective needs "
                 f"{' and '.join(wanted)} ({encoding} encoding); leave prompt.template out, or name another"
             )
+
+        # its fixed tokens, and the texts in turns that would look like them
         self.mark = self._tokenize([CUT_MARK])[0]
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if not token.special]
         self._markers = compile_markers(self.template.render(2), tokenizer.all_special_tokens, added)
@@ -115,24 +120,28 @@ class PromptEncoder:
             yield [tuple(next(tokens) for _ in turns) for turns in rounds]
 
     def fit_rounds(self, rounds: Sequence[Sizes], max_length: int | None = None) -> list[Sizes]:
-        """Return the sizes to cut the texts of the latest rounds to, marks included; dropped rounds are not in it."""
+        """Return the sizes to cut the texts to, marks included: [(9, 120, 333)] if only the last round is kept.
+
+        Args:
+            rounds: sizes of each round: [(12, 340, 298), (9, 120, 333)].
+            max_length: tokens of the sequence; default: that of the recipe.
+        """
         budget = self.max_length if max_length is None else max_length
         share = TRUNCATIONS[self.truncation].share
         return keep_rounds(rounds, lambda count: budget - self.fixed_tokens(count).length, len(self.mark), share)
 
     def settings(self) -> list:
         """Return all that the tokens depend on apart from the texts and the code, as a key for caches."""
-        layouts = [self.fixed_tokens(rounds) for rounds in (1, 2, 3)]
-        fixed = [
+        return [
             self.template.text,
             self.tokenizer.chat_template,
-            *layouts,
+            *(self.fixed_tokens(rounds) for rounds in (1, 2, 3)),
             self.mark,
             self._markers.pattern,
             self.max_length,
             self.truncation,
+            self.tokenizer.backend_tokenizer.to_str(),
         ]
-        return [*fixed, self.tokenizer.backend_tokenizer.to_str()]
 
     def assemble(self, rounds: list[tuple[list[int], ...]]) -> EncodedSequence:
         """Return the sequence of a conversation, cut to `max_length`.
@@ -144,7 +153,7 @@ class PromptEncoder:
         kept_sizes = self.fit_rounds(sizes)
         dropped = len(rounds) - len(kept_sizes)
 
-        # Fixed text and cut turns by turns; the mark of dropped rounds goes before the first prompt turn.
+        # Fixed text and cut turns, alternating; the mark of dropped rounds goes before the first prompt turn.
         fixed = self.fixed_tokens(len(kept_sizes))
         cut = TRUNCATIONS[self.truncation].cut
         input_ids: list[int] = []
@@ -164,13 +173,18 @@ class PromptEncoder:
         )
 
     def count_kept(self, rounds: Sequence[Sizes], kept: Sequence[Sizes]) -> Sizes:
-        """Return how many tokens of the prompt and of each response are kept over all rounds, without marks."""
+        """Return how many tokens of the prompt and of each response are kept over all rounds, without marks.
+
+        Args:
+            rounds: sizes of each round before truncation.
+            kept: what `fit_rounds` returns for them.
+        """
         latest = rounds[len(rounds) - len(kept) :]
-        stay = [
+        counts = [
             tuple(count_kept_tokens(full, size, len(self.mark)) for full, size in zip(*pair, strict=True))
             for pair in zip(latest, kept, strict=True)
         ]
-        return sum_sizes(stay)
+        return sum_sizes(counts)
 
     def _neutralise(self, text: str) -> str:
         """Return `text` with a space inside everything that looks like a marker: `# ## Response A:`."""

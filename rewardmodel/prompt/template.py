@@ -58,7 +58,6 @@ tokenizers have a separator token)."""
 # Upper and lower case, so that a template that changes the case of a turn (`| lower`) is detected.
 _PLACEHOLDER = re.compile("\ue000Turn (\\d+) tEXT (\\d)\ue001")
 
-
 _RENDER_ERRORS = (
     jinja2.TemplateError,
     TypeError,
@@ -66,7 +65,6 @@ _RENDER_ERRORS = (
     ArithmeticError,
     LookupError,
     RecursionError,
-    OverflowError,
 )
 """What rendering an invalid template raises."""
 
@@ -117,7 +115,11 @@ class Template:
             self.render(rounds)
 
     def render(self, rounds: int) -> TemplateLayout:
-        """Return the template rendered for a conversation of `rounds` rounds."""
+        """Return the template rendered for a conversation of `rounds` rounds.
+
+        Raises:
+            InputError: as for the class.
+        """
         names = ("prompt", *self.responses)
         placeholders = [
             {name: f"\ue000Turn {number} tEXT {text}\ue001" for text, name in enumerate(names)}
@@ -127,6 +129,7 @@ class Template:
             rendered = (_render_chat if self.text == CHAT else _render_jinja)(self.text, self.tokenizer, placeholders)
         except _RENDER_ERRORS as error:
             raise InputError(f"prompt.template: {' '.join(str(error).split())}; fix the template") from error
+        # ["PROMPT: ", "0", "0", " RESPONSE A: ", "0", "1", ..., ""]: text, then round and text number of a turn
         pieces = _PLACEHOLDER.split(rendered)
         turns = [(int(number), int(text)) for number, text in zip(pieces[1::3], pieces[2::3], strict=True)]
         wanted = [(number, text) for number in range(rounds) for text in range(len(names))]
@@ -152,7 +155,7 @@ def compile_markers(layout: TemplateLayout, special: list[str], added: Iterable[
         added: tokens added to the tokenizer that are not special; those in the layout are markers too.
     """
     split = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
-    lines = [_lines(text, split)[-1:] for text in layout.before] + [_lines(layout.after, split)[:1]]
+    lines = [_split_lines(text, split)[-1:] for text in layout.before] + [_split_lines(layout.after, split)[:1]]
     found = {line for part in lines for line in part if re.search(r"\w", line) and re.search(r"[^\w\s]", line)}
     fixed = " ".join([*layout.before, layout.after])
     found |= {token for token in added if token.strip() and token in fixed}
@@ -160,7 +163,8 @@ def compile_markers(layout: TemplateLayout, special: list[str], added: Iterable[
     return re.compile("|".join(spellings) or "(?!)", re.IGNORECASE)
 
 
-def _lines(text: str, special: re.Pattern[str]) -> list[str]:
+def _split_lines(text: str, special: re.Pattern[str]) -> list[str]:
+    """Return the lines of a text that are not blank; a special token ends a line."""
     return [line.strip() for part in special.split(text) for line in part.splitlines() if line.strip()]
 
 

@@ -50,8 +50,9 @@ def count_tokens(battles: Dataset, encoder: PromptEncoder, seed: int = 0) -> dic
             totals = [sum_sizes(rounds) for rounds in sizes]
             full.append((totals[0][0], *(size for one in totals for size in one[1:])))
             sequences += [sum(map(sum, rounds)) + encoder.fixed_tokens(len(rounds)).length for rounds in sizes]
-            stay = [_count_kept(encoder, rounds, budgets) for rounds in sizes]
-            kept.append(np.dstack([np.min([one[..., 0] for one in stay], axis=0), *(one[..., 1:] for one in stay)]))
+            counts = [_count_kept(encoder, rounds, budgets) for rounds in sizes]
+            prompt_kept = np.min([one[..., 0] for one in counts], axis=0)
+            kept.append(np.dstack([prompt_kept, *(one[..., 1:] for one in counts)]))
 
     # full: (n_battles, 3) of prompt, A, B; kept: (n_battles, 2, n_budgets, 3), first by truncation, then by right cut
     full_sizes, kept_sizes = np.array(full), np.array(kept)
@@ -79,10 +80,10 @@ def count_tokens(battles: Dataset, encoder: PromptEncoder, seed: int = 0) -> dic
 def _count_kept(encoder: PromptEncoder, rounds: Sequence[Sizes], budgets: list[int]) -> np.ndarray:
     """Return the tokens of each text that stay, (2, n_budgets, n_texts) int64: by truncation, and by a right cut."""
     truncated = [encoder.count_kept(rounds, encoder.fit_rounds(rounds, length)) for length in budgets]
-    fixed, place = encoder.fixed_tokens(len(rounds)), 0
+    fixed, position = encoder.fixed_tokens(len(rounds)), 0
     right_cut = np.zeros((len(budgets), len(rounds[0])), np.int64)
     for before, (number, text) in zip(fixed.before, fixed.turns, strict=True):
-        place += len(before)
-        right_cut[:, text] += np.clip(np.array(budgets) - place, 0, rounds[number][text])
-        place += rounds[number][text]
+        position += len(before)
+        right_cut[:, text] += np.clip(np.array(budgets) - position, 0, rounds[number][text])
+        position += rounds[number][text]
     return np.stack([truncated, right_cut])

@@ -32,10 +32,10 @@ TOKEN_ROW_FEATURES = Features(
     }
 )
 """One row per battle:
-    input_ids, segment_ids: (length,) of its sequences, packed: first what they all begin with, then what each goes on
-        with; segments as in `EncodedSequence`.
-    branches: [shared, a, b]: tokens that all sequences begin with, then how many each goes on with. [310, 96, 120] is
-        two sequences of 406 and 430 tokens in a row of 526; [0, 512] is one sequence.
+    input_ids, segment_ids: (length,) of its sequences, packed: their common prefix, then the rest of each; segments
+        as in `EncodedSequence`.
+    branches: [shared, a, b]: tokens of the common prefix, then of the rest of each sequence. [310, 96, 120] is two
+        sequences of 406 and 430 tokens in a row of 526; [0, 512] is one sequence.
     length: of the row.
     full, kept: tokens of prompt, A and B before and after truncation.
     labels, teacher: outcome and teacher's probabilities, NaN where there is none.
@@ -122,7 +122,7 @@ def _battle_sizes(sequences: Sequence[Sizes]) -> Sizes:
 
 
 class PackedRow(NamedTuple):
-    """The sequences of one battle in one row; its fields are columns of `TOKEN_ROW_FEATURES`."""
+    """The sequences of one battle in one row; its fields are the columns of `TOKEN_ROW_FEATURES` with these names."""
 
     input_ids: np.ndarray
     segment_ids: np.ndarray
@@ -130,17 +130,18 @@ class PackedRow(NamedTuple):
 
 
 def pack_sequences(sequences: Sequence[EncodedSequence]) -> PackedRow:
-    """Return the tokens that all sequences begin with, once, then what each goes on with, at least one token."""
+    """Return the common prefix of all sequences once, then the rest of each, which is at least one token."""
     first, *others = sequences
     shared = 0
     if others:
+        # the common prefix ends at the first token or segment that differs
         most = min(len(one.input_ids) for one in sequences) - 1
         differ = [
             (one.input_ids[:most] != first.input_ids[:most]) | (one.segment_ids[:most] != first.segment_ids[:most])
             for one in others
         ]
-        anywhere = np.flatnonzero(np.any(differ, axis=0))
-        shared = int(anywhere[0]) if len(anywhere) else most
+        different = np.flatnonzero(np.any(differ, axis=0))
+        shared = int(different[0]) if len(different) else most
     return PackedRow(
         np.concatenate([first.input_ids[:shared], *(one.input_ids[shared:] for one in sequences)]),
         np.concatenate([first.segment_ids[:shared], *(one.segment_ids[shared:] for one in sequences)]),

@@ -41,8 +41,9 @@ def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device)
     Raises:
         InputError: keys that transformers refuses together, or several GPUs in one process.
     """
-    own = {*OWN_KEYS, *COMPILE_KEYS}
-    keys = {key: value for key, value in recipe.trainer.items() if key not in own}
+    # the keys that RewardConfig is to have, and defaults that depend on others
+    ours = {*OWN_KEYS, *COMPILE_KEYS}
+    keys = {key: value for key, value in recipe.trainer.items() if key not in ours}
     keys.setdefault("ddp_find_unused_parameters", False)
     if keys.get("disable_tqdm") is None:
         keys["disable_tqdm"] = not in_terminal()
@@ -53,6 +54,8 @@ def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device)
             keys.setdefault(new, keys.pop(old))
     if keys["eval_strategy"] == "no" or keys["save_strategy"] == "no":
         keys["load_best_model_at_end"] = False
+
+    # TRL's arguments, with what other sections imply
     try:
         args = RewardConfig(
             **keys,
@@ -66,7 +69,7 @@ def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device)
             restore_callback_states_from_checkpoint=recipe.trainer[EARLY_STOPPING] is not None,
         )
     except (TypeError, ValueError) as error:
-        raise InputError(f"trainer: {' '.join(str(error).split())}") from error
+        raise InputError(f"trainer: transformers refuses its keys: {' '.join(str(error).split())}") from error
     if args.n_gpu > 1:
         raise InputError(
             f"model.device: {args.n_gpu} GPUs are visible to one process; start one process a GPU with "
@@ -103,7 +106,7 @@ class LearningRates(NamedTuple):
     loraplus_lr_ratio: float | None = None
 
     def of(self, model: torch.nn.Module, heads: list[str], learning_rate: float) -> dict[torch.nn.Parameter, float]:
-        """Return the learning rate of each weight whose rate is not `learning_rate`.
+        """Return the learning rate of each weight that has another one than `learning_rate`.
 
         Args:
             model: to train.

@@ -101,7 +101,7 @@ def fit_last_layer(
         torch.nn.init.constant_(layer.tie, initial_tie(float(examples.labels[:, 2].nanmean())))
         layer.tie.requires_grad_(objective.learns_ties)
 
-    # the loss of each penalty on the prompt groups of each fold, of layers fitted to the other folds
+    # cross-validation: the loss of each penalty on the groups of a fold, by a layer fitted to the other folds
     _, members = np.unique(groups, return_inverse=True)
     fold = (np.random.default_rng(0).permutation(members.max() + 1) % PENALTY_FOLDS)[members]
     losses = dict.fromkeys(PENALTIES, 0.0)
@@ -115,7 +115,7 @@ def fit_last_layer(
     total = _total_weight(examples, objective)
     losses = {penalty: loss / total for penalty, loss in losses.items()}
 
-    # the best penalty on all battles, along the same path of starts
+    # fit to all battles with the best penalty, starting from the solutions of the stronger ones as before
     best = min(losses, key=losses.__getitem__)
     for penalty in PENALTIES[: PENALTIES.index(best) + 1]:
         _minimise(layer, scaled, objective, settings, penalty)

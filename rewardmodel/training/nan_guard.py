@@ -8,7 +8,10 @@ from torch.nn.utils import get_total_norm
 
 
 class RecordedLosses(NamedTuple):
-    """Battles of an optimiser step, whether the loss of each is finite, and the event after which the host knows."""
+    """Battles of an optimiser step and whether the loss of each is finite, (n,) bool.
+
+    `finite` is copied from the GPU without waiting: read it once the event `ready` has happened; None: it can be read.
+    """
 
     step: int
     ids: list[str]
@@ -28,7 +31,12 @@ class NanGuard:
         self.pending: list[RecordedLosses] = []
 
     def record(self, step: int, ids: list[str], losses: torch.Tensor) -> None:
-        """Record the losses, (n,), of battles of an optimiser step, and check those of the previous step.
+        """Record losses of an optimiser step, and check those of the steps before.
+
+        Args:
+            step: number of the step.
+            ids: of the battles.
+            losses: (n,) loss of each battle.
 
         Raises:
             FloatingPointError: as `check_losses`.
@@ -59,16 +67,16 @@ class NanGuard:
         self.pending.clear()
 
     def check(self, model: torch.nn.Module) -> None:
-        """Check all losses recorded so far, and the weights that train, before they are saved.
+        """Check all losses recorded so far, and the trainable weights, before a model is saved.
 
         Raises:
-            FloatingPointError: as `check_losses`, or a weight that is NaN or infinite.
+            FloatingPointError: as `check_losses`, or a trainable weight that is NaN or infinite.
         """
         self.check_losses()
         weights = [weight.detach() for weight in model.parameters() if weight.requires_grad]
-        mine = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
-        if not get_total_norm(mine).isfinite():
-            raise FloatingPointError(f"weights that train are NaN or infinite ({self.computing}); {ADVICE}")
+        local = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]  # FSDP: own shard
+        if not get_total_norm(local).isfinite():
+            raise FloatingPointError(f"trainable weights are NaN or infinite ({self.computing}); {ADVICE}")
 
 
 ADVICE = (

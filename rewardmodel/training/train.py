@@ -51,7 +51,7 @@ def train(
     Args:
         recipe: what to do; `recipe.run_folder` is written.
         battles: a Dataset, a DataFrame or a path, in the place of `recipe.data.train`.
-        parts: its battles, if they were read before.
+        parts: the recipe's battles, if they were read before.
         resume: continue an existing run from its last complete checkpoint; a finished one stays as it is.
         overwrite: replace an existing run.
         before_write: called in the main process once all inputs are checked, before anything is written.
@@ -73,7 +73,7 @@ def train(
     )
     args = training_arguments(recipe, backbone.dtype, backbone.device)
 
-    # read and tokenise in the main process first: the others find its work in the cache
+    # read and tokenise in the main process first: the others then read the cache
     with args.main_process_first():
         parts = parts or split(load_battles(recipe.data, battles), recipe.data.fold)
         check_teacher(parts.training, recipe.objective.name, objective.teacher)

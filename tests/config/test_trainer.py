@@ -141,7 +141,7 @@ def test_values_of_another_type_are_refused(text, tmp_path):
 
 
 def test_the_table_is_written_as_it_is_read(monkeypatch, tmp_path):
-    monkeypatch.setattr(trainer, "TRL_KEYS", tmp_path / "keys.json")
+    monkeypatch.setattr(trainer, "TRL_KEYS_FILE", tmp_path / "keys.json")
     monkeypatch.setattr(trainer, "find_trl_keys", lambda: read_trl_keys()["keys"])
     trainer.write_trl_keys()
     written = json.loads((tmp_path / "keys.json").read_text())

@@ -61,7 +61,7 @@ def test_unlabelled_battles_have_no_outcomes():
     facts = audit(numbered(3))
     assert facts["outcomes"] is facts["position"] is facts["longer_response"] is None
     assert facts["sources"] == {"made": {"battles": 3, "outcomes": None}}
-    assert facts["parts"] == {"not dealt": {"battles": 3, "outcomes": None, "deviation": None}}
+    assert facts["parts"] == {"no fold": {"battles": 3, "outcomes": None, "deviation": None}}
     assert "not labelled" in format_audit(facts)
 
 
@@ -154,7 +154,7 @@ def test_a_group_of_many_battles_is_told():
 def test_parts_and_how_far_their_outcomes_are_off():
     folds = [0, 0, 1, 1, CALIBRATION_FOLD, HOLDOUT_FOLD, TRAIN_ONLY, -1]
     parts = audit(numbered(8, [A, A, A, B, B, B, TIE, TIE], fold=folds))["parts"]
-    assert list(parts) == ["fold 0", "fold 1", "not dealt", "train only", "calibration", "holdout"]
+    assert list(parts) == ["fold 0", "fold 1", "no fold", "train only", "calibration", "holdout"]
     assert parts["fold 1"]["battles"] == 2
     assert list(parts["fold 1"]["outcomes"].values()) == [0.5, 0.5, 0]
     assert parts["fold 1"]["deviation"] == pytest.approx(0.25)

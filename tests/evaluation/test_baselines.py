@@ -116,11 +116,11 @@ def test_a_soft_outcome_is_the_battle_with_each_outcome_by_its_weight():
 def test_unlabelled_training_battles_are_refused(trained):
     unlabelled = battles_of([("x", "y")], np.full((1, 3), np.nan))
     unlabelled = changed(unlabelled, **{name: [None] for name in OUTCOMES})
-    with pytest.raises(InputError, match="outcomes"):
+    with pytest.raises(InputError, match="outcome"):
         fit_predict(unlabelled, trained)
-    with pytest.raises(InputError, match="outcomes"):
+    with pytest.raises(InputError, match="outcome"):
         fit_predict(trained.select([]), trained)
-    with pytest.raises(InputError, match="outcomes"):
+    with pytest.raises(InputError, match="outcome"):
         baseline(unlabelled)
     table = fit_predict(trained, unlabelled)
     assert table.columns.tolist() == ["id", *ALL]
@@ -234,5 +234,5 @@ def test_battles_without_an_outcome_teach_and_judge_nothing():
     only = battles.select(np.flatnonzero(known))
     assert baseline(battles).equals(baseline(only))
     assert fit_predict(battles, only).equals(fit_predict(only, only))
-    with pytest.raises(InputError, match="the baselines need training battles with outcomes"):
+    with pytest.raises(InputError, match="no training battle has an outcome"):
         fit_predict(battles.select(np.flatnonzero(~known)), only)

@@ -331,7 +331,7 @@ def test_predictions_of_other_battles_are_not_compared(run, change):
 def test_predictions_with_other_outcomes_are_not_compared(run):
     raw = read_predictions(run / "validation.parquet")
     other = raw.assign(winner_model_a=raw["winner_model_b"], winner_model_b=raw["winner_model_a"])
-    with pytest.raises(InputError, match="other outcomes"):
+    with pytest.raises(InputError, match="different outcomes"):
         compare(raw, other)
 
 

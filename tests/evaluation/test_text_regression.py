@@ -64,8 +64,8 @@ def test_the_regression_is_that_of_scikit_learn_on_both_orders():
     found_wins, found_ties = (
         1 / (1 + np.exp(-(part[200:] @ coefficients.text + further[200:] @ coefficients.further)))
         for part, coefficients in (
-            (text, regression._coefficients(csr_array(text[:200]), further[:200], first, second)),
-            (abs(text), regression._coefficients(csr_array(abs(text[:200])), further[:200], tie, first + second)),
+            (text, regression._fit_coefficients(csr_array(text[:200]), further[:200], first, second)),
+            (abs(text), regression._fit_coefficients(csr_array(abs(text[:200])), further[:200], tie, first + second)),
         )
     )
 

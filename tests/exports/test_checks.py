@@ -20,7 +20,7 @@ def test_a_folder_without_its_precision_is_not_a_trained_run(run_folder, tmp_pat
     shutil.copytree(run_folder, copy)
     for content in ("{}", "", json.dumps({"compute": {"dtype": "int3"}})):
         (copy / "environment.json").write_text(content)
-        with pytest.raises(InputError, match=r"environment\.json: no compute\.dtype"):
+        with pytest.raises(InputError, match=r"environment\.json: compute\.dtype: none of"):
             load_trained_run(copy)
 
 

@@ -213,7 +213,7 @@ def test_a_folder_that_is_no_run_is_refused(trained, tmp_path):
 
 def test_a_run_that_has_not_finished_training_is_refused(trained, tmp_path):
     (RunFolder(tmp_path).recipe).write_bytes(RunFolder(trained[0]).recipe.read_bytes())
-    with pytest.raises(InputError, match="has the run finished training"):
+    with pytest.raises(InputError, match="give a run that finished training"):
         predict(tmp_path, trained[1])
 
 
@@ -430,7 +430,7 @@ def test_all_runs_must_be_whole_before_any_predicts(two_runs, tmp_path, monkeypa
     with pytest.raises(InputError, match=r"no recipe\.yaml there"):
         predict([runs[0], tmp_path], new)
     (RunFolder(tmp_path).recipe).write_bytes(RunFolder(runs[0]).recipe.read_bytes())
-    with pytest.raises(InputError, match="has the run finished training"):
+    with pytest.raises(InputError, match="give a run that finished training"):
         predict([runs[0], tmp_path], new)
 
 

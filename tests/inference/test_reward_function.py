@@ -63,6 +63,9 @@ def test_conversations_become_turns():
     assert split_turns([user("a"), assistant("b"), user("c")], "d") == (["a", "c"], ["b", "d"])
     with pytest.raises(InputError, match="messages of user, user, assistant; give user and assistant in turns"):
         split_turns([user("a"), user("b")], "c")
+    for message in ({"role": "user"}, {"role": "user", "content": [{"type": "text", "text": "a"}]}):
+        with pytest.raises(InputError, match="give messages like"):
+            split_turns([message], "c")
 
 
 def test_a_run_that_compares_gives_no_rewards(recipe):

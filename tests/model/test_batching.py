@@ -6,9 +6,12 @@ import torch
 from builders import pack
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves
 
+from rewardmodel.model import batching
 from rewardmodel.model.batching import pad, padded_tokens, plan_packed, plan_padded, to_device
 from rewardmodel.model.heads import POOLINGS
+from rewardmodel.model.layout import arrange_varlen
 
 PAD = 0
 
@@ -28,7 +31,7 @@ def test_rows_are_packed_as_by_hand():
     batch = pack([ALONE, SHARED])
     assert batch["input_ids"].tolist() == [[5, 6, 7, 9, 8, 11, 12, 21, 22, 23]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 2, 3, 4]]
-    assert batch["layout"] == [[0, 3], [2, 2, 3]]
+    assert batch["packing"].outputs.tolist() == [0, 1, 2, 3, 4, 5, 6, 10, 11, 12]
     assert batch["last"].tolist() == [2, 6, 9]
     assert batch["responses"].tolist() == [1, 2, 4, 5, 4, 8, 9]
     assert batch["response_of"].tolist() == [0, 1, 2, 3, 4, 5, 5]
@@ -59,10 +62,10 @@ def test_all_tensors_are_int64_whatever_the_rows_hold(collate, as_array):
         types = {"input_ids": np.int32, "segment_ids": np.int8}
         rows = [{**row, **{name: np.array(row[name], kind) for name, kind in types.items()}} for row in rows]
     batch = collate(rows)
-    tensors = {name: value for name, value in batch.items() if name != "layout"}
-    assert {value.dtype for value in tensors.values()} == {torch.int64}
-    for name, value in collate([ALONE, SHARED]).items():
-        assert value == batch[name] if name == "layout" else torch.equal(value, batch[name])
+    batch.pop("packing", None)
+    assert {value.dtype for value in batch.values()} == {torch.int64}
+    again = collate([ALONE, SHARED])
+    assert all(torch.equal(again[name], value) for name, value in batch.items())
 
 
 def test_a_sequence_without_responses_is_read_by_its_last_token_alone():
@@ -153,6 +156,48 @@ def test_the_head_reads_the_same_of_packed_and_of_padded_rows(pooling, rows, see
     ]
     assert len(read[0]) == len(padded["input_ids"])
     assert torch.equal(*read)
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 16])
+def test_a_row_is_filled_up_with_a_sequence_that_nothing_reads(multiple):
+    rows = [ALONE, SHARED]
+    found, expected = batching.pack(rows, list, multiple), batching.pack(rows, list)
+    filling = -10 % multiple
+    assert found["packing"] == [*expected["packing"], *([[0, filling]] if filling else [])]
+    for name in ("input_ids", "position_ids"):
+        assert torch.equal(found[name][:, :10], expected[name])
+        assert found[name].shape == (1, 10 + filling)
+    assert found["position_ids"][0, 10:].tolist() == list(range(filling))
+    assert all(torch.equal(found[name], expected[name]) for name in ("last", "responses", "response_of"))
+
+
+def test_a_batch_is_sent_to_another_device_in_one_copy():
+    batch = {
+        "packing": arrange_varlen([[0, 3], [2, 2, 3]]),
+        "masks": {None: [None], 4: [torch.tensor([True, False, True])]},
+        "labels": torch.rand(2, 3, generator=torch.Generator().manual_seed(0)),
+        "empty": torch.empty(0),
+        "transposed": torch.arange(6).view(2, 3).t(),
+        "ids": ["one", "two"],
+    }
+    buffers = []
+    sent = batching._through_buffer(batch, lambda buffer: buffers.append(buffer) or buffer.clone(), pinned=False)
+    assert len(buffers) == 1
+    assert sent["ids"] == batch["ids"]
+    assert type(sent["packing"]) is type(batch["packing"])
+    for found, expected in zip(tree_leaves(sent), tree_leaves(batch), strict=True):
+        if isinstance(expected, torch.Tensor):
+            assert found.dtype == expected.dtype
+            assert torch.equal(found, expected)
+            assert found.data_ptr() % 16 == 0
+        else:
+            assert found == expected
+
+
+def test_a_batch_for_the_cpu_stays_as_it_is():
+    batch = pack([ALONE, SHARED])
+    assert to_device(batch, torch.device("cpu")) is batch
+    assert to_device(batch, torch.device("meta"))["last"].device.type == "meta"
 
 
 PLANS = {"packed": plan_packed, "padded": plan_padded}

@@ -61,7 +61,7 @@ def test_only_the_last_layer_trains(probed):
 
 
 def test_what_is_kept_is_not_computed_again(probed, computed, monkeypatch):
-    monkeypatch.setattr(module, "TOKENS_A_FILE", 300)
+    monkeypatch.setattr(module, "TOKENS_PER_FILE", 300)
     predictor, rows = probed
     some = read_features(predictor, rows.select(range(10)))
     assert len(computed) > 1
@@ -76,7 +76,7 @@ def test_what_is_kept_is_not_computed_again(probed, computed, monkeypatch):
 
 
 def test_a_killed_reading_goes_on_and_a_broken_file_is_read_again(probed, computed, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(module, "TOKENS_A_FILE", 300)
+    monkeypatch.setattr(module, "TOKENS_PER_FILE", 300)
     predictor, rows = probed
     whole = read_features(predictor, rows)
     predictor = dataclasses.replace(predictor, feature_cache=tmp_path / "killed")

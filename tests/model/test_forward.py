@@ -123,7 +123,7 @@ def test_batches_keep_the_budget_and_the_longest_rows_come_first(way, model_of, 
 def test_a_packed_model_is_not_padded_and_another_is(model_of, rows_of):
     rows = list(rows_of("both orders"))[:2]
     how = choose_batching(model_of("both orders"), PAD)
-    assert how.collate is pack
+    assert set(how.collate(rows)) == set(pack(rows))
     assert how.plan is plan_packed
     assert [how.tokens(row) for row in rows] == [row["length"] for row in rows]
     how = choose_batching(model_of("both orders", "padded"), 7)

@@ -176,7 +176,7 @@ def test_gemma_computes_in_float32_on_a_t4_and_the_reason_is_given(changed, back
     found = doctor(changed(model_name_or_path=str(backbone("gemma2")), lora_r=0), "T4")  # without memory: quick
     assert "float32: no bfloat16 below compute capability 8.0, and gemma2's activations leave" in found.precision
     assert "8 times slower" in found.precision
-    assert found.attention.startswith("eager: gemma2's default; keeps length²")
+    assert found.attention.startswith("eager: gemma2's default on this device; keeps length²")
 
 
 def test_a_gpu_that_cannot_is_named_with_the_reason_among_the_others(diagnose):

@@ -138,6 +138,15 @@ def test_hours_are_operations_by_the_rate(scenario):
     assert upper == pytest.approx(400 * (1.5 * dense + 2 * attention) / rate)
 
 
+def test_evaluations_are_of_one_order_where_training_is_of_both(scenario):
+    one_order = scenario()
+    single = estimate_hours(one_order)
+    swapped = Workload(400, 100, [[0, length, length] for _, length in ROWS], BOTH, "made for this test")
+    both = estimate_hours(dataclasses.replace(one_order, workload=swapped))
+    assert both.evaluation == pytest.approx(single.evaluation)
+    assert both.training == pytest.approx(2 * single.training)
+
+
 @pytest.mark.slow
 def test_a_head_that_is_fitted_first_costs_a_forward_pass_and_room_for_what_it_reads(scenario):
     fitted, plain = scenario(head_init="fitted"), scenario()

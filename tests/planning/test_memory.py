@@ -2,14 +2,15 @@ import dataclasses
 
 import pytest
 import torch
-from builders import pack
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
 from rewardmodel.config.schema import ModelConfig
 from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.loading import build_model
+from rewardmodel.model.packing import packing_of
 from rewardmodel.model.precision import autocast
 from rewardmodel.objectives import OBJECTIVES
 from rewardmodel.planning.memory import (
@@ -120,8 +121,8 @@ def test_tensors_without_content_take_what_real_ones_do(fake_model, backbone, fa
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
     lengths = [[10, 30, 20], [0, 40]]
-    batch = pack([_make_row(branches) for branches in lengths])
-    memory = PeakMemory([*model.parameters(), *model.buffers(), *batch.values()])
+    batch = packing_of(model)([_make_row(branches) for branches in lengths])
+    memory = PeakMemory([*model.parameters(), *model.buffers(), *tree_leaves(batch)])
     with memory:
         with autocast(torch.device("cpu"), torch.bfloat16):
             logits = model(**batch).logits

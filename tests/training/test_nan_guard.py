@@ -41,7 +41,7 @@ def test_before_a_checkpoint_everything_is_looked_at(value):
     with pytest.raises(FloatingPointError, match="step 3"):
         guard.check(model)
     torch.nn.init.constant_(model.weight, value)
-    with pytest.raises(FloatingPointError, match="weights that train are NaN or infinite"):
+    with pytest.raises(FloatingPointError, match="trainable weights are NaN or infinite"):
         NanGuard("").check(model)
     model.weight.requires_grad = False
     NanGuard("").check(model)
