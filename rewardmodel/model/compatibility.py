@@ -118,7 +118,7 @@ class Configuration:
 
 
 def default_attention(family: Family, dtype: str, capability: tuple[int, int] | None) -> str:
-    """Return the attention implementation of a family where the recipe sets none: the first that works.
+    """Return the attention implementation of a family where no recipe sets one, which is the first that works.
 
     Args:
         family: of the backbone.

@@ -31,7 +31,7 @@ def test_rows_are_packed_as_by_hand():
     batch = pack([ALONE, SHARED])
     assert batch["input_ids"].tolist() == [[5, 6, 7, 9, 8, 11, 12, 21, 22, 23]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 2, 3, 4]]
-    assert batch["packing"].outputs.tolist() == [0, 1, 2, 3, 4, 5, 6, 10, 11, 12]
+    assert batch["packing"].outputs.tolist() == [10, 11, 12, 0, 1, 2, 3, 7, 8, 9]
     assert batch["last"].tolist() == [2, 6, 9]
     assert batch["responses"].tolist() == [1, 2, 4, 5, 4, 8, 9]
     assert batch["response_of"].tolist() == [0, 1, 2, 3, 4, 5, 5]
