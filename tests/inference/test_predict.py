@@ -100,7 +100,7 @@ def test_one_order_has_no_columns_of_the_other(tiny, battles):
     one, both = predict_tiny(tiny, battles, swap_tta="none"), predict_tiny(tiny, battles, swap_tta="both")
     assert not [name for name in one if name.startswith("ba_")]
     assert [name for name in both if name.startswith("ba_")]
-    np.testing.assert_allclose(predicted(one), predicted(both, "ab"), atol=1e-6)
+    np.testing.assert_allclose(predicted(one), predicted(both, "ab"), atol=5e-6)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 500, 100_000])
