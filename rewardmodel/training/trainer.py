@@ -71,6 +71,7 @@ class PreferenceTrainer(RewardTrainer):
         self.dtype = dtype
         self.tokens, self.eval_tokens = tokens
         self.rates = rates
+        self.trainable: list[torch.nn.Parameter] = []
         self.batching = choose_batching(model, processing_class.pad_token_id)
         attention = model.config.get_text_config()._attn_implementation
         self.guard = NanGuard(f"{dtype_name(dtype)}, {attention} attention")
@@ -162,9 +163,8 @@ class PreferenceTrainer(RewardTrainer):
             micro_batches: row numbers of this process: [[0, 3], [2]].
             weight: total weight of the battles of the step.
         """
-        if not self.model.training:  # walks over thousands of modules, so not in every micro-batch as upstream does
-            model.train()
-            getattr(self.optimizer, "train", lambda: None)()  # of schedule-free optimisers
+        if not (self.trainable and self.model.training):  # at the start, and after an evaluation
+            self._enter_training(model)
         shortest = min(rows, key=self.batching.tokens)
         losses = []
         for number, micro in enumerate(micro_batches, 1):
@@ -178,6 +178,22 @@ class PreferenceTrainer(RewardTrainer):
                 self.accelerator.backward(loss)
             losses.append(loss.detach())
         return torch.stack(losses).sum()
+
+    def _enter_training(self, model: Any) -> None:
+        """Set the model to training mode; what walks over its thousands of modules does so here, not in every step."""
+        model.train()
+        getattr(self.optimizer, "train", lambda: None)()  # of schedule-free optimisers
+        self.trainable = [weight for weight in model.parameters() if weight.requires_grad]
+        model.zero_grad = self._forget_gradients
+
+    def _forget_gradients(self, *_: Any) -> None:
+        for weight in self.trainable:
+            weight.grad = None
+
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        if self.is_fsdp_enabled:  # accelerate looks the model up by its parameters
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_(self.trainable, self.args.max_grad_norm)
 
     def _make_batch(self, rows: list[dict]) -> dict[str, Any]:
         """Return the arguments of the model, and labels, teacher (n, 3), weights (n,) and ids of the battles."""
