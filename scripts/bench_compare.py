@@ -59,6 +59,10 @@ class Plan:
         random: whether the backbone's weights are drawn.
         attention: of ours; None: rewardmodel's default.
         stock_attention: of the others; None: transformers' default.
+        batch: battles of a padded batch of the others.
+        step: battles of an optimiser step.
+        fp8: whether ours holds the backbone in float8; the others cannot.
+        layers: of the backbone; None: all.
     """
 
     folder: Path
@@ -74,6 +78,9 @@ class Plan:
     first_layer: int
     seed: int
     batch: int = 8
+    step: int = 8
+    fp8: bool = False
+    layers: int | None = None
 
     @classmethod
     def read(cls, path: str) -> "Plan":
@@ -251,12 +258,23 @@ def one(script: str, measurement: str, plan: str, name: str) -> dict:
         return {"failed": f"exit code {error.returncode}"}
 
 
-def figures_of(plan: Plan, lengths: list[int], battles: int, seconds: float, computed: int, training: bool) -> dict:
-    """Return what a measurement of sequences of these lengths says; the backbone computed so many tokens."""
+def figures_of(
+    plan: Plan,
+    lengths: list[int],
+    battles: int,
+    seconds: float,
+    computed: int,
+    training: bool,
+    rate: float | None = None,
+) -> dict:
+    """Return what a measurement of sequences of these lengths says; the backbone computed so many tokens.
+
+    `rate` is that of a large matrix product, in operations a second; None: it is measured.
+    """
     cuda = plan.device.type == "cuda"
     memory = {"gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)} if cuda else {}
-    rate = matrix_rate(plan.device, plan.dtype)
-    flops = model_flops(plan.folder, lengths, plan.first_layer if training else None)
+    rate = rate or matrix_rate(plan.device, plan.dtype)
+    flops = model_flops(plan.folder, lengths, plan.first_layer if training else None, plan.layers)
     return {
         "battles": battles,
         "sequences": len(lengths),
