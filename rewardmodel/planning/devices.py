@@ -3,6 +3,7 @@
 import os
 import time
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -133,8 +134,12 @@ def _measure_device(device: torch.device) -> Device:
     return Device(properties.name, "cuda", properties.total_memory, half, single, capability, measured=True)
 
 
+@cache
 def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the floating-point operations per second of a large matrix product, the best of up to five."""
+    """Return the floating-point operations per second of a large matrix product, the best of up to five.
+
+    It is measured once in a process.
+    """
     size = 8192 if device.type == "cuda" else 1024
     left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds: list[float] = []
