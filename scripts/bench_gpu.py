@@ -10,6 +10,7 @@ prediction before the round that would exceed it, anything else by an exception 
 recorded and the next one runs; the exit code is then 1. The JSON file is written after every part, with one entry for
 each device.
 
+prepare    drawing or reading battles, and converting SmolLM2's weights where that was not done before
 matrix     a large matrix product: the rate that shares are relative to
 load       building our model of random weights
 inference  ours, both orders, adapters not merged
@@ -43,23 +44,9 @@ import psutil
 import torch
 from bench_compare import VERSIONS
 from bench_models import SHAPES, processor
-from gpu_parts import (
-    PRECISIONS,
-    Bench,
-    Job,
-    SkippedError,
-    doctor,
-    first_line,
-    inference,
-    load,
-    matrix,
-    profile,
-    smollm2,
-    stock_inference,
-    stock_training,
-    training,
-    waiting,
-)
+from gpu_models import PRECISIONS, Bench, Job, SkippedError, first_line
+from gpu_parts import doctor, profile, smollm2, waiting
+from gpu_speed import inference, load, matrix, prepare, stock_inference, stock_training, training
 
 GRACE = 20.0
 """Seconds after which a part is ended that did not stop by itself when its time was over."""
@@ -80,6 +67,7 @@ class Part(NamedTuple):
 
 
 PARTS = {
+    "prepare": Part(30, prepare, ""),
     "matrix": Part(3, matrix, ""),
     "load": Part(8, load),
     "inference": Part(10, inference),
@@ -106,7 +94,7 @@ def jobs(parts: list[str], shapes: list[str], precisions: list[str]) -> list[Job
     The competitors of `transformers` and TRL hold weights in 4 bits, or in 16 where ours is not measured in 4.
     """
     stock = "nf4" if "nf4" in precisions else "bf16"
-    plan: list[tuple[str, str, str]] = [("matrix", "", "")]
+    plan: list[tuple[str, str, str]] = [("prepare", "", ""), ("matrix", "", "")]
     for shape in shapes:
         for precision in precisions:
             names = [name for name, part in PARTS.items() if part.each in {"precision", "first"}]
@@ -139,7 +127,7 @@ def alarm(seconds: float) -> Iterator[None]:
 
 
 def run(bench: Bench, job: Job, seconds: float, left: float) -> dict:
-    """Return the figures of a part that has so many seconds, or why there are none: `skipped` or `failed`."""
+    """Return the figures of a part that has so many seconds, or `skipped` or `failed` with the reason."""
     if left <= 0:
         return {"skipped": "no time left"}
     try:
@@ -179,7 +167,7 @@ def writer(bench: Bench, path: Path) -> Callable[[], None]:
     name = torch.cuda.get_device_name() if bench.cuda else processor()
     about = {
         "versions": {package: _version(package) for package in VERSIONS},
-        "arguments": {key: value for key, value in vars(bench.options).items() if not isinstance(value, Path)},
+        "arguments": {key: getattr(value, "name", value) for key, value in vars(bench.options).items()},
     }
 
     def write() -> None:

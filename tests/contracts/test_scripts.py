@@ -95,7 +95,7 @@ def test_inference_is_measured_on_random_weights_and_all_agree(bits, script, pla
 def test_the_script_for_gpus_runs_every_part_on_a_cpu(script, tmp_path, user_cache):
     module, path = script("bench_gpu"), tmp_path / "gpu.json"
     own = {"PYTHONPATH": str(SCRIPTS.parent), "CUDA_VISIBLE_DEVICES": ""}
-    words = ["--seconds", "600", "--json", str(path)]
+    words = ["--seconds", "900", "--json", str(path)]
     done = subprocess.run(
         [sys.executable, str(SCRIPTS / "bench_gpu.py"), *words],
         env=os.environ | own,
@@ -165,7 +165,7 @@ def test_a_part_has_its_share_of_the_time_that_is_left(script):
 
 
 def test_training_stops_after_the_step_in_which_its_time_is_over(script):
-    steps = script("gpu_parts").Steps
+    steps = script("gpu_speed").Steps
     control = SimpleNamespace(should_training_stop=False)
     early, late = (steps(torch.device("cpu"), time.monotonic() + seconds) for seconds in (60, -1))
     for one in (early, late):
