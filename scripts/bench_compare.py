@@ -92,7 +92,7 @@ class Plan:
     def weights(self) -> AbstractContextManager:
         """Return the context to load the backbone in."""
         torch.manual_seed(self.seed)
-        return random_weights(self.seed) if self.random else nullcontext()
+        return random_weights(self.seed, self.device) if self.random else nullcontext()
 
     def rows(self, order: str = "given") -> tuple[Any, Any]:
         """Return the rows to warm up with, and those to measure."""
