@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -64,6 +64,7 @@ class Plan:
         step: battles of an optimiser step.
         fp8: whether ours holds the backbone in float8; the others cannot.
         layers: of the backbone; None: all.
+        keys: of ours, beyond those that follow from the others, like `{"model.attn_implementation": "eager"}`.
     """
 
     folder: Path
@@ -83,11 +84,17 @@ class Plan:
     step: int = 8
     fp8: bool = False
     layers: int | None = None
+    keys: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str) -> "Plan":
         """Return the plan that `compare` wrote."""
         return pickle.loads(Path(path).read_bytes())
+
+    def keys_of(self, section: str) -> dict[str, Any]:
+        """Return the keys of a section of ours' recipe: `{"attn_implementation": "eager"}` of `model`."""
+        named = {key.partition(".")[::2]: value for key, value in self.keys.items()}
+        return {key: value for (of, key), value in named.items() if of == section}
 
     def weights(self) -> AbstractContextManager:
         """Return the context to load the backbone in."""

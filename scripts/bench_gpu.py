@@ -42,6 +42,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import psutil
 import torch
+import yaml
 from bench_compare import VERSIONS
 from bench_models import SHAPES, processor
 from gpu_models import PRECISIONS, Bench, Job, SkippedError, first_line
@@ -275,6 +276,13 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpointing", action=argparse.BooleanOptionalAction, help="recompute layers; of the shape by default"
     )
+    parser.add_argument(
+        "--ours",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="keys of model and trainer in ours' recipe, like model.lora_dropout=0 trainer.micro_batch_tokens=16384",
+    )
     results = Path(__file__).parent / "results" / "gpu.json"
     parser.add_argument("--json", type=Path, default=results, help="file to write figures to, by device")
     return parser
@@ -285,6 +293,7 @@ def main() -> None:
     from datasets import disable_progress_bars
 
     options = arguments().parse_args()
+    options.ours = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in options.ours)}
     end = time.monotonic() + options.seconds - (time.time() - psutil.Process().create_time())
     disable_progress_bars()
     gc.collect()

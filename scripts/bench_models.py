@@ -278,19 +278,20 @@ def our_config(plan: Any) -> Any:
     """Return the plan's backbone, quantisation and adapters as rewardmodel takes them."""
     from rewardmodel.config.schema import ModelConfig
 
-    return ModelConfig(
-        model_name_or_path=str(plan.folder),
-        device=plan.device.type,
-        dtype=str(plan.dtype).removeprefix("torch."),
-        attn_implementation=plan.attention,
-        load_in_4bit=plan.four_bits,
-        lora_r=LORA["r"],
-        lora_alpha=LORA["lora_alpha"],
-        lora_dropout=LORA["lora_dropout"],
-        lora_target_modules=LORA["target_modules"],
-        lora_first_layer=plan.first_layer,
+    keys = {
+        "model_name_or_path": str(plan.folder),
+        "device": plan.device.type,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "attn_implementation": plan.attention,
+        "load_in_4bit": plan.four_bits,
+        "lora_r": LORA["r"],
+        "lora_alpha": LORA["lora_alpha"],
+        "lora_dropout": LORA["lora_dropout"],
+        "lora_target_modules": LORA["target_modules"],
+        "lora_first_layer": plan.first_layer,
         **({"load_in_fp8": True} if plan.fp8 else {}),
-    )
+    }
+    return ModelConfig(**keys | plan.keys_of("model"))
 
 
 def our_model(plan: Any, objective: str = "cross_entropy") -> tuple[Any, Any]:

@@ -93,12 +93,13 @@ def trainer_of_ours(
     from rewardmodel.training.trainer import PreferenceTrainer
 
     objective = ObjectiveConfig(name)
-    keys = {"battles_per_step": plan.step, "gradient_checkpointing": plan.checkpointing}
+    keys = {"battles_per_step": plan.step, "gradient_checkpointing": plan.checkpointing, **plan.keys_of("trainer")}
     args = training_arguments(Recipe(trainer=settings(plan) | keys), plan.dtype, plan.device)
     last: list[Any] = []
+    own_tokens = keys.get("micro_batch_tokens")
 
     def made(rows: Any) -> Any:
-        tokens = (last.pop().tokens if last else None, None)
+        tokens = (last.pop().tokens if last else own_tokens, None)
         last.append(PreferenceTrainer(model, args, rows_of(rows), None, tokenizer, objective, plan.dtype, tokens))
         return last[0]
 

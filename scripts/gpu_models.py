@@ -93,6 +93,7 @@ class Bench:
                 checkpointing=checkpointing,
                 batch=min(plan.batch, options.step),
                 step=options.step,
+                keys=options.ours,
             )
         return replace(self.plans[shape], four_bits=precision == "nf4", fp8=precision == "fp8")
 

@@ -141,6 +141,7 @@ def doctor(bench: Bench, job: Job, _: float) -> dict:
             "gradient_checkpointing": plan.checkpointing,
             "num_train_epochs": 1,
             "eval_strategy": "no",
+            **plan.keys_of("trainer"),
         },
     )
     start = time.perf_counter()
