@@ -2,11 +2,11 @@
 
     python scripts/bench_gpu.py                                     # the shapes of Llama-3-8B, Gemma-2-9B, Qwen3-4B
     python scripts/bench_gpu.py --battles train.csv --shapes llama-3-8b --precisions nf4 bf16
-    python scripts/bench_gpu.py --seconds 60 --json cpu.json        # without a GPU: tiny shapes, every branch
+    python scripts/bench_gpu.py --json cpu.json                     # without a GPU: tiny shapes, every branch
 
 Backbones are random, made on the device, as in `bench_models.py`; battles have the lengths of the competition's, or are
-read from a file. Every part has a share of the time that is left: training stops after the step in which it is over,
-prediction before the round that would exceed it, anything else by an exception some seconds later. A part that fails is
+read from a file. Every part has a share of the time that is left: training stops before a step that would exceed it,
+prediction before such a round, and anything else is ended by an exception some seconds later. A part that fails is
 recorded and the next one runs; the exit code is then 1. The JSON file is written after every part, with one entry for
 each device.
 
@@ -51,6 +51,10 @@ from gpu_speed import inference, load, matrix, prepare, stock_inference, stock_t
 
 GRACE = 20.0
 """Seconds after which a part is ended that did not stop by itself when its time was over."""
+
+
+SLACK = 0.9
+"""Share of its time after which a part is asked to stop: what it does then takes time too."""
 
 
 class Part(NamedTuple):
@@ -146,7 +150,7 @@ def run_all(bench: Bench, todo: list[Job], end: float, write: Callable[[], None]
     weights = sum(job.weight for job in todo)
     for job in todo:
         start = time.monotonic()
-        seconds = share_of(job.weight, weights, end - start)
+        seconds = SLACK * share_of(job.weight, weights, end - start)
         print(f"== {job.name}, at most {seconds:.0f} s", flush=True)
         found = run(bench, job, seconds, end - start)
         if bench.cuda:

@@ -52,7 +52,7 @@ def load(bench: Bench, job: Job, _: float) -> dict:
 
 
 class Steps(TrainerCallback):
-    """Takes the time of every optimiser step, and lets training stop after the one in which its time is over.
+    """Takes the time of every optimiser step, and lets training stop before one that would not end in time.
 
     Attributes:
         marks: (point in time, tokens, batches) computed by the beginning and by the end of each step.
@@ -61,6 +61,7 @@ class Steps(TrainerCallback):
 
     def __init__(self, device: torch.device, until: float, counter: Any = None) -> None:
         self.device, self.until, self.counter = device, until, counter
+        self.reached = time.monotonic()
         self.marks: list[tuple[Any, int, int]] = []
         self.stopped = False
 
@@ -70,12 +71,15 @@ class Steps(TrainerCallback):
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Start."""
+        self.reached = time.monotonic()
         self._mark()
 
     def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:
-        """Take the time, and stop if it is over."""
+        """Take the time, and stop if another step like this one would exceed it."""
         self._mark()
-        if time.monotonic() >= self.until and state.global_step < state.max_steps:
+        now, before = time.monotonic(), self.reached
+        self.reached = now
+        if now + (now - before) >= self.until and state.global_step < state.max_steps:
             self.stopped = control.should_training_stop = True
 
 

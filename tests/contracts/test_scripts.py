@@ -164,7 +164,7 @@ def test_a_part_has_its_share_of_the_time_that_is_left(script):
     assert share_of(1, 4, -5) == 0
 
 
-def test_training_stops_after_the_step_in_which_its_time_is_over(script):
+def test_training_stops_before_a_step_that_would_not_end_in_time(script):
     steps = script("gpu_speed").Steps
     control = SimpleNamespace(should_training_stop=False)
     early, late = (steps(torch.device("cpu"), time.monotonic() + seconds) for seconds in (60, -1))
@@ -177,6 +177,11 @@ def test_training_stops_after_the_step_in_which_its_time_is_over(script):
     late.on_step_end(None, SimpleNamespace(global_step=1, max_steps=9), control)
     assert (control.should_training_stop, late.stopped) == (True, True)
     assert len(late.marks) == 3
+    control.should_training_stop, soon = False, steps(torch.device("cpu"), time.monotonic() + 0.15)
+    soon.on_train_begin()
+    time.sleep(0.1)  # the next one would end after 0.2 s
+    soon.on_step_end(None, SimpleNamespace(global_step=1, max_steps=9), control)
+    assert (control.should_training_stop, soon.stopped) == (True, True)
 
 
 def test_a_part_that_fails_or_hangs_does_not_end_the_others(script, monkeypatch, capsys):
