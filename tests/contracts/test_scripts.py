@@ -2,8 +2,13 @@
 
 import dataclasses
 import importlib
+import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,3 +89,122 @@ def test_inference_is_measured_on_random_weights_and_all_agree(bits, script, pla
     assert {one["battles"] for one in figures.values()} == {8}
     for name in ("stock", "sorted"):
         assert figures[name]["largest_difference_from_ours"] < 0.02
+
+
+@pytest.mark.slow  # a fresh process that runs every part of the script
+def test_the_script_for_gpus_runs_every_part_on_a_cpu(script, tmp_path, user_cache):
+    module, path = script("bench_gpu"), tmp_path / "gpu.json"
+    own = {"PYTHONPATH": str(SCRIPTS.parent), "CUDA_VISIBLE_DEVICES": ""}
+    words = ["--seconds", "900", "--json", str(path)]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / "bench_gpu.py"), *words],
+        env=os.environ | own,
+        check=False,
+        text=True,
+        capture_output=True,
+    )
+    assert "failed: " not in done.stdout, done.stderr
+    assert done.returncode == 0
+    (found,) = json.loads(path.read_text()).values()
+    figures = found["figures"]
+    todo = module.jobs(list(module.PARTS), ["tiny", "tiny-gemma2"], list(module.PRECISIONS))
+    assert list(figures) == [job.name for job in todo]
+    for job in todo:
+        one = figures[job.name]
+        assert "failed" not in one
+        if "skipped" in one:  # only what this release, or this machine, does not have
+            assert job.precision == "fp8", job.name
+        elif job.part in module.SPEEDS:
+            assert one["tokens_a_second"] > 0
+            assert one["battles_a_second"] > 0
+            assert 0 < one["flops_utilisation"] < 2
+            assert one["peak_gib"] > 0
+        elif job.part == "profile":
+            assert 0 <= one["gap_share"] < 1
+            assert one["kernels"][0]["ms"] > 0
+        elif job.part == "doctor":
+            assert one["training"]["told_gib"] > 0
+            assert one["training"]["peak_gib"] == figures[f"training {job.shape} {job.precision}"]["peak_gib"]
+    for name in ("stock", "sorted"):  # the cap and the window of Gemma 2 too
+        assert figures[f"{name} tiny nf4"]["largest_difference_from_ours"] < 0.02
+        assert figures[f"{name} tiny-gemma2 nf4"]["largest_difference_from_ours"] < 0.02
+    assert figures["smollm2"]["log_loss_before"] == pytest.approx(1.0986, abs=0.001)
+    table = done.stdout.partition("battles/s")[2]
+    assert max(map(len, table.splitlines()[1:])) <= 110
+    for name in ("training tiny nf4", "sorted tiny-gemma2 nf4", "smollm2", "profile tiny bf16"):
+        assert f"\n{name}" in table
+
+
+@pytest.mark.parametrize(
+    ("intervals", "busy"),
+    [
+        ([(0, 1), (2, 3)], 2),
+        ([(2, 3), (0, 1)], 2),
+        ([(0, 4), (1, 2), (3, 6)], 6),  # two streams at once
+        ([(0, 1), (1, 2)], 2),
+        ([(5, 5)], 0),
+        ([], 0),
+    ],
+)
+def test_the_time_in_which_a_kernel_runs_is_known_by_hand(intervals, busy, script):
+    assert script("gpu_parts").busy_time(intervals) == busy
+
+
+def test_the_kernels_that_take_longest_come_first(script):
+    events = [("a", 0, 1000), ("b", 1000, 4000), ("a", 4000, 5000)]
+    first, second = script("gpu_parts").top_kernels(events)
+    assert first == {"name": "b", "ms": 3.0, "share": 0.6, "calls": 1}
+    assert second == {"name": "a", "ms": 2.0, "share": 0.4, "calls": 2}
+
+
+def test_a_part_has_its_share_of_the_time_that_is_left(script):
+    share_of = script("bench_gpu").share_of
+    assert share_of(1, 4, 40) == 10
+    assert share_of(3, 3, 40) == 40  # what others left over goes to the last
+    assert share_of(1, 4, -5) == 0
+
+
+def test_training_stops_before_a_step_that_would_not_end_in_time(script):
+    steps = script("gpu_speed").Steps
+    control = SimpleNamespace(should_training_stop=False)
+    early, late = (steps(torch.device("cpu"), time.monotonic() + seconds) for seconds in (60, -1))
+    for one in (early, late):
+        one.on_train_begin()
+    early.on_step_end(None, SimpleNamespace(global_step=1, max_steps=9), control)
+    assert (control.should_training_stop, early.stopped) == (False, False)
+    late.on_step_end(None, SimpleNamespace(global_step=9, max_steps=9), control)
+    assert (control.should_training_stop, late.stopped) == (False, False)  # the last step: it is over anyway
+    late.on_step_end(None, SimpleNamespace(global_step=1, max_steps=9), control)
+    assert (control.should_training_stop, late.stopped) == (True, True)
+    assert len(late.marks) == 3
+    control.should_training_stop, soon = False, steps(torch.device("cpu"), time.monotonic() + 0.15)
+    soon.on_train_begin()
+    time.sleep(0.1)  # the next one would end after 0.2 s
+    soon.on_step_end(None, SimpleNamespace(global_step=1, max_steps=9), control)
+    assert (control.should_training_stop, soon.stopped) == (True, True)
+
+
+def test_a_part_that_fails_or_hangs_does_not_end_the_others(script, monkeypatch, capsys):
+    module, written = script("bench_gpu"), []
+    monkeypatch.setattr(module, "GRACE", 0.0)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB")
+
+    def skip(*_):
+        raise module.SkippedError("no such precision")
+
+    measures = {"full": fail, "other": skip, "hanging": lambda *_: time.sleep(60), "good": lambda *_: {"figure": 1}}
+    todo = [module.Job(name, 1, measure) for name, measure in measures.items()]
+    bench = SimpleNamespace(figures={}, cuda=False, clear=lambda: None)
+    module.run_all(bench, todo, time.monotonic() + 2, lambda: written.append(len(bench.figures)))
+    assert written == [1, 2, 3, 4]
+    assert bench.figures["full"]["failed"] == "OutOfMemoryError: CUDA out of memory."
+    assert bench.figures["other"]["skipped"] == "no such precision"
+    assert bench.figures["hanging"]["failed"].startswith("TimeoutError: not done 1 s")
+    assert bench.figures["good"]["figure"] == 1
+    assert "out of memory" in capsys.readouterr().err
+    module.run_all(bench, todo, time.monotonic() - 1, lambda: None)
+    assert bench.figures["good"]["skipped"] == "no time left"
+    text = module.table(bench.figures)
+    assert "no time left" in text

@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from rewardmodel.errors import InputError
-from rewardmodel.planning.devices import DEVICES, GIB, count_flops, find_device
+from rewardmodel.planning.devices import DEVICES, GIB, check_kernels, count_flops, find_device
 
 
 def test_gpus_are_known_by_name():
@@ -19,6 +21,51 @@ def test_gpus_are_known_by_name():
 def test_a_name_that_is_not_in_the_table_is_refused_with_those_that_are():
     with pytest.raises(InputError, match=r"^--device: no 'A100'.*; there are: cpu, T4, .*A100-80GB"):
         find_device("A100")
+
+
+def test_a_geforce_has_the_rate_of_sums_in_float32():
+    for name in ("RTX-3090", "RTX-4090", "RTX-5070-Ti", "RTX-5080", "RTX-5090"):
+        assert DEVICES[name].half == pytest.approx(2 * DEVICES[name].single, rel=0.01)
+
+
+def test_the_table_goes_by_memory():
+    sizes = [device.memory for device in DEVICES.values()]
+    assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize(("name", "capability"), [("P100", "6.0"), ("V100", "7.0")])
+def test_a_gpu_that_torch_has_no_kernels_for_is_refused_by_name(name, capability):
+    with pytest.raises(InputError, match=rf"^--device: {name} has compute capability {capability}.*T4 x2$"):
+        find_device(name)
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "works"),
+    [
+        (["sm_75", "sm_80", "sm_90", "sm_120", "compute_120"], (6, 0), False),
+        (["sm_75", "sm_80", "sm_90", "sm_120", "compute_120"], (7, 5), True),
+        (["sm_50", "sm_60", "sm_70", "sm_75", "sm_90"], (6, 0), True),  # a build for CUDA 12.6
+        (["sm_100", "sm_120", "sm_75", "sm_90a"], (7, 0), False),
+        ([], (6, 0), False),
+    ],
+)
+def test_a_gpu_at_hand_is_refused_if_this_build_of_torch_has_no_kernels_for_it(built, capability, works, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    if works:
+        check_kernels("Tesla P100-PCIE-16GB", capability)
+        return
+    with pytest.raises(InputError, match=r"^Tesla P100-PCIE-16GB has compute capability .*; choose a newer GPU"):
+        check_kernels("Tesla P100-PCIE-16GB", capability)
+
+
+def test_it_is_refused_before_anything_is_computed_on_it(monkeypatch):
+    properties = SimpleNamespace(name="Tesla P100-PCIE-16GB", major=6, minor=0, total_memory=16 * GIB)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75"])
+    monkeypatch.setattr("rewardmodel.planning.devices.measure_matmul", lambda *_: pytest.fail("computed"))
+    with pytest.raises(InputError, match=r"compute capability 6\.0"):
+        find_device(None)
 
 
 def test_the_machine_at_hand_is_measured():
