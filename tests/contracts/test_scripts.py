@@ -208,3 +208,10 @@ def test_a_part_that_fails_or_hangs_does_not_end_the_others(script, monkeypatch,
     assert bench.figures["good"]["skipped"] == "no time left"
     text = module.table(bench.figures)
     assert "no time left" in text
+
+
+def test_the_overhead_of_a_step_is_measured(script):
+    figures = script("bench_overhead").measure(battles=2, longest=90, repeats=2)
+    assert figures["modules"] > 1000
+    assert figures["battles"] == 2
+    assert 0 < figures["collate_ms"] < figures["step_ms"] < 10_000
