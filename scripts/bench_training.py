@@ -89,12 +89,16 @@ def trainer_of_ours(
     The tokens of a micro-batch are those that the trainer before it found to fit, when it warmed up.
     """
     from rewardmodel.config.schema import ObjectiveConfig, Recipe
-    from rewardmodel.training.arguments import training_arguments
+    from rewardmodel.model.loading import compile_blocks
+    from rewardmodel.training.arguments import compile_options, training_arguments
     from rewardmodel.training.trainer import PreferenceTrainer
 
     objective = ObjectiveConfig(name)
     keys = {"battles_per_step": plan.step, "gradient_checkpointing": plan.checkpointing, **plan.keys_of("trainer")}
     args = training_arguments(Recipe(trainer=settings(plan) | keys), plan.dtype, plan.device)
+    options = compile_options(keys)
+    if options is not None:
+        compile_blocks(model, **options)
     last: list[Any] = []
     own_tokens = keys.get("micro_batch_tokens")
 
