@@ -21,10 +21,11 @@ from rewardmodel.files import atomic_path, write_json
 from rewardmodel.model.backbone import Backbone, resolve_saved_backbone
 from rewardmodel.model.families import FAMILIES, find_family, stored_bits
 from rewardmodel.model.forward import Predictor
+from rewardmodel.model.fp8 import quantise_model
 from rewardmodel.model.heads import FloatLinear, check_loaded, classifier_class, head_names
 from rewardmodel.model.lora import add_lora
 from rewardmodel.model.packing import pack_attention
-from rewardmodel.model.precision import quantization_settings, spare_head
+from rewardmodel.model.precision import quantization_name, quantization_settings, spare_head
 from rewardmodel.model.saved_model import check_head, is_adapter, read_about
 from rewardmodel.model.weights import tensor_shape
 from rewardmodel.objectives import HeadShape
@@ -75,17 +76,19 @@ def load_classifier(
         config=config,
         dtype=dtype if model_recipe.use_peft and not backbone.family.float32_weights else torch.float32,
         attn_implementation=backbone.attention,
-        device_map=None if on_host else {"": backbone.device},
+        device_map=None if on_host or model_recipe.load_in_fp8 else {"": backbone.device},
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # a head of another width is expected; check_loaded looks at the other weights
         **({"quantization_config": quantization} if quantization else {}),
     )
     check_loaded(model, loaded, backbone.folder)
+    if model_recipe.load_in_fp8:
+        quantise_model(model, backbone.device)
     _make_trainable(model, model_recipe.keep_head)
     pack_attention(model)
     if config.model_type not in FAMILIES:
         logger.info("%s is not in the table of families: generic rules apply", config.model_type)
-    bits = f"{backbone.bits} bits" if backbone.bits else "not quantised"
+    bits = f"{backbone.bits} bits" if backbone.bits else quantization_name(model_recipe) or "not quantised"
     logger.info("%s on %s: %s, %s attention, %s", config.model_type, backbone.device, dtype, backbone.attention, bits)
     return model
 
