@@ -118,7 +118,7 @@ class _Product(torch.autograd.Function):
 class Fp8Linear(torch.nn.Linear):
     """A frozen linear layer in e4m3 with a scale per row; PEFT adapts it as it does any linear layer.
 
-    `weight` has the bytes of the e4m3 numbers, (out, in) uint8: a cast of all floating-point weights leaves bytes alone,
+    `weight` has the bytes of the e4m3 numbers, (out, in) uint8: a cast of floating-point weights leaves bytes alone,
     PEFT does not round new adapters to their type, and gloo and NCCL can send them to other processes.
 
     Args:

@@ -66,7 +66,9 @@ def test_half_precision_halves_the_backbone_and_nothing_else(fake_model):
     assert (half.adapters, half.optimiser) == (whole.adapters, whole.optimiser)
 
 
-@pytest.mark.parametrize(("keys", "bits"), [({"load_in_4bit": True}, 4), ({"load_in_8bit": True}, 8)])
+@pytest.mark.parametrize(
+    ("keys", "bits"), [({"load_in_4bit": True}, 4), ({"load_in_8bit": True}, 8), ({"load_in_fp8": True}, 8)]
+)
 def test_a_quantised_backbone_is_as_large_as_its_bits(fake_model, keys, bits):
     size, plain = fake_model(dtype=torch.bfloat16, **keys).size, fake_model(dtype=torch.bfloat16).size
     saved = plain.weights - size.weights
