@@ -108,7 +108,7 @@ class _Product(torch.autograd.Function):
         return multiply(inputs, weight.view(E4M3), dtype, row_scales=scales)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
         weight, scales = ctx.saved_tensors
         # The kernel reads both operands along the dimension that is summed over, here the weight's rows.
         transposed = weight.t().contiguous().view(E4M3)

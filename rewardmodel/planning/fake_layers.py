@@ -78,7 +78,7 @@ class _FakeFp8Product(torch.autograd.Function):
         return quantised.new_empty((*inputs.shape[:-1], out_features), dtype=dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
         quantised = [gradient.new_empty(shape, dtype=torch.uint8) for shape in (ctx.shape, gradient.shape)]
         return quantised[0].new_empty((*gradient.shape[:-1], ctx.shape[1]), dtype=ctx.dtype), None, None
 
