@@ -17,6 +17,7 @@ from rewardmodel.exports.merge import merge_run
 from rewardmodel.exports.weight_files import find_weight_files
 from rewardmodel.model.backbone import resolve_backbone, saved_backbone_folder
 from rewardmodel.model.batching import pack, pad
+from rewardmodel.model.fp8 import Fp8Linear
 from rewardmodel.model.loading import load_classifier, load_model
 from rewardmodel.objectives import JOINT_HEAD, SEPARATE_HEAD
 from rewardmodel.prompt.tokenization import tokenize
@@ -99,7 +100,9 @@ def test_a_run_in_fp8_merges_to_the_weights_that_it_computes_with(random_run, ba
     found = load_file(tmp_path / "merged" / "model.safetensors")
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLinear):
-            weight = layer.base_layer.dequantise().weight + layer.get_delta_weight("default")
+            base = layer.base_layer
+            weight = base.dequantise().weight if isinstance(base, Fp8Linear) else base.weight
+            weight = weight + layer.get_delta_weight("default")
             assert (found[f"{name.removeprefix('base_model.model.')}.weight"] - weight).abs().max() <= 1e-6, name
 
 

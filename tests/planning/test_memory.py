@@ -66,13 +66,17 @@ def test_half_precision_halves_the_backbone_and_nothing_else(fake_model):
     assert (half.adapters, half.optimiser) == (whole.adapters, whole.optimiser)
 
 
-@pytest.mark.parametrize(
-    ("keys", "bits"), [({"load_in_4bit": True}, 4), ({"load_in_8bit": True}, 8), ({"load_in_fp8": True}, 8)]
-)
+@pytest.mark.parametrize(("keys", "bits"), [({"load_in_4bit": True}, 4), ({"load_in_8bit": True}, 8)])
 def test_a_quantised_backbone_is_as_large_as_its_bits(fake_model, keys, bits):
     size, plain = fake_model(dtype=torch.bfloat16, **keys).size, fake_model(dtype=torch.bfloat16).size
     saved = plain.weights - size.weights
     assert LINEAR * (2 - bits / 8) * 0.93 <= saved <= LINEAR * (2 - bits / 8)
+    assert (size.parameters, size.adapters) == (plain.parameters, plain.adapters)
+
+
+def test_of_fp8_the_mlps_take_a_byte_a_weight_and_four_a_row(fake_model):
+    size, plain = fake_model(dtype=torch.bfloat16, load_in_fp8=True).size, fake_model(dtype=torch.bfloat16).size
+    assert plain.weights - size.weights == 2 * 3 * (64 * 64 - 4 * 64)
     assert (size.parameters, size.adapters) == (plain.parameters, plain.adapters)
 
 
