@@ -55,8 +55,8 @@ def export(
 
     Returns:
         What `exports.parity.check_parity` found; of several runs also `probability_average`, the distance of the
-        export's predictions from the mean of the runs'; and of a run in 8 bits `rounded_run`, the distance of its
-        weights in float32 from what the run itself predicts, whose activations are rounded to 8 bits, too.
+        export's predictions from the mean of the runs'; and of a run in 8 bits or fp8 `rounded_run`, the distance of
+        its weights in float32 from what the run itself predicts, whose activations are rounded to 8 bits, too.
 
     Raises:
         InputError: what was given cannot be exported so; raised before torch is imported wherever no model is needed.
@@ -113,7 +113,7 @@ def export(
         if len(trained) > 1:
             tables = [predict_in_float32(one, compared) for one in trained]
             parity["probability_average"] = measure_differences(_average_tables(tables), expected)
-        if run.recipe.model.load_in_8bit:
+        if run.recipe.model.load_in_8bit or run.recipe.model.load_in_fp8:
             rounded = predict_in_float32(run, compared, round_activations=True)
             parity["rounded_run"] = measure_differences(rounded, expected)
 
@@ -209,9 +209,8 @@ class Export:
         """Return the recipe that the export is loaded with: a merged model is not quantised while it is loaded."""
         if not self.merged:
             return recipe
-        return replace(
-            recipe, model=replace(recipe.model, use_peft=True, load_in_4bit=self.four_bits, load_in_8bit=False)
-        )
+        model = replace(recipe.model, use_peft=True, load_in_4bit=self.four_bits, load_in_8bit=False, load_in_fp8=False)
+        return replace(recipe, model=model)
 
 
 def _write_adapter(run: TrainedRun, folder: Path, dtype: "torch.dtype") -> None:

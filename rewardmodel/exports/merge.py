@@ -24,6 +24,7 @@ from rewardmodel.exports.weight_files import find_weight_files, match_parameters
 from rewardmodel.files import write_json
 from rewardmodel.model.backbone import saved_backbone_folder
 from rewardmodel.model.families import find_family, lowest_layers
+from rewardmodel.model.fp8 import dequantise_rows, layers_to_quantise, quantise_rows
 from rewardmodel.model.heads import classifier_class, head_names
 from rewardmodel.model.loading import label_names, load_tokenizer
 from rewardmodel.model.precision import bits_and_bytes, compute_device, dtype_name
@@ -122,6 +123,7 @@ class MergedModel:
         quantised = recipe.load_in_4bit or recipe.load_in_8bit
         self.model, self.quantizer = build(bits_and_bytes(recipe, trained_dtype) if quantised else None)
         self.target_model, self.target_quantizer = build(target)
+        self.fp8_layers = {*layers_to_quantise(self.model)} if recipe.load_in_fp8 else set()
         self.heads = tuple(f"{name}." for name in head_names(self.model))
         self.files = find_weight_files(backbone)
         self.adapter = SavedAdapter(run.model) if is_adapter(run.model) else None
@@ -164,6 +166,8 @@ class MergedModel:
         if self.quantizer and self.quantizer.param_needs_quantization(self.model, name):
             value = dequantise_weight(quantise_weight(value, name, self.model, self.quantizer))
         module = name.removesuffix(".weight")
+        if module in self.fp8_layers:
+            value = dequantise_rows(*quantise_rows(value))
         if self.adapter and module in self.adapter.layers:
             return self.adapter.add_update(module, value.float())
         return value

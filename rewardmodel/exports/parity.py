@@ -27,6 +27,7 @@ from rewardmodel.metrics import log_loss
 from rewardmodel.model.backbone import resolve_backbone, saved_backbone_folder
 from rewardmodel.model.batching import pad
 from rewardmodel.model.forward import Predictor
+from rewardmodel.model.fp8 import Fp8Linear
 from rewardmodel.model.loading import load_model, load_tokenizer
 from rewardmodel.model.precision import compute_device, dtype_name
 from rewardmodel.model.saved_model import is_adapter, read_about
@@ -78,8 +79,8 @@ def predict_in_float32(run: TrainedRun, battles: Dataset, *, round_activations: 
     Args:
         run: with the model that predicts.
         battles: n battles.
-        round_activations: let an 8-bit run round the inputs of its layers to 8 bits, as it does when it predicts
-            (LLM.int8, Dettmers et al. 2022).
+        round_activations: let a run in 8 bits or fp8 round the inputs of its layers to 8 bits, as it does when it
+            predicts (LLM.int8, Dettmers et al. 2022; `model.fp8`).
     """
     recipe = with_precision(run.recipe, "float32")
     model, tokenizer = load_model(recipe.model, run.model, getattr(torch, run.dtype))
@@ -92,6 +93,8 @@ def predict_in_float32(run: TrainedRun, battles: Dataset, *, round_activations: 
         for name, child in () if round_activations else list(module.named_children()):
             if isinstance(child, Linear8bitLt):
                 setattr(module, name, _dequantise_layer(child))
+            if isinstance(child, Fp8Linear):
+                setattr(module, name, child.dequantise())
     predictor = Predictor(model, tokenizer, torch.float32, recipe.inference.batch_tokens)
     return predict_with(predictor, recipe, battles)
 

@@ -28,6 +28,7 @@ COMMON_KEYS = {
         "num_hidden_layers",
         "load_in_4bit",
         "load_in_8bit",
+        "load_in_fp8",
         "bnb_4bit_quant_type",
         "use_bnb_nested_quant",
     ),

@@ -29,6 +29,7 @@ FEATURE_SETTINGS = (
     "attn_implementation",
     "load_in_4bit",
     "load_in_8bit",
+    "load_in_fp8",
     "bnb_4bit_quant_type",
     "use_bnb_nested_quant",
     "use_peft",
@@ -48,7 +49,7 @@ class Backbone:
         family: what is known of its architecture.
         device: where it computes.
         dtype: precision that it computes in.
-        bits: 4 or 8 if bitsandbytes quantises it; None: it is not quantised.
+        bits: 4 or 8 if bitsandbytes quantises it; None: it does not.
         launch: how it is spread over processes.
     """
 
@@ -77,6 +78,8 @@ class Backbone:
     def feature_cache(self) -> Path:
         """The folder of the cache for features of this backbone with these settings (`model.features`)."""
         settings = {name: value for name, value in asdict(self.model).items() if name in FEATURE_SETTINGS}
+        if not self.model.load_in_fp8:  # caches from before this key existed stay valid
+            del settings["load_in_fp8"]
         settings |= {"format": CACHE_FORMAT, "dtype": str(self.dtype), "backbone": self.fingerprint}
         digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8)
         return cache_folder() / "features" / digest.hexdigest()

@@ -75,8 +75,8 @@ class Configuration:
 
     @property
     def quantised(self) -> bool:
-        """Whether the backbone is quantised by bitsandbytes."""
-        return self.four_bits or self.eight_bits
+        """Whether the backbone is quantised, by bitsandbytes or to fp8."""
+        return self.four_bits or self.eight_bits or self.model.load_in_fp8
 
     @property
     def four_bits(self) -> bool:
@@ -97,6 +97,16 @@ class Configuration:
     def pre_ampere(self) -> bool:
         """Whether the GPU is older than Ampere (compute capability 8.0)."""
         return self.capability is not None and self.capability < (8, 0)
+
+    @property
+    def lacks_fp8(self) -> bool:
+        """Whether the GPU has no fp8 units: those older than Ada (compute capability 8.9)."""
+        return self.capability is not None and self.capability < (8, 9)
+
+    @property
+    def quantisations(self) -> list[str]:
+        """The keys that are set of those that quantise the backbone."""
+        return [key for key in ("load_in_4bit", "load_in_8bit", "load_in_fp8") if getattr(self.model, key)]
 
     @property
     def last_layer(self) -> int:
@@ -174,8 +184,26 @@ def check_ties(model: ModelConfig, config: ObjectiveConfig) -> None:
 
 CHECKS = (
     Check(
-        lambda s: s.model.load_in_4bit and s.model.load_in_8bit,
-        "model: load_in_4bit and load_in_8bit exclude each other; set one of them to false",
+        lambda s: len(s.quantisations) > 1,
+        "model: load_in_4bit, load_in_8bit and load_in_fp8 exclude each other; set one of them only",
+        training=False,
+    ),
+    Check(
+        lambda s: s.model.load_in_fp8 and s.stored_bits is not None,
+        "model.load_in_fp8: the backbone is stored in {s.stored_bits} bits; leave it out, or give an unquantised "
+        "backbone",
+        training=False,
+    ),
+    Check(
+        lambda s: s.model.load_in_fp8 and s.lacks_fp8,
+        "model.load_in_fp8: a GPU has fp8 units from compute capability 8.9 (Ada, Hopper) on; set load_in_4bit or "
+        "load_in_8bit instead, or leave it out",
+        training=False,
+    ),
+    Check(
+        lambda s: s.model.load_in_fp8 and s.model.use_dora,
+        "model.use_dora: PEFT takes the norms of weights from bytes that stand for fp8 numbers; set it false, or "
+        "load_in_4bit",
         training=False,
     ),
     Check(
@@ -310,6 +338,11 @@ CHECKS = (
     Check(
         lambda s: s.fsdp and s.eight_bits,
         "model.load_in_8bit: FSDP takes the scales from bitsandbytes' 8-bit weights when it spreads them; set "
+        "load_in_4bit, or launch with recipes/accelerate/ddp.yaml",
+    ),
+    Check(
+        lambda s: s.fsdp and s.model.load_in_fp8,
+        "model.load_in_fp8: FSDP spreads floating-point weights only, and these are bytes with a scale per row; set "
         "load_in_4bit, or launch with recipes/accelerate/ddp.yaml",
     ),
     Check(

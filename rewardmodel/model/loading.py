@@ -22,10 +22,11 @@ from rewardmodel.model.attention import LOADED_AS
 from rewardmodel.model.backbone import Backbone, resolve_saved_backbone
 from rewardmodel.model.families import FAMILIES, find_family, stored_bits
 from rewardmodel.model.forward import Predictor
+from rewardmodel.model.fp8 import quantise_model
 from rewardmodel.model.heads import FloatLinear, check_loaded, classifier_class, head_names
 from rewardmodel.model.lora import add_lora
 from rewardmodel.model.packing import is_packed, pack_attention
-from rewardmodel.model.precision import quantization_settings, spare_head
+from rewardmodel.model.precision import quantization_name, quantization_settings, spare_head
 from rewardmodel.model.saved_model import check_head, is_adapter, read_about
 from rewardmodel.model.weights import tensor_shape
 from rewardmodel.objectives import HeadShape
@@ -76,18 +77,20 @@ def load_classifier(
         config=config,
         dtype=dtype if model_recipe.use_peft and not backbone.family.float32_weights else torch.float32,
         attn_implementation=LOADED_AS.get(backbone.attention, backbone.attention),
-        device_map=None if on_host else {"": backbone.device},
+        device_map=None if on_host or model_recipe.load_in_fp8 else {"": backbone.device},
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # a head of another width is expected; check_loaded looks at the other weights
         **({"quantization_config": quantization} if quantization else {}),
     )
     check_loaded(model, loaded, backbone.folder)
+    if model_recipe.load_in_fp8:
+        quantise_model(model, backbone.device)
     _make_trainable(model, model_recipe.keep_head)
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN builds an execution plan for every new length, up to .5 s each
     pack_attention(model, backbone.attention)
     if config.model_type not in FAMILIES:
         logger.info("%s is not in the table of families: generic rules apply", config.model_type)
-    bits = f"{backbone.bits} bits" if backbone.bits else "not quantised"
+    bits = f"{backbone.bits} bits" if backbone.bits else quantization_name(model_recipe) or "not quantised"
     logger.info("%s on %s: %s, %s attention, %s", config.model_type, backbone.device, dtype, backbone.attention, bits)
     return model
 

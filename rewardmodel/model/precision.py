@@ -115,7 +115,7 @@ def quantization_name(model: ModelConfig) -> str | None:
     if model.load_in_4bit:
         nested = " with double quantisation" if model.use_bnb_nested_quant else ""
         return f"4-bit {model.bnb_4bit_quant_type}{nested}"
-    return "8-bit int8" if model.load_in_8bit else None
+    return "8-bit int8" if model.load_in_8bit else "fp8 e4m3" if model.load_in_fp8 else None
 
 
 def bits_and_bytes(model: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -221,6 +221,8 @@ def _list_notes(recipe: Recipe, device: Device) -> list[str]:
         notes.append("trainer.optim: on a CPU bitsandbytes does not page optimiser states, and keeps them in memory")
     if device.kind == "cpu" and recipe.model.load_in_8bit:
         notes.append("model.load_in_8bit: bitsandbytes' 8-bit matrix products are slow on a CPU")
+    if device.kind == "cpu" and recipe.model.load_in_fp8:
+        notes.append("model.load_in_fp8: a CPU has no fp8 units; products are computed in float32, slower than without")
     return notes
 
 
@@ -241,7 +243,8 @@ def _find_fix(scenario: Scenario) -> str | None:
     if not scenario.checkpointing and not model.freeze_backbone:
         steps.append(("trainer.gradient_checkpointing true", {}, {"gradient_checkpointing": True}, {}))
     if not model.load_in_4bit and model.use_peft:
-        steps.append(("model.load_in_4bit true", {"load_in_4bit": True, "load_in_8bit": False}, {}, {}))
+        quantised = {"load_in_4bit": True, "load_in_8bit": False, "load_in_fp8": False}
+        steps.append(("model.load_in_4bit true", quantised, {}, {}))
     if model.use_peft and not model.freeze_backbone and model.lora_first_layer < layers // 2:
         steps.append((f"model.lora_first_layer {layers // 2}", {"lora_first_layer": layers // 2}, {}, {}))
     steps.append((f"prompt.max_length {half}", {}, {}, {"max_length": half}))

@@ -1,4 +1,4 @@
-"""Fake layers as large as bitsandbytes' quantised layers but without weights to compute with, to count memory."""
+"""Fake layers as large as quantised layers but without weights to compute with, to count memory."""
 
 from typing import Any
 
@@ -9,17 +9,17 @@ from rewardmodel.config.schema import ModelConfig
 
 
 def count_quantised_bytes(weights: int, model: ModelConfig, out_features: int) -> int:
-    """Return the bytes of a linear layer's weights as bitsandbytes keeps them, quantisation constants included.
+    """Return the bytes of a quantised linear layer's weights, quantisation constants included.
 
-    8 bits: a byte per weight, and a float32 per row. 4 bits: half a byte per weight, and a float32 per block of 64
+    8 bits, fp8: a byte per weight, and a float32 per row. 4 bits: half a byte per weight, and a float32 per block of 64
     weights; or, with double quantisation, a byte per block and a float32 per 256 blocks (QLoRA, Dettmers et al. 2023).
 
     Args:
         weights: their number.
-        model: section of the recipe, with `load_in_4bit` or `load_in_8bit`.
+        model: section of the recipe, with `load_in_4bit`, `load_in_8bit` or `load_in_fp8`.
         out_features: rows of the weight matrix.
     """
-    if model.load_in_8bit:
+    if model.load_in_8bit or model.load_in_fp8:
         return weights + 4 * out_features
     blocks = -(-weights // 64)
     constants = blocks + 4 * -(-blocks // 256) if model.use_bnb_nested_quant else 4 * blocks
@@ -66,6 +66,34 @@ class Fake8bitLinear(bnb.nn.Linear8bitLt):
         self.index = None
 
     forward = _compute_product
+
+
+class _FakeFp8Product(torch.autograd.Function):
+    """A product with quantised copies of its inputs, and of the weight in the backward pass, as in `model.fp8`."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, out_features: int, dtype: torch.dtype) -> torch.Tensor:
+        ctx.shape, ctx.dtype = (out_features, inputs.shape[-1]), inputs.dtype
+        quantised = inputs.new_empty(inputs.shape, dtype=torch.uint8)
+        return quantised.new_empty((*inputs.shape[:-1], out_features), dtype=dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
+        quantised = [gradient.new_empty(shape, dtype=torch.uint8) for shape in (ctx.shape, gradient.shape)]
+        return quantised[0].new_empty((*gradient.shape[:-1], ctx.shape[1]), dtype=ctx.dtype), None, None
+
+
+class FakeFp8Linear(torch.nn.Linear):
+    """An fp8 layer of the size of a linear layer."""
+
+    def __init__(self, linear: torch.nn.Linear, model: ModelConfig, dtype: torch.dtype) -> None:
+        torch.nn.Module.__init__(self)
+        _copy_size(self, linear, model, dtype)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return outputs in the layer's precision, without content."""
+        product = _FakeFp8Product.apply(inputs, self.out_features, self.compute_dtype)
+        return product if self.bias is None else product + self.bias.to(product.dtype)
 
 
 def _copy_size(layer: Any, linear: torch.nn.Linear, model: ModelConfig, dtype: torch.dtype) -> None:

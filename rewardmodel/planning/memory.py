@@ -21,13 +21,14 @@ from rewardmodel.config.schema import ModelConfig
 from rewardmodel.model.attention import LOADED_AS, PACKED_PREFIX
 from rewardmodel.model.batching import pad
 from rewardmodel.model.families import HEADS
+from rewardmodel.model.fp8 import layers_to_quantise
 from rewardmodel.model.heads import classifier_class, head_names
 from rewardmodel.model.loading import unwrap
 from rewardmodel.model.lora import add_lora
 from rewardmodel.model.packing import is_packed, may_pack, packing_of
 from rewardmodel.model.precision import autocast
 from rewardmodel.objectives import HeadShape
-from rewardmodel.planning.fake_layers import Fake4bitLinear, Fake8bitLinear, FakeGpuDropout
+from rewardmodel.planning.fake_layers import Fake4bitLinear, Fake8bitLinear, FakeFp8Linear, FakeGpuDropout
 from rewardmodel.planning.workload import Branches
 
 
@@ -230,7 +231,7 @@ def _build_classifier(spec: MemorySpec) -> Any:
     plain = LOADED_AS.get(kind, kind)
     made.config.get_text_config()._attn_implementation = PACKED_PREFIX + kind if may_pack(made) else plain
     heads = head_names(made)
-    if model.load_in_4bit or model.load_in_8bit:
+    if model.load_in_4bit or model.load_in_8bit or model.load_in_fp8:
         _replace_linear_layers(made, model, dtype)
     for name in heads:
         made.get_submodule(name).float()
@@ -260,7 +261,11 @@ def _move_to_fake_cpu(model: torch.nn.Module) -> None:
 
 
 def _replace_linear_layers(made: Any, model: ModelConfig, dtype: torch.dtype) -> None:
-    """Replace linear layers outside the head by fake quantised ones, as transformers does."""
+    """Replace linear layers outside the head by fake quantised ones, as transformers or `model.fp8` does."""
+    if model.load_in_fp8:
+        for name in layers_to_quantise(made):
+            made.set_submodule(name, FakeFp8Linear(made.get_submodule(name), model, dtype))
+        return
     kind = Fake4bitLinear if model.load_in_4bit else Fake8bitLinear
     for name, child in list(made.named_modules()):
         if type(child) is torch.nn.Linear and not {*name.split(".")} & {*HEADS}:
@@ -281,7 +286,7 @@ def _measure_size(model: Any, spec: MemorySpec) -> ModelSize:
     backbone = getattr(whole, whole.base_model_prefix).named_parameters()
     count = sum(weight.numel() for name, weight in backbone if "lora_" not in name)
     for module in model.modules():
-        if isinstance(module, Fake4bitLinear | Fake8bitLinear):
+        if isinstance(module, Fake4bitLinear | Fake8bitLinear | FakeFp8Linear):
             count += module.in_features * module.out_features - module.weight.numel()
     embedding = model.get_input_embeddings().weight.numel()
 

@@ -80,12 +80,30 @@ def test_a_reward_model_keeps_its_probability_of_a_tie(objective, untrained_run,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{"use_peft": False}, {"use_dora": True}, {"load_in_8bit": True}])
+@pytest.mark.parametrize(
+    "changes", [{"use_peft": False}, {"use_dora": True}, {"load_in_8bit": True}, {"load_in_fp8": True}]
+)
 def test_other_runs_are_merged(changes, untrained_run, tmp_path, in_this_process):
     folder = untrained_run("other", **changes)
     facts = export(folder, tmp_path / "export", dtype="float32")
     assert facts["limits"]["probability"] == 1e-4
-    assert ("rounded_run" in facts) == ("load_in_8bit" in changes)
+    assert ("rounded_run" in facts) == bool({"load_in_8bit", "load_in_fp8"} & {*changes})
+    if changes.get("load_in_fp8"):
+        assert facts["max_abs_dp"] < 1e-4 < facts["rounded_run"]["max_abs_dp"]
+        assert not load_recipe(tmp_path / "export" / "recipe.yaml").model.load_in_fp8
+        assert "dequantised from fp8 e4m3" in (tmp_path / "export" / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adapter", "merged_4bit"])
+def test_other_exports_of_a_run_in_fp8(kind, untrained_run, tmp_path, in_this_process):
+    folder = untrained_run("other", load_in_fp8=True)
+    facts = export(folder, tmp_path / "export", kind)
+    assert load_recipe(tmp_path / "export" / "recipe.yaml").model.load_in_fp8 == (kind == "adapter")
+    assert facts["max_abs_dp"] < (1e-4 if kind == "adapter" else 0.5)
+    battles = battle_frame(3, seed=5)
+    found, expected = (predicted(predict(one, battles)) for one in (tmp_path / "export", folder))
+    assert (found == expected).all() == (kind == "adapter")
 
 
 @pytest.mark.slow

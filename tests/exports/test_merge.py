@@ -5,6 +5,7 @@ import pytest
 import torch
 from builders import FAMILIES, battle_frame, make_backbone, pack
 from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
@@ -16,6 +17,7 @@ from rewardmodel.exports.merge import merge_run
 from rewardmodel.exports.weight_files import find_weight_files
 from rewardmodel.model.backbone import resolve_backbone, saved_backbone_folder
 from rewardmodel.model.batching import pad
+from rewardmodel.model.fp8 import Fp8Linear
 from rewardmodel.model.loading import load_classifier, load_model
 from rewardmodel.objectives import JOINT_HEAD, SEPARATE_HEAD
 from rewardmodel.prompt.tokenization import tokenize
@@ -90,6 +92,29 @@ def test_an_8_bit_run_merges_close_to_what_it_computes(random_run, backbone, tmp
     merge_run(run, tmp_path / "merged", torch.float32)
     after = plain_logits(tmp_path / "merged", tokenizer, rows)
     assert (after.softmax(-1) - logits(model, pack(rows)).softmax(-1)).abs().max() <= 0.02
+
+
+def test_a_run_in_fp8_merges_to_the_weights_that_it_computes_with(random_run, backbone, tmp_path):
+    run, model, _ = random_run(backbone("llama"), load_in_fp8=True)
+    merge_run(run, tmp_path / "merged", torch.float32)
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLinear):
+            base = layer.base_layer
+            weight = base.dequantise().weight if isinstance(base, Fp8Linear) else base.weight
+            weight = weight + layer.get_delta_weight("default")
+            assert (found[f"{name.removeprefix('base_model.model.')}.weight"] - weight).abs().max() <= 1e-6, name
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_run_in_fp8_merges_close_to_what_it_predicts(family, random_run, backbone, tmp_path):
+    """Not exactly: activations are rounded too, which no merged model does."""
+    run, model, tokenizer = random_run(backbone(family), load_in_fp8=True)
+    rows = rows_of(tokenizer)
+    merge_run(run, tmp_path / "merged", torch.float32)
+    after = plain_logits(tmp_path / "merged", tokenizer, rows)
+    apart = (after.softmax(-1) - logits(model, pack(rows)).softmax(-1)).abs().max()
+    assert 1e-5 < apart <= 0.1
 
 
 def test_16_bit_weights_are_rounded_as_loading_rounded_them(random_run, tmp_path):

@@ -134,14 +134,19 @@ def test_the_feature_cache_depends_on_what_features_depend_on(backbone, tmp_path
     config = ModelConfig(str(backbone("llama")), **CPU)
     others = [
         dataclasses.replace(config, **{key: value})
-        for key, value in (("num_hidden_layers", 1), ("pooling", "responses"), ("load_in_4bit", True))
+        for key, value in (
+            ("num_hidden_layers", 1),
+            ("pooling", "responses"),
+            ("load_in_4bit", True),
+            ("load_in_fp8", True),
+        )
     ]
     others.append(dataclasses.replace(config, dtype="bfloat16"))
     others.append(dataclasses.replace(config, attn_implementation="eager"))
     other_weights = make_backbone("llama", tmp_path / "other", initializer_range=0.1)
     others.append(dataclasses.replace(config, model_name_or_path=str(other_weights)))
     folders = [resolve_backbone(one).feature_cache for one in (config, *others)]
-    assert len({*folders}) == 7
+    assert len({*folders}) == 8
     assert {folder.parent for folder in folders} == {cache_folder() / "features"}
     moved = shutil.copytree(backbone("llama"), tmp_path / "moved")
     same = dataclasses.replace(config, lora_r=3, keep_head=True, model_name_or_path=str(moved))

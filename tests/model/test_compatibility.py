@@ -21,6 +21,12 @@ def configured(model=None, **changes) -> Configuration:
 
 CASES = [
     (configured({"load_in_4bit": True, "load_in_8bit": True}), "exclude each other"),
+    (configured({"load_in_4bit": True, "load_in_fp8": True}), "exclude each other; set one of them only"),
+    (configured({"load_in_fp8": True}, stored_bits=4), "model.load_in_fp8: the backbone is stored in 4 bits; leave it"),
+    (configured({"load_in_fp8": True}, capability=(8, 6)), "units from compute capability 8.9 .*; set load_in_4bit or"),
+    (configured({"load_in_fp8": True, "use_dora": True}), "model.use_dora: PEFT takes the norms .*; set it false"),
+    (configured({"load_in_fp8": True, "use_peft": False}), "cannot train itself; leave it true"),
+    (configured({"load_in_fp8": True}, launch=FSDP), "model.load_in_fp8: FSDP spreads .*; set load_in_4bit, or launch"),
     (configured({"freeze_backbone": True, "use_peft": False}), "use_peft is false, which trains all weights; set one"),
     (
         configured({"freeze_backbone": True, "keep_head": True}),
@@ -102,6 +108,9 @@ def test_every_check_has_a_case(monkeypatch):
         configured({"load_in_4bit": True}, launch=FSDP),
         configured({"load_in_4bit": True}, launch=Launch(2, "ddp")),
         configured({"load_in_8bit": True}, launch=Launch(2, "ddp")),
+        configured({"load_in_fp8": True}, launch=Launch(2, "ddp")),
+        configured({"load_in_fp8": True}, capability=(8, 9)),
+        configured({"load_in_fp8": True}, device="cpu", capability=None, dtype="float32"),
         configured({"use_dora": True}, launch=EFFICIENT),
         configured({"use_peft": False, "lora_first_layer": 99}),
         configured(FLASH, here=False),

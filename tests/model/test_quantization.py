@@ -91,6 +91,7 @@ def test_a_backbone_that_is_stored_quantised_by_others_is_refused(tmp_path):
     [
         ({}, None),
         ({"load_in_8bit": True}, "8-bit int8"),
+        ({"load_in_fp8": True}, "fp8 e4m3"),
         ({"load_in_4bit": True}, "4-bit nf4 with double quantisation"),
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "use_bnb_nested_quant": False}, "4-bit fp4"),
     ],

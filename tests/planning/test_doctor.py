@@ -185,6 +185,18 @@ def test_a_gpu_that_cannot_is_named_with_the_reason_among_the_others(diagnose):
     assert others["L4"].training.fits
 
 
+def test_fp8_is_for_gpus_that_have_it_and_emulated_on_a_cpu(diagnose, changed):
+    found = diagnose("H100", load_in_fp8=True)
+    assert ", fp8 e4m3, " in found.backbone
+    others = {other.device.name: other for other in found.estimate.others}
+    assert others["A100-80GB"].problem.startswith("model.load_in_fp8: a GPU has fp8 units from compute capability 8.9")
+    assert others["L4"].problem is None
+    assert others["L4"].training.fits
+    here = diagnose("cpu", device="cpu", load_in_fp8=True)
+    assert here.problems == []
+    assert "note       model.load_in_fp8: a CPU has no fp8 units" in format_doctor(here)
+
+
 def test_what_is_only_worth_knowing_is_no_problem(diagnose):
     found = diagnose("cpu", "paged_adamw_8bit", device="cpu")
     assert found.problems == []

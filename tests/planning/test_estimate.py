@@ -8,6 +8,7 @@ from transformers import AutoConfig
 from rewardmodel.config.schema import ModelConfig
 from rewardmodel.distributed import Launch
 from rewardmodel.objectives import JOINT_HEAD
+from rewardmodel.planning import estimate
 from rewardmodel.planning.devices import DEVICES, Device
 from rewardmodel.planning.estimate import (
     BACKWARD_OPERATIONS,
@@ -148,6 +149,14 @@ def test_evaluations_are_of_one_order_where_training_is_of_both(scenario):
 
 
 @pytest.mark.slow
+def test_fp8_layers_are_faster_on_a_gpu_and_attention_is_not(scenario, monkeypatch):
+    monkeypatch.setattr(estimate, "LAUNCH_SECONDS", 0.0)  # the tiny model waits for nothing else
+    plain, fp8 = (estimate_hours(scenario(DEVICES["H100"], load_in_fp8=on)).evaluation for on in (False, True))
+    assert 1 < plain / fp8 < estimate.FP8_SPEED
+    plain, fp8 = (estimate_hours(scenario(load_in_fp8=on)).evaluation for on in (False, True))
+    assert plain == fp8  # of a CPU
+
+
 def test_a_head_that_is_fitted_first_costs_a_forward_pass_and_room_for_what_it_reads(scenario):
     fitted, plain = scenario(head_init="fitted"), scenario()
     hours = estimate_hours(plain)

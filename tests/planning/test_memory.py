@@ -75,6 +75,12 @@ def test_a_quantised_backbone_is_as_large_as_its_bits(fake_model, keys, bits):
     assert (size.parameters, size.adapters) == (plain.parameters, plain.adapters)
 
 
+def test_of_fp8_the_mlps_take_a_byte_a_weight_and_four_a_row(fake_model):
+    size, plain = fake_model(dtype=torch.bfloat16, load_in_fp8=True).size, fake_model(dtype=torch.bfloat16).size
+    assert plain.weights - size.weights == 2 * 3 * (64 * 64 - 4 * 64)
+    assert (size.parameters, size.adapters) == (plain.parameters, plain.adapters)
+
+
 def test_all_weights_train_in_float32(fake_model):
     size = fake_model(dtype=torch.bfloat16, use_peft=False).size
     assert size.adapters == size.gradients == 4 * (BACKBONE + HEAD)

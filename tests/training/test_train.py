@@ -168,6 +168,18 @@ def test_a_frozen_run_that_is_done_is_left_alone_and_one_that_was_killed_goes_on
     assert (RunFolder(run).model / "adapter_model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("fitted", [False, True])
+def test_a_head_is_fitted_to_a_backbone_in_fp8(fitted, frozen, tmp_path):
+    recipe = frozen("davidson")
+    first = {"freeze_backbone": False, "lora_first_layer": 0, "head_init": "fitted"} if fitted else {}
+    model = dataclasses.replace(recipe.model, load_in_fp8=True, **first)
+    still = recipe.trainer | ({"learning_rate": 1e-12, "max_steps": 1} if fitted else {})
+    run, parts = train(dataclasses.replace(recipe, model=model, trainer=still))
+    table = predict(run, parts.validation)
+    assert log_loss(predicted(table), true_outcomes(table)) < 0.9  # the class prior has 1.04
+    assert np.array_equal(predicted(predict(run, parts.validation)), predicted(table))
+
+
 @several
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_training_starts_from_a_head_that_is_fitted_to_what_the_untouched_backbone_reads(

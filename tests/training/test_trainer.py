@@ -83,7 +83,9 @@ train(load_recipe(sys.argv[1]), resume="--resume" in sys.argv)
 
 
 @pytest.mark.slow  # kills a fresh process
-def test_a_killed_run_resumes_to_the_same_weights(recipe, tmp_path):
+@pytest.mark.parametrize("load_in_fp8", [False, True])
+def test_a_killed_run_resumes_to_the_same_weights(load_in_fp8, recipe, tmp_path):
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, load_in_fp8=load_in_fp8))
     keys = {"num_train_epochs": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     keys["load_best_model_at_end"] = False  # the last weights, not those of a checkpoint before the kill
     whole, _ = train(with_trainer(recipe, **keys, output_dir=str(tmp_path / "whole")))
@@ -299,8 +301,9 @@ def test_separate_objectives_learn_and_state_ties(recipe, name):
     assert tie.item() != pytest.approx(0.0)  # where half of the battles are ties the start is log 2
 
 
-def test_four_bit_training_keeps_float32_weights_and_moves_head_and_adapters(recipe):
-    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, load_in_4bit=True))
+@pytest.mark.parametrize("key", ["load_in_4bit", "load_in_fp8"])
+def test_quantised_training_keeps_float32_weights_and_moves_head_and_adapters(key, recipe):
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **{key: True}))
     battles = read_battles(recipe.data.train).select(range(8))
     trainer = make_trainer(with_trainer(recipe, eval_strategy="no", save_strategy="no"), battles, battles)
     before = {name: w.detach().clone() for name, w in trainer.model.named_parameters() if w.requires_grad}
@@ -313,8 +316,10 @@ def test_four_bit_training_keeps_float32_weights_and_moves_head_and_adapters(rec
 
 
 @learns
-def test_gradient_checkpointing_changes_no_weight(recipe, tmp_path):
-    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, lora_first_layer=1))
+@pytest.mark.parametrize("load_in_fp8", [False, True])
+def test_gradient_checkpointing_changes_no_weight(load_in_fp8, recipe, tmp_path):
+    model = dataclasses.replace(recipe.model, lora_first_layer=1, load_in_fp8=load_in_fp8)
+    recipe = dataclasses.replace(recipe, model=model)
     plain, _ = train(with_trainer(recipe, output_dir=str(tmp_path / "plain")))
     saving, _ = train(with_trainer(recipe, output_dir=str(tmp_path / "saving"), gradient_checkpointing=True))
     for name, weight in adapter(plain).items():
