@@ -142,19 +142,23 @@ def test_sharded_models_are_trained_saved_and_reloaded(exact, tmp_path):
     np.testing.assert_allclose(predicted(by_both), predicted(alone), atol=1e-6)
 
 
+# One launch for all kinds, because starting it takes most of the time.
 @pytest.mark.slow  # starts a launcher and two processes
 @pytest.mark.distributed
 def test_processes_without_a_cache_in_common_train_from_the_same_features(exact, tmp_path):
     frozen = replace(exact, model=replace(exact.model, freeze_backbone=True))
     fitted = replace(exact, model=replace(exact.model, head_init="fitted"))
+    in_fp8 = replace(exact, model=replace(exact.model, load_in_fp8=True))
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
     runs = [with_folder(recipe, tmp_path / f"two {number}") for number, recipe in enumerate((frozen, fitted))]
+    runs.append(with_folder(in_fp8, tmp_path / "two 2", **compiled))
     files = [written(recipe, tmp_path / f"{number}.yaml") for number, recipe in enumerate(runs)]
     (tmp_path / "apart.py").write_text(APART)
     process = launch("cpu_ddp", str(tmp_path / "apart.py"), *files)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0, said
     assert "features of 36 of 36 battles" in said  # the second run has what the first has read
-    for recipe, two in zip((frozen, fitted), runs, strict=True):
+    for recipe, two in zip((frozen, fitted, in_fp8), runs, strict=True):
         one, parts = train(with_folder(recipe, tmp_path / "one" / two.run_folder.name))
         found, expected = (predicted(predict(run, parts.validation)) for run in (two.run_folder, one))
         np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -106,7 +106,8 @@ class ModelConfig:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute precision; `auto` chooses by hardware. The head and all trainable weights are float32 in any case."""
     attn_implementation: str | None = None
-    """Attention implementation, by its name in transformers; default: the fastest that the backbone's family allows."""
+    """Attention implementation: `varlen`, which is torch's, or a name of transformers'; default: the first of the
+    backbone's family that works on the device."""
     pooling: Literal["last", "responses", "last_and_responses"] = "last"
     """What a decoder's head reads: the hidden state of the last token, as in plain transformers; the mean over each
     response, concatenated, from which small backbones learn much faster; or both. Only rewardmodel loads heads with the
@@ -126,8 +127,8 @@ class ModelConfig:
     """Quantise the backbone, not the head, to 8 bits with bitsandbytes."""
     load_in_fp8: bool = False
     """Hold the linear layers of the backbone's MLPs in 8-bit floating point (e4m3, a scale per row), and round their
-    inputs to it; attention and head stay as they are. Faster than 16 bits on GPUs of compute capability 8.9 and later
-    (L4, RTX 4090, L40S, H100), more than twice as large as 4 bits; emulated on a CPU."""
+    inputs to it; attention and head stay as they are. For GPUs of compute capability 8.9 and later (L4, RTX 4090, L40S,
+    H100), which multiply it faster than 16 bits; more than twice as large as 4 bits; emulated on a CPU."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     """4-bit data type."""
     use_bnb_nested_quant: bool = True
