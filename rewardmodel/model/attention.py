@@ -100,6 +100,8 @@ def _flex(
     softcap: float | None = None,
     **_: Any,
 ) -> torch.Tensor:
+    states = _in_one_dtype(*states)
+
     def cap(score: torch.Tensor, *_: Any) -> torch.Tensor:
         return softcap * torch.tanh(score / softcap)
 
@@ -112,6 +114,16 @@ def _flex(
         enable_gqa=states[0].shape[1] != states[1].shape[1],
     )
     return output.transpose(1, 2)
+
+
+def _in_one_dtype(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return queries, keys and values in autocast's precision, for kernels to which autocast does not apply.
+
+    Where all weights train, in float32, rotary embeddings return float32 queries and keys.
+    """
+    device = states[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states[-1].dtype
+    return tuple(state.to(dtype) for state in states)
 
 
 def _keys_of_segments(packing: Varlen, *states: torch.Tensor) -> list[torch.Tensor]:
@@ -137,6 +149,7 @@ def _varlen(
     scaling: float | None = None,
     **_: Any,
 ) -> torch.Tensor:
+    query, key, value = _in_one_dtype(query, key, value)
     queries = query[0].transpose(0, 1)
     keys, values = _keys_of_segments(packing, key, value)
     if "enable_gqa" in _PARAMETERS:

@@ -297,6 +297,23 @@ def test_kernels_of_variable_length_are_called_once_a_layer_with_all_sequences(f
     assert {*lengths} <= {*calls[0]["cu_seq_lens_k"].diff().tolist()}
 
 
+@pytest.mark.parametrize("name", ["varlen", "flex_attention"])
+@no_compiler
+def test_kernels_get_one_dtype_under_autocast_where_all_weights_train_in_float32(name, build, rows_of, monkeypatch):
+    dtypes = []
+
+    def attend(query, key, value, *_, **__):
+        dtypes.extend([query.dtype, key.dtype, value.dtype])
+        return query.clone()
+
+    monkeypatch.setattr(attention, "varlen_attn", attend)
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: attend)
+    model = build("llama", use_peft=False)
+    with attending(model, PACKED_PREFIX + name), torch.autocast("cpu", torch.bfloat16):
+        model(**packing_of(model)(rows_of("both orders")))
+    assert dtypes == [torch.bfloat16] * 2 * 3
+
+
 def test_a_kernel_that_knows_no_grouped_queries_gets_as_many_keys(alone, monkeypatch):
     def attend(query, key, value, *args, **kwargs):
         assert query.shape[1] == key.shape[1] == value.shape[1]
