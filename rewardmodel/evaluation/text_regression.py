@@ -253,9 +253,10 @@ def _fit_coefficients(text: csr_array, further: np.ndarray, yes: np.ndarray, no:
         no: (n,) float64 weight of the label 0.
     """
     # A battle with weight for both labels counts twice. The first one is added with weight 0, so that there are both.
-    rows = np.concatenate([[0, 0], np.flatnonzero(yes), np.flatnonzero(no)])
-    labels = np.repeat([1, 0, 1, 0], [1, 1, np.count_nonzero(yes), np.count_nonzero(no)])
-    weight = np.concatenate([[0, 0], yes[yes > 0], no[no > 0]])
+    with_yes, with_no = np.flatnonzero(yes), np.flatnonzero(no)
+    rows = np.concatenate([[0, 0], with_yes, with_no])
+    labels = np.concatenate([[1, 0], np.ones(len(with_yes)), np.zeros(len(with_no))])
+    weight = np.concatenate([[0, 0], yes[with_yes], no[with_no]])
     features = hstack([text, csr_array(further, dtype=np.float32)], format="csr")[rows]
     model = LogisticRegression(C=INVERSE_PENALTY, fit_intercept=False, solver="newton-cg", tol=1e-4)
     found = model.fit(features, labels, sample_weight=weight).coef_[0]

@@ -100,14 +100,12 @@ def _flex(
     softcap: float | None = None,
     **_: Any,
 ) -> torch.Tensor:
-    states = _in_one_dtype(*states)
-
     def cap(score: torch.Tensor, *_: Any) -> torch.Tensor:
-        return softcap * torch.tanh(score / softcap)
+        return score if softcap is None else softcap * torch.tanh(score / softcap)
 
-    attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+    attend: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
     output = attend(
-        *states,
+        *_in_one_dtype(*states),
         score_mod=None if softcap is None else cap,
         block_mask=packing[window],
         scale=scaling,
@@ -153,11 +151,11 @@ def _varlen(
     queries = query[0].transpose(0, 1)
     keys, values = _keys_of_segments(packing, key, value)
     if "enable_gqa" in _PARAMETERS:
-        kwargs = {"enable_gqa": queries.shape[1] != keys.shape[1]}
+        kwargs: dict[str, Any] = {"enable_gqa": queries.shape[1] != keys.shape[1]}
     else:
-        repeats = queries.shape[1] // keys.shape[1]
-        keys, values, kwargs = *(state.repeat_interleave(repeats, dim=1) for state in (keys, values)), {}
-    return varlen_attn(
+        repeats, kwargs = queries.shape[1] // keys.shape[1], {}
+        keys, values = (state.repeat_interleave(repeats, dim=1) for state in (keys, values))
+    output: Any = varlen_attn(
         queries,
         keys,
         values,
@@ -168,7 +166,8 @@ def _varlen(
         scale=scaling,
         window_size=(-1, 0) if window is None else (window - 1, 0),
         **kwargs,
-    )[None]
+    )
+    return output[None]
 
 
 def _flash(

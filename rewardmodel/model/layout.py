@@ -88,12 +88,12 @@ def arrange_varlen(layout: Layout, _windows: Iterable[int | None] = (), _multipl
     parts = list(segments(layout))
     queries = [part.stop - part.start for part in parts]
     keys = [len(part.prefix) + count for part, count in zip(parts, queries, strict=True)]
-    ends = [torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32) for counts in (queries, keys)]
+    query_ends, key_ends = (torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32) for counts in (queries, keys))
     indices = None
     if queries != keys:
         spans = [span for part in parts for span in (part.prefix, range(part.start, part.stop))]
         indices = torch.from_numpy(np.concatenate([np.arange(span.start, span.stop) for span in spans]))
-    return Varlen(*ends, indices, max(queries), max(keys))
+    return Varlen(query_ends, key_ends, indices, max(queries), max(keys))
 
 
 class Padded(NamedTuple):
@@ -181,7 +181,7 @@ def arrange_blocks(layout: Layout, windows: Iterable[int | None] = (None,), _mul
         prefix[inside] = number_at[part.prefix.start] if part.prefix else number
         position[inside] = len(part.prefix) + np.arange(part.stop - part.start)
     blocks = {window: _key_blocks(parts, total, window) for window in windows}
-    return Blocks(*map(torch.from_numpy, (segment, prefix, position)), blocks)
+    return Blocks(torch.from_numpy(segment), torch.from_numpy(prefix), torch.from_numpy(position), blocks)
 
 
 def _key_blocks(parts: list[Segment], total: int, window: int | None) -> tuple[torch.Tensor, ...]:

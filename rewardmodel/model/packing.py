@@ -1,7 +1,7 @@
 """A classifier -> whether it computes packed rows, and its attention switched to them."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -50,7 +50,7 @@ def is_packed(model: Any) -> bool:
     return model.config.get_text_config()._attn_implementation.startswith(PACKED_PREFIX)
 
 
-def packing_of(model: Any) -> Callable[[list[dict[str, Any]]], Batch]:
+def packing_of(model: Any) -> Callable[[Sequence[dict[str, Any]]], Batch]:
     """Return the function that packs token rows for a model that takes packed rows.
 
     On a GPU, rows and padded groups get lengths that are multiples of 128 and 64 tokens: few shapes, and whole tiles.
