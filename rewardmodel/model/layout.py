@@ -164,7 +164,7 @@ class Blocks(NamedTuple):
     """(T,) int32 number of the segment that is the token's shared prefix; its own segment where there is none."""
     position: torch.Tensor
     """(T,) int32 position of each token in its sequence."""
-    blocks: dict[int | None, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]
+    blocks: dict[int | None, tuple[torch.Tensor, ...]]
     """Window -> numbers and indices of the key blocks of each query block, in the order of `BlockMask.from_kv_blocks`:
     those where some pairs attend, then those where all do."""
 
