@@ -155,6 +155,11 @@ def _window_mask(length: int, window: int | None, masked: bool) -> torch.Tensor 
     return causal.triu(1 - window) if limited and window else causal
 
 
+KeyBlocks = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Numbers and indices of the key blocks of each query block, in the order of `BlockMask.from_kv_blocks`: those where
+some pairs of tokens attend, then those where all do."""
+
+
 class Blocks(NamedTuple):
     """Arrangement for `flex_attention`: which blocks of queries attend to which blocks of keys, and their tokens."""
 
@@ -164,9 +169,8 @@ class Blocks(NamedTuple):
     """(T,) int32 number of the segment that is the token's shared prefix; its own segment where there is none."""
     position: torch.Tensor
     """(T,) int32 position of each token in its sequence."""
-    blocks: dict[int | None, tuple[torch.Tensor, ...]]
-    """Window -> numbers and indices of the key blocks of each query block, in the order of `BlockMask.from_kv_blocks`:
-    those where some pairs attend, then those where all do."""
+    blocks: dict[int | None, KeyBlocks]
+    """By the window of a layer."""
 
 
 def arrange_blocks(layout: Layout, windows: Iterable[int | None] = (None,), _multiple: int = 1) -> Blocks:
@@ -184,7 +188,7 @@ def arrange_blocks(layout: Layout, windows: Iterable[int | None] = (None,), _mul
     return Blocks(torch.from_numpy(segment), torch.from_numpy(prefix), torch.from_numpy(position), blocks)
 
 
-def _key_blocks(parts: list[Segment], total: int, window: int | None) -> tuple[torch.Tensor, ...]:
+def _key_blocks(parts: list[Segment], total: int, window: int | None) -> KeyBlocks:
     """Return `Blocks.blocks` of a window."""
     count = -(-total // BLOCK)
     some, every = (np.zeros((count, count), dtype=bool) for _ in range(2))
