@@ -14,7 +14,8 @@ from rewardmodel.config.schema import ModelConfig
 from rewardmodel.distributed import Launch, current_launch
 from rewardmodel.errors import InputError
 from rewardmodel.files import cache_folder
-from rewardmodel.model.compatibility import Configuration, default_attention, refuse
+from rewardmodel.model.compatibility import refuse
+from rewardmodel.model.configuration import Configuration, default_attention
 from rewardmodel.model.families import Family, check_length, find_family, lowest_layers
 from rewardmodel.model.precision import capability_of, compute_device, compute_dtype, dtype_name, quantized_bits
 from rewardmodel.model.saved_model import is_adapter, read_about

@@ -43,7 +43,7 @@ class Family:
     Attributes:
         lora_targets: linear layers that get LoRA by default; empty: all linear layers outside the head.
         attention: attention implementations that compute the family correctly; the default is the first of them that
-            works on the device (`model.compatibility.default_attention`).
+            works on the device (`model.configuration.default_attention`).
         float16: whether activations stay in the range of float16; if not, hardware without bfloat16 uses float32.
         float32_weights: whether frozen weights that are not quantised stay in float32 under autocast.
     """

@@ -9,7 +9,8 @@ from transformers import AutoConfig
 from rewardmodel.config.schema import ModelConfig, Recipe
 from rewardmodel.distributed import Launch, current_launch
 from rewardmodel.errors import InputError
-from rewardmodel.model.compatibility import Configuration, check_ties, default_attention, incompatibilities
+from rewardmodel.model.compatibility import check_ties, incompatibilities
+from rewardmodel.model.configuration import Configuration, default_attention
 from rewardmodel.model.families import check_length, find_family, lowest_layers, stored_bits
 from rewardmodel.model.precision import compute_dtype, dtype_name, quantization_name
 from rewardmodel.model.weights import fetch_backbone

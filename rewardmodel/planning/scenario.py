@@ -13,7 +13,7 @@ from rewardmodel.config.trainer import BATTLES, TOKENS
 from rewardmodel.distributed import Launch
 from rewardmodel.model.batching import plan_packed
 from rewardmodel.model.budget import CPU_TOKENS
-from rewardmodel.model.compatibility import default_attention
+from rewardmodel.model.configuration import default_attention
 from rewardmodel.model.families import find_family
 from rewardmodel.model.precision import dtype_name
 from rewardmodel.objectives import find_objective

@@ -13,7 +13,7 @@ from rewardmodel.data.formats import read_battles
 from rewardmodel.model import attention
 from rewardmodel.model.attention import KERNELS, PACKED_PREFIX
 from rewardmodel.model.backbone import resolve_backbone
-from rewardmodel.model.compatibility import default_attention
+from rewardmodel.model.configuration import default_attention
 from rewardmodel.model.families import FAMILIES as FAMILY_TABLE
 from rewardmodel.model.loading import build_model
 from rewardmodel.model.packing import is_packed, packing_of

@@ -5,8 +5,8 @@ import pytest
 from rewardmodel.config.schema import ModelConfig
 from rewardmodel.distributed import Launch
 from rewardmodel.errors import InputError
-from rewardmodel.model.compatibility import CHECKS, Configuration, default_attention, incompatibilities, refuse
-from rewardmodel.model.families import find_family
+from rewardmodel.model.compatibility import CHECKS, incompatibilities, refuse
+from rewardmodel.model.configuration import Configuration
 
 GOOD = Configuration(ModelConfig(), "llama", 16, "cuda", "bfloat16", (9, 0), trainer={})
 FSDP = Launch(2, "fsdp", 2)
@@ -52,13 +52,14 @@ CASES = [
     (configured(trainer={"gradient_checkpointing_kwargs": {"use_reentrant": True}}), "set use_reentrant false"),
     (configured({"freeze_backbone": True}, trainer={"torch_compile": True}), "takes less than compiling; leave it out"),
     (configured(launch=FSDP, trainer={"torch_compile": True}), "launch with recipes/accelerate/ddp.yaml"),
-    (configured(trainer={"torch_compile": True}), "trainer.torch_compile: needs a C.. compiler, .*; leave it out"),
+    (configured(trainer={"torch_compile": True}), r"trainer.torch_compile: needs a C\+\+ compiler, .* leave it out"),
     (configured(model_type="gemma2"), "flex_attention needs a C compiler, .* set eager"),
     (
         configured({"attn_implementation": "varlen"}, dtype="float16", capability=(7, 5)),
         "varlen needs a GPU of compute",
     ),
     (configured({"attn_implementation": "varlen"}, dtype="float32"), "varlen computes in bfloat16 and float16 only"),
+    (configured({"attn_implementation": "varlen"}), "varlen needs torch 2.11 or later; leave it out, or upgrade"),
     (configured(trainer={"optim": "lomo"}), "trainer.optim: lomo and adalomo update weights in every backward pass"),
     (
         configured(trainer={"use_liger_kernel": True}, device="cpu", capability=None),
@@ -85,6 +86,7 @@ def no_optional_packages(monkeypatch):
 @pytest.mark.parametrize(("wrong", "message"), CASES, ids=[message[:40] for _, message in CASES])
 def test_what_cannot_work_is_said_in_one_line_with_the_fix(wrong, message, monkeypatch):
     monkeypatch.setattr(Configuration, "lacks_compiler", "compiler" in message)
+    monkeypatch.setattr(Configuration, "lacks_varlen", "torch 2.11" in message)
     with pytest.raises(InputError, match=message) as caught:
         refuse(wrong)
     assert "\n" not in str(caught.value)
@@ -93,6 +95,7 @@ def test_what_cannot_work_is_said_in_one_line_with_the_fix(wrong, message, monke
 
 def test_every_check_has_a_case(monkeypatch):
     monkeypatch.setattr(Configuration, "lacks_compiler", True)
+    monkeypatch.setattr(Configuration, "lacks_varlen", True)
     for check in CHECKS:
         assert any(check.wrong(wrong) for wrong, _ in CASES), check.message
 
@@ -136,30 +139,3 @@ def test_all_are_listed_and_the_first_is_raised_with_their_number():
     ]  # fmt: skip
     with pytest.raises(InputError, match=r"^model\.lora_r.*\(and 2 more; `rewardmodel doctor` lists all\)$"):
         refuse(wrong)
-
-
-@pytest.mark.parametrize(
-    ("family", "dtype", "capability", "expected"),
-    [
-        ("llama", "bfloat16", (9, 0), "varlen"),
-        ("llama", "float32", (9, 0), "sdpa"),
-        ("llama", "float16", (7, 5), "sdpa"),
-        ("llama", "bfloat16", None, "sdpa"),
-        ("gemma2", "bfloat16", (8, 0), "flex_attention"),
-        ("gemma2", "float32", (7, 5), "eager"),
-        ("gemma2", "bfloat16", None, "eager"),
-        ("olmo2", "bfloat16", (9, 0), "eager"),
-    ],
-)
-def test_the_default_attention_is_the_first_that_works(family, dtype, capability, expected, monkeypatch):
-    assert default_attention(find_family(family), dtype, capability) == expected
-    monkeypatch.setattr("rewardmodel.model.compatibility.HAS_VARLEN", False)
-    older = "sdpa" if expected == "varlen" else expected
-    assert default_attention(find_family(family), dtype, capability) == older
-
-
-def test_packages_are_looked_for_only_where_they_count(monkeypatch):
-    monkeypatch.undo()
-    assert GOOD.lacks(ABSENT)
-    assert not GOOD.lacks(ABSENT, "torch")
-    assert not dataclasses.replace(GOOD, here=False).lacks(ABSENT)

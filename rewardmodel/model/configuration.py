@@ -1,0 +1,144 @@
+"""What a run would be made of: the recipe, the backbone and the hardware, before any weight is loaded."""
+
+import importlib.util
+import os
+import shutil
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rewardmodel.config.schema import ModelConfig
+from rewardmodel.distributed import Launch
+from rewardmodel.model.attention import HAS_VARLEN
+from rewardmodel.model.families import Family, find_family, stored_bits
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What a run would be made of: all that the checks read.
+
+    Attributes:
+        model: section of the recipe.
+        model_type: of the backbone, Hugging Face's name.
+        layers: of the backbone.
+        device: its kind: cpu or cuda.
+        dtype: precision of the forward pass: bfloat16, float16 or float32.
+        capability: compute capability of the GPU; None on a CPU.
+        trainer: section of the recipe; None: the model is only to predict.
+        launch: how it is spread over processes.
+        here: whether it is to run on this machine, whose installed packages then matter.
+        stored_bits: 4 or 8 if the weight files are quantised; None: they are not.
+    """
+
+    model: ModelConfig
+    model_type: str
+    layers: int
+    device: str
+    dtype: str
+    capability: tuple[int, int] | None = None
+    trainer: dict[str, Any] | None = None
+    launch: Launch = field(default_factory=Launch)
+    here: bool = True
+    stored_bits: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: ModelConfig,
+        config: Any,
+        device: str,
+        dtype: torch.dtype,
+        capability: tuple[int, int] | None,
+        trainer: dict[str, Any] | None,
+        launch: Launch,
+        here: bool = True,
+    ) -> "Configuration":
+        """Return the configuration of a backbone by its transformers `config`; the other arguments are attributes."""
+        layers, bits = config.get_text_config().num_hidden_layers, stored_bits(config)
+        name = str(dtype).removeprefix("torch.")
+        return cls(model, config.model_type, layers, device, name, capability, trainer, launch, here, bits)
+
+    @property
+    def attention(self) -> str:
+        """The attention implementation that would be used."""
+        family = find_family(self.model_type)
+        return self.model.attn_implementation or default_attention(family, self.dtype, self.capability)
+
+    @property
+    def known_attention(self) -> str:
+        """The attention implementations that compute the family correctly."""
+        return ", ".join(find_family(self.model_type).attention)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the backbone is quantised, by bitsandbytes or to fp8."""
+        return self.four_bits or self.eight_bits or self.model.load_in_fp8
+
+    @property
+    def four_bits(self) -> bool:
+        """Whether the backbone is held in 4 bits."""
+        return self.model.load_in_4bit or self.stored_bits == 4
+
+    @property
+    def eight_bits(self) -> bool:
+        """Whether the backbone is held in 8 bits."""
+        return self.model.load_in_8bit or self.stored_bits == 8
+
+    @property
+    def fsdp(self) -> bool:
+        """Whether FSDP spreads the weights over processes."""
+        return self.launch.strategy == "fsdp"
+
+    @property
+    def pre_ampere(self) -> bool:
+        """Whether the GPU is older than Ampere (compute capability 8.0)."""
+        return self.capability is not None and self.capability < (8, 0)
+
+    @property
+    def lacks_fp8(self) -> bool:
+        """Whether the GPU has no fp8 units: those older than Ada (compute capability 8.9)."""
+        return self.capability is not None and self.capability < (8, 9)
+
+    @property
+    def quantisations(self) -> list[str]:
+        """The keys that are set of those that quantise the backbone."""
+        return [key for key in ("load_in_4bit", "load_in_8bit", "load_in_fp8") if getattr(self.model, key)]
+
+    @property
+    def last_layer(self) -> int:
+        """Number of the last layer, from 0."""
+        return self.layers - 1
+
+    def trainer_key(self, key: str, default: Any = None) -> Any:
+        """Return a key of the recipe's `trainer` section."""
+        return (self.trainer or {}).get(key, default)
+
+    @property
+    def lacks_varlen(self) -> bool:
+        """Whether the run is to be on this machine and its torch has no `varlen_attn` that is complete."""
+        return self.here and not HAS_VARLEN
+
+    @property
+    def lacks_compiler(self) -> bool:
+        """Whether the run is to be on this machine and torch finds no compiler for the code that it generates."""
+        return self.here and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+
+    def lacks(self, *packages: str) -> bool:
+        """Return whether the run is to be on this machine and none of these packages is installed."""
+        return self.here and not any(importlib.util.find_spec(package) for package in packages)
+
+
+def default_attention(family: Family, dtype: str, capability: tuple[int, int] | None) -> str:
+    """Return the attention implementation of a family where no recipe sets one, which is the first that works.
+
+    Args:
+        family: of the backbone.
+        dtype: precision of the forward pass: bfloat16, float16 or float32.
+        capability: compute capability of the GPU; None on a CPU.
+    """
+    ampere = capability is not None and capability >= (8, 0)
+    unusable = set() if ampere else {"varlen", "flex_attention"}
+    if dtype == "float32" or not HAS_VARLEN:
+        unusable.add("varlen")
+    return next(name for name in family.attention if name not in unusable)
