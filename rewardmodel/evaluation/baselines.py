@@ -97,9 +97,7 @@ def format_baseline(measured: dict[str, dict[str, Interval]]) -> str:
     """Return what `measure_baselines` found as lines for a terminal."""
     lines = [f"{'baseline':<10}{'log loss':>8}   {'95 %':<18}{'accuracy':>8}   95 %"]
     for name, metrics in measured.items():
-        cells = (
-            f"{one.value:>8.4f}   [{one.low:.4f}, {one.high:.4f}]" for one in (metrics["log_loss"], metrics["accuracy"])
-        )
+        cells = (f"{one.value:>8.4f}   {one.bracket()}" for one in (metrics["log_loss"], metrics["accuracy"]))
         lines.append(f"{name:<10}{'  '.join(cells)}")
     return "\n".join(lines)
 

@@ -120,8 +120,9 @@ def measure_verbosity_bias(table: pd.DataFrame) -> VerbosityBias | None:
     x, times = np.log(chars[rows, 0] / chars[rows, 1]), draws.times(rows, 300)
     shares = {"humans": _share_of_a(true[rows]), "model": _share_of_a(probabilities[rows])}
     slopes = {name: fit_slopes(x, share, won[rows], times) for name, share in shares.items()}
-    humans, model = (interval_of(one) if abs(one[0]) < MAX_SLOPE else None for one in slopes.values())
-    difference = interval_of(slopes["model"] - slopes["humans"]) if humans and model else None
+    groups = draws.groups_of(rows)
+    humans, model = (interval_of(one, groups) if abs(one[0]) < MAX_SLOPE else None for one in slopes.values())
+    difference = interval_of(slopes["model"] - slopes["humans"], groups) if humans and model else None
 
     # how often the longer response wins
     longer = {name: _scatter(rows, np.where(x > 0, share, 1 - share)) for name, share in shares.items()}
@@ -130,6 +131,7 @@ def measure_verbosity_bias(table: pd.DataFrame) -> VerbosityBias | None:
     # battles of nearly equal lengths
     matched = chars.max(axis=1) / chars.min(axis=1) < SIMILAR_LENGTH_RATIO
     sums = draws.sums(slice_terms(probabilities, true) * matched[:, None])
+    prior, groups_matched = class_prior(true), draws.groups_of(matched)
 
     return VerbosityBias(
         battles=int(rows.sum()),
@@ -138,7 +140,7 @@ def measure_verbosity_bias(table: pd.DataFrame) -> VerbosityBias | None:
         difference=difference,
         verdict=_compare_slopes(difference),
         longer_wins=_weighted_means(draws, longer, won * rows) if rows.any() else None,
-        matched=summarise_slice("within 10 %", sums, true[matched], class_prior(true)) if matched.any() else None,
+        matched=summarise_slice("within 10 %", sums, true[matched], prior, groups_matched) if matched.any() else None,
     )
 
 
@@ -232,7 +234,9 @@ def _win_rates(
             battles=int(counts[code]),
             human=float(by_people[column]),
             predicted=float(as_predicted[column]),
-            difference=interval_of(divide(sums[:, 1, column], sums[:, 0, column])),
+            difference=interval_of(
+                divide(sums[:, 1, column], sums[:, 0, column]), draws.groups_of(battles[columns == column])
+            ),
             against=names[code][1],
         )
         for column, code in enumerate(listed)
@@ -247,7 +251,8 @@ def _draw(table: pd.DataFrame) -> Draws:
 def _weighted_means(draws: Draws, columns: dict[str, np.ndarray], weight: np.ndarray) -> dict[str, Interval]:
     """Return the weighted means of (n_battles,) columns."""
     sums = draws.sums(np.column_stack([*(column * weight for column in columns.values()), weight]))
-    return {name: interval_of(divide(sums[:, place], sums[:, -1])) for place, name in enumerate(columns)}
+    groups = draws.groups_of(weight > 0)
+    return {name: interval_of(divide(sums[:, place], sums[:, -1]), groups) for place, name in enumerate(columns)}
 
 
 def format_bias(evaluation: Evaluation) -> str:

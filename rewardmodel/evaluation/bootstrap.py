@@ -15,6 +15,12 @@ from rewardmodel.metrics import METRICS, log_loss_terms
 BOOTSTRAP_SAMPLES = 1000
 """Bootstrap samples of an interval."""
 
+FEWEST_GROUPS = 10
+"""Groups that an interval needs: resamples of fewer vary less than new groups would."""
+
+SAME = 1e-12
+"""Values that differ by less are the same up to rounding: an interval between them is none."""
+
 MAX_SLOPE = 50.0
 """Slopes are clipped to ± this: where every winner has the larger x there is no finite one."""
 
@@ -32,9 +38,18 @@ class Draws:
     members: np.ndarray
     counts: np.ndarray
 
+    @property
+    def groups(self) -> int:
+        """Number of groups."""
+        return self.counts.shape[1]
+
+    def groups_of(self, rows: np.ndarray) -> int:
+        """Return the number of groups of some battles, by mask or indices."""
+        return len(np.unique(self.members[rows]))
+
     def sums(self, terms: np.ndarray | sparse.sparray) -> np.ndarray:
         """Return the sums over battles of (n_battles, k) terms, (1 + samples, k) float64."""
-        battles, groups = len(self.members), self.counts.shape[1]
+        battles, groups = len(self.members), self.groups
         member = sparse.csr_array((np.ones(battles), (self.members, np.arange(battles))), (groups, battles))
         by_group = (member @ sparse.csr_array(terms)).T.tocsr()
         # 100 draws at a time: the counts as float64 are eight times their size
@@ -67,17 +82,26 @@ def draw_groups(groups: np.ndarray, samples: int = BOOTSTRAP_SAMPLES, seed: int 
     return Draws(members, counts)
 
 
-def percentile_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Return the percentile interval of bootstrap values, (samples,); NaN is left out."""
+def percentile_interval(
+    values: np.ndarray, groups: int, level: float = 0.95
+) -> tuple[float, float] | tuple[None, None]:
+    """Return the percentile interval of bootstrap values, (samples,), NaN left out; None twice: there is none.
+
+    Args:
+        values: of the samples.
+        groups: how many the samples are drawn from.
+        level: of the interval.
+    """
+    if groups < FEWEST_GROUPS or not np.isfinite(values).any():
+        return None, None
     tail = (1 - level) / 2
     low, high = np.nanquantile(values, [tail, 1 - tail])
-    return float(low), float(high)
+    return (float(low), float(high)) if high - low > SAME else (None, None)
 
 
-def interval_of(values: np.ndarray) -> Interval:
-    """Return the interval of (1 + samples,) values, the table's own first; a point where no sample has a value."""
-    drawn = values[1:] if np.isfinite(values[1:]).any() else values[:1]
-    return Interval(float(values[0]), *percentile_interval(drawn))
+def interval_of(values: np.ndarray, groups: int) -> Interval:
+    """Return the interval of (1 + samples,) values, the table's own first; `groups` as of `percentile_interval`."""
+    return Interval(float(values[0]), *percentile_interval(values[1:], groups))
 
 
 def summarise(predicted: np.ndarray, true: np.ndarray, groups: np.ndarray) -> dict[str, Interval]:
@@ -91,14 +115,15 @@ def summarise(predicted: np.ndarray, true: np.ndarray, groups: np.ndarray) -> di
         groups: (n_battles,) integer labels.
     """
     columns = {name: metric.columns(predicted, true) for name, metric in METRICS.items()}
-    means = draw_groups(groups).means(np.concatenate(list(columns.values()), axis=1))
+    draws = draw_groups(groups)
+    means = draws.means(np.concatenate(list(columns.values()), axis=1))
     result, start = {}, 0
     for name, terms in columns.items():
         of_mean, drawn = METRICS[name].of_mean, means[1:, start : start + terms.shape[1]]
         start += terms.shape[1]
         value = float(of_mean(terms.mean(axis=0)))
         if np.isfinite(value):
-            result[name] = Interval(value, *percentile_interval(of_mean(drawn)))
+            result[name] = Interval(value, *percentile_interval(of_mean(drawn), draws.groups))
     return result
 
 
@@ -115,10 +140,12 @@ def paired_difference(first: np.ndarray, second: np.ndarray, true: np.ndarray, g
         groups: (n_battles,) integer labels.
     """
     terms = log_loss_terms(first, true) - log_loss_terms(second, true)
-    drawn = draw_groups(groups).means(terms[:, None])[1:, 0]
+    draws = draw_groups(groups)
+    drawn = draws.means(terms[:, None])[1:, 0]
+    low, high = percentile_interval(drawn, draws.groups)
     beyond = min((drawn <= 0).sum(), (drawn >= 0).sum())
-    p = float(min(1, 2 * (beyond + 1) / (len(drawn) + 1)))
-    return Difference(float(terms.mean()), *percentile_interval(drawn), p)
+    p = None if low is None else float(min(1, 2 * (beyond + 1) / (len(drawn) + 1)))
+    return Difference(float(terms.mean()), low, high, p)
 
 
 def divide(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -197,7 +197,7 @@ def choose_calibrator(
 
     # the best without the blend
     best = min((method for method in methods if method != BLEND), key=lambda method: tried[method].value)
-    if tried[best].high < 0:
+    if tried[best].below():
         verdict = f"applied: {best} {tried[best].describe()}"
         choice = CalibrationChoice(fit_calibrator(best, predicted, true), tried, verdict, crossed[best])
     else:
@@ -208,7 +208,7 @@ def choose_calibrator(
 
     # the blend against it
     further = paired_difference(crossed[BLEND], choice.cross_fitted, true, groups)
-    if blend and further.high < 0:
+    if blend and further.below():
         verdict = f"applied: {BLEND} {tried[BLEND].describe()}"
         return CalibrationChoice(fit_calibrator(BLEND, predicted, true), tried, verdict, crossed[BLEND], further)
     verdict = f"{choice.verdict}; not blended, which is no better beyond noise" if blend else choice.verdict

@@ -242,8 +242,10 @@ def format_metrics(evaluation: Evaluation) -> str:
     lines, metrics = [f"{evaluation.battles} battles of {evaluation.groups} prompts"], evaluation.metrics or {}
     lines += [_line(name, str(metric)) for name, metric in metrics.items()]
     if evaluation.baselines is None and evaluation.prior is not None and "log_loss" in metrics:
-        gain = evaluation.prior - metrics["log_loss"].value
+        loss = metrics["log_loss"]
+        gain = evaluation.prior - loss.value
         verdict = f"the model is {abs(gain):.4f} {'better' if gain >= 0 else 'WORSE'}"
+        verdict += "; too few prompts to tell" if loss.low is None else ""
         lines.append(_line("class prior, log_loss", f" {evaluation.prior:.4f}   {verdict}"))
     for name, baseline in (evaluation.baselines or {}).items():
         cells = f" {baseline.log_loss.value:.4f}   {_describe_gain(baseline.difference)}"
@@ -282,17 +284,17 @@ def _format_sources(evaluation: Evaluation) -> list[str]:
 def format_difference(difference: Difference) -> str:
     """Return what `compare` found as a line for a terminal."""
     word = "better" if difference.value < 0 else "worse"
-    noise = "beyond noise" if difference.high < 0 or difference.low > 0 else "within noise"
-    measured = f"{difference.value:+.4f}, 95 % {_signed_interval(difference)}, p = {difference.p:.3f}"
-    return f"log loss {measured}: the first is {word}, {noise}"
+    if difference.low is None:
+        verdict = difference.judge() if difference.value == 0 else f"the first is {word}; {difference.judge()}"
+        return f"log loss {difference.value:+.4f}: {verdict}"
+    measured = f"{difference.value:+.4f}, 95 % {difference.bracket('+')}, p = {difference.p:.3f}"
+    return f"log loss {measured}: the first is {word}, {difference.judge()}"
 
 
 def _describe_gain(difference: Difference) -> str:
     """Return the difference to a baseline as words: negative means that the model is better."""
     word = "better" if difference.value < 0 else "WORSE"
-    noise = "" if difference.high < 0 or difference.low > 0 else ", within noise"
-    return f"the model is {abs(difference.value):.4f} {word} {_signed_interval(difference)}{noise}"
-
-
-def _signed_interval(difference: Difference) -> str:
-    return f"[{difference.low:+.4f}, {difference.high:+.4f}]"
+    found = f"the model is {abs(difference.value):.4f} {word}"
+    if difference.low is None:
+        return difference.judge() if difference.value == 0 else f"{found}; {difference.judge()}"
+    return f"{found} {difference.bracket('+')}{'' if difference.excludes() else ', within noise'}"

@@ -7,6 +7,7 @@ matters; so does skill that is not beyond chance. What was not measured is skipp
 import math
 from collections.abc import Iterator, Sequence
 
+from rewardmodel.evaluation.bootstrap import FEWEST_GROUPS
 from rewardmodel.evaluation.results import Evaluation, Interval
 from rewardmodel.metrics import wilson_interval
 
@@ -25,9 +26,6 @@ MANY_FLIPS = 0.3
 
 MIN_SPREAD = 0.01
 """Standard deviation over battles below which a probability counts as constant."""
-
-MIN_GROUPS = 10
-"""Least groups that show something where all are alike and an interval is a point."""
 
 MAX_NAMES = 4
 """Names that a sentence or a line lists before "and 3 more"."""
@@ -54,10 +52,10 @@ def join_names(names: Sequence[str]) -> str:
 
 def _excludes(groups: int, found: Interval, other: float = 0) -> bool:
     """Return whether the interval of an estimate over all battles excludes a value."""
-    if found.high - found.low < 1e-9:  # the same in every group, up to rounding
+    if found.low is None and groups >= FEWEST_GROUPS:  # the same in every group, up to rounding
         value = found.value
-        low, high = wilson_interval(value, groups) if value in (0, 1) and groups else (value - 1e-9, value + 1e-9)
-        return groups >= MIN_GROUPS and not low <= other <= high
+        low, high = wilson_interval(value, groups) if value in (0, 1) else (value - 1e-9, value + 1e-9)
+        return not low <= other <= high
     return found.excludes(other)
 
 
@@ -69,9 +67,10 @@ def _skill(evaluation: Evaluation) -> Iterator[str]:
     if evaluation.spread is not None and evaluation.spread < MIN_SPREAD and evaluation.battles > 1:
         yield "All battles get nearly the same prediction: the model ignores its input."
     if winners and not (winners.value > 0.5 and _excludes(groups, winners, 0.5)):
-        share, low, high = (100 * one for one in (winners.value, winners.low, winners.high))
-        found = f"{share:.0f} % [{low:.0f}, {high:.0f}] of decided battles are right"
-        yield f"Picking the winner is not shown to be better than chance: {found}."
+        found = f"{100 * winners.value:.0f} %"
+        if winners.low is not None and winners.high is not None:
+            found += f" [{100 * winners.low:.0f}, {100 * winners.high:.0f}]"
+        yield f"Picking the winner is not shown to be better than chance: {found} of decided battles are right."
 
 
 def _confidence(evaluation: Evaluation) -> Iterator[str]:

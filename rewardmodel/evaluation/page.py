@@ -129,30 +129,37 @@ def judge_baselines(evaluation: Evaluation) -> tuple[str, str]:
     differences = {name: one.difference for name, one in (evaluation.baselines or {}).items()}
     if not differences:
         return _judge_prior(loss, evaluation.prior)
-    beaten = [name for name, difference in differences.items() if difference.high < 0]
+    beaten = [name for name, difference in differences.items() if difference.below()]
     others = [_describe_loss_to(name, differences[name]) for name in differences if name not in beaten]
     gains = _join([f"{BASELINE_NAMES.get(name, name)} by {-differences[name].value:.3f}" for name in beaten])
     if not others:
         return "good", f"It beats every baseline beyond noise: {gains}."
+    if all(difference.low is None for difference in differences.values()):
+        return "unknown", "There are too few prompts to tell whether it beats its baselines."
     if not beaten or ("prior" in differences and "prior" not in beaten):
         rest = f" It does beat {gains}." if beaten else ""
-        return "bad", f"It does not beat its baselines: it is {_join(others)}.{rest}"
+        state = "bad" if any(difference.above() for difference in differences.values()) else "mixed"
+        return state, f"It does not beat its baselines: it is {_join(others)}.{rest}"
     return "mixed", f"It beats {gains} beyond noise, but is {_join(others)}."
 
 
 def _judge_prior(loss: Interval, prior: float | None) -> tuple[str, str]:
     if prior is None:
         return "unknown", "No baseline was measured on these battles."
-    if loss.high < prior:
+    if loss.low is None:
+        return "unknown", f"There are too few prompts to tell whether it beats the class prior ({prior:.4f})."
+    if loss.below(prior):
         return "mixed", f"It beats the class prior ({prior:.4f}) beyond noise. The other baselines were not measured."
-    if loss.low > prior:
+    if loss.above(prior):
         return "bad", f"It is worse than the class prior ({prior:.4f}), which ignores its input, beyond noise."
-    return "bad", f"It is not different, beyond noise, from the class prior ({prior:.4f}), which ignores its input."
+    return "mixed", f"It is not different, beyond noise, from the class prior ({prior:.4f}), which ignores its input."
 
 
 def _describe_loss_to(name: str, difference: Difference) -> str:
     baseline = BASELINE_NAMES.get(name, name)
-    if difference.low > 0:
+    if difference.low is None:
+        return f"on too few prompts to compare with {baseline}"
+    if difference.above():
         return f"worse than {baseline} by {difference.value:.3f}, beyond noise"
     return f"within noise of {baseline}"
 
@@ -201,7 +208,8 @@ def _headline_rows(evaluation: Evaluation) -> list[ChartRow]:
 def _interval_row(label: str, found: Interval | None, kind: charts.RowKind = "run", scale: float = 1) -> ChartRow:
     if found is None:
         return ChartRow(label, kind=kind)
-    return ChartRow(label, scale * found.value, scale * found.low, scale * found.high, kind)
+    ends = (math.nan if end is None else scale * end for end in (found.low, found.high))
+    return ChartRow(label, scale * found.value, *ends, kind)
 
 
 def _slice_rows(evaluation: Evaluation) -> list[ChartRow]:
@@ -300,9 +308,11 @@ def _compare_with_first(runs: Sequence[ComparedRun]) -> str:
     """Return which runs are better than the first, and which worse: "Worse than a beyond noise: b, c."."""
     first, compared = runs[0].name, [(run.name, run.difference) for run in runs[1:] if run.difference]
     groups = {
-        f"Better than {first} beyond noise": [name for name, one in compared if one.high < 0],
-        f"Worse than {first} beyond noise": [name for name, one in compared if one.low > 0],
-        f"Within noise of {first}": [name for name, one in compared if one.low <= 0 <= one.high],
+        f"Better than {first} beyond noise": [name for name, one in compared if one.below()],
+        f"Worse than {first} beyond noise": [name for name, one in compared if one.above()],
+        f"Within noise of {first}": [name for name, one in compared if one.judge() == "within noise"],
+        f"No different from {first}": [name for name, one in compared if one.judge() == "no difference"],
+        f"Too few prompts to compare with {first}": [name for name, one in compared if "too few" in one.judge()],
     }
     return " ".join(f"{words}: {', '.join(names)}." for words, names in groups.items() if names)
 

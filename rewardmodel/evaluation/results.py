@@ -14,30 +14,57 @@ from rewardmodel.errors import InputError
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and its 95 % confidence interval."""
+    """An estimate and its 95 % confidence interval.
+
+    `low` and `high` are None where there is no interval: too few prompt groups (`bootstrap.FEWEST_GROUPS`), or the same
+    value in all samples.
+    """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
     def __str__(self) -> str:
         """Return it as a cell of a table on a terminal."""
-        return f"{self.value:>7.4f}   95 % [{self.low:.4f}, {self.high:.4f}]"
+        return f"{self.value:>7.4f}   {'' if self.low is None else '95 % '}{self.bracket()}"
+
+    def bracket(self, sign: str = "") -> str:
+        """Return the interval as text; `sign` is + to show the sign of positive numbers too."""
+        if self.low is None:
+            return "no interval"
+        return f"[{self.low:{sign}.4f}, {self.high:{sign}.4f}]"
+
+    def below(self, other: float = 0) -> bool:
+        """Return whether the whole interval is below `other`; none is below nothing."""
+        return self.high is not None and self.high < other
+
+    def above(self, other: float = 0) -> bool:
+        """Return whether the whole interval is above `other`."""
+        return self.low is not None and self.low > other
 
     def excludes(self, other: float = 0) -> bool:
-        """Return whether `other` is outside the interval; an interval that is a point (one group) excludes nothing."""
-        return self.low < self.high and not self.low <= other <= self.high
+        """Return whether `other` is outside the interval."""
+        return self.below(other) or self.above(other)
 
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """A paired difference in log loss, negative where the first model is better, and its two-sided p-value."""
+    """A paired difference in log loss, negative where the first model is better, and its two-sided p-value.
 
-    p: float
+    `p` is None where there is no interval.
+    """
+
+    p: float | None
 
     def describe(self) -> str:
         """Return it as the change that a method makes."""
-        return f"changes the log loss by {self.value:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+        return f"changes the log loss by {self.value:+.4f} {self.bracket('+')}"
+
+    def judge(self) -> str:
+        """Return whether it is noise, in words."""
+        if self.low is None:
+            return "no difference" if self.value == 0 else "too few prompts to tell"
+        return "beyond noise" if self.excludes() else "within noise"
 
 
 @dataclass(frozen=True)

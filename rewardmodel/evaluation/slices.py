@@ -44,7 +44,8 @@ def measure_slices(table: pd.DataFrame, least: int = 30) -> dict[str, list[Slice
     # the sums of all terms on all slices of all dimensions at once: a column each, 0 outside the slice
     members = [_membership(*one) for one in partitions.values() if one]
     columns = [member.multiply(column[:, None]) for member in members for column in terms.T]
-    sums = draw_groups(table["group"].to_numpy()).sums(sparse.hstack(columns))
+    draws = draw_groups(table["group"].to_numpy())
+    sums = draws.sums(sparse.hstack(columns))
 
     # each dimension takes its columns from the left
     result: dict[str, list[Slice] | None] = {}
@@ -56,7 +57,8 @@ def measure_slices(table: pd.DataFrame, least: int = 30) -> dict[str, list[Slice
         here, sums = np.split(sums, [terms.shape[1] * len(names)], axis=1)
         by_slice = here.reshape(len(here), terms.shape[1], len(names))
         result[dimension] = [
-            summarise_slice(name, by_slice[:, :, code], true[codes == code], prior) for code, name in enumerate(names)
+            summarise_slice(name, by_slice[:, :, code], true[codes == code], prior, draws.groups_of(codes == code))
+            for code, name in enumerate(names)
         ]
     return result
 
@@ -72,7 +74,7 @@ def slice_terms(probabilities: np.ndarray, true: np.ndarray) -> np.ndarray:
     return np.column_stack([np.ones(len(true)), losses, hits, decided_terms(probabilities, true)])
 
 
-def summarise_slice(name: str, sums: np.ndarray, true: np.ndarray, prior_all: np.ndarray) -> Slice:
+def summarise_slice(name: str, sums: np.ndarray, true: np.ndarray, prior_all: np.ndarray, groups: int) -> Slice:
     """Return the metrics of a slice.
 
     Args:
@@ -80,14 +82,15 @@ def summarise_slice(name: str, sums: np.ndarray, true: np.ndarray, prior_all: np
         sums: of `slice_terms` over its battles, (1 + samples, 5).
         true: their outcomes, (n, 3).
         prior_all: outcome shares of all battles, (3,).
+        groups: how many prompt groups its battles are of.
     """
     battles, loss, hits, decided_hits, decided = sums.T
     return Slice(
         name=name,
         battles=len(true),
-        log_loss=interval_of(divide(loss, battles)),
-        accuracy=interval_of(divide(hits, battles)),
-        accuracy_decided=interval_of(divide(decided_hits, decided)) if decided[0] else None,
+        log_loss=interval_of(divide(loss, battles), groups),
+        accuracy=interval_of(divide(hits, battles), groups),
+        accuracy_decided=interval_of(divide(decided_hits, decided), groups) if decided[0] else None,
         prior=constant_log_loss(class_prior(true), true),
         prior_all=constant_log_loss(prior_all, true),
     )

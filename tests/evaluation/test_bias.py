@@ -86,7 +86,7 @@ def by_name(rows):
 
 
 def point(value):
-    return Interval(value, value, value)
+    return Interval(value, None, None)
 
 
 def near(interval, **tolerance):
@@ -97,7 +97,7 @@ def near(interval, **tolerance):
 def bootstrapped(metric, table, order=""):
     arrays = predicted(table, order), true_outcomes(table)
     means = draw_groups(table["group"].to_numpy()).means(metric.columns(*arrays))
-    return Interval(metric(*arrays), *percentile_interval(metric.of_mean(means[1:])))
+    return Interval(metric(*arrays), *percentile_interval(metric.of_mean(means[1:]), table["group"].nunique()))
 
 
 def regression(x, won, weight):

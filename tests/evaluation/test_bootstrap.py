@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
 from rewardmodel.evaluation.bootstrap import (
+    FEWEST_GROUPS,
     MAX_SLOPE,
     draw_groups,
     fit_slopes,
@@ -16,7 +17,7 @@ from rewardmodel.evaluation.bootstrap import (
     summarise,
 )
 from rewardmodel.evaluation.results import Difference, Interval
-from rewardmodel.metrics import METRICS, accuracy, log_loss
+from rewardmodel.metrics import METRICS, accuracy, accuracy_terms, log_loss
 
 A, B, TIE = np.eye(3)
 
@@ -28,7 +29,7 @@ def random_predictions(count, seed=0):
 
 def bootstrap_interval(metric, predicted, true, groups, samples=1000, level=0.95, seed=0):
     means = draw_groups(groups, samples, seed).means(metric.columns(predicted, true))
-    return percentile_interval(metric.of_mean(means[1:]), level)
+    return percentile_interval(metric.of_mean(means[1:]), len(np.unique(groups)), level)
 
 
 def bernoulli(hits, count):
@@ -76,16 +77,23 @@ def test_bootstrap_reads_groups_as_labels_in_any_order():
     assert bootstrap_interval(log_loss, predicted[order], true[order], groups[order]) == pytest.approx(expected)
 
 
-def test_bootstrap_of_one_group_is_a_point():
-    predicted, true = random_predictions(10)
-    low, high = bootstrap_interval(log_loss, predicted, true, np.zeros(10, int))
-    assert (low, high) == pytest.approx((log_loss(predicted, true),) * 2)
+@pytest.mark.parametrize("groups", [1, FEWEST_GROUPS - 1, FEWEST_GROUPS])
+def test_of_few_groups_there_is_no_interval(groups):
+    predicted, true = random_predictions(40)
+    low, high = bootstrap_interval(log_loss, predicted, true, np.arange(40) % groups)
+    assert (low is None) == (high is None) == (groups < FEWEST_GROUPS)
+
+
+def test_where_all_groups_are_alike_there_is_no_interval():
+    predicted, true = bernoulli(60, 60)
+    groups = np.repeat(np.arange(12), 5)
+    assert bootstrap_interval(accuracy, predicted, true, groups) == (None, None)
 
 
 def test_bootstrap_divides_by_the_battles_drawn_where_groups_differ_in_size():
     predicted, true = bernoulli(60, 60)
     groups = np.repeat(np.arange(4), [1, 2, 7, 50])
-    assert bootstrap_interval(accuracy, predicted, true, groups) == (1, 1)
+    assert draw_groups(groups).means(accuracy_terms(predicted, true)[:, None])[:, 0] == pytest.approx(1)
 
 
 def test_bootstrap_is_deterministic_by_seed():
@@ -127,7 +135,7 @@ def test_bootstrap_means_are_drawn_in_whole_groups():
 
 def test_a_paired_difference_of_a_model_to_itself_is_nothing():
     predicted, true = random_predictions(50)
-    assert paired_difference(predicted, predicted, true, np.arange(50)) == Difference(0, 0, 0, 1)
+    assert paired_difference(predicted, predicted, true, np.arange(50)) == Difference(0, None, None, None)
 
 
 def test_a_paired_difference_changes_its_sign_when_the_models_are_exchanged():
@@ -173,17 +181,18 @@ def test_draws_are_those_of_groups_with_replacement():
     np.testing.assert_allclose(draw_groups(groups, samples=50).means(terms)[1:, 0], expected)
 
 
-def test_an_interval_without_draws_is_a_point():
-    assert interval_of(np.array([3, np.nan, np.nan])) == Interval(3, 3, 3)
+def test_without_draws_there_is_no_interval():
+    assert interval_of(np.array([3, np.nan, np.nan]), 100) == Interval(3, None, None)
 
 
 @pytest.mark.parametrize(
     ("low", "high", "outside"),
-    [(0.1, 0.2, True), (-0.2, -0.1, True), (0, 0.1, False), (-0.1, 0.1, False), (1, 1, False)],
+    [(0.1, 0.2, True), (-0.2, -0.1, True), (0, 0.1, False), (-0.1, 0.1, False), (None, None, False)],
 )
-def test_an_interval_excludes_what_is_outside_unless_it_is_a_point(low, high, outside):
-    assert Interval((low + high) / 2, low, high).excludes() == outside
-    assert Interval((low + high) / 2, low, high).excludes(high) is False
+def test_an_interval_excludes_what_is_outside_and_none_excludes_nothing(low, high, outside):
+    found = Interval(1, low, high)
+    assert found.excludes() == outside == (found.above() or found.below())
+    assert not (high is not None and found.excludes(high))
 
 
 def regression(x, won, weight):

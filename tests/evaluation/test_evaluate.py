@@ -21,7 +21,7 @@ from rewardmodel.evaluation.evaluate import (
     format_evaluation,
     format_metrics,
 )
-from rewardmodel.evaluation.results import read_evaluation
+from rewardmodel.evaluation.results import Difference, read_evaluation
 from rewardmodel.metrics import class_prior, log_loss
 from rewardmodel.predictions import (
     PROBABILITIES,
@@ -145,7 +145,7 @@ def test_report_says_whether_the_model_is_better_or_worse_than_the_prior(sure_of
     result = evaluate(table_of(np.eye(3)[sure_of] * 0.7 + 0.1, None, [0, 1, 2, 0]))
     line = next(line for line in format_metrics(result).splitlines() if "class prior" in line)
     gain = abs(result.prior - result.metrics["log_loss"].value)
-    assert line.endswith(f"{result.prior:.4f}   the model is {gain:.4f} {verdict}")
+    assert line.endswith(f"{result.prior:.4f}   the model is {gain:.4f} {verdict}; too few prompts to tell")
 
 
 def test_every_metric_has_a_line_with_its_interval(table):
@@ -183,7 +183,7 @@ def test_a_run_is_measured_with_the_calibration_that_helps_it(run):
     assert calibration.before["log_loss"] == log_loss(predicted(raw), true_outcomes(raw))
     gain = facts.metrics["log_loss"].value - calibration.before["log_loss"]
     assert gain == pytest.approx(calibration.gain.value)
-    assert calibration.gain.high < 0
+    assert calibration.gain.below()
     assert facts.reliability.after is not None
     assert load_calibrator(run / "calibrator.json") == Calibrator(calibration.method, tuple(calibration.parameters))
     assert read_evaluation(run / "metrics.json") == facts
@@ -234,7 +234,7 @@ def test_what_blending_changes_is_reported_whether_it_is_asked_for_or_not(blende
     off = evaluate(blended)
     change = on.calibration.blended
     assert off.calibration.blended == change
-    assert change.high < 0
+    assert change.below()
     losses = [facts.metrics["log_loss"].value for facts in (on, off)]
     assert losses[0] - losses[1] == pytest.approx(change.value)
     line = f"changes the log loss by {change.value:+.4f} [{change.low:+.4f}, {change.high:+.4f}]"
@@ -305,8 +305,8 @@ def test_accuracy_by_source_is_reported_of_battles_that_were_all_decided(table):
     decided["winner_tie"], decided["winner_model_a"], decided["winner_model_b"] = 0.0, 1.0 * ahead, 1.0 * ~ahead
     decided[["p_model_a", "p_model_b", "p_tie"]] = [0.5, 0.3, 0.2]
     lines = format_evaluation(evaluate(decided)).splitlines()
-    assert "  easy                        1.0000   95 % [1.0000, 1.0000]   60 battles" in lines
-    assert "  hard                        0.0000   95 % [0.0000, 0.0000]   60 battles" in lines
+    assert "  easy                        1.0000   no interval   60 battles" in lines
+    assert "  hard                        0.0000   no interval   60 battles" in lines
     assert not any("by source" in line for line in format_evaluation(evaluate(table)).splitlines())
 
 
@@ -318,7 +318,30 @@ def test_a_comparison_is_paired_by_id(run, tmp_path):
     expected = log_loss(predicted(raw), true_outcomes(raw)) - log_loss(predicted(worse), true_outcomes(raw))
     assert difference.value == pytest.approx(expected)
     assert compare(run, run).value == 0
-    assert "within noise" in format_difference(compare(run, run))
+    assert format_difference(compare(run, run)) == "log loss +0.0000: no difference"
+
+
+def test_differences_are_described_as_what_they_are():
+    shown = {
+        Difference(
+            -0.02, -0.03, -0.01, 0.002
+        ): "log loss -0.0200, 95 % [-0.0300, -0.0100], p = 0.002: the first is better, beyond noise",
+        Difference(
+            0.02, -0.03, 0.04, 0.4
+        ): "log loss +0.0200, 95 % [-0.0300, +0.0400], p = 0.400: the first is worse, within noise",
+        Difference(0.0169, None, None, None): "log loss +0.0169: the first is worse; too few prompts to tell",
+        Difference(0.0, None, None, None): "log loss +0.0000: no difference",
+    }
+    for difference, line in shown.items():
+        assert format_difference(difference) == line
+
+
+def test_of_one_prompt_nothing_is_claimed(table):
+    few = evaluate(table.assign(group=0))
+    assert few.metrics["log_loss"].low is None
+    assert "too few prompts to tell" in format_metrics(few)
+    assert "no interval" in format_metrics(few)
+    assert "[" not in format_metrics(few)
 
 
 @pytest.mark.parametrize("change", [lambda table: table[1:], lambda table: table.assign(id=table["id"] + "x")])

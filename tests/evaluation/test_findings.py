@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewardmodel.battles import OUTCOMES
+from rewardmodel.evaluation.bootstrap import FEWEST_GROUPS
 from rewardmodel.evaluation.evaluate import evaluate
 from rewardmodel.evaluation.findings import (
     LARGE_GAP,
     MANY_FLIPS,
     MAX_NAMES,
-    MIN_GROUPS,
     MIN_SPREAD,
     UNIFORM_LOG_LOSS,
     join_names,
@@ -36,8 +36,8 @@ from rewardmodel.predictions import PROBABILITIES, average_probabilities
 
 
 def interval(value, low=None, high=None):
-    """Return an interval; one number alone is a point."""
-    return Interval(value, value if low is None else low, value if high is None else high)
+    """Return an estimate and its interval; one number alone has none."""
+    return Interval(value, low, high)
 
 
 def measured(groups=100, **metrics):
@@ -91,8 +91,8 @@ RULES = {
         "The log loss, 1.2000, is worse than 1.0986, that of one third each.",
     ),
     "log loss, the same in every group": (
-        measured(MIN_GROUPS, log_loss=interval(1.2)),
-        measured(MIN_GROUPS - 1, log_loss=interval(1.2)),
+        measured(FEWEST_GROUPS, log_loss=interval(1.2)),
+        measured(FEWEST_GROUPS - 1, log_loss=interval(1.2)),
         "The log loss, 1.2000, is worse than 1.0986, that of one third each.",
     ),
     "spread": (
@@ -111,9 +111,9 @@ RULES = {
         "Picking the winner is not shown to be better than chance: 58 % [50, 66] of decided battles are right.",
     ),
     "winners, all of them": (
-        measured(MIN_GROUPS - 1, accuracy_decided=interval(1.0)),
-        measured(MIN_GROUPS, accuracy_decided=interval(1.0)),
-        "Picking the winner is not shown to be better than chance: 100 % [100, 100] of decided battles are right.",
+        measured(FEWEST_GROUPS - 1, accuracy_decided=interval(1.0)),
+        measured(FEWEST_GROUPS, accuracy_decided=interval(1.0)),
+        "Picking the winner is not shown to be better than chance: 100 % of decided battles are right.",
     ),
     "losers": (
         measured(accuracy_decided=interval(0.4, 0.35, 0.45)),
@@ -151,8 +151,8 @@ RULES = {
         "The verdict flips with the order of the responses in 42 % of battles.",
     ),
     "flips, all of them": (
-        ordered(MIN_GROUPS, flip_rate=interval(1.0)),
-        ordered(MIN_GROUPS - 1, flip_rate=interval(1.0)),
+        ordered(FEWEST_GROUPS, flip_rate=interval(1.0)),
+        ordered(FEWEST_GROUPS - 1, flip_rate=interval(1.0)),
         "The verdict flips with the order of the responses in 100 % of battles.",
     ),
     "first place, of a size that matters": (

@@ -411,15 +411,33 @@ def compared(**differences):
     return Evaluation(100, 100, metrics={"log_loss": Interval(1, 0.9, 1.1)}, prior=1.05, baselines=found)
 
 
+def few(**differences):
+    """Return an evaluation of so few prompts that there are no intervals."""
+    found = {
+        name: BaselineResult(Interval(1, None, None), Difference(value, None, None, None))
+        for name, value in differences.items()
+    }
+    return Evaluation(6, 1, metrics={"log_loss": Interval(1, None, None)}, prior=1.05, baselines=found)
+
+
+def test_a_page_of_few_prompts_has_no_interval(light):
+    page = render_run(replace(few(prior=-0.3), position=None), table_of(6), None)
+    assert "too few prompts to tell" in page
+    assert 'class="interval"' not in page
+
+
 @pytest.mark.parametrize(
     ("facts", "state", "said"),
     [
         (compared(prior=-0.3, tfidf=-0.2), "good", "every baseline beyond noise: class prior by 0.300 and TF-IDF"),
         (compared(prior=-0.3, tfidf=-0.05), "mixed", "beyond noise, but is within noise of TF-IDF + length."),
         (compared(prior=-0.3, tfidf=0.2), "mixed", "but is worse than TF-IDF + length by 0.200, beyond noise."),
-        (compared(prior=0.05), "bad", "It does not beat its baselines: it is within noise of class prior."),
-        (compared(prior=0.05, length=-0.2), "bad", "It does beat length only by 0.200."),
-        (compared(), "bad", "It is not different, beyond noise, from the class prior (1.0500)"),
+        (compared(prior=0.05), "mixed", "It does not beat its baselines: it is within noise of class prior."),
+        (compared(prior=0.05, length=-0.2), "mixed", "It does beat length only by 0.200."),
+        (compared(prior=0.2, length=-0.2), "bad", "It does not beat its baselines: it is worse than class prior by"),
+        (few(prior=-0.3, tfidf=0.2), "unknown", "There are too few prompts to tell whether it beats its baselines."),
+        (few(), "unknown", "There are too few prompts to tell whether it beats the class prior (1.0500)."),
+        (compared(), "mixed", "It is not different, beyond noise, from the class prior (1.0500)"),
         (replace(compared(), prior=1.2), "mixed", "It beats the class prior (1.2000) beyond noise."),
         (replace(compared(), prior=0.8), "bad", "It is worse than the class prior (0.8000)"),
         (Evaluation(0, 0), "unknown", "was not measured"),

@@ -99,5 +99,6 @@ def test_every_type_is_frozen_and_of_what_json_holds():
 
 def test_an_interval_is_a_cell_of_a_table():
     assert str(Interval(0.5, 0.25, 0.75)) == " 0.5000   95 % [0.2500, 0.7500]"
+    assert str(Interval(0.5, None, None)) == " 0.5000   no interval"
     assert str(Interval(-0.5, -0.75, 0.25)) == "-0.5000   95 % [-0.7500, 0.2500]"
     assert DIFFERENCE.describe() == "changes the log loss by -0.1000 [-0.2000, +0.0000]"
