@@ -130,7 +130,12 @@ class Configuration:
 
 
 def default_attention(family: Family, dtype: str, capability: tuple[int, int] | None) -> str:
-    """Return the attention implementation of a family where no recipe sets one, which is the first that works.
+    """Return the attention implementation of a family where no recipe sets one: the first of `usable_attention`."""
+    return usable_attention(family, dtype, capability)[0]
+
+
+def usable_attention(family: Family, dtype: str, capability: tuple[int, int] | None) -> list[str]:
+    """Return the attention implementations of a family that compute fast on a device, in the order of preference.
 
     Args:
         family: of the backbone.
@@ -138,7 +143,9 @@ def default_attention(family: Family, dtype: str, capability: tuple[int, int] | 
         capability: compute capability of the GPU; None on a CPU.
     """
     ampere = capability is not None and capability >= (8, 0)
-    unusable = set() if ampere else {"varlen", "flex_attention"}
-    if dtype == "float32" or not HAS_VARLEN:
+    unusable = set() if ampere else {"varlen", "flex_attention", "flash_attention_2"}
+    if dtype == "float32":
+        unusable |= {"varlen", "flash_attention_2"}
+    if not HAS_VARLEN:
         unusable.add("varlen")
-    return next(name for name in family.attention if name not in unusable)
+    return [name for name in family.attention if name not in unusable]

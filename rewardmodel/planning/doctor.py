@@ -10,7 +10,7 @@ from rewardmodel.config.schema import ModelConfig, Recipe
 from rewardmodel.distributed import Launch, current_launch
 from rewardmodel.errors import InputError
 from rewardmodel.model.compatibility import check_ties, incompatibilities
-from rewardmodel.model.configuration import Configuration, default_attention
+from rewardmodel.model.configuration import Configuration, usable_attention
 from rewardmodel.model.families import check_length, find_family, lowest_layers, stored_bits
 from rewardmodel.model.precision import compute_dtype, dtype_name, quantization_name
 from rewardmodel.model.weights import fetch_backbone
@@ -207,12 +207,12 @@ def _explain_precision(model: ModelConfig, backbone: Any, device: Device, dtype:
 
 
 def _explain_attention(model: ModelConfig, model_type: str, dtype: torch.dtype, device: Device) -> str:
-    family = find_family(model_type)
-    used = model.attn_implementation or default_attention(family, dtype_name(dtype), device.capability)
+    usable = usable_attention(find_family(model_type), dtype_name(dtype), device.capability)
+    used = model.attn_implementation or usable[0]
     why = "set by model.attn_implementation" if model.attn_implementation else f"{model_type}'s default on this device"
     cost = "keeps length² values per head" if used == "eager" else "keeps nothing that grows with length²"
-    others = ", ".join(name for name in family.attention if name != used)
-    return f"{used}: {why}; {cost} (also supported: {others})"
+    others = [name for name in usable if name != used]
+    return f"{used}: {why}; {cost}" + (f" (also supported: {', '.join(others)})" if others else "")
 
 
 def _list_notes(recipe: Recipe, device: Device) -> list[str]:
