@@ -285,7 +285,7 @@ logits = {}
 for name, (config, saved) in json.loads((folder / "cases.json").read_text()).items():
     model, _ = load_model(ModelConfig(**config), pathlib.Path(saved))
     with torch.no_grad():
-        logits[name] = model(**torch.load(folder / f"{name}.pt")).logits
+        logits[name] = model(**torch.load(folder / f"{name}.pt", weights_only=False)).logits
 torch.save(logits, folder / "logits.pt")
 """
 

@@ -1,6 +1,7 @@
 """No network, a cache of this session alone, and the fixtures that many tests share."""
 
 import gc
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,6 +22,15 @@ from builders import battle_frame, make_backbone, make_tokenizer, small_recipe
 def pytest_collection_finish():
     """Exempt what was imported by now from garbage collection: each time a model is loaded it would take .3 s."""
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def log_handlers_go_with_their_test():
+    """Remove the handlers that a test adds, as the command line does: they write to its captured output."""
+    root = logging.getLogger()
+    before = [*root.handlers]
+    yield
+    root.handlers[:] = [handler for handler in root.handlers if handler in before]
 
 
 def pytest_sessionfinish():

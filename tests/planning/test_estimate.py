@@ -223,7 +223,7 @@ def test_the_operations_of_a_layer_are_as_many_as_are_assumed(bits, backbone):
         config = AutoConfig.from_pretrained(backbone("llama"))
         config.num_hidden_layers = layers
         model = ModelConfig(str(backbone("llama")), lora_dropout=0.1, load_in_4bit=bits == 4)
-        fake = FakeModel(MemorySpec(model, config, JOINT_HEAD, torch.float16, "sdpa", gpu=True))
+        fake = FakeModel(MemorySpec(model, config, JOINT_HEAD, torch.float16, "varlen", gpu=True))
         forward, both = Operations(), Operations()
         with forward:
             fake.forward_peak([[0, 60]])
