@@ -170,6 +170,10 @@ CHECKS = (
         "leave it out, or launch with recipes/accelerate/ddp.yaml",
     ),
     Check(
+        lambda s: bool(s.trainer_key("torch_compile")) and s.model.load_in_fp8,
+        "trainer.torch_compile: torch 2.13 fails to trace layers of model.load_in_fp8; leave out one of them",
+    ),
+    Check(
         lambda s: bool(s.trainer_key("torch_compile")) and s.lacks_compiler,
         "trainer.torch_compile: needs a C++ compiler, and none is found; install gcc, or leave it out",
     ),

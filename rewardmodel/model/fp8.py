@@ -135,7 +135,6 @@ class Fp8Linear(torch.nn.Linear):
         self.bias = linear.bias
         self.train(linear.training)
 
-    @torch.compiler.disable  # torch 2.13 fails to trace it; within compiled blocks it is called as it is
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return outputs (..., out) of inputs (..., in), in autocast's precision or else the inputs'."""
         device = inputs.device.type

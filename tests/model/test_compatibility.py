@@ -51,6 +51,7 @@ CASES = [
     (configured({"lora_first_layer": 16}), "model.lora_first_layer: 16, but the backbone has layers 0 to 15"),
     (configured(trainer={"gradient_checkpointing_kwargs": {"use_reentrant": True}}), "set use_reentrant false"),
     (configured({"freeze_backbone": True}, trainer={"torch_compile": True}), "takes less than compiling; leave it out"),
+    (configured({"load_in_fp8": True}, trainer={"torch_compile": True}), "fails to trace layers of model.load_in_fp8"),
     (configured(launch=FSDP, trainer={"torch_compile": True}), "launch with recipes/accelerate/ddp.yaml"),
     (configured(trainer={"torch_compile": True}), r"trainer.torch_compile: needs a C\+\+ compiler, .* leave it out"),
     (configured(model_type="gemma2"), "flex_attention needs a C compiler, .* set eager"),
