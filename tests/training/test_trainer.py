@@ -259,7 +259,7 @@ def test_compiled_blocks_train_as_others_do_and_are_compiled_for_all_lengths(bit
     torch.compiler.reset()
     model = dataclasses.replace(recipe.model, load_in_4bit=bits == 4, lora_dropout=0.0)
     recipe = dataclasses.replace(recipe, model=model)
-    recipe, runs = with_trainer(recipe, micro_batch_tokens=400, battles_per_step=4), []
+    recipe, runs = with_trainer(recipe, micro_batch_tokens=400, battles_per_step=4, max_steps=4), []
     for options in (None, {"backend": count}):
         monkeypatch.setattr("rewardmodel.training.train.compile_options", lambda _, options=options: options)
         run, _ = train(with_trainer(recipe, output_dir=str(tmp_path / str(len(runs)))))
