@@ -321,7 +321,7 @@ def _list(name: str, shown: Iterable[str]) -> str:
 def _slice_lines(slices: dict[str, list[Slice] | None]) -> list[str]:
     lines = ["slices: log_loss (battles)"]
     for dimension, rows in slices.items():
-        if rows:
+        if rows and len(rows) > 1:
             shown = (f"{row.name}: {row.log_loss.value:.4f} ({row.battles:,})" for row in rows)
             lines.append(_list(dimension.replace("_", " "), shown))
-    return lines
+    return lines if len(lines) > 1 else ["slices: too few battles"]

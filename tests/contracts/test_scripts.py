@@ -213,6 +213,7 @@ def test_a_part_that_fails_or_hangs_does_not_end_the_others(script, monkeypatch,
 def test_the_overhead_of_a_step_is_measured(script, monkeypatch):
     module = script("bench_overhead")
     monkeypatch.setitem(module.BACKBONE, "num_hidden_layers", 4)
+    monkeypatch.setattr(module, "text_tokenizer", lambda: None)
     figures = module.measure(battles=2, longest=90, repeats=2)
     assert figures["modules"] > 300
     assert figures["battles"] == 2

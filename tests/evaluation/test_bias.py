@@ -22,7 +22,7 @@ from rewardmodel.evaluation.bias import (
 )
 from rewardmodel.evaluation.bootstrap import draw_groups, percentile_interval
 from rewardmodel.evaluation.findings import list_findings
-from rewardmodel.evaluation.results import Interval, ModelBias
+from rewardmodel.evaluation.results import Evaluation, Interval, ModelBias
 from rewardmodel.evaluation.slices import measure_slices
 from rewardmodel.metrics import (
     accuracy,
@@ -607,3 +607,15 @@ def test_what_stands_out_is_listed_as_the_findings_say_it():
     assert len(list_findings(facts)) > 2
     lines = format_bias(facts).split("what stands out\n")[1].replace("\n    ", " ").splitlines()
     assert lines == [f"  - {sentence}" for sentence in list_findings(facts)]
+
+
+def test_dimensions_of_one_slice_have_no_line():
+    one = measure_slices(random_table(40, groups=20))
+    text, single = (
+        format_bias(Evaluation(40, 20, slices=one)),
+        [rows[0].name for rows in one.values() if rows and len(rows) == 1],
+    )
+    assert single
+    assert not any(f"{name}: " in text for name in single)
+    alone = {name: rows and rows[:1] for name, rows in one.items()}
+    assert "slices: too few battles" in format_bias(Evaluation(40, 20, slices=alone))
