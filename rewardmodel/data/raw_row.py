@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,18 +111,35 @@ class RawRow:
         role = message.get("role", message.get("from"))
         if not isinstance(role, str) or role.lower() not in _ROLES:
             raise self.error(column, f"the role {shorten(role)} is unknown; known: {', '.join(_ROLES)}")
-        content = message.get("content", message.get("value"))
-        parts = content if isinstance(content, list) else [content]
+        keys = [key for key in _CONTENT_KEYS if key in message]
+        calls = _tool_calls(message)
+        if not keys and not calls:
+            raise self.error(column, f"the message {shorten(message)} has no text; give it as 'content'")
+        thoughts = next((message[key] for key in _REASONING_KEYS if message.get(key)), None)
+        texts = [] if thoughts is None else [f"<think>\n{thoughts}\n</think>"]
+        content = message[keys[0]] if keys else None
+        texts += [] if calls and _is_missing(content) else self._read_content(column, content)
+        texts += [f"<tool_call>\n{call}\n</tool_call>" for call in calls]
+        if not texts and not _is_missing(content) and _ROLES[role.lower()] == "assistant":
+            raise self.error(column, f"the answer {shorten(message)} has no text; leave the row out")
+        return _ROLES[role.lower()], "\n\n".join(self.repair(text) for text in texts if text)
+
+    def _read_content(self, column: str, content: Any) -> list[str]:
+        """Return the texts of a message's content: of one text, or of parts like `{"type": "text", "text": "4"}`."""
+        if _is_missing(content):
+            self.notes["messages without content (null), read as empty"] += 1
+            return []
         texts = []
-        for part in parts:
+        for part in content if isinstance(content, list | tuple | np.ndarray) else [content]:
             text = part.get("text") if isinstance(part, dict) else part
             if _is_missing(text):
-                self.notes["message parts without text (null, images), left out"] += 1
+                kind = part.get("type", "no type") if isinstance(part, dict) else "null"
+                self.notes[f"parts of messages that are not text ({kind}), left out"] += 1
             elif not isinstance(text, str):
                 raise self.error(column, f"the content {shorten(text)} is not text; put it in quotes")
             else:
-                texts.append(self.repair(text))
-        return _ROLES[role.lower()], "\n\n".join(texts)
+                texts.append(text)
+        return texts
 
     def read_list(self, column: str, hint: str) -> list[Any]:
         """Return a list, given as one or as its JSON text; empty if the value is missing.
@@ -162,8 +180,36 @@ _ROLES = {
     "model": "assistant",
     "chatbot": "assistant",
     "system": "system",
+    "developer": "system",
+    "tool": "user",
+    "function": "user",
+    "observation": "user",
+    "ipython": "user",
 }
-"""Roles of messages by the names that data sets use for them."""
+"""Roles of messages by the names that data sets use for them; the result of a tool is context, like a question."""
+
+_CONTENT_KEYS = ("content", "value", "text")
+"""Names of a message's text in data sets, in the order in which they are looked for."""
+
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Names of what a model wrote before its answer."""
+
+
+def _tool_calls(message: dict[str, Any]) -> list[str]:
+    """Return the calls of tools in a message as JSON: `['{"name": "lookup", "arguments": {"topic": "tea"}}']`."""
+    calls = message.get("tool_calls")
+    listed = [*calls] if isinstance(calls, list | tuple | np.ndarray) else []
+    listed += [message["function_call"]] if message.get("function_call") else []
+    texts = []
+    for call in listed:
+        function = call.get("function", call) if isinstance(call, dict) else {"name": call}
+        arguments = function.get("arguments")
+        with suppress(ValueError):  # arguments that are no JSON are kept as the text that they are
+            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        named = {"name": function.get("name"), "arguments": arguments}
+        texts.append(json.dumps(named, ensure_ascii=False, default=str))
+    return texts
+
 
 _TRANSCRIPT_ROLE = re.compile(r"\n\n(Human|Assistant):")
 

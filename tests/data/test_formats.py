@@ -605,7 +605,7 @@ def test_images_of_an_arena_conversation_are_left_out_and_counted(caplog):
     rows = [{name: [question, *said(name, first="assistant")] for name in FORMATS["conversations"].needs}]
     assert read_battles(pd.DataFrame(rows))["prompt"][0] == ["What is it?"]
     assert [text for *_, text in warnings_of(caplog)] == [
-        "data frame: 2 message parts without text (null, images), left out"
+        "data frame: 2 parts of messages that are not text (image), left out"
     ]
 
 

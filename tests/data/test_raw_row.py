@@ -170,10 +170,50 @@ def test_images_are_left_out_of_a_message_and_counted():
     parts = [{"type": "text", "text": "q"}, {"type": "image", "image": {"path": "x"}, "text": None}]
     row = row_of([{"role": "user", "content": parts}, {"role": "assistant", "content": None}])
     assert row.read_dialogue("c", "user") == [("user", "q"), ("assistant", "")]
-    assert row.notes == {"message parts without text (null, images), left out": 2}
+    assert row.notes == {
+        "parts of messages that are not text (image), left out": 1,
+        "messages without content (null), read as empty": 1,
+    }
+
+
+CALL = {"function": {"name": "look_up", "arguments": '{"topic": "tea"}'}}
+CALLED = '<tool_call>\n{"name": "look_up", "arguments": {"topic": "tea"}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"role": "assistant", "tool_calls": [CALL]}, ("assistant", CALLED)),
+        ({"role": "assistant", "content": None, "tool_calls": [CALL]}, ("assistant", CALLED)),
+        ({"role": "assistant", "content": "Wait.", "tool_calls": [CALL]}, ("assistant", f"Wait.\n\n{CALLED}")),
+        ({"role": "assistant", "content": "", "function_call": CALL["function"]}, ("assistant", CALLED)),
+        (
+            {"role": "assistant", "tool_calls": ["ping"]},
+            ("assistant", CALLED.replace('look_up", "arguments": {"topic": "tea"}', 'ping", "arguments": null')),
+        ),
+        ({"role": "assistant", "text": "a"}, ("assistant", "a")),
+        (
+            {"role": "assistant", "content": "4", "reasoning_content": "2 + 2"},
+            ("assistant", "<think>\n2 + 2\n</think>\n\n4"),
+        ),
+        ({"role": "assistant", "content": "4", "reasoning_content": ""}, ("assistant", "4")),
+        ({"role": "developer", "content": "Be kind."}, ("system", "Be kind.")),
+        ({"role": "tool", "content": "18 °C"}, ("user", "18 °C")),
+    ],
+)
+def test_calls_of_tools_thoughts_and_other_keys_are_kept_as_text(message, said):
+    row = row_of([message])
+    assert row.read_dialogue("c", "user") == [said]
+    assert not row.notes
+
+
+def test_an_answer_whose_parts_are_all_left_out_is_refused():
+    with pytest.raises(InputError, match=r"row 7, column 'c': the answer .* has no text; leave the row out"):
+        row_of([{"role": "assistant", "content": [{"type": "image", "image": "x"}]}]).read_dialogue("c", "user")
 
 
 NO_DIALOGUES = {
+    "a message without text": ([{"role": "user", "body": "q"}], "has no text; give it as 'content'"),
     "number": (5, "5 is not a list; write a text, or messages like"),
     "broken JSON": ('[{"role": "user"', "is not a JSON list; write a text, or messages like"),
     "Python's own": ("[{'role': 'user'}]", "is not a JSON list"),
