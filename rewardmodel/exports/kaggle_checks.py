@@ -85,15 +85,21 @@ def check_gpus(gpus: list[Gpu], wanted: Mapping[str, Any]) -> list[str]:
             oldest = ".".join(map(str, OLDEST_GPU))
             problems.append(f"{name} has compute capability {shown}, and torch has no kernels below {oldest}: {choose}")
         elif capability >= BLACKWELL and build and int(build[1]) < BLACKWELL_CUDA:
-            problems.append(f"{name} needs torch for CUDA 12.8, and this one is for {build[0][1:]}: {ENVIRONMENT}")
+            problems.append(
+                f"{name} needs torch for CUDA 12.8, and this one is for {build[0][1:]}: choose {ENVIRONMENT}"
+            )
     return list(dict.fromkeys(problems))
 
 
 def choose_wheels(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """Return the wheels of a folder that fit this Python, by package, and the packages that have none that does."""
+    """Return the wheels of a folder that fit this Python, by package, and the packages that have none that does.
+
+    Of the latter, those that are installed in the same or a later version are left out.
+    """
     wheels = sorted(folder.rglob("*.whl"))
     fitting = {_package(path): path for path in wheels if fits(path.name)}
-    return fitting, sorted({_package(path) for path in wheels} - fitting.keys())
+    others = {_package(path): path.name.split("-")[1] for path in wheels if _package(path) not in fitting}
+    return fitting, sorted(name for name, version in others.items() if not _is_installed(name, version))
 
 
 def fits(wheel: str) -> bool:
@@ -123,12 +129,15 @@ def check_packages(wanted: Mapping[str, Any], wheels: Mapping[str, Path], unfit:
     """Return what is wrong with Python and the packages, those in the bundle's wheels included.
 
     Args:
-        wanted: `pythons`, like ["3.12"], that the wheels are for, and `requires`, like {"torch": ">=2.11"}.
+        wanted: `python`, like >=3.11; `pythons`, like ["3.12"], that the wheels are for; and `requires`, like
+            {"torch": ">=2.11"}.
         wheels: those that fit, by package.
         unfit: packages whose wheels are all for another Python or machine.
     """
     here, names = f"{sys.version_info[0]}.{sys.version_info[1]}", ", ".join(unfit)
     pythons = " and ".join(wanted["pythons"])
+    if not satisfies(here, wanted["python"]):
+        return [f"this is Python {here}, and the model needs {wanted['python']}: choose {ENVIRONMENT}"]
     if names:
         what = f"the wheels of {names} are for Python {pythons} on Linux, x86_64"
         machine = f"this is Python {here} on {platform.system()}, {platform.machine()}"
@@ -243,6 +252,12 @@ def satisfies(version: str, specifier: str) -> bool:
 def _package(wheel: Path) -> str:
     """Return the canonical name of a wheel's package."""
     return re.sub(r"[-_.]+", "-", wheel.name.split("-")[0]).lower()
+
+
+def _is_installed(name: str, version: str) -> bool:
+    """Return whether a package is installed in a version or a later one."""
+    here = _installed(name)
+    return here is not None and satisfies(here, f">={version}")
 
 
 def _installed(name: str) -> str | None:

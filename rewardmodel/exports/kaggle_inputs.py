@@ -110,7 +110,7 @@ def find_sample(files: list[Path], battles: Path) -> Match:
 
 
 def find_backbone(files: list[Path], wanted: Mapping[str, Any], fingerprint: Callable[[Path], str]) -> Match:
-    """Return the folder of the backbone: by its configuration, then by a digest of its weights.
+    """Return the folder of the backbone: by its weights, and first among those of the same configuration.
 
     Args:
         files: of all inputs.
@@ -120,11 +120,15 @@ def find_backbone(files: list[Path], wanted: Mapping[str, Any], fingerprint: Cal
     """
     expected = Path(wanted["path"], "config.json")
     configs = list(dict.fromkeys([expected] * expected.is_file() + [one for one in files if one.name == "config.json"]))
-    alike = [path.parent for path in configs if digest_config(path) == wanted["config"]]
-    alike = [folder for folder in alike if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))]
-    right = [folder for folder in alike if fingerprint(folder) == wanted["fingerprint"]]
-    if right:
-        return _choose(right, {"where it was expected": lambda folder: folder == expected.parent})
+    models = [
+        path.parent for path in configs if any(path.parent.glob("*.safetensors")) or any(path.parent.glob("*.bin"))
+    ]
+    alike = [folder for folder in models if digest_config(folder / "config.json") == wanted["config"]]
+    for folders, note in ((alike, ""), (models, "its config.json differs from that of training, its weights do not")):
+        right = [folder for folder in folders if fingerprint(folder) == wanted["fingerprint"]]
+        if right:
+            match = _choose(right, {"where it was expected": lambda folder: folder == expected.parent})
+            return Match(match.path, f"{match.why} {note}".strip())
     if alike:
         return Match(None, f"{alike[0]} has its configuration, but other weights (another variation, or not whole)")
     kinds = [f"{path.parent} ({_read_json(path).get('model_type', 'no model')})" for path in configs]

@@ -43,7 +43,7 @@ def write_notebook(bundle: Bundle, folder: Path, backbone: Path | None) -> None:
         path.relative_to(folder).as_posix(): [path.stat().st_size, digest_file(path)]
         for name in CHECKED
         for path in sorted((folder / name).rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.stat().st_size  # some ways to upload leave empty files out
     }
     wanted = describe(bundle, folder / "model", backbone, files)
     write_json(folder / MARKER, {**wanted, "files": files})
@@ -65,9 +65,10 @@ def describe(bundle: Bundle, model: Path, backbone: Path | None, files: dict[str
         files: its files, with sizes and digests.
 
     Returns:
-        `id`, a digest of all files; `dataset`, `competition` and `accelerator` by name; `pythons` that its wheels are
-        for; `requires`, ranges of versions by package; `weights`, their bytes; and `backbone`: None, or its `source`,
-        `path`, `config` and `fingerprint`, as for `kaggle_inputs.find_backbone`.
+        `id`, a digest of all files; `dataset`, `competition` and `accelerator` by name; `python`, the range of
+        versions that it runs on; `pythons` that its wheels are for; `requires`, ranges of versions by package;
+        `weights`, their bytes; and `backbone`: None, or its `source`, `path`, `config` and `fingerprint`, as for
+        `kaggle_inputs.find_backbone`.
     """
     requirements = [Requirement(text) for text in metadata.requires("rewardmodel") or []]
     folder = backbone or model
@@ -85,6 +86,7 @@ def describe(bundle: Bundle, model: Path, backbone: Path | None, files: dict[str
         "dataset": bundle.dataset,
         "competition": COMPETITION,
         "accelerator": ACCELERATORS[bundle.accelerator].menu,
+        "python": metadata.metadata("rewardmodel")["Requires-Python"],
         "pythons": [bundle.python],
         "requires": {canonicalize_name(one.name): str(one.specifier) for one in requirements if one.marker is None},
         "weights": weights,

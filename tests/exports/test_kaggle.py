@@ -8,11 +8,15 @@ import sys
 import sysconfig
 import venv
 import zipfile
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from builders import battle_frame, write_csv
+from kaggle_trees import SLUG, make_competition
 from packaging.version import Version
 
 import rewardmodel
@@ -220,6 +224,50 @@ def test_the_notebook_runs_offline_in_a_clean_environment(run_folder, installed,
     with (tmp_path / "work" / "submission.csv").open() as file:
         rows = [[float(one) for one in row[1:]] for row in list(csv.reader(file))[1:]]
     assert abs(expected - rows).max() <= 1e-5
+
+
+@pytest.mark.slow
+def test_the_notebook_continues_a_killed_session_in_the_layout_of_today(run_folder, installed, tmp_path):
+    base = Path(load_recipe(run_folder / "recipe.yaml").model.model_name_or_path)
+    root, handle = tmp_path / "input", "me/tiny/transformers/llama/1"
+    export(run_folder, tmp_path / "bundle", "kaggle", bundle=Bundle("me/my-reward-model", installed, base=handle))
+    shutil.copytree(tmp_path / "bundle", root / "datasets" / "me" / "my-reward-model")
+    shutil.copytree(base, root / "models" / handle)
+    make_competition(root / "competitions" / SLUG, rows=0)
+    test = root / "competitions" / SLUG / "test.csv"
+    write_csv(battle_frame(4, seed=7).drop(columns=list(OUTCOMES)), test)
+
+    def run(name):
+        (tmp_path / name).mkdir()
+        return subprocess.run(
+            [sys.executable, tmp_path / "bundle" / "inference.py"],
+            cwd=tmp_path / name,
+            env={**os.environ, "INPUTS": str(root), "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    whole = run("whole")
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    assert f"bundle    {root / 'datasets' / 'me' / 'my-reward-model'}" in whole.stdout
+    assert f"backbone  {root / 'models' / handle}" in whole.stdout
+    assert "all 16 battles were predicted in both orders" in whole.stderr
+
+    # what was computed before the kill, with other values, by which it is seen that it is not computed again
+    recipe = load_recipe(root / "datasets" / "me" / "my-reward-model" / "model" / "recipe.yaml")
+    recipe = replace(recipe, model=replace(recipe.model, model_name_or_path=str(root / "models" / handle)))
+    shards = root / "notebooks" / "me" / "my-reward-model" / "submission.csv.shards"
+    predict(root / "datasets" / "me" / "my-reward-model" / "model", test, recipe, work=shards, time_limit=600)
+    (first,) = shards.glob("*/first-*.npz")
+    with np.load(first) as file:
+        np.savez(first, rows=file["rows"], logits=np.broadcast_to(np.float32([4, 0, 0]), file["logits"].shape))
+    continued = run("continued")
+    assert continued.returncode == 0, continued.stderr[-3000:]
+    assert "files of an earlier session: predicting continues from them" in continued.stdout
+    before, after = (pd.read_csv(tmp_path / name / "submission.csv") for name in ("whole", "continued"))
+    assert (after["winner_model_a"] > before["winner_model_a"]).all()
+    assert not (tmp_path / "continued" / "submission.csv.shards").exists()
 
 
 def installed_here() -> dict[str, Version]:

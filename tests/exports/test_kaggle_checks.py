@@ -34,7 +34,13 @@ from rewardmodel.exports.kaggle_checks import (
     satisfies,
 )
 
-WANTED = {"accelerator": "GPU T4 x2", "weights": 5 * GIB, "pythons": ["3.12"], "requires": {"torch": ">=2.11"}}
+WANTED = {
+    "accelerator": "GPU T4 x2",
+    "weights": 5 * GIB,
+    "python": ">=3.11",
+    "pythons": ["3.12"],
+    "requires": {"torch": ">=2.11"},
+}
 T4, P100 = Gpu("Tesla T4", (7, 5)), Gpu("Tesla P100-PCIE-16GB", (6, 0))
 BLACKWELL_GPU = Gpu("NVIDIA RTX PRO 6000 Blackwell Server Edition", (12, 0))
 
@@ -67,7 +73,7 @@ def test_blackwell_needs_a_build_that_has_it(versions, capsys):
     assert "bfloat16" in capsys.readouterr().out
     versions["torch"] = "2.11.0+cu126"
     (sentence,) = check_gpus([BLACKWELL_GPU], WANTED)
-    assert "needs torch for CUDA 12.8, and this one is for cu126: Settings > Environment" in sentence
+    assert "needs torch for CUDA 12.8, and this one is for cu126: choose Settings > Environment" in sentence
 
 
 def test_a_large_model_needs_a_gpu_on_kaggle(monkeypatch):
@@ -132,13 +138,24 @@ def test_a_wheel_fits_as_packaging_says(name):
     assert WHEELS[name] == bool(parse_wheel_filename(name)[3] & set(sys_tags()))
 
 
-def test_of_wheels_for_several_pythons_those_that_fit_are_chosen(tmp_path):
+def test_of_wheels_for_several_pythons_those_that_fit_are_chosen(tmp_path, versions):
     for name in (f"Py_YAML-6.0-{here()}.whl", f"Py_YAML-6.0-{here('399')}.whl", f"other-1.0-{here('399')}.whl"):
         (tmp_path / name).touch()
     chosen, unfit = choose_wheels(tmp_path)
     assert chosen == {"py-yaml": tmp_path / f"Py_YAML-6.0-{here()}.whl"}
     assert unfit == ["other"]
     assert choose_wheels(tmp_path / "nowhere") == ({}, [])
+    versions["other"] = "0.9"
+    assert choose_wheels(tmp_path)[1] == ["other"]
+    versions["other"] = "1.0.1"
+    assert choose_wheels(tmp_path)[1] == []
+
+
+def test_a_python_that_is_too_old_is_one_sentence():
+    (sentence,) = check_packages(WANTED | {"python": ">=3.99"}, {}, [])
+    assert sentence.endswith(
+        ", and the model needs >=3.99: choose Settings > Environment > Always use latest environment"
+    )
 
 
 def test_wheels_of_another_machine_are_one_sentence():

@@ -158,6 +158,13 @@ def test_a_backbone_with_other_weights_is_named(bundle, tmp_path):
     assert match.why == f"no config.json of it with weights; there are: {tmp_path / 'base'} (llama)"
 
 
+def test_the_right_weights_with_another_configuration_are_taken_and_said_so(bundle, tmp_path):
+    shutil.copytree(bundle.backbone, tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 8, "new": 1}))
+    match = find_backbone(list_files(tmp_path), bundle.wanted["backbone"], fingerprint)
+    assert match == (tmp_path / "base", "its config.json differs from that of training, its weights do not")
+
+
 def test_who_saved_a_configuration_does_not_matter(tmp_path):
     first, second = make_folder(tmp_path / "a") / "config.json", make_folder(tmp_path / "b") / "config.json"
     first.write_text(json.dumps({"model_type": "llama", "hidden_size": 8, "transformers_version": "5.0.0"}))

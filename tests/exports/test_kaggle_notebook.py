@@ -17,7 +17,7 @@ def bundle(tmp_path):
     return make_bundle(tmp_path)
 
 
-def run_notebook(bundle, root, monkeypatch, gpus="", **environment):
+def run_notebook(bundle, root, monkeypatch, gpus="", failing=None, **environment):
     """Run all cells but the last; return the commands that they would have started, each with its PYTHONPATH."""
     commands = []
 
@@ -25,7 +25,7 @@ def run_notebook(bundle, root, monkeypatch, gpus="", **environment):
         if command[0] == "nvidia-smi":
             return subprocess.CompletedProcess(command, 0, gpus)
         commands.append((" ".join(map(str, command)), os.environ.get("PYTHONPATH")))
-        return subprocess.CompletedProcess(command, 0)
+        return subprocess.CompletedProcess(command, 2 if failing and failing in commands[-1][0] else 0)
 
     (root.parent / "work").mkdir()
     monkeypatch.setattr(os, "environ", {"INPUTS": str(root), "PATH": os.environ["PATH"], **environment})
@@ -103,6 +103,19 @@ def test_an_earlier_session_is_continued(bundle, inputs, monkeypatch, capsys):
     copied = inputs.parent / "work" / "submission.csv.shards" / shards.name / "first-00000000.npz"
     assert copied.read_text() == "x"
     assert "1 files of an earlier session: predicting continues from them" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("failing", "message"), [(" install ", "pip could not install"), (" predict ", "predicting ended with exit code 2")]
+)
+def test_a_step_that_fails_ends_the_notebook_with_one_sentence(failing, message, tmp_path, monkeypatch):
+    (tmp_path / "bundle" / "wheels").mkdir(parents=True)
+    (tmp_path / "bundle" / "wheels" / "one-1.0-py3-none-any.whl").write_bytes(b"w")
+    made = make_bundle(tmp_path, whole=True)
+    make_competition(tmp_path / "input")
+    with pytest.raises(SystemExit, match=message) as stopped:
+        run_notebook(made, tmp_path / "input", monkeypatch, failing=failing, BUNDLE=str(made.folder))
+    assert len(str(stopped.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
