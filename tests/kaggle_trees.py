@@ -50,7 +50,7 @@ def make_bundle(work: Path, whole: bool = False, **settings) -> Made:
         path.write_bytes(content)
     given = {"contents": "merged"} if whole else {"base": BASE}
     bundle = Bundle("me/my-reward-model", work / "installed.txt", **{**given, **settings})
-    write_notebook(bundle, folder, None if whole else backbone)
+    write_notebook(bundle, folder, None if whole else backbone, ["3.12"], ["trl"])
     wanted = json.loads((folder / "bundle.json").read_text())
     del wanted["files"]
     return Made(folder, (folder / "inference.py").read_text(), wanted, backbone)

@@ -129,7 +129,7 @@ def export(
                 recipe = replace(recipe, model=replace(recipe.model, model_name_or_path=bundle.base_folder))
                 write_text(RunFolder(model).recipe, dump_recipe(recipe))
             write_bundle(bundle, folder)
-            write_notebook(bundle, folder, backbone)
+            write_notebook(bundle, folder, backbone, [bundle.python])
     if push_to_hub:
         upload_export(output, push_to_hub)
     return parity

@@ -91,13 +91,22 @@ def check_gpus(gpus: list[Gpu], wanted: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(problems))
 
 
-def choose_wheels(folder: Path) -> tuple[dict[str, Path], list[str]]:
+def choose_wheels(folder: Path, pythons: Iterable[str] = ()) -> tuple[dict[str, Path], list[str]]:
     """Return the wheels of a folder that fit this Python, by package, and the packages that have none that does.
 
     Of the latter, those that are installed in the same or a later version are left out.
+
+    Args:
+        folder: of the wheels, or of folders by version of Python, like 3.13/, of which this Python's is read.
+        pythons: versions that the bundle is for: one without a folder lacks nothing.
     """
-    wheels = sorted(folder.rglob("*.whl"))
-    fitting = {_package(path): path for path in wheels if fits(path.name)}
+    here = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    by_version = any(re.fullmatch(r"\d+\.\d+", path.name) for path in folder.glob("*/"))
+    own = folder / here if by_version else folder
+    if by_version and not own.is_dir() and here in pythons:
+        return {}, []
+    wheels = sorted((own if own.is_dir() else folder).rglob("*.whl"))
+    fitting = {_package(path): path for path in wheels if own.is_dir() and fits(path.name)}
     others = {_package(path): path.name.split("-")[1] for path in wheels if _package(path) not in fitting}
     return fitting, sorted(name for name, version in others.items() if not _is_installed(name, version))
 

@@ -8,6 +8,7 @@ import inspect
 import json
 import pprint
 import re
+from collections.abc import Collection, Sequence
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
@@ -31,13 +32,17 @@ CHECKED = ("model", "wheels", "rewardmodel")
 """Folders of a bundle whose files the notebook compares with their digests."""
 
 
-def write_notebook(bundle: Bundle, folder: Path, backbone: Path | None) -> None:
+def write_notebook(
+    bundle: Bundle, folder: Path, backbone: Path | None, pythons: Sequence[str], unneeded: Collection[str] = ()
+) -> None:
     """Write what tells a bundle, a folder with model, source and wheels, to Kaggle and to people.
 
     Args:
         bundle: its settings.
         folder: its folder.
         backbone: folder here of the backbone that its adapter belongs to; None: the model is whole.
+        pythons: versions of Python that its wheels are for.
+        unneeded: packages that rewardmodel requires and that this model's prediction does not import.
     """
     files = {
         path.relative_to(folder).as_posix(): [path.stat().st_size, digest_file(path)]
@@ -45,7 +50,8 @@ def write_notebook(bundle: Bundle, folder: Path, backbone: Path | None) -> None:
         for path in sorted((folder / name).rglob("*"))
         if path.is_file() and path.stat().st_size  # some ways to upload leave empty files out
     }
-    wanted = describe(bundle, folder / "model", backbone, files)
+    required = read_requirements(unneeded)
+    wanted = {**describe(bundle, folder / "model", backbone, files), "pythons": list(pythons), "requires": required}
     write_json(folder / MARKER, {**wanted, "files": files})
     script = render("kaggle.py.jinja", bundle, wanted)
     write_text(folder / "inference.py", script)
@@ -66,11 +72,9 @@ def describe(bundle: Bundle, model: Path, backbone: Path | None, files: dict[str
 
     Returns:
         `id`, a digest of all files; `dataset`, `competition` and `accelerator` by name; `python`, the range of
-        versions that it runs on; `pythons` that its wheels are for; `requires`, ranges of versions by package;
-        `weights`, their bytes; and `backbone`: None, or its `source`, `path`, `config` and `fingerprint`, as for
-        `kaggle_inputs.find_backbone`.
+        versions that it runs on; `weights`, their bytes; and `backbone`: None, or its `source`, `path`, `config` and
+        `fingerprint`, as for `kaggle_inputs.find_backbone`.
     """
-    requirements = [Requirement(text) for text in metadata.requires("rewardmodel") or []]
     folder = backbone or model
     weights = sum(path.stat().st_size for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind))
     base = None
@@ -87,11 +91,16 @@ def describe(bundle: Bundle, model: Path, backbone: Path | None, files: dict[str
         "competition": COMPETITION,
         "accelerator": ACCELERATORS[bundle.accelerator].menu,
         "python": metadata.metadata("rewardmodel")["Requires-Python"],
-        "pythons": [bundle.python],
-        "requires": {canonicalize_name(one.name): str(one.specifier) for one in requirements if one.marker is None},
         "weights": weights,
         "backbone": base,
     }
+
+
+def read_requirements(unneeded: Collection[str] = ()) -> dict[str, str]:
+    """Return the versions that rewardmodel needs by package, like `{"torch": ">=2.11"}`, without unneeded packages."""
+    required = [Requirement(text) for text in metadata.requires("rewardmodel") or []]
+    named = {canonicalize_name(one.name): str(one.specifier) for one in required if one.marker is None}
+    return {name: versions for name, versions in named.items() if name not in unneeded}
 
 
 def dataset_metadata(bundle: Bundle) -> dict[str, Any]:

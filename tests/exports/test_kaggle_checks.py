@@ -151,6 +151,17 @@ def test_of_wheels_for_several_pythons_those_that_fit_are_chosen(tmp_path, versi
     assert choose_wheels(tmp_path)[1] == []
 
 
+def test_wheels_in_folders_by_python_are_those_of_this_one(tmp_path, versions):
+    this = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    for folder in ("3.99", this):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "pure-1.0-py3-none-any.whl").touch()
+    assert choose_wheels(tmp_path, ["3.99", this]) == ({"pure": tmp_path / this / "pure-1.0-py3-none-any.whl"}, [])
+    shutil.rmtree(tmp_path / this)
+    assert choose_wheels(tmp_path, ["3.99", this]) == ({}, [])  # nothing is missing there
+    assert choose_wheels(tmp_path, ["3.99"]) == ({}, ["pure"])
+
+
 def test_a_python_that_is_too_old_is_one_sentence():
     (sentence,) = check_packages(WANTED | {"python": ">=3.99"}, {}, [])
     assert sentence.endswith(

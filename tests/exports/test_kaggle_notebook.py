@@ -142,8 +142,16 @@ def test_the_same_files_have_the_same_id_and_others_another(tmp_path):
     from rewardmodel.exports.kaggle import Bundle
     from rewardmodel.exports.kaggle_notebook import write_notebook
 
-    write_notebook(Bundle("me/my-reward-model", tmp_path, base=BASE), third.folder, third.backbone)
+    write_notebook(Bundle("me/my-reward-model", tmp_path, base=BASE), third.folder, third.backbone, ["3.12"])
     assert json.loads((third.folder / "bundle.json").read_text())["id"] != first.wanted["id"]
+
+
+def test_only_what_the_prediction_imports_is_required(bundle):
+    required = bundle.wanted["requires"]
+    assert {"torch", "transformers", "peft"} <= required.keys()
+    assert "trl" not in required
+    assert "pytest" not in required
+    assert bundle.wanted["pythons"] == ["3.12"]
 
 
 def test_two_commands_are_left(bundle):
