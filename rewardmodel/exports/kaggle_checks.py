@@ -152,16 +152,18 @@ def check_packages(wanted: Mapping[str, Any], wheels: Mapping[str, Path], unfit:
         machine = f"this is Python {here} on {platform.system()}, {platform.machine()}"
         other = f"choose another image in Settings > Environment, or export again with --python {here}"
         return [f"{what}, and {machine}: {other}"]
-    problems = []
+    missing = {}  # package -> what there is and what is needed: {"peft": "peft 0.10 (needs >=0.21)"}
     for name, specifier in wanted["requires"].items():
         version = wheels[name].name.split("-")[1] if name in wheels else _installed(name)
-        if version is not None and satisfies(version, specifier):
-            continue
-        found = f"{name} {version} is installed" if version else f"{name} is not installed"
-        fix = f"choose {ENVIRONMENT}"
-        if name != "torch":
-            fix += ", or export again with --installed of what pip freeze prints in this notebook"
-        problems.append(f"{found}, the model needs {name}{specifier}, and the bundle has no wheel of it: {fix}")
+        if version is None or not satisfies(version, specifier):
+            missing[name] = f"{name} {version or 'is not installed'} (needs {specifier})"
+    torch = missing.pop("torch", None)
+    problems = [f"{torch}, which belongs to the image: choose {ENVIRONMENT}"] * bool(torch)
+    if missing:
+        fix = f"choose {ENVIRONMENT}, or export again with --installed of what pip freeze prints here"
+        problems.append(
+            f"missing or too old here, and not in the bundle's wheels: {', '.join(missing.values())}: {fix}"
+        )
     return problems
 
 

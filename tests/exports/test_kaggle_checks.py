@@ -181,14 +181,17 @@ def test_what_is_too_old_and_not_bundled_is_named(versions, tmp_path):
     versions["torch"] = "2.10.0+cu128"
     (sentence,) = check_packages(WANTED, {}, [])
     assert sentence == (
-        "torch 2.10.0+cu128 is installed, the model needs torch>=2.11, and the bundle has no wheel of it: "
+        "torch 2.10.0+cu128 (needs >=2.11), which belongs to the image: "
         "choose Settings > Environment > Always use latest environment"
     )
     versions["torch"] = "2.11.0"
     wanted = WANTED | {"requires": {"torch": ">=2.11", "transformers": ">=5.17,<6", "peft": ">=0.21"}}
-    missing = check_packages(wanted, {"peft": tmp_path / "peft-0.21.0-py3-none-any.whl"}, [])
-    assert [one.split(",")[0] for one in missing] == ["transformers is not installed"]
-    assert "export again with --installed" in missing[0]
+    (sentence,) = check_packages(wanted, {"peft": tmp_path / "peft-0.21.0-py3-none-any.whl"}, [])
+    assert "wheels: transformers is not installed (needs >=5.17,<6): choose " in sentence
+    versions["transformers"] = "5.0.0"
+    (sentence,) = check_packages(wanted, {}, [])
+    assert "transformers 5.0.0 (needs >=5.17,<6), peft is not installed (needs >=0.21): choose " in sentence
+    assert "export again with --installed" in sentence
 
 
 def test_what_peft_rejects_is_removed_on_kaggle_and_named_elsewhere(versions, tmp_path, monkeypatch):
