@@ -209,7 +209,7 @@ def _print_kaggle_time(options: Namespace, bundle: "Bundle") -> None:
     try:
         hours = bundle.time_limit / 3600
         print(describe_prediction_time(recipe, machine.device, machine.gpus, HIDDEN_BATTLES, hours))
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"time on {machine.menu}: not estimated ({error})")
 
 
