@@ -16,7 +16,7 @@ ALL_KEYS = ("--",)
 
 KEYS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("run", "doctor", "prepare", "train"), ALL_KEYS),
-    "predict": ("--inference.", "--model.device", "--model.dtype"),
+    "predict": ("--inference.", "--model.device", "--model.dtype", "--model.model_name_or_path"),
 }
 """How the recipe keys begin that a command takes; the others take none."""
 
@@ -93,8 +93,18 @@ def _export(parser: ArgumentParser) -> None:
     kaggle.add_argument("--dataset", help="owner/name of the Kaggle data set")
     kaggle.add_argument("--installed", type=Path, help="the packages installed there, as pip freeze prints them")
     kaggle.add_argument("--contents", help="kind of the model inside (default: adapter)")
-    kaggle.add_argument("--base", help="folder there where the adapter's backbone is mounted")
+    kaggle.add_argument(
+        "--base",
+        help="the adapter's backbone there: owner/model/framework/variation/version, owner/data-set, or a folder",
+    )
     kaggle.add_argument("--python", help="version there (default: 3.12)")
+    kaggle.add_argument("--accelerator", help="t4x2 or rtx-pro-6000 (default: t4x2)")
+    kaggle.add_argument(
+        "--time-limit",
+        nargs=1,
+        metavar="SECONDS",
+        help="of the notebook, in which the second order of A and B is predicted (default: 30600, of Kaggle's 32400)",
+    )
 
 
 def _baseline(parser: ArgumentParser) -> None:

@@ -636,6 +636,32 @@ def test_two_runs_are_compared_on_other_data(run_folder, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("log loss +0.0000")
 
 
+def test_export_for_kaggle_prints_how_long_the_notebook_takes(run_folder, tmp_path, monkeypatch, capsys):
+    from rewardmodel.exports import export as exports
+
+    given = {}
+    monkeypatch.setattr(exports, "export", lambda *_, **options: given.update(options) or {"kind": "kaggle"})
+    monkeypatch.setattr("rewardmodel.exports.parity.format_parity", lambda parity: parity["kind"])
+    kaggle = ["--kind", "kaggle", "--dataset", "me/my-reward-model", "--installed", str(tmp_path / "list")]
+    command = ["export", str(run_folder), "--output", str(tmp_path / "bundle"), *kaggle, "--base", "me/base"]
+    assert main([*command, "--time-limit", "7200"]) == 0
+    first, _, folder, time = capsys.readouterr().out.splitlines()
+    assert (first, folder) == ("kaggle", str(tmp_path / "bundle"))
+    assert time.startswith("25,000 battles on 2 x T4: ")
+    assert given["bundle"].time_limit == 7200
+    assert main([*command, "--accelerator", "rtx-pro-6000"]) == 0
+    assert "25,000 battles on 1 x RTX-PRO-6000: " in capsys.readouterr().out
+
+
+def test_a_run_is_predicted_with_its_backbone_moved(run_folder, backbone, tmp_path, capsys):
+    moved = shutil.copytree(backbone("llama"), tmp_path / "moved")
+    path = write_csv(battle_frame(2, seed=4), tmp_path / "new.csv")
+    command = ["predict", str(run_folder), str(path), "--output", str(tmp_path / "x.csv")]
+    assert main([*command, "--model.model_name_or_path", str(moved)]) == 0
+    assert main([*command, "--model.model_name_or_path", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["baseline", "prepare"])
 def test_a_place_that_cannot_be_written_is_one_line(refusal, recipe_file, tmp_path, command):
     (tmp_path / "file").write_text("")
@@ -763,6 +789,8 @@ BROKEN = {
 }
 """Files of battles, and what is reported of each."""
 
+KAGGLE = ["export", "run", "--output", "exported", "--kind", "kaggle", "--dataset", "me/reward", "--installed", "list"]
+
 EARLY = {
     **{
         f"{name} {fault}": ([*command, *rest], [f"{fault}.csv: {message}"])
@@ -818,6 +846,16 @@ EARLY = {
         ["--data: unlabelled.csv: the outcomes of these battles are not known"],
     ),
     "export without a run": (["export", "nowhere", "--output", "exported"], ["nowhere: no recipe.yaml there"]),
+    "export for an unknown accelerator": (
+        [*KAGGLE, "--accelerator", "t4"],
+        ["--accelerator: 't4'", "known: t4x2, rtx-pro-6000"],
+    ),
+    "export beyond Kaggle's time": ([*KAGGLE, "--time-limit", "40000"], ["--time-limit: 40000; give seconds below"]),
+    "export with words for a time": ([*KAGGLE, "--time-limit", "long"], ["--time-limit: long: not all are numbers"]),
+    "export with a time, not for Kaggle": (
+        ["export", "run", "--output", "exported", "--time-limit", "3600"],
+        ["--time-limit: only for --kind kaggle"],
+    ),
     "unknown recipe key": (["train", "good.yaml", "--model.lora_rr", "1"], ["did you mean 'model.lora_r'?"]),
 }
 """Commands that are refused, and what is reported; files are those of `early`."""

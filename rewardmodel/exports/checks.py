@@ -134,7 +134,7 @@ def check_options(
         if push_to_hub:
             raise InputError("--push-to-hub: a Kaggle bundle is not a model repository; export its model by itself")
         if (contents == "adapter") != (bundle.base is not None):
-            raise InputError("--base: where the backbone is mounted; --contents adapter needs it, and only that")
+            raise InputError("--base: the backbone on Kaggle; --contents adapter needs it, and only that")
         check_installed(bundle.installed, bundle.python)
     return contents
 

@@ -20,6 +20,7 @@ from rewardmodel.config.schema import Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.exports.checks import TrainedRun, battles_to_compare, check_options, load_trained_runs
 from rewardmodel.exports.kaggle import Bundle, write_bundle
+from rewardmodel.exports.kaggle_notebook import write_notebook
 from rewardmodel.files import atomic_path, write_json, write_text
 from rewardmodel.predictions import PROBABILITIES, predicted, read_predictions, write_predictions
 from rewardmodel.run_folder import RunFolder
@@ -89,6 +90,7 @@ def export(
         predict_in_float32,
     )
     from rewardmodel.exports.soup import average_adapters
+    from rewardmodel.model.backbone import saved_backbone_folder
 
     form, weights = EXPORTS[contents], getattr(torch, dtype or trained[0].dtype)
     if form.merged:
@@ -121,10 +123,13 @@ def export(
         write_json(folder / "parity.json", parity)
         write_card([one.folder for one in trained], model, parity, format_parity(parity))
         if bundle:
-            if bundle.base:  # the backbone is elsewhere on the other machine
-                recipe = replace(recipe, model=replace(recipe.model, model_name_or_path=bundle.base))
+            backbone = None
+            if bundle.base_folder:  # the backbone is elsewhere on the other machine
+                backbone = saved_backbone_folder(run.recipe.model, run.model)
+                recipe = replace(recipe, model=replace(recipe.model, model_name_or_path=bundle.base_folder))
                 write_text(RunFolder(model).recipe, dump_recipe(recipe))
             write_bundle(bundle, folder)
+            write_notebook(bundle, folder, backbone, [bundle.python])
     if push_to_hub:
         upload_export(output, push_to_hub)
     return parity

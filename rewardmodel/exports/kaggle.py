@@ -1,10 +1,8 @@
-"""An exported model -> a folder that is ready to be a Kaggle data set: source, wheels, notebook, metadata.
+"""An exported model -> a folder that is ready to be a Kaggle data set: its settings, the source, and the wheels.
 
-The notebook installs wheels without an index, imports rewardmodel from the data set, predicts on all GPUs, one process
-each, writes submission.csv and checks it.
+What is written next to them, the notebook and the metadata, is made by `kaggle_notebook`.
 """
 
-import json
 import re
 import shutil
 import subprocess
@@ -12,18 +10,49 @@ import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 import rewardmodel
-from rewardmodel.errors import InputError
-from rewardmodel.files import write_text
+from rewardmodel.errors import InputError, nearest
+
+INPUTS = "/kaggle/input"
+"""Folder of all inputs of a Kaggle notebook."""
+
+HIDDEN_BATTLES = 25_000
+"""Battles that the competition scores a notebook on, about."""
+
+RUN_SECONDS = 9 * 3600
+"""Seconds after which Kaggle ends a notebook."""
+
+
+class Accelerator(NamedTuple):
+    """GPUs that a Kaggle notebook can have.
+
+    Attributes:
+        menu: what Kaggle's menu calls them.
+        machine_shape: what kernel-metadata.json calls them.
+        device: one of them in `planning.devices.DEVICES`.
+        gpus: how many.
+    """
+
+    menu: str
+    machine_shape: str
+    device: str
+    gpus: int
+
+
+ACCELERATORS = {
+    "t4x2": Accelerator("GPU T4 x2", "NvidiaTeslaT4", "T4", 2),
+    "rtx-pro-6000": Accelerator("RTX PRO 6000", "NvidiaRtxPro6000", "RTX-PRO-6000", 1),
+}
+"""Accelerators by name. Machine shapes are those of docs/kernels.md in Kaggle's command line: NvidiaTeslaT4 is two T4s.
+For a shape that it does not have, Kaggle silently takes another GPU, which the notebook's checks then name."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +63,14 @@ class Bundle:
         dataset: owner/name of the Kaggle data set.
         installed: a file with what is installed there, as `pip freeze` prints it.
         contents: the model inside, a name from `exports.export.EXPORTS`.
-        base: where the backbone is mounted there; for an adapter.
+        base: the backbone there, for an adapter: a Kaggle model, owner/model/framework/variation/version, a data set,
+            owner/name, or the folder where it is mounted.
         python: the version there.
+        accelerator: a name from `ACCELERATORS`.
+        time_limit: seconds of the notebook in which battles are still predicted in the second order of A and B.
 
     Raises:
-        InputError: a name that Kaggle does not accept.
+        InputError: a name that Kaggle does not accept, or a time limit beyond that of Kaggle.
     """
 
     dataset: str
@@ -46,12 +78,35 @@ class Bundle:
     contents: str = "adapter"
     base: str | None = None
     python: str = "3.12"
+    accelerator: str = "t4x2"
+    time_limit: float = 8.5 * 3600
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9-]+/[a-z0-9-]{6,50}", self.dataset):
             raise InputError(
                 f"--dataset: '{self.dataset}'; give owner/name, the name 6 to 50 small letters, digits and hyphens"
             )
+        if self.accelerator not in ACCELERATORS:
+            hint = nearest(self.accelerator, ACCELERATORS)
+            raise InputError(f"--accelerator: '{self.accelerator}'{hint}; known: {', '.join(ACCELERATORS)}")
+        if not 0 < self.time_limit < RUN_SECONDS:
+            raise InputError(f"--time-limit: {self.time_limit:g}; give seconds below {RUN_SECONDS}, Kaggle's own limit")
+
+    @property
+    def base_source(self) -> str | None:
+        """The backbone's name on Kaggle, like google/gemma-2/transformers/gemma-2-9b-it/2; None: not known."""
+        name = (self.base or "").rstrip("/")
+        for kind in ("models", "datasets"):
+            name = name.removeprefix(f"{INPUTS}/{kind}/")
+        return name if name.count("/") in (1, 4) and all(name.split("/")) else None
+
+    @property
+    def base_folder(self) -> str | None:
+        """Where the backbone is expected to be mounted."""
+        source = self.base_source
+        if source is None:
+            return self.base
+        return f"{INPUTS}/{'models' if source.count('/') == 4 else 'datasets'}/{source}"
 
     @property
     def name(self) -> str:
@@ -65,51 +120,23 @@ class Bundle:
 
 
 def write_bundle(bundle: Bundle, folder: Path) -> None:
-    """Write all of a bundle except its model.
+    """Write source and wheels of a bundle.
 
     Args:
         bundle: its settings.
-        folder: its folder, with the model in model/.
+        folder: its folder.
 
     Raises:
         InputError: as `download_wheels`.
     """
     copy_source(folder)
     download_wheels(bundle.installed, bundle.python, folder / "wheels")
-    about = {"title": bundle.title, "id": bundle.dataset, "licenses": [{"name": "other"}]}
-    write_text(folder / "dataset-metadata.json", json.dumps(about, indent=2) + "\n")
-    script = render_script(bundle)
-    write_text(folder / "inference.py", script)
-    write_text(folder / "inference.ipynb", json.dumps(build_notebook(script), indent=1) + "\n")
 
 
 def copy_source(folder: Path) -> None:
     """Copy the package that is running, installed or from a source tree, into a folder, which then can be imported."""
     package = Path(rewardmodel.__file__).parent
     shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
-
-
-def render_script(bundle: Bundle) -> str:
-    """Return the notebook's program, its cells separated by `# %%`."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True
-    )
-    return environment.get_template("kaggle.py.jinja").render(bundle=bundle)
-
-
-def build_notebook(script: str) -> dict[str, Any]:
-    """Return the Jupyter notebook (nbformat 4.5) of a program whose cells are separated by `# %%`."""
-    cells = []
-    for number, part in enumerate(re.split(r"^# %%", script, flags=re.MULTILINE)[1:]):
-        kind, _, body = part.partition("\n")
-        cell: dict[str, Any] = {"id": f"cell-{number}", "metadata": {}}
-        if "[markdown]" in kind:
-            lines = [line.removeprefix("#").removeprefix(" ") for line in body.strip().splitlines()]
-            cells.append({**cell, "cell_type": "markdown", "source": "\n".join(lines)})
-        else:
-            cells.append({**cell, "cell_type": "code", "execution_count": None, "outputs": [], "source": body.strip()})
-    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    return {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
 
 
 def download_wheels(installed: Path, python: str, folder: Path) -> None:

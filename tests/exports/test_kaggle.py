@@ -1,18 +1,22 @@
-import ast
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import venv
 import zipfile
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from builders import battle_frame, write_csv
+from kaggle_trees import SLUG, make_competition
 from packaging.version import Version
 
 import rewardmodel
@@ -22,13 +26,11 @@ from rewardmodel.config.loader import load_recipe
 from rewardmodel.errors import InputError
 from rewardmodel.exports.kaggle import (
     Bundle,
-    build_notebook,
     check_installed,
     copy_source,
     download_wheels,
     find_missing,
     read_installed,
-    render_script,
 )
 from rewardmodel.inference.predict import predict
 from rewardmodel.predictions import predicted
@@ -111,7 +113,8 @@ def test_a_bundle_has_all_that_an_offline_machine_needs(run_folder, installed, t
     asked = Bundle("me/my-reward-model", installed, base=f"{base}/.")
     export(run_folder, tmp_path / "bundle", "kaggle", bundle=asked)
     names = {path.name for path in (tmp_path / "bundle").iterdir()}
-    files = {"inference.py", "inference.ipynb", "dataset-metadata.json", "parity.json"}
+    files = {"inference.py", "inference.ipynb", "dataset-metadata.json", "kernel-metadata.json", "parity.json"}
+    files |= {"bundle.json", "README.md"}
     assert names == {"model", "rewardmodel"} | files  # no wheels: nothing is missing
     assert load_recipe(tmp_path / "bundle" / "model" / "recipe.yaml").model.model_name_or_path == f"{base}/."
     battles = battle_frame(3, seed=5)
@@ -134,6 +137,42 @@ def test_a_merged_model_can_be_bundled(run_folder, installed, tmp_path, in_this_
 def test_a_bundle_needs_a_name_that_kaggle_takes(tmp_path):
     with pytest.raises(InputError, match="give owner/name"):
         Bundle("Some Name", tmp_path / "list.txt")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"accelerator": "t4x1"}, "--accelerator: 't4x1'; did you mean 't4x2'?; known: t4x2, rtx-pro-6000"),
+        ({"time_limit": 32400}, "--time-limit: 32400; give seconds below 32400"),
+        ({"time_limit": 0}, "--time-limit: 0"),
+        ({"time_limit": float("nan")}, "--time-limit: nan"),
+    ],
+)
+def test_what_kaggle_does_not_have_is_refused(settings, message, tmp_path):
+    with pytest.raises(InputError, match=re.escape(message)):
+        Bundle("me/my-reward-model", tmp_path / "list.txt", **settings)
+
+
+@pytest.mark.parametrize(
+    ("base", "source", "folder"),
+    [
+        ("google/gemma-2/transformers/9b-it/2", "google/gemma-2/transformers/9b-it/2", "/kaggle/input/models/{}"),
+        (
+            "/kaggle/input/models/g/gemma-2/transformers/9b-it/2",
+            "g/gemma-2/transformers/9b-it/2",
+            "/kaggle/input/models/{}",
+        ),
+        ("me/gemma-2-9b", "me/gemma-2-9b", "/kaggle/input/datasets/{}"),
+        ("/kaggle/input/datasets/me/gemma-2-9b/", "me/gemma-2-9b", "/kaggle/input/datasets/{}"),
+        ("/kaggle/input/gemma-2-9b-it", None, "/kaggle/input/gemma-2-9b-it"),
+        ("/a/b", None, "/a/b"),
+        (None, None, None),
+    ],
+)
+def test_a_backbone_is_named_by_its_source_or_by_its_folder(base, source, folder, tmp_path):
+    bundle = Bundle("me/my-reward-model", tmp_path / "list.txt", base=base)
+    assert bundle.base_source == source
+    assert bundle.base_folder == (folder and folder.format(source))
 
 
 def test_the_source_is_copied_whole_and_without_caches(tmp_path):
@@ -187,58 +226,48 @@ def test_the_notebook_runs_offline_in_a_clean_environment(run_folder, installed,
     assert abs(expected - rows).max() <= 1e-5
 
 
-def test_the_script_is_the_notebook(tmp_path):
-    text = render_script(Bundle("me/my-reward-model", tmp_path / "list", base="/kaggle/input/gemma"))
-    made = build_notebook(text)
-    code = "\n".join(cell["source"] for cell in made["cells"] if cell["cell_type"] == "code")
-    assert ast.dump(ast.parse(code)) == ast.dump(ast.parse(text))
-    assert made["nbformat"] == 4
-    assert [cell["cell_type"] for cell in made["cells"]] == ["markdown", *["code"] * 5]
-    assert all(set(cell) >= {"id", "metadata", "source"} for cell in made["cells"])
-    assert "mounted at `/kaggle/input/gemma`" in made["cells"][0]["source"]
-    assert len(text.splitlines()) < 70
+@pytest.mark.slow
+def test_the_notebook_continues_a_killed_session_in_the_layout_of_today(run_folder, installed, tmp_path):
+    base = Path(load_recipe(run_folder / "recipe.yaml").model.model_name_or_path)
+    root, handle = tmp_path / "input", "me/tiny/transformers/llama/1"
+    export(run_folder, tmp_path / "bundle", "kaggle", bundle=Bundle("me/my-reward-model", installed, base=handle))
+    shutil.copytree(tmp_path / "bundle", root / "datasets" / "me" / "my-reward-model")
+    shutil.copytree(base, root / "models" / handle)
+    make_competition(root / "competitions" / SLUG, rows=0)
+    test = root / "competitions" / SLUG / "test.csv"
+    write_csv(battle_frame(4, seed=7).drop(columns=list(OUTCOMES)), test)
 
+    def run(name):
+        (tmp_path / name).mkdir()
+        return subprocess.run(
+            [sys.executable, tmp_path / "bundle" / "inference.py"],
+            cwd=tmp_path / name,
+            env={**os.environ, "INPUTS": str(root), "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
-def test_two_gpus_get_a_process_each(tmp_path, monkeypatch):
-    script = render_script(Bundle("me/my-reward-model", tmp_path / "list"))
-    commands = []
+    whole = run("whole")
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    assert f"bundle    {root / 'datasets' / 'me' / 'my-reward-model'}" in whole.stdout
+    assert f"backbone  {root / 'models' / handle}" in whole.stdout
+    assert "all 16 battles were predicted in both orders" in whole.stderr
 
-    def run(command, **_):
-        if command[0] == "nvidia-smi":
-            return subprocess.CompletedProcess(command, 0, "GPU 0: Tesla T4\nGPU 1: Tesla T4\n")
-        commands.append((" ".join(map(str, command)), os.environ["PYTHONPATH"]))
-        return subprocess.CompletedProcess(command, 0)
-
-    (tmp_path / "wheels").mkdir()
-    (tmp_path / "wheels" / "one.whl").touch()
-    monkeypatch.setattr(os, "environ", {"BUNDLE": str(tmp_path), "PYTHONPATH": "/mine"})
-    monkeypatch.setattr(subprocess, "run", run)
-    exec(script.rpartition("# %%")[0], {})
-    (install, _), (predict_all, path) = commands
-    assert f"--no-index --no-deps {tmp_path}/wheels/one.whl" in install
-    assert "--multi_gpu --num_machines 1 --num_processes 2 " in predict_all
-    test = "/kaggle/input/llm-classification-finetuning/test.csv"
-    assert f"-m rewardmodel.cli predict {tmp_path}/model {test}" in predict_all
-    assert path == f"{tmp_path}:/mine"
-
-
-@pytest.mark.parametrize(
-    ("broken", "message"),
-    [
-        ("id,winner_model_a,winner_model_b,winner_tie\nb,0.2,0.3,0.5\na,0.2,0.3,0.5\n", "ids or their order"),
-        ("id,winner_model_a,winner_model_b,winner_tie\na,0.2,0.3,0.5\nb,0.9,0.3,0.5\n", r"\('b', "),
-        ("id,winner_model_a,winner_model_b,winner_tie\na,0.2,0.3,0.5\nb,nan,0.3,0.5\n", r"\('b', "),
-        ("id,a,b,tie\na,0.2,0.3,0.5\nb,0.2,0.3,0.5\n", "'tie'"),
-    ],
-)
-def test_the_notebook_checks_the_submission(broken, message, tmp_path, monkeypatch):
-    (tmp_path / "test.csv").write_text('id,prompt\na,"[""x""]"\nb,"[""y""]"\n')
-    (tmp_path / "submission.csv").write_text(broken)
-    cells = render_script(Bundle("me/my-reward-model", tmp_path / "list")).split("# %%\n")
-    files = {"BATTLES": tmp_path / "test.csv", "SUBMISSION": tmp_path / "submission.csv"}
-    monkeypatch.setattr(os, "environ", {name: str(path) for name, path in files.items()})
-    with pytest.raises(AssertionError, match=message):
-        exec(cells[1] + cells[-1], {})
+    # what was computed before the kill, with other values, by which it is seen that it is not computed again
+    recipe = load_recipe(root / "datasets" / "me" / "my-reward-model" / "model" / "recipe.yaml")
+    recipe = replace(recipe, model=replace(recipe.model, model_name_or_path=str(root / "models" / handle)))
+    shards = root / "notebooks" / "me" / "my-reward-model" / "submission.csv.shards"
+    predict(root / "datasets" / "me" / "my-reward-model" / "model", test, recipe, work=shards, time_limit=600)
+    (first,) = shards.glob("*/first-*.npz")
+    with np.load(first) as file:
+        np.savez(first, rows=file["rows"], logits=np.broadcast_to(np.float32([4, 0, 0]), file["logits"].shape))
+    continued = run("continued")
+    assert continued.returncode == 0, continued.stderr[-3000:]
+    assert "files of an earlier session: predicting continues from them" in continued.stdout
+    before, after = (pd.read_csv(tmp_path / name / "submission.csv") for name in ("whole", "continued"))
+    assert (after["winner_model_a"] > before["winner_model_a"]).all()
+    assert not (tmp_path / "continued" / "submission.csv.shards").exists()
 
 
 def installed_here() -> dict[str, Version]:

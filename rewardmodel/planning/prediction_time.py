@@ -1,0 +1,64 @@
+"""A run's recipe and GPUs -> how long they take to predict many battles, and what to change if that is too long."""
+
+from dataclasses import replace
+
+from rewardmodel.config.schema import Recipe
+from rewardmodel.distributed import Launch
+from rewardmodel.planning.devices import GIB
+from rewardmodel.planning.doctor import Diagnosis, doctor
+from rewardmodel.planning.estimate import UTILISATION
+
+
+def describe_prediction_time(recipe: Recipe, device: str, gpus: int, battles: int, limit: float) -> str:
+    """Return the estimated time of predicting battles as text, with what to change where it is over a limit.
+
+    Lengths are those of the recipe's own battles, or of the competition's (`planning.workload`).
+
+    Args:
+        recipe: of the run.
+        device: a name from `planning.devices.DEVICES`.
+        gpus: how many of them, a process each.
+        battles: number of battles.
+        limit: hours that there are.
+
+    Raises:
+        InputError: as `planning.doctor.doctor`.
+    """
+    where = f"{battles:,} battles on {gpus} x {device}"
+    found = _diagnose(recipe, device, gpus)
+    if found.estimate is None:
+        return f"{where}: not possible: {'; '.join(found.problems)}"
+    if not found.estimate.inference.fits:
+        needed = f"{found.estimate.inference.least / GIB:.1f} of {found.device.memory / GIB:.1f} GiB"
+        return f"{where}: not possible: prediction needs {needed}; export --contents merged_4bit, or train in 4 bits"
+    hours = _prediction_hours(found, battles)
+    swapped = recipe.inference.swap_tta == "both"
+    orders = "both orders" if swapped else "one order"
+    text = f"{where}: about {hours:.1f} h in {orders}, assuming {UTILISATION['cuda']:.0%} of the GPU's speed"
+    if hours <= limit:
+        return text
+    text += f"; that is over {limit:.1f} h"
+    smaller = "prompt.max_length or the backbone must be smaller in training, or the GPU faster"
+    if not swapped:
+        return f"{text}: {smaller}"
+    once = _diagnose(replace(recipe, inference=replace(recipe.inference, swap_tta="none")), device, gpus)
+    one_order = _prediction_hours(once, battles)
+    if one_order > limit:
+        return f"{text}, and so is one order ({one_order:.1f} h): {smaller}"
+    share = min(1.0, (limit - one_order) / one_order)
+    return (
+        f"{text}: one order takes {one_order:.1f} h, which leaves time for {share:.0%} of the other; for all, {smaller}"
+    )
+
+
+def _diagnose(recipe: Recipe, device: str, gpus: int) -> Diagnosis:
+    """Return what `doctor` says of a recipe, with the trainer's defaults, because training does not matter here."""
+    launch = Launch(gpus, "ddp" if gpus > 1 else "")
+    return doctor(replace(recipe, trainer=Recipe().trainer), device, launch)
+
+
+def _prediction_hours(found: Diagnosis, battles: int) -> float:
+    """Return the hours of predicting a number of battles, of the same lengths as the validation battles."""
+    if found.estimate is None:
+        raise ValueError("no estimate: settings are incompatible")
+    return found.estimate.hours.prediction * battles / found.estimate.workload.validation
