@@ -1001,3 +1001,19 @@ def test_sample_is_not_won_by_length(sample):
 def test_sample_to_predict_shares_no_prompt_with_the_one_to_train_on(sample):
     test_prompts = set(map(tuple, read_battles("sample", role="test")["prompt"]))
     assert not test_prompts & set(map(tuple, sample["prompt"]))
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
+def test_columns_that_are_not_read_are_named(kind, tmp_path, caplog):
+    frame = pd.DataFrame([{"question": "q", "chosen": "a", "rejected": "b", "system": "Be kind.", "history": "h"}])
+    path = tmp_path / f"pairs.{kind}"
+    if kind == "csv":
+        frame.to_csv(path, index=False)
+    elif kind == "parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_json(path, orient="records", lines=True)
+    with caplog.at_level(logging.INFO, "rewardmodel"):
+        read_battles(Source(str(path), columns={"prompt": "question"}))
+    unread = [line for line in caplog.messages if "not read" in line]
+    assert unread == [f"{path}: columns that are not read: system, history"]
