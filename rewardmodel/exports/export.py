@@ -20,6 +20,7 @@ from rewardmodel.config.schema import Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.exports.checks import TrainedRun, battles_to_compare, check_options, load_trained_runs
 from rewardmodel.exports.kaggle import Bundle, write_bundle
+from rewardmodel.exports.wheels import unneeded_packages
 from rewardmodel.files import atomic_path, write_json, write_text
 from rewardmodel.predictions import PROBABILITIES, predicted, read_predictions, write_predictions
 from rewardmodel.run_folder import RunFolder
@@ -124,7 +125,7 @@ def export(
             if bundle.base:  # the backbone is elsewhere on the other machine
                 recipe = replace(recipe, model=replace(recipe.model, model_name_or_path=bundle.base))
                 write_text(RunFolder(model).recipe, dump_recipe(recipe))
-            write_bundle(bundle, folder)
+            write_bundle(bundle, unneeded_packages(trained[0].recipe, trained[0].model, contents), folder)
     if push_to_hub:
         upload_export(output, push_to_hub)
     return parity

@@ -7,29 +7,19 @@ import subprocess
 import sys
 import sysconfig
 import venv
-import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 from builders import battle_frame, write_csv
-from packaging.version import Version
 
 import rewardmodel
 from rewardmodel import export
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.config.loader import load_recipe
 from rewardmodel.errors import InputError
-from rewardmodel.exports.kaggle import (
-    Bundle,
-    build_notebook,
-    check_installed,
-    copy_source,
-    download_wheels,
-    find_missing,
-    read_installed,
-    render_script,
-)
+from rewardmodel.exports.kaggle import Bundle, build_notebook, copy_source, render_script
+from rewardmodel.exports.wheels import BLENDING, TRAINING_ONLY
 from rewardmodel.inference.predict import predict
 from rewardmodel.predictions import predicted
 
@@ -57,24 +47,25 @@ else:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """Return a list of what is installed here, without rewardmodel."""
+    """Return a list of what is installed here, without rewardmodel, as `(python -VV; pip freeze)` writes it."""
     path = tmp_path_factory.mktemp("list") / "installed.txt"
     lines = {f"{one.name}=={one.version}" for one in metadata.distributions() if one.name != "rewardmodel"}
-    path.write_text("\n".join(sorted(lines)))
+    path.write_text("\n".join([f"Python {sys.version}".replace("\n", ""), *sorted(lines)]))
     return path
 
 
 @pytest.fixture
 def clean_python(tmp_path):
-    """Return the Python of a virtual environment with the packages of this one, but without rewardmodel."""
+    """Return the Python of a virtual environment with the packages of this one that predict, without rewardmodel."""
     venv.create(tmp_path / "venv", with_pip=True)
     site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
     for path in site.glob("setuptools*"):  # older than that of this environment, which comes later in the path
         shutil.rmtree(path)
-    others = tmp_path / "others"  # everything but rewardmodel and its metadata
+    others = tmp_path / "others"  # everything but rewardmodel and what only trains, with metadata
     others.mkdir()
+    left_out = {"rewardmodel", *TRAINING_ONLY.values(), *BLENDING.values(), "scikit_learn"}
     for path in Path(sysconfig.get_path("purelib")).iterdir():
-        if "rewardmodel" not in path.name:
+        if not any(path.name.strip("_").startswith(name) for name in left_out):
             (others / path.name).symlink_to(path)
     (site / "others.pth").write_text(f"import sys; sys.path.append({str(others)!r})\n")
     (site / "sitecustomize.py").write_text(UNPLUGGED)
@@ -112,7 +103,9 @@ def test_a_bundle_has_all_that_an_offline_machine_needs(run_folder, installed, t
     export(run_folder, tmp_path / "bundle", "kaggle", bundle=asked)
     names = {path.name for path in (tmp_path / "bundle").iterdir()}
     files = {"inference.py", "inference.ipynb", "dataset-metadata.json", "parity.json"}
-    assert names == {"model", "rewardmodel"} | files  # no wheels: nothing is missing
+    assert names == {"model", "rewardmodel", "wheels"} | files
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert [path.name for path in (tmp_path / "bundle" / "wheels" / version).iterdir()] == ["requirements.txt"]
     assert load_recipe(tmp_path / "bundle" / "model" / "recipe.yaml").model.model_name_or_path == f"{base}/."
     battles = battle_frame(3, seed=5)
     found, expected = (predicted(predict(folder, battles)) for folder in (tmp_path / "bundle" / "model", run_folder))
@@ -209,17 +202,26 @@ def test_two_gpus_get_a_process_each(tmp_path, monkeypatch):
         commands.append((" ".join(map(str, command)), os.environ["PYTHONPATH"]))
         return subprocess.CompletedProcess(command, 0)
 
-    (tmp_path / "wheels").mkdir()
-    (tmp_path / "wheels" / "one.whl").touch()
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    for python in (version, "3.10"):
+        (tmp_path / "wheels" / python).mkdir(parents=True)
+        (tmp_path / "wheels" / python / "one.whl").touch()
     monkeypatch.setattr(os, "environ", {"BUNDLE": str(tmp_path), "PYTHONPATH": "/mine"})
     monkeypatch.setattr(subprocess, "run", run)
     exec(script.rpartition("# %%")[0], {})
     (install, _), (predict_all, path) = commands
-    assert f"--no-index --no-deps {tmp_path}/wheels/one.whl" in install
+    assert install.endswith(f"--no-index --no-deps {tmp_path}/wheels/{version}/one.whl")
     assert "--multi_gpu --num_machines 1 --num_processes 2 " in predict_all
     test = "/kaggle/input/llm-classification-finetuning/test.csv"
     assert f"-m rewardmodel.cli predict {tmp_path}/model {test}" in predict_all
     assert path == f"{tmp_path}:/mine"
+
+
+def test_a_python_that_the_bundle_has_no_wheels_for_is_refused(tmp_path, monkeypatch):
+    cells = render_script(Bundle("me/my-reward-model", tmp_path / "list")).split("# %%\n")
+    monkeypatch.setattr(os, "environ", {"BUNDLE": str(tmp_path)})
+    with pytest.raises(AssertionError, match="export with --python"):
+        exec(cells[1] + cells[2], {})
 
 
 @pytest.mark.parametrize(
@@ -239,96 +241,3 @@ def test_the_notebook_checks_the_submission(broken, message, tmp_path, monkeypat
     monkeypatch.setattr(os, "environ", {name: str(path) for name, path in files.items()})
     with pytest.raises(AssertionError, match=message):
         exec(cells[1] + cells[-1], {})
-
-
-def installed_here() -> dict[str, Version]:
-    """Return all packages of this environment, as a list of the other machine would have them."""
-    return {one.name.lower().replace("_", "-"): Version(one.version) for one in metadata.distributions()}
-
-
-def written(versions, path):
-    path.write_text("".join(f"{name}=={version}\n" for name, version in versions.items()))
-    return path
-
-
-def test_lists_of_pip_are_read(tmp_path):
-    (tmp_path / "list").write_text(
-        "# a comment\nnumpy==2.4.6\nPyYAML==6.0.3\n-e git+https://x/y@1#egg=z\n"
-        "torch @ file:///wheels/torch-2.11.0%2Bcu126-cp312-cp312-linux_x86_64.whl\n"
-        "pandas @ file:///w/pandas-3.1.1-cp312-cp312-linux_x86_64.whl\njax==0.7.2+local\n"
-    )
-    found = read_installed(tmp_path / "list")
-    assert found["numpy"] == Version("2.4.6")
-    assert found["pyyaml"] == Version("6.0.3")
-    assert found["pandas"] == Version("3.1.1")
-    assert found["torch"] == Version("2.11.0+cu126")
-    assert found["jax"] == Version("0.7.2+local")
-
-
-@pytest.mark.parametrize("content", ["", "no versions here\n", None, b"\xff\xfe"])
-def test_a_file_that_is_not_a_list_is_refused(content, tmp_path):
-    if content is not None:
-        (tmp_path / "list").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(InputError, match="--installed"):
-        read_installed(tmp_path / "list")
-
-
-def test_where_all_is_there_nothing_is_missing():
-    assert find_missing(installed_here(), "3.12") == {}
-
-
-def test_what_is_absent_or_too_old_is_taken_at_this_machines_version():
-    there = installed_here()
-    there["peft"] = Version("0.10")
-    del there["jsonargparse"]
-    assert find_missing(there, "3.12") == {
-        "peft": metadata.version("peft"),
-        "jsonargparse": metadata.version("jsonargparse"),
-    }
-
-
-def test_what_a_missing_package_needs_is_missing_too():
-    there = installed_here()
-    for name in ("datasets", "multiprocess", "dill"):
-        del there[name]
-    assert find_missing(there, "3.12").keys() == {"datasets", "multiprocess", "dill"}
-
-
-def test_what_an_extra_needs_is_looked_for():
-    there = installed_here()
-    del there["docstring-parser"]  # of jsonargparse[signatures]
-    assert find_missing(there, "3.12").keys() == {"docstring-parser"}
-
-
-def test_torch_that_is_too_old_is_refused_not_bundled(tmp_path):
-    there = {**installed_here(), "torch": Version("2.6.0+cu124")}
-    with pytest.raises(InputError, match=r"torch 2\.6\.0\+cu124, but \w+ needs .*newer image"):
-        check_installed(written(there, tmp_path / "list"), "3.12")
-
-
-@pytest.mark.parametrize("python", ["2.7", "3.9", "three", "3.12.1"])
-def test_a_python_that_rewardmodel_does_not_run_on_is_refused(python, tmp_path):
-    with pytest.raises(InputError, match="--python"):
-        check_installed(written(installed_here(), tmp_path / "list"), python)
-
-
-def tiny_wheel(name: str, version: str, folder):
-    about = f"{name}-{version}.dist-info"
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
-        archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{about}/RECORD", "")
-
-
-def test_missing_wheels_are_downloaded_for_the_other_machine(tmp_path, monkeypatch):
-    (tmp_path / "index").mkdir()
-    tiny_wheel("jsonargparse", metadata.version("jsonargparse"), tmp_path / "index")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")  # pip's setting for: do not use the network
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
-    there = installed_here()
-    del there["jsonargparse"]
-    download_wheels(written(there, tmp_path / "list"), "3.12", tmp_path / "wheels")
-    assert {file.name.split("-")[0] for file in (tmp_path / "wheels").iterdir()} == {"jsonargparse"}
-    del there["peft"]
-    with pytest.raises(InputError, match="pip cannot download"):
-        download_wheels(written(there, tmp_path / "list"), "3.12", tmp_path / "again")
