@@ -72,7 +72,7 @@ def _convert(value: Any, hint: Any) -> Any:
     elif is_dataclass(kind) and isinstance(value, dict):
         types = {field.name: field.type for field in fields(kind)}
         with suppress(TypeError, KeyError):  # a field is missing, or unknown
-            return kind(**{name: _convert(one, types[name]) for name, one in value.items()})
+            return hint(**{name: _convert(one, types[name]) for name, one in value.items()})
     elif kind is list and isinstance(value, list) and inner:
         return [_convert(one, inner[0]) for one in value]
     elif kind is dict and isinstance(value, dict) and inner:
