@@ -16,6 +16,7 @@ from builders import battle_frame, write_csv
 import rewardmodel
 from rewardmodel import export
 from rewardmodel.battles import OUTCOMES
+from rewardmodel.cli import main
 from rewardmodel.config.loader import load_recipe
 from rewardmodel.errors import InputError
 from rewardmodel.exports.kaggle import Bundle, build_notebook, copy_source, render_script
@@ -122,6 +123,20 @@ def test_a_merged_model_can_be_bundled(run_folder, installed, tmp_path, in_this_
         "licenses": [{"name": "other"}],
     }
     assert load_recipe(tmp_path / "bundle" / "model" / "recipe.yaml").model.model_name_or_path
+
+
+def test_the_command_line_takes_several_lists_and_versions(run_folder, tmp_path, capsys):
+    for name in ("one", "two"):
+        (tmp_path / name).write_text("numpy==2.1.3\n")
+    lists = [str(tmp_path / name) for name in ("one", "two")]
+    asked = [*"--kind kaggle --dataset me/my-reward-model --base /base --output".split(), str(tmp_path / "out")]
+    for python, message in [
+        ([], f"--python: {lists[0]} does not begin with the version of Python"),
+        (["--python", "3.12"], "--python: 1 versions for 2 lists"),
+        (["--python", "3.12", "3.13"], "--installed: has no torch"),
+    ]:
+        assert main(["export", str(run_folder), *asked, "--installed", *lists, *python]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_bundle_needs_a_name_that_kaggle_takes(tmp_path):
