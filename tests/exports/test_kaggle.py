@@ -129,7 +129,10 @@ def test_the_command_line_takes_several_lists_and_versions(run_folder, tmp_path,
     for name in ("one", "two"):
         (tmp_path / name).write_text("numpy==2.1.3\n")
     lists = [str(tmp_path / name) for name in ("one", "two")]
-    asked = [*"--kind kaggle --dataset me/my-reward-model --base /base --output".split(), str(tmp_path / "out")]
+    asked = [
+        *["--kind", "kaggle", "--dataset", "me/my-reward-model", "--base", "/base", "--output"],
+        str(tmp_path / "out"),
+    ]
     for python, message in [
         ([], f"--python: {lists[0]} does not begin with the version of Python"),
         (["--python", "3.12"], "--python: 1 versions for 2 lists"),
