@@ -91,13 +91,23 @@ def _export(parser: ArgumentParser) -> None:
     parser.add_argument("--push-to-hub", help="owner/name of a model repository; created as private if it is missing")
     kaggle = parser.add_argument_group("--kind kaggle")
     kaggle.add_argument("--dataset", help="owner/name of the Kaggle data set")
-    kaggle.add_argument("--installed", type=Path, help="the packages installed there, as pip freeze prints them")
+    kaggle.add_argument(
+        "--installed",
+        type=Path,
+        nargs="+",
+        help="a list of what is installed there, or several, as `(python -VV; pip freeze) > FILE` writes it",
+    )
     kaggle.add_argument("--contents", help="kind of the model inside (default: adapter)")
     kaggle.add_argument(
         "--base",
         help="the adapter's backbone there: owner/model/framework/variation/version, owner/data-set, or a folder",
     )
-    kaggle.add_argument("--python", help="version there (default: 3.12)")
+    kaggle.add_argument(
+        "--python",
+        nargs="+",
+        metavar="VERSION",
+        help="version there, or several: of each list, or all of one list (default: as the lists begin)",
+    )
     kaggle.add_argument("--accelerator", help="t4x2 or rtx-pro-6000 (default: t4x2)")
     kaggle.add_argument(
         "--time-limit",

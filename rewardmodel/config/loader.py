@@ -1,17 +1,16 @@
 """A YAML recipe and command-line overrides in, a `Recipe` out, and back; imports neither torch nor trl."""
 
-import re
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 
 from rewardmodel.config.schema import REMOVED_KEYS, SECTIONS, Recipe, Source
 from rewardmodel.config.trainer import TRAINER_REFUSED, trainer_keys
 from rewardmodel.config.types import schema_to_type
+from rewardmodel.config.values import convert, convert_text, read_yaml
 from rewardmodel.errors import InputError, nearest
 
 
@@ -21,7 +20,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, of_run: bool
     Args:
         path: the recipe; `trainer.output_dir` defaults to runs/ and the file's name.
         overrides: as typed: `["--trainer.learning_rate", "1e-4"]` or `["--trainer.learning_rate=1e-4"]`.
-        of_run: whether the file is the recipe of a saved run, in which `REMOVED_KEYS` are ignored.
+        of_run: whether the file is the recipe of a saved run, in which `REMOVED_KEYS` are ignored, and `trainer` may
+            have keys of a trl that is not installed here.
 
     Raises:
         InputError: no such file, not a mapping of sections, an unknown key (the nearest is named), or a value of the
@@ -30,19 +30,28 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, of_run: bool
     path = Path(path)
     given = _read_mapping(path)
     _check_sources(given.get("data", {}), path)
-    overridden = [word[2:].split("=")[0] for word in overrides if word.startswith("--")]
+    typed = _split_overrides(overrides, path)
 
     # the type of every key: {"model.lora_r": int, "trainer.seed": int, ...}; an unknown key is an error
-    trainer_names = {*given.get("trainer", {}), *(key.removeprefix("trainer.") for key in overridden)}
+    trainer_names = {*given.get("trainer", {}), *(key.removeprefix("trainer.") for key in typed)}
     types = {f"{name}.{field.name}": field.type for name, section in SECTIONS.items() for field in fields(section)}
-    types |= {f"trainer.{key}": schema_to_type(schema) for key, schema in trainer_keys(trainer_names).items()}
+    types |= {f"trainer.{key}": Any for key in given.get("trainer", {})} if of_run else {}
+    known = trainer_keys(() if of_run else trainer_names)
+    types |= {f"trainer.{key}": schema_to_type(schema) for key, schema in known.items()}
     types |= dict.fromkeys(REMOVED_KEYS, Any) if of_run else {}
-    keys = [*_leaves(given, types), *overridden]
-    for key in keys:
+    written = dict(_leaves(given, types))
+    for key in (*written, *typed):
         _check_key(key, types, path)
 
     # the values, and the defaults of the file
-    sections = _parse(path if given else None, overrides, {key: types[key] for key in keys}, path)
+    sections: dict[str, dict[str, Any]] = {name: {} for name in (*SECTIONS, "trainer")}
+    for values, read in ((written, convert), (typed, _read_override)):
+        for key, value in values.items():
+            section, _, name = key.partition(".")
+            try:
+                sections[section][name] = read(value, types[key])
+            except ValueError as error:
+                raise InputError(f"{path}: {key}: {error}") from error
     for section, name in (key.split(".") for key in REMOVED_KEYS):
         sections[section].pop(name, None)
     if "template" in sections["prompt"]:
@@ -56,31 +65,24 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
 
 
-def _parse(config: Path | None, overrides: Sequence[str], types: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """Return the values that are given, checked by type: section -> key -> value, for every section.
+def _split_overrides(words: Sequence[str], where: Path) -> dict[str, str | None]:
+    """Return the texts of overrides by key, like `{"trainer.learning_rate": "1e-4"}`; None: a key without a value."""
+    found: dict[str, str | None] = {}
+    left = [*words]
+    while left:
+        word = left.pop(0)
+        if not word.startswith("--"):
+            raise InputError(f"{where}: '{word}' is not the value of a key; write --section.key value")
+        key, equals, text = word[2:].partition("=")
+        missing = not equals and (not left or left[0].startswith("--"))
+        found[key] = None if missing else text if equals else left.pop(0)
+    return found
 
-    Args:
-        config: the YAML file, unless it is empty.
-        overrides: as for `load_recipe`.
-        types: of the keys that are given, by dotted name.
-        where: the file, for messages.
-    """
-    from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="rewardmodel", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config")
-    for key, hint in types.items():
-        parser.add_argument(f"--{key}", type=hint)
-    try:
-        parsed = parser.parse_args([*(["--config", str(config)] if config else []), *overrides])
-    except Exception as error:  # jsonargparse raises errors of many types
-        raise InputError(f"{where}: {_reason(error)}") from error
-    sections = {name: {} for name in (*SECTIONS, "trainer")} | parsed.as_dict()
-    for key, hint in types.items():  # jsonargparse lets every null in a file pass
-        section, _, name = key.partition(".")
-        if sections[section][name] is None and hint is not Any and NoneType not in get_args(hint):
-            raise InputError(f"{where}: {key}: null; give a value, or delete the line for the default")
-    return sections
+def _read_override(text: str | None, hint: Any) -> Any:
+    if text is None:
+        raise ValueError("has no value; write it behind the key")
+    return convert_text(text, hint)
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
@@ -89,7 +91,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot read a recipe there ({error}); give the path of a YAML file") from error
     try:
-        content = yaml.safe_load(text)
+        content = read_yaml(text)
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML ({' '.join(str(error).split())}); fix that line") from error
     if content is None:
@@ -126,14 +128,14 @@ def _template_text(template: str | None, recipe: Path) -> str | None:
     raise InputError(f"prompt.template: {template}: no such file in the working directory or next to {recipe}")
 
 
-def _leaves(tree: Mapping[str, Any], known: Container[str], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of a recipe's keys, like `model.lora_r`; a known key that holds a mapping is one."""
+def _leaves(tree: Mapping[str, Any], known: Container[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted names of a recipe's keys, like `model.lora_r`, and values; a known key may hold a mapping."""
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict) and name not in known:
             yield from _leaves(value, known, f"{name}.")
         else:
-            yield name
+            yield name, value
 
 
 def _check_key(key: str, known: Collection[str], where: Path) -> None:
@@ -145,12 +147,3 @@ def _check_key(key: str, known: Collection[str], where: Path) -> None:
     if key in REMOVED_KEYS:
         raise InputError(f"{where}: {key} does not exist any more: {REMOVED_KEYS[key]}")
     raise InputError(f"{where}: unknown key '{key}'{nearest(key, known) or '; see rewardmodel run --help'}")
-
-
-def _reason(error: Exception) -> str:
-    """Return what jsonargparse reports as one line in plain words."""
-    text = " ".join(str(error).replace("Parser key", "key").split())
-    text = re.sub(r"(a )?typing\.Literal", "one of ", re.sub(r"<class '([\w.]+)'>", r"\1", text))
-    if "Given value type: bool" in text:
-        text += "; YAML reads an unquoted no, yes, off or on as a boolean: put such a text into quotes"
-    return text

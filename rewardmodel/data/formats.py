@@ -94,10 +94,8 @@ def _read_source(given: BattleSource, role: str, seed: int, prefix: str = "") ->
         raw = _rename_columns(opened, source.columns)
         reader = _Reader(raw, _find_format(raw, source.format), source, seed, prefix)
         battles = store(reader.tables(), raw.where)
-    unread = [name for name in opened.columns if name not in wanted]
-    if unread:
-        rest = f" and {len(unread) - 10} more" if len(unread) > 10 else ""
-        logger.info("%s: columns that are not read: %s%s", raw.where, ", ".join(unread[:10]), rest)
+    if unread := [name for name in opened.columns if name not in wanted]:
+        logger.info("%s: columns that are not read: %s", raw.where, ", ".join(unread))
 
     # Add the teacher's probabilities, and cut to the limit.
     if source.teacher is not None:

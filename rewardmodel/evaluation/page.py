@@ -208,8 +208,8 @@ def _headline_rows(evaluation: Evaluation) -> list[ChartRow]:
 def _interval_row(label: str, found: Interval | None, kind: charts.RowKind = "run", scale: float = 1) -> ChartRow:
     if found is None:
         return ChartRow(label, kind=kind)
-    ends = (math.nan if end is None else scale * end for end in (found.low, found.high))
-    return ChartRow(label, scale * found.value, *ends, kind)
+    low, high = (math.nan if end is None else scale * end for end in (found.low, found.high))
+    return ChartRow(label, scale * found.value, low, high, kind)
 
 
 def _slice_rows(evaluation: Evaluation) -> list[ChartRow]:

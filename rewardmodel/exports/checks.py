@@ -11,7 +11,8 @@ from datasets import Dataset
 from rewardmodel.config.schema import Recipe
 from rewardmodel.data.formats import read_battles
 from rewardmodel.errors import InputError, nearest
-from rewardmodel.exports.kaggle import Bundle, check_installed
+from rewardmodel.exports.kaggle import Bundle
+from rewardmodel.exports.wheels import check_machines, unneeded_packages
 from rewardmodel.inference.battles import battles_to_predict
 from rewardmodel.model.saved_model import is_adapter, read_about
 from rewardmodel.run_folder import RunFolder, load_run_recipe, model_folder, trained_models
@@ -135,7 +136,7 @@ def check_options(
             raise InputError("--push-to-hub: a Kaggle bundle is not a model repository; export its model by itself")
         if (contents == "adapter") != (bundle.base is not None):
             raise InputError("--base: the backbone on Kaggle; --contents adapter needs it, and only that")
-        check_installed(bundle.installed, bundle.python)
+        check_machines(bundle.machines, unneeded_packages(first.recipe, first.model, contents))
     return contents
 
 

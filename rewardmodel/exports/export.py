@@ -21,6 +21,7 @@ from rewardmodel.errors import InputError
 from rewardmodel.exports.checks import TrainedRun, battles_to_compare, check_options, load_trained_runs
 from rewardmodel.exports.kaggle import Bundle, write_bundle
 from rewardmodel.exports.kaggle_notebook import write_notebook
+from rewardmodel.exports.wheels import unneeded_packages
 from rewardmodel.files import atomic_path, write_json, write_text
 from rewardmodel.predictions import PROBABILITIES, predicted, read_predictions, write_predictions
 from rewardmodel.run_folder import RunFolder
@@ -128,8 +129,9 @@ def export(
                 backbone = saved_backbone_folder(run.recipe.model, run.model)
                 recipe = replace(recipe, model=replace(recipe.model, model_name_or_path=bundle.base_folder))
                 write_text(RunFolder(model).recipe, dump_recipe(recipe))
-            write_bundle(bundle, folder)
-            write_notebook(bundle, folder, backbone, [bundle.python])
+            unneeded = unneeded_packages(run.recipe, run.model, contents)
+            write_bundle(bundle, unneeded, folder)
+            write_notebook(bundle, folder, backbone, [*bundle.machines], unneeded)
     if push_to_hub:
         upload_export(output, push_to_hub)
     return parity

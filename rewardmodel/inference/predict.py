@@ -16,7 +16,6 @@ from rewardmodel.config.schema import Recipe
 from rewardmodel.data.folds import assign_groups
 from rewardmodel.data.splits import find_seen_battles
 from rewardmodel.evaluation.calibration import BLEND, NO_CALIBRATION, Calibrator, load_calibrator
-from rewardmodel.evaluation.text_regression import load_regression, predict_each
 from rewardmodel.inference.battles import battles_to_predict, check_time_limit, check_weights
 from rewardmodel.inference.shards import Deadline, shard_folder, sharded_logits
 from rewardmodel.model.features import layer_logits, read_features
@@ -155,8 +154,13 @@ def _baseline_predictions(jobs: list[PredictionJob], run_blends: list[bool], bat
         Index of a job whose run blends -> (n, 3) float64 of the job's battles.
     """
     places = [place for place, job in enumerate(jobs) if run_blends[job.run]]
+    if not places:
+        return {}
+    # here, because it imports scikit-learn, which is not bundled for Kaggle unless the run blends
+    from rewardmodel.evaluation.text_regression import load_regression, predict_each
+
     baselines = [load_regression(RunFolder(jobs[place].folder).blend_baseline) for place in places]
-    found = predict_each(baselines, battles) if baselines else ()
+    found = predict_each(baselines, battles)
     return {place: one[jobs[place].rows] for place, one in zip(places, found, strict=True)}
 
 

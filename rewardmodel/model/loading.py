@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -86,6 +85,8 @@ def load_classifier(
     if model_recipe.load_in_fp8:
         quantise_model(model, backbone.device)
     _make_trainable(model, model_recipe.keep_head)
+    if backbone.bits:
+        _adapt_quantised(model)
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN builds an execution plan for every new length, up to .5 s each
     pack_attention(model, backbone.attention)
     if config.model_type not in FAMILIES:
@@ -106,6 +107,12 @@ def _make_trainable(model: Any, keep_head: bool) -> None:
         module = model.get_submodule(name).float()
         if any("bitsandbytes" in type(part).__module__ for part in module.modules()):
             raise RuntimeError(f"the head '{name}' was quantised; rewardmodel.model.families.HEADS must name it")
+
+
+def _adapt_quantised(model: Any) -> None:
+    """Let the quantised layers of a model compute gradients, and in the precision that the family's code relies on."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt  # here, because an unquantised model predicts without it
+
     for module in model.modules():
         # On CPUs with bfloat16, bitsandbytes repacks a weight when it first evaluates, and then has no gradient for it.
         if isinstance(module, Linear4bit):

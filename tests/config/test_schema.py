@@ -10,6 +10,7 @@ import pytest
 from builders import make_backbone
 from trl import RewardConfig
 
+from rewardmodel.config import trainer
 from rewardmodel.config.json_schema import recipe_keys
 from rewardmodel.config.loader import dump_recipe, load_recipe
 from rewardmodel.config.schema import SECTIONS, DataConfig, Recipe, Source
@@ -224,6 +225,29 @@ def test_the_recipe_of_a_saved_run_may_have_keys_that_were_removed(value, tmp_pa
     assert load_run_recipe(tmp_path).model.lora_r == 3
 
 
+def test_the_recipe_of_a_saved_run_may_have_keys_of_a_trl_that_is_not_here(write, monkeypatch):
+    monkeypatch.setattr(trainer, "find_trl_keys", lambda: pytest.fail("trl was imported"))
+    monkeypatch.setattr(trainer, "installed_versions", lambda: pytest.fail("trl was looked for"))
+    path = write("trainer:\n  key_of_tomorrow: [1e-3]\n  seed: 7\n")
+    assert load_recipe(path, of_run=True).trainer == {
+        **TRAINER_DEFAULTS,
+        **{"key_of_tomorrow": [1e-3], "seed": 7, "output_dir": "runs/recipe"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--model.lora_r"], "model.lora_r: has no value"),
+        (["--model.lora_r", "--model.lora_alpha", "3"], "model.lora_r: has no value"),
+        (["--model.lora_r", "3", "4"], "'4' is not the value of a key"),
+    ],
+)
+def test_an_override_is_a_key_and_a_value(overrides, message, write):
+    with pytest.raises(InputError, match=message):
+        load_recipe(write(""), overrides)
+
+
 LIGHT = """
 import json, sys
 from rewardmodel.config.json_schema import recipe_schema
@@ -237,7 +261,8 @@ for override in ("--model.lora_r=x", "--model.lora_rr=1", "--trainer.learning_ra
     except InputError:
         continue
     raise AssertionError(override)
-print(json.dumps([name for name in ("torch", "transformers", "trl", "peft", "sklearn") if name in sys.modules]))
+heavy = ("torch", "transformers", "trl", "peft", "sklearn", "jsonargparse")
+print(json.dumps([name for name in heavy if name in sys.modules]))
 """
 
 

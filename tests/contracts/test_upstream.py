@@ -2,16 +2,22 @@
 
 import inspect
 import json
+import runpy
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AutoModelForSequenceClassification, BitsAndBytesConfig, Trainer
+from transformers.integrations.flash_attention import get_target_dtype
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_layers import GenericForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
 from rewardmodel.data.formats import read_battles
+from rewardmodel.model import attention
 from rewardmodel.prompt.tokenization import tokenize
 from rewardmodel.training.train import train
 
@@ -77,6 +83,49 @@ def test_trl_switches_dropout_off_unless_told():
 )
 def test_the_methods_that_are_overridden_are_there(owner, method, parameters):
     assert list(inspect.signature(getattr(owner, method)).parameters)[1:] == parameters
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    [
+        (BlockMask.from_kv_blocks, ["kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"]),
+        (BlockMask.from_kv_blocks, ["BLOCK_SIZE", "mask_mod", "seq_lengths"]),
+        (flex_attention, ["score_mod", "block_mask", "scale", "enable_gqa"]),
+        (sdpa_attention_forward, ["module", "query", "key", "value", "attention_mask"]),
+        (get_target_dtype, ["query", "module"]),
+        (_flash_attention_forward, ["query_states", "key_states", "value_states", "attention_mask"]),
+        (_flash_attention_forward, ["query_length", "is_causal", "softmax_scale", "sliding_window"]),
+        (_flash_attention_forward, ["cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"]),
+        (_flash_attention_forward, ["target_dtype", "attn_implementation"]),
+    ],
+)
+def test_the_parameters_of_attention_are_there_and_in_this_order(function, parameters):
+    taken = list(inspect.signature(function).parameters)
+    assert [name for name in taken if name in parameters] == parameters
+
+
+def varlen_of_torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    """Has torch 2.10's signature, which knows neither a scale nor a window."""
+
+
+def varlen_of_torch_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
+    """Has torch 2.11's signature, which wants as many heads of keys as of queries; returns the keys."""
+    return key
+
+
+def test_varlen_attention_is_not_used_where_torch_is_2_10_and_repeats_the_keys_where_it_is_2_11(monkeypatch):
+    monkeypatch.setattr(AttentionInterface, "register", lambda *_: None)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_of_torch_2_10)
+    assert runpy.run_path(attention.__file__)["HAS_VARLEN"] is False
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_of_torch_2_11)
+    module = runpy.run_path(attention.__file__)
+    assert module["HAS_VARLEN"] is True
+    query, keys = torch.rand(1, 4, 3, 8), torch.rand(1, 2, 3, 8)  # (1, heads, T, head_dim)
+    packing = module["Varlen"](*[None] * len(module["Varlen"]._fields))
+    found = module["_varlen"](None, query, keys, keys, packing=packing, window=None)
+    assert torch.equal(found[0], keys[0].transpose(0, 1)[:, [0, 0, 1, 1]])
 
 
 def test_a_trl_trainer_says_whether_its_loss_is_scaled():

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import sysconfig
 import venv
-import zipfile
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -17,21 +16,15 @@ import pandas as pd
 import pytest
 from builders import battle_frame, write_csv
 from kaggle_trees import SLUG, make_competition
-from packaging.version import Version
 
 import rewardmodel
 from rewardmodel import export
 from rewardmodel.battles import OUTCOMES
+from rewardmodel.cli import main
 from rewardmodel.config.loader import load_recipe
 from rewardmodel.errors import InputError
-from rewardmodel.exports.kaggle import (
-    Bundle,
-    check_installed,
-    copy_source,
-    download_wheels,
-    find_missing,
-    read_installed,
-)
+from rewardmodel.exports.kaggle import Bundle, copy_source
+from rewardmodel.exports.wheels import BLENDING, TRAINING_ONLY
 from rewardmodel.inference.predict import predict
 from rewardmodel.predictions import predicted
 
@@ -59,24 +52,25 @@ else:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """Return a list of what is installed here, without rewardmodel."""
+    """Return a list of what is installed here, without rewardmodel, as `(python -VV; pip freeze)` writes it."""
     path = tmp_path_factory.mktemp("list") / "installed.txt"
     lines = {f"{one.name}=={one.version}" for one in metadata.distributions() if one.name != "rewardmodel"}
-    path.write_text("\n".join(sorted(lines)))
+    path.write_text("\n".join([f"Python {sys.version}".replace("\n", ""), *sorted(lines)]))
     return path
 
 
 @pytest.fixture
 def clean_python(tmp_path):
-    """Return the Python of a virtual environment with the packages of this one, but without rewardmodel."""
+    """Return the Python of a virtual environment with the packages of this one that predict, without rewardmodel."""
     venv.create(tmp_path / "venv", with_pip=True)
     site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
     for path in site.glob("setuptools*"):  # older than that of this environment, which comes later in the path
         shutil.rmtree(path)
-    others = tmp_path / "others"  # everything but rewardmodel and its metadata
+    others = tmp_path / "others"  # everything but rewardmodel and what only trains, with metadata
     others.mkdir()
+    left_out = {"rewardmodel", *TRAINING_ONLY.values(), *BLENDING.values(), "scikit_learn"}
     for path in Path(sysconfig.get_path("purelib")).iterdir():
-        if "rewardmodel" not in path.name:
+        if not any(path.name.strip("_").startswith(name) for name in left_out):
             (others / path.name).symlink_to(path)
     (site / "others.pth").write_text(f"import sys; sys.path.append({str(others)!r})\n")
     (site / "sitecustomize.py").write_text(UNPLUGGED)
@@ -115,7 +109,9 @@ def test_a_bundle_has_all_that_an_offline_machine_needs(run_folder, installed, t
     names = {path.name for path in (tmp_path / "bundle").iterdir()}
     files = {"inference.py", "inference.ipynb", "dataset-metadata.json", "kernel-metadata.json", "parity.json"}
     files |= {"bundle.json", "README.md"}
-    assert names == {"model", "rewardmodel"} | files  # no wheels: nothing is missing
+    assert names == {"model", "rewardmodel", "wheels"} | files
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert [path.name for path in (tmp_path / "bundle" / "wheels" / version).iterdir()] == ["requirements.txt"]
     assert load_recipe(tmp_path / "bundle" / "model" / "recipe.yaml").model.model_name_or_path == f"{base}/."
     battles = battle_frame(3, seed=5)
     found, expected = (predicted(predict(folder, battles)) for folder in (tmp_path / "bundle" / "model", run_folder))
@@ -132,6 +128,23 @@ def test_a_merged_model_can_be_bundled(run_folder, installed, tmp_path, in_this_
         "licenses": [{"name": "other"}],
     }
     assert load_recipe(tmp_path / "bundle" / "model" / "recipe.yaml").model.model_name_or_path
+
+
+def test_the_command_line_takes_several_lists_and_versions(run_folder, tmp_path, capsys):
+    for name in ("one", "two"):
+        (tmp_path / name).write_text("numpy==2.1.3\n")
+    lists = [str(tmp_path / name) for name in ("one", "two")]
+    asked = [
+        *["--kind", "kaggle", "--dataset", "me/my-reward-model", "--base", "/base", "--output"],
+        str(tmp_path / "out"),
+    ]
+    for python, message in [
+        ([], f"--python: {lists[0]} does not begin with the version of Python"),
+        (["--python", "3.12"], "--python: 1 versions for 2 lists"),
+        (["--python", "3.12", "3.13"], "--installed: has no torch"),
+    ]:
+        assert main(["export", str(run_folder), *asked, "--installed", *lists, *python]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_bundle_needs_a_name_that_kaggle_takes(tmp_path):
@@ -268,96 +281,3 @@ def test_the_notebook_continues_a_killed_session_in_the_layout_of_today(run_fold
     before, after = (pd.read_csv(tmp_path / name / "submission.csv") for name in ("whole", "continued"))
     assert (after["winner_model_a"] > before["winner_model_a"]).all()
     assert not (tmp_path / "continued" / "submission.csv.shards").exists()
-
-
-def installed_here() -> dict[str, Version]:
-    """Return all packages of this environment, as a list of the other machine would have them."""
-    return {one.name.lower().replace("_", "-"): Version(one.version) for one in metadata.distributions()}
-
-
-def written(versions, path):
-    path.write_text("".join(f"{name}=={version}\n" for name, version in versions.items()))
-    return path
-
-
-def test_lists_of_pip_are_read(tmp_path):
-    (tmp_path / "list").write_text(
-        "# a comment\nnumpy==2.4.6\nPyYAML==6.0.3\n-e git+https://x/y@1#egg=z\n"
-        "torch @ file:///wheels/torch-2.11.0%2Bcu126-cp312-cp312-linux_x86_64.whl\n"
-        "pandas @ file:///w/pandas-3.1.1-cp312-cp312-linux_x86_64.whl\njax==0.7.2+local\n"
-    )
-    found = read_installed(tmp_path / "list")
-    assert found["numpy"] == Version("2.4.6")
-    assert found["pyyaml"] == Version("6.0.3")
-    assert found["pandas"] == Version("3.1.1")
-    assert found["torch"] == Version("2.11.0+cu126")
-    assert found["jax"] == Version("0.7.2+local")
-
-
-@pytest.mark.parametrize("content", ["", "no versions here\n", None, b"\xff\xfe"])
-def test_a_file_that_is_not_a_list_is_refused(content, tmp_path):
-    if content is not None:
-        (tmp_path / "list").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(InputError, match="--installed"):
-        read_installed(tmp_path / "list")
-
-
-def test_where_all_is_there_nothing_is_missing():
-    assert find_missing(installed_here(), "3.12") == {}
-
-
-def test_what_is_absent_or_too_old_is_taken_at_this_machines_version():
-    there = installed_here()
-    there["peft"] = Version("0.10")
-    del there["jsonargparse"]
-    assert find_missing(there, "3.12") == {
-        "peft": metadata.version("peft"),
-        "jsonargparse": metadata.version("jsonargparse"),
-    }
-
-
-def test_what_a_missing_package_needs_is_missing_too():
-    there = installed_here()
-    for name in ("datasets", "multiprocess", "dill"):
-        del there[name]
-    assert find_missing(there, "3.12").keys() == {"datasets", "multiprocess", "dill"}
-
-
-def test_what_an_extra_needs_is_looked_for():
-    there = installed_here()
-    del there["docstring-parser"]  # of jsonargparse[signatures]
-    assert find_missing(there, "3.12").keys() == {"docstring-parser"}
-
-
-def test_torch_that_is_too_old_is_refused_not_bundled(tmp_path):
-    there = {**installed_here(), "torch": Version("2.6.0+cu124")}
-    with pytest.raises(InputError, match=r"torch 2\.6\.0\+cu124, but \w+ needs .*newer image"):
-        check_installed(written(there, tmp_path / "list"), "3.12")
-
-
-@pytest.mark.parametrize("python", ["2.7", "3.9", "three", "3.12.1"])
-def test_a_python_that_rewardmodel_does_not_run_on_is_refused(python, tmp_path):
-    with pytest.raises(InputError, match="--python"):
-        check_installed(written(installed_here(), tmp_path / "list"), python)
-
-
-def tiny_wheel(name: str, version: str, folder):
-    about = f"{name}-{version}.dist-info"
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
-        archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{about}/RECORD", "")
-
-
-def test_missing_wheels_are_downloaded_for_the_other_machine(tmp_path, monkeypatch):
-    (tmp_path / "index").mkdir()
-    tiny_wheel("jsonargparse", metadata.version("jsonargparse"), tmp_path / "index")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")  # pip's setting for: do not use the network
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
-    there = installed_here()
-    del there["jsonargparse"]
-    download_wheels(written(there, tmp_path / "list"), "3.12", tmp_path / "wheels")
-    assert {file.name.split("-")[0] for file in (tmp_path / "wheels").iterdir()} == {"jsonargparse"}
-    del there["peft"]
-    with pytest.raises(InputError, match="pip cannot download"):
-        download_wheels(written(there, tmp_path / "list"), "3.12", tmp_path / "again")
