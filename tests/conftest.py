@@ -25,12 +25,10 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(autouse=True)
-def log_handlers_go_with_their_test():
-    """Remove the handlers that a test adds, as the command line does: they write to its captured output."""
-    root = logging.getLogger()
-    before = [*root.handlers]
-    yield
-    root.handlers[:] = [handler for handler in root.handlers if handler in before]
+def logging_is_not_set_up():
+    """Undo what the command line does to the logger of the package: its handler writes to the output of one test."""
+    ours = logging.getLogger("rewardmodel")
+    ours.handlers, ours.propagate = [], True
 
 
 def pytest_sessionfinish():
