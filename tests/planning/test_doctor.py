@@ -185,6 +185,7 @@ def test_a_gpu_that_cannot_is_named_with_the_reason_among_the_others(diagnose):
     assert others["L4"].training.fits
 
 
+@pytest.mark.slow
 def test_fp8_is_for_gpus_that_have_it_and_emulated_on_a_cpu(diagnose, changed):
     found = diagnose("H100", load_in_fp8=True)
     assert ", fp8 e4m3, " in found.backbone
@@ -232,6 +233,7 @@ def test_encoders_are_estimated_too(name, bits, changed, backbone):
     assert found.estimate.training.fits
 
 
+@pytest.mark.slow
 def test_a_backbone_that_is_stored_quantised_counts_as_what_it_is(changed, diagnose, backbone, tmp_path):
     folder = stored(backbone("llama"), tmp_path, SETTINGS["as is"])
     found = doctor(changed(model_name_or_path=str(folder)), "T4")

@@ -123,6 +123,7 @@ def test_what_takes_the_same_is_worked_out_once(scenario):
     assert measure_peaks(first) is not measure_peaks(first.with_changes({}, {"gradient_checkpointing": True}, {}))
 
 
+@pytest.mark.slow
 def test_hours_are_operations_by_the_rate(scenario):
     alone = estimate_hours(scenario())
     weights = measure_peaks(scenario()).size

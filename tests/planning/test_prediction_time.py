@@ -49,6 +49,7 @@ def test_the_time_is_that_of_doctor_for_more_battles(swapped):
     assert alone >= estimate.hours.prediction
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("both", "one", "words"),
     [
@@ -65,6 +66,7 @@ def test_what_to_change_follows_from_what_fits(both, one, words, swapped, hours)
     assert ("; that is over" in text) == (both > 8.5)
 
 
+@pytest.mark.slow
 def test_one_order_is_all_there_is_to_shorten(swapped, hours):
     hours(20, 10)
     recipe = dataclasses.replace(swapped, inference=dataclasses.replace(swapped.inference, swap_tta="none"))
@@ -73,6 +75,7 @@ def test_one_order_is_all_there_is_to_shorten(swapped, hours):
     assert "over 8.5 h: prompt.max_length or the backbone must be smaller" in text
 
 
+@pytest.mark.slow
 def test_what_does_not_work_there_is_said(swapped, hours):
     hours(1, 1, problems=["model.dtype: bfloat16 is emulated; set auto"])
     text = describe_prediction_time(swapped, "T4", 2, 25_000, 8.5)
