@@ -160,6 +160,8 @@ def _scatter(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
 def _compare_slopes(difference: Interval | None) -> str:
     if difference is None:
         return "whether the model favours length as people do cannot be estimated"
+    if difference.low is None:
+        return "too few prompts to tell whether the model favours length as people do"
     if not difference.excludes():
         return "no difference from people beyond noise"
     return f"the model favours longer responses {'more' if difference.value > 0 else 'less'} than people do"

@@ -121,7 +121,7 @@ def render_comparison(runs: Sequence[ComparedRun]) -> str:
 def judge_baselines(evaluation: Evaluation) -> tuple[str, str]:
     """Return whether the model beats its baselines beyond noise, and a sentence about it.
 
-    The first is `good`, `mixed`, `bad` or `unknown`.
+    The first is `good`, `mixed`, `even`, `bad`, `few` (too few prompts for intervals) or `unknown`.
     """
     loss = (evaluation.metrics or {}).get("log_loss")
     if not loss:
@@ -135,10 +135,11 @@ def judge_baselines(evaluation: Evaluation) -> tuple[str, str]:
     if not others:
         return "good", f"It beats every baseline beyond noise: {gains}."
     if all(difference.low is None for difference in differences.values()):
-        return "unknown", "There are too few prompts to tell whether it beats its baselines."
+        return "few", "There are too few prompts to tell whether it beats its baselines."
     if not beaten or ("prior" in differences and "prior" not in beaten):
         rest = f" It does beat {gains}." if beaten else ""
-        state = "bad" if any(difference.above() for difference in differences.values()) else "mixed"
+        worse = any(difference.above() for difference in differences.values())
+        state = "bad" if worse else "mixed" if beaten else "even"
         return state, f"It does not beat its baselines: it is {_join(others)}.{rest}"
     return "mixed", f"It beats {gains} beyond noise, but is {_join(others)}."
 
@@ -147,12 +148,12 @@ def _judge_prior(loss: Interval, prior: float | None) -> tuple[str, str]:
     if prior is None:
         return "unknown", "No baseline was measured on these battles."
     if loss.low is None:
-        return "unknown", f"There are too few prompts to tell whether it beats the class prior ({prior:.4f})."
+        return "few", f"There are too few prompts to tell whether it beats the class prior ({prior:.4f})."
     if loss.below(prior):
         return "mixed", f"It beats the class prior ({prior:.4f}) beyond noise. The other baselines were not measured."
     if loss.above(prior):
         return "bad", f"It is worse than the class prior ({prior:.4f}), which ignores its input, beyond noise."
-    return "mixed", f"It is not different, beyond noise, from the class prior ({prior:.4f}), which ignores its input."
+    return "even", f"It is not different, beyond noise, from the class prior ({prior:.4f}), which ignores its input."
 
 
 def _describe_loss_to(name: str, difference: Difference) -> str:

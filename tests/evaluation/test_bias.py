@@ -619,3 +619,9 @@ def test_dimensions_of_one_slice_have_no_line():
     assert not any(f"{name}: " in text for name in single)
     alone = {name: rows and rows[:1] for name, rows in one.items()}
     assert "slices: too few battles" in format_bias(Evaluation(40, 20, slices=alone))
+
+
+def test_of_few_prompts_no_preference_for_length_is_claimed():
+    facts = measure_verbosity_bias(random_table(40, groups=3))
+    assert facts.difference.low is None
+    assert facts.verdict == "too few prompts to tell whether the model favours length as people do"

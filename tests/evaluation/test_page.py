@@ -422,8 +422,19 @@ def few(**differences):
 
 def test_a_page_of_few_prompts_has_no_interval(light):
     page = render_run(replace(few(prior=-0.3), position=None), table_of(6), None)
-    assert "too few prompts to tell" in page
+    assert "<b>Too few prompts to tell</b>" in page
     assert 'class="interval"' not in page
+    assert "log loss, 95 %" not in page
+
+
+def test_the_heading_of_a_page_claims_no_more_than_its_sentence(light):
+    headings = {
+        "Within noise of its baselines": compared(prior=0.05),
+        "Better than some baselines": compared(prior=0.05, length=-0.2),
+        "Not better than its baselines": compared(prior=0.2, length=-0.2),
+    }
+    for heading, facts in headings.items():
+        assert f"<b>{heading}</b>" in render_run(facts, table_of(40), None)
 
 
 @pytest.mark.parametrize(
@@ -432,12 +443,12 @@ def test_a_page_of_few_prompts_has_no_interval(light):
         (compared(prior=-0.3, tfidf=-0.2), "good", "every baseline beyond noise: class prior by 0.300 and TF-IDF"),
         (compared(prior=-0.3, tfidf=-0.05), "mixed", "beyond noise, but is within noise of TF-IDF + length."),
         (compared(prior=-0.3, tfidf=0.2), "mixed", "but is worse than TF-IDF + length by 0.200, beyond noise."),
-        (compared(prior=0.05), "mixed", "It does not beat its baselines: it is within noise of class prior."),
+        (compared(prior=0.05), "even", "It does not beat its baselines: it is within noise of class prior."),
         (compared(prior=0.05, length=-0.2), "mixed", "It does beat length only by 0.200."),
         (compared(prior=0.2, length=-0.2), "bad", "It does not beat its baselines: it is worse than class prior by"),
-        (few(prior=-0.3, tfidf=0.2), "unknown", "There are too few prompts to tell whether it beats its baselines."),
-        (few(), "unknown", "There are too few prompts to tell whether it beats the class prior (1.0500)."),
-        (compared(), "mixed", "It is not different, beyond noise, from the class prior (1.0500)"),
+        (few(prior=-0.3, tfidf=0.2), "few", "There are too few prompts to tell whether it beats its baselines."),
+        (few(), "few", "There are too few prompts to tell whether it beats the class prior (1.0500)."),
+        (compared(), "even", "It is not different, beyond noise, from the class prior (1.0500)"),
         (replace(compared(), prior=1.2), "mixed", "It beats the class prior (1.2000) beyond noise."),
         (replace(compared(), prior=0.8), "bad", "It is worse than the class prior (0.8000)"),
         (Evaluation(0, 0), "unknown", "was not measured"),
