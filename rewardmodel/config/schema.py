@@ -17,11 +17,18 @@ class Source:
     """One file or Hugging Face data set of battles, and how to read it."""
 
     path: str
-    """A file (.csv, .jsonl, .json, .parquet, .zip), a data set's id on the hub, or `sample`."""
+    """A file (.csv, .tsv, .jsonl, .json, .parquet, .zip, or one of these as .gz, .bz2, .xz, .zst), a folder of such
+    files or of a saved data set, a data set's id on the hub, or `sample`."""
     format: str | None = None
     """A key of rewardmodel.data.formats.FORMATS; default: detected from the column names."""
     columns: dict[str, str | None] = field(default_factory=dict)
     """Our column name -> the file's, like {prompt: question}; null ignores the file's column of that name."""
+    outcomes: dict[str, str] = field(default_factory=dict)
+    """What the values of its `winner` column mean, like {"1": model_a, "0": model_b, "2": tie}; default: they are words
+    like model_a, A>B or tie."""
+    pairs: Literal["all", "adjacent", "best"] = "all"
+    """Which of several answers to a prompt meet: each pair, neighbours in the ranking, or the best and each other. The
+    battles of a prompt share the weight of one."""
     weight: float = 1.0
     """Weight of its battles in the loss, multiplied by their own weights."""
     limit: int | None = None
@@ -35,9 +42,12 @@ class Source:
     subset: str | None = None
     """Configuration of a data set on the hub."""
     split: str | None = None
-    """Split of a data set on the hub; default: train, or test for data.test."""
+    """Split of a data set on the hub or in a folder; default: train, or test for data.test."""
     revision: str = "main"
     """Branch, tag or commit of a data set on the hub."""
+
+    def __post_init__(self) -> None:
+        self.outcomes = {str(value): outcome for value, outcome in self.outcomes.items()}  # YAML's 1 is a number
 
 
 @dataclass

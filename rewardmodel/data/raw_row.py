@@ -4,12 +4,14 @@ import json
 import re
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from rewardmodel.config.schema import Source
+from rewardmodel.data.text_lists import is_message, is_sequence, looks_like_messages, parse_list
 from rewardmodel.errors import InputError
 
 
@@ -22,8 +24,9 @@ class RawRow:
         number: of the row, from 1, without the header.
         values: by column name.
         notes: counts of repairs by description, shared by all rows of the file: {"null turns read as empty": 3}.
-        json_texts: whether texts that are strings hold JSON lists of turns.
+        json_texts: whether texts that are strings hold lists of turns, in JSON or as Python prints them.
         seed: decides which response is A in preference data.
+        source: how the file is read: the names of its columns, what its outcomes mean, which answers are paired.
     """
 
     where: str
@@ -32,25 +35,37 @@ class RawRow:
     notes: Counter[str]
     json_texts: bool
     seed: int
+    source: Source = field(default_factory=lambda: Source(""))
 
     def error(self, column: str, reason: str) -> InputError:
-        """Return an error about a value of this row, to raise."""
-        return InputError(f"{self.where}: row {self.number}, column '{column}': {reason}")
+        """Return an error about a value of this row, to raise; it names the file's column."""
+        name = self.source.columns.get(column) or column
+        return InputError(f"{self.where}: row {self.number}, column '{name}': {reason}")
 
     def read_text(self, column: str) -> str:
-        """Return a short text such as a name, stripped; empty if it is missing."""
+        """Return a short text such as a name, stripped; empty if it is missing.
+
+        A whole number is one without decimals (1003.0 -> "1003": integers with gaps are floats in a table), and names
+        in a list are joined by commas.
+        """
         value = self.values.get(column)
-        return "" if _is_missing(value) else self.repair(str(value).strip())
+        if is_sequence(value):
+            value = ", ".join(str(one) for one in value)  # type: ignore[union-attr]
+        elif isinstance(value, float | np.floating) and float(value).is_integer():
+            value = int(value)
+        return "" if is_missing(value) else self.repair(str(value).strip())
 
     def read_number(self, column: str, hint: str = "give 1, 0 or a probability") -> float | None:
-        """Return a number, or None if it is missing.
+        """Return a number, or None if it is missing; true is 1 and false is 0, in texts too.
 
         Raises:
             InputError: not a number; `hint` says what to write instead.
         """
         value = self.values.get(column)
-        if _is_missing(value) or (isinstance(value, str) and not value.strip()):
+        if is_missing(value) or (isinstance(value, str) and not value.strip()):
             return None
+        if isinstance(value, str):
+            value = _TRUTHS.get(value.strip().lower(), value)
         try:
             return float(value)  # type: ignore[arg-type]
         except (TypeError, ValueError, OverflowError):
@@ -60,7 +75,7 @@ class RawRow:
         """Return the turns of a text: `["What is 2 + 2?", "And 3 + 3?"]`; a null turn is read as an empty one.
 
         Raises:
-            InputError: neither a list of texts nor, where the file's texts are JSON, the JSON of one.
+            InputError: neither a list of texts nor, where texts are lists, a text that spells one.
         """
         value = self.values.get(column)
         if isinstance(value, str) and not self.json_texts:
@@ -85,10 +100,12 @@ class RawRow:
         Raises:
             InputError: a message without a known role, or whose content is not text.
         """
-        value = self.values.get(column)
+        return self.read_messages(column, self.values.get(column), speaker)
 
+    def read_messages(self, column: str, value: Any, speaker: str) -> list[tuple[str, str]]:
+        """Return the messages of a value in a column, as `read_dialogue`; one message needs no list around it."""
         # plain text
-        if isinstance(value, str) and not _is_messages(value):
+        if isinstance(value, str) and not looks_like_messages(value):
             pieces = _TRANSCRIPT_ROLE.split(value)  # ["", "Human", " What is 2 + 2?", "Assistant", " 4"]
             if pieces[0] or len(pieces) == 1:
                 return [(speaker, self.repair(value))]
@@ -97,11 +114,20 @@ class RawRow:
                 for role, text in zip(pieces[1::2], pieces[2::2], strict=True)
             ]
 
-        # messages, or their JSON
-        messages = self.read_list(column, 'write a text, or messages like [{"role": "user", "content": "..."}]')
+        # messages, or a text that spells them
+        if is_message(value):
+            value = [value]
+        messages = self.to_list(column, value, 'write a text, or messages like [{"role": "user", "content": "..."}]')
         if len(messages) == 1 and isinstance(messages[0], str):
             return [(speaker, self.repair(messages[0]))]
         return [self._read_message(column, message) for message in messages]
+
+    def has_messages(self, column: str) -> bool:
+        """Return whether a column holds messages, or one, rather than a text or a list of turns."""
+        value = self.values.get(column)
+        if isinstance(value, str):
+            return looks_like_messages(value)
+        return is_message(value[0] if is_sequence(value) and len(value) else value)  # type: ignore[index,arg-type]
 
     def _read_message(self, column: str, message: Any) -> tuple[str, str]:
         if not isinstance(message, dict):
@@ -118,21 +144,21 @@ class RawRow:
         thoughts = next((message[key] for key in _REASONING_KEYS if message.get(key)), None)
         texts = [] if thoughts is None else [f"<think>\n{thoughts}\n</think>"]
         content = message[keys[0]] if keys else None
-        texts += [] if calls and _is_missing(content) else self._read_content(column, content)
+        texts += [] if calls and is_missing(content) else self._read_content(column, content)
         texts += [f"<tool_call>\n{call}\n</tool_call>" for call in calls]
-        if not texts and not _is_missing(content) and _ROLES[role.lower()] == "assistant":
+        if not texts and not is_missing(content) and _ROLES[role.lower()] == "assistant":
             raise self.error(column, f"the answer {shorten(message)} has no text; leave the row out")
         return _ROLES[role.lower()], "\n\n".join(self.repair(text) for text in texts if text)
 
     def _read_content(self, column: str, content: Any) -> list[str]:
         """Return the texts of a message's content: of one text, or of parts like `{"type": "text", "text": "4"}`."""
-        if _is_missing(content):
+        if is_missing(content):
             self.notes["messages without content (null), read as empty"] += 1
             return []
         texts = []
         for part in content if isinstance(content, list | tuple | np.ndarray) else [content]:
             text = part.get("text") if isinstance(part, dict) else part
-            if _is_missing(text):
+            if is_missing(text):
                 kind = part.get("type", "no type") if isinstance(part, dict) else "null"
                 self.notes[f"parts of messages that are not text ({kind}), left out"] += 1
             elif not isinstance(text, str):
@@ -142,22 +168,26 @@ class RawRow:
         return texts
 
     def read_list(self, column: str, hint: str) -> list[Any]:
-        """Return a list, given as one or as its JSON text; empty if the value is missing.
+        """Return a list, given as one or as the text that spells it; empty if the value is missing.
 
         Raises:
             InputError: anything else; `hint` says what to write instead.
         """
-        value = self.values.get(column)
-        if _is_missing(value) or (isinstance(value, str) and not value.strip()):
+        return self.to_list(column, self.values.get(column), hint)
+
+    def to_list(self, column: str, value: Any, hint: str) -> list[Any]:
+        """Return the list that a value in a column is, as `read_list`."""
+        if is_missing(value) or (isinstance(value, str) and not value.strip()):
             return []
         if isinstance(value, str):
             try:
-                value = json.loads(value, strict=False)
-            except (ValueError, RecursionError):
-                raise self.error(column, f"{shorten(value)} is not a JSON list; {hint}") from None
+                value = parse_list(value)
+            except ValueError as error:
+                raise self.error(column, f"{shorten(value)} {error}; {hint}") from None
+            value = [value] if is_message(value) else value
         if value is None:
             return []
-        if not isinstance(value, list | tuple | np.ndarray):
+        if not is_sequence(value):
             raise self.error(column, f"{shorten(value)} is not a list; {hint}")
         return list(value)
 
@@ -170,6 +200,9 @@ class RawRow:
             return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return text
 
+
+_TRUTHS = {"true": 1, "false": 0}
+"""Booleans as CSV has them."""
 
 _ROLES = {
     "user": "user",
@@ -214,26 +247,8 @@ def _tool_calls(message: dict[str, Any]) -> list[str]:
 _TRANSCRIPT_ROLE = re.compile(r"\n\n(Human|Assistant):")
 
 
-def _is_messages(text: str) -> bool:
-    """Return whether a text is a JSON list of messages; a response may be JSON too, and is a list of other objects."""
-    if not re.match(r"\s*\[\s*\{", text):
-        return False
-    try:
-        parsed = json.loads(text, strict=False)
-    except (ValueError, RecursionError):
-        return True  # reported as broken JSON by `read_list`
-    return not {"role", "from"}.isdisjoint(parsed[0])
-
-
-def is_json_list(text: str) -> bool:
-    """Return whether a text is a JSON list."""
-    try:
-        return text.lstrip().startswith("[") and isinstance(json.loads(text, strict=False), list)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _is_missing(value: Any) -> bool:
+def is_missing(value: Any) -> bool:
+    """Return whether a table has no value there: None, NaN, or pandas' NA and NaT."""
     return value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and np.isnan(value))
 
 

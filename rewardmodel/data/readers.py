@@ -1,51 +1,29 @@
-"""Read raw rows from a file, a hub data set or a table, a few at a time; one reader per file ending, in `READERS`.
+"""Read raw rows from an open file, a few at a time; one reader per file ending, in `READERS`.
 
-A raw row is a mapping of column names to values; what it means is for `data.formats`.
+Around any ending may be one that says how the file is compressed: `.csv.gz`, `.jsonl.zst`.
 """
 
+import bz2
 import csv
+import gzip
 import io
 import json
 import lzma
-import os
 import re
 import sys
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from importlib import resources
-from itertools import chain, islice
+from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset
 
-from rewardmodel.config.schema import Source
+from rewardmodel.data.raw_rows import RawRows, explain_failures, number_rows
 from rewardmodel.errors import InputError
-
-PEEKED_ROWS = 200
-"""Rows that are read ahead to choose a format and to collect columns where there is no header."""
-
-
-class RawRows(NamedTuple):
-    """A raw table that is read once, from first row to last.
-
-    Attributes:
-        where: the name of the file, for error messages.
-        columns: of the header, or of the first `PEEKED_ROWS` rows where there is none.
-        rows: number and values of each row: (1, {"prompt": "What is 2 + 2?", "chosen": "4", "rejected": "5"}).
-        notes: counts of what was skipped, by description: {"blank lines, skipped": 2}.
-    """
-
-    where: str
-    columns: list[str]
-    rows: Iterator[tuple[int, dict[str, Any]]]
-    notes: Counter[str]
 
 
 class ReadRequest(NamedTuple):
@@ -64,75 +42,46 @@ class ReadRequest(NamedTuple):
     opened: ExitStack
 
 
-@contextmanager
-def open_rows(source: Source | pd.DataFrame | Dataset, role: str, wanted: Collection[str]) -> Iterator[RawRows]:
-    """Yield the raw rows of a source; its file is open only inside the context.
+def split_endings(name: str) -> tuple[str, str, str]:
+    """Return a file's name without its endings, the ending of its content and that of its compression.
 
-    Args:
-        source: a path or hub id with options, a DataFrame or a Dataset.
-        role: `train` or `test`: which file of `sample` or of an archive, and which split of a hub data set.
-        wanted: columns that will be used; others may be missing from the rows, where leaving them out is cheaper.
+    `data/train.csv.gz` -> `("train", ".csv", ".gz")`; what is not known stays in the name: `a.b` -> `("a.b", "", "")`.
+    """
+    path, packed = Path(name), ""
+    if path.suffix.lower() in COMPRESSIONS:
+        path, packed = path.with_suffix(""), path.suffix.lower()
+    if path.suffix.lower() not in READERS:
+        return Path(name).name, "", ""
+    return path.stem, path.suffix.lower(), packed
+
+
+def read_file(file: IO[bytes], request: ReadRequest) -> RawRows:
+    """Return the raw rows of an open file.
 
     Raises:
-        InputError: there is no such file or data set, no reader for it, or it is broken; also while rows are read.
+        InputError: no reader for its ending, or it is broken; also while rows are read.
     """
-    if isinstance(source, pd.DataFrame):
-        names = list(map(str, source.columns))
-        tuples = source.itertuples(index=False, name=None)
-        yield _rows((dict(zip(names, row, strict=True)) for row in tuples), "data frame", names)
-    elif isinstance(source, Dataset):
-        yield _read_dataset(source, "data set", wanted)
-    elif source.path == "sample":
-        with resources.as_file(resources.files("rewardmodel.data") / "sample" / f"{role}.csv") as path:
-            yield from _open_file(path, role, wanted)
-    elif os.path.isfile(source.path):
-        yield from _open_file(Path(source.path), role, wanted)
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source.path) and Path(source.path).suffix.lower() not in READERS:
-        yield _read_dataset(_load_from_hub(source, role), source.path, wanted)
-    else:
-        raise InputError(f"{source.path}: no such file; give the path of a battles file, a hub id, or 'sample'")
-
-
-def _read_dataset(dataset: Dataset, where: str, wanted: Collection[str]) -> RawRows:
-    names = dataset.column_names
-    return _rows(dataset.with_format(None).select_columns([name for name in names if name in wanted]), where, names)
-
-
-def _open_file(path: Path, role: str, wanted: Collection[str]) -> Iterator[RawRows]:
-    with ExitStack() as opened:
-        with _explain_failures(str(path), lambda: 0):
-            file = opened.enter_context(path.open("rb"))
-        yield _read_file(file, ReadRequest(str(path), role, wanted, opened))
-
-
-def _load_from_hub(source: Source, role: str) -> Dataset:
-    from datasets import load_dataset
-
-    try:
-        return load_dataset(source.path, source.subset, split=source.split or role, revision=source.revision)
-    except Exception as error:  # from the hub, the network or a builder script: any type
-        reason = " ".join(str(error).split())
+    _, ending, packed = split_endings(request.where)
+    if not ending:
+        shown = Path(request.where).suffix.lower()
         raise InputError(
-            f"{source.path}: no such file, and the hub gave no data set ({reason}); give the path of a file, or fix "
-            "path, subset, split or revision"
-        ) from error
+            f"{request.where}: unknown file ending '{shown}'; known: {', '.join(READERS)}, and these compressed: "
+            f"{', '.join(COMPRESSIONS)}"
+        )
+    with explain_failures(request.where, lambda: 0):
+        if packed:
+            file = request.opened.enter_context(COMPRESSIONS[packed](file))
+        return READERS[ending](file, request)
 
 
-def _read_file(file: IO[bytes], request: ReadRequest) -> RawRows:
-    suffix = Path(request.where).suffix.lower()
-    if suffix not in READERS:
-        raise InputError(f"{request.where}: unknown file ending '{suffix}'; known: {', '.join(READERS)}")
-    with _explain_failures(request.where, lambda: 0):
-        return READERS[suffix](file, request)
-
-
-def _read_csv(file: IO[bytes], request: ReadRequest) -> RawRows:
+def _read_csv(file: IO[bytes], request: ReadRequest, separator: str = ",") -> RawRows:
     where = request.where
     csv.field_size_limit(sys.maxsize)
     text = request.opened.enter_context(
         io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     )
-    reader = csv.reader(text, strict=True)
+    raw_lines, separator = _find_separator(text, separator)
+    reader = csv.reader(raw_lines, delimiter=separator, strict=True)
     notes: Counter[str] = Counter()  # {"blank lines, skipped": 2}
 
     def lines() -> Iterator[list[str]]:
@@ -155,21 +104,55 @@ def _read_csv(file: IO[bytes], request: ReadRequest) -> RawRows:
             if len(fields) != len(header):
                 raise InputError(
                     f"{where}: row {number} (line {reader.line_num}): {len(fields)} fields, but the header has "
-                    f"{len(header)}; check commas and quotes there"
+                    f"{len(header)}; check {_SEPARATORS[separator]} and quotes there"
                 )
             row = dict(zip(header, fields, strict=True))
             for name, field in row.items():
                 _check_utf8(field, f"{where}: row {number}, column '{name}'")
             yield row
 
-    return _rows(rows(), where, header, notes)
+    return number_rows(rows(), where, header, notes)
+
+
+def _read_tsv(file: IO[bytes], request: ReadRequest) -> RawRows:
+    return _read_csv(file, request, "\t")
+
+
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+"""What can stand between the fields of a table in text; a spreadsheet writes semicolons where commas are decimal."""
+
+
+def _find_separator(lines: Iterable[str], default: str) -> tuple[Iterator[str], str]:
+    """Return the lines, and what separates the fields of the header: the default, or else what cuts it most often."""
+    ahead, lines = _read_ahead(lines)
+    header = ahead[-1:]
+
+    def count_fields(separator: str) -> int:
+        return len(next(csv.reader(header, delimiter=separator), []))
+
+    return lines, default if count_fields(default) > 1 else max([default, *_SEPARATORS], key=count_fields)
+
+
+def _read_ahead(lines: Iterable[str]) -> tuple[list[str], Iterator[str]]:
+    """Return the first lines up to one that is not blank, and all lines."""
+    left, ahead = iter(lines), []
+    for line in left:
+        ahead.append(line)
+        if line.strip():
+            break
+    return ahead, chain(ahead, left)
 
 
 def _read_json_lines(file: IO[bytes], request: ReadRequest) -> RawRows:
     where = request.where
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
-    lines = request.opened.enter_context(text)
+    text = request.opened.enter_context(text)
     notes: Counter[str] = Counter()
+    ahead, lines = _read_ahead(text)
+    if ahead and ahead[-1].lstrip().startswith("["):  # a JSON list under this ending
+        whole = "".join(lines)
+        _check_utf8(whole, where)
+        return number_rows(_parse_json(whole, where), where, None)
 
     def rows() -> Iterator[Any]:
         for number, line in enumerate(lines, start=1):
@@ -179,7 +162,7 @@ def _read_json_lines(file: IO[bytes], request: ReadRequest) -> RawRows:
             else:
                 notes["blank lines, skipped"] += 1
 
-    return _rows(rows(), where, None, notes)
+    return number_rows(rows(), where, None, notes)
 
 
 def _check_utf8(text: str, where: str) -> None:
@@ -190,15 +173,37 @@ def _check_utf8(text: str, where: str) -> None:
 
 
 def _read_json(file: IO[bytes], request: ReadRequest) -> RawRows:
-    text = file.read().decode("utf-8-sig")
-    if text.lstrip().startswith("{"):
-        raise InputError(
-            f"{request.where}: not a JSON list of objects, one per battle; if it is JSON Lines, name it .jsonl"
-        )
-    content = _parse_json(text, request.where)
-    if not isinstance(content, list):
-        raise InputError(f"{request.where}: not a JSON list; give a list of objects, one per battle")
-    return _rows(content, request.where, None)
+    """Read a list of objects, an object with that list under one of its keys, or JSON Lines under this ending."""
+    where, content = request.where, file.read()
+    text = content.decode("utf-8-sig").lstrip()
+    if not text.startswith("{"):
+        rows = _parse_json(text, where)
+        if not isinstance(rows, list):
+            raise InputError(f"{where}: not a JSON list; give a list of objects, one per battle")
+        return number_rows(rows, where, None)
+
+    # The first line is an object of its own, and others follow.
+    first, _, rest = text.partition("\n")
+    if rest.lstrip().startswith("{") and first.rstrip().endswith("}"):
+        return _read_json_lines(io.BytesIO(content), request)
+    return number_rows(_rows_of_object(_parse_json(text, where), request), where, None)
+
+
+def _rows_of_object(whole: dict[str, Any], request: ReadRequest) -> list[Any]:
+    """Return the rows of a JSON file that is one object: `{"version": "1", "data": [{"prompt": ...}, ...]}`."""
+    lists = {key: rows for key, rows in whole.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)}
+    tables = [rows for key, rows in lists.items() if key not in request.wanted]
+    if len(tables) == 1:
+        return tables[0]
+    if not tables and any(isinstance(value, str | list) for key, value in whole.items() if key in request.wanted):
+        return [whole]  # a file of one battle
+    if whole and all(isinstance(value, dict) for value in whole.values()):
+        hint = "if pandas wrote it, write it with to_json(orient='records')"
+    elif tables:
+        hint = f"several of its keys hold lists of objects: {', '.join(lists)}; keep the one with the battles"
+    else:
+        hint = f"none of its keys holds such a list: {', '.join(map(str, list(whole)[:8]))}"
+    raise InputError(f"{request.where}: one JSON object, not a list of objects, one per battle; {hint}")
 
 
 def _parse_json(text: str, where: str) -> Any:
@@ -209,34 +214,36 @@ def _parse_json(text: str, where: str) -> Any:
 
 
 def _read_parquet(file: IO[bytes], request: ReadRequest) -> RawRows:
-    table = pq.ParquetFile(file)
+    # Parquet begins at the end of the file, which compressed files only reach by reading all of it
+    packed = split_endings(request.where)[2]
+    table = pq.ParquetFile(io.BytesIO(file.read()) if packed else file)
     names = table.schema_arrow.names
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise InputError(f"{request.where}: column '{twice[0]}' occurs twice; keep one of them")
     # 500 rows are Python objects at a time
     batches = table.iter_batches(500, columns=[name for name in names if name in request.wanted])
-    return _rows((row for batch in batches for row in batch.to_pylist()), request.where, names)
+    return number_rows((row for batch in batches for row in batch.to_pylist()), request.where, names)
 
 
 def _read_zip(file: IO[bytes], request: ReadRequest) -> RawRows:
     archive = request.opened.enter_context(zipfile.ZipFile(file))
-    endings = set(READERS) - {".zip"}
-    names = [Path(name) for name in archive.namelist()]
-    members = [name for name in names if name.suffix.lower() in endings and not name.name.startswith("._")]
-    wanted = members if len(members) == 1 else [name for name in members if name.stem == request.role]
+    names = [name for name in archive.namelist() if not Path(name).name.startswith("._")]
+    members = [name for name in names if split_endings(name)[1] not in ("", ".zip")]
+    wanted = members if len(members) == 1 else [name for name in members if split_endings(name)[0] == request.role]
     if len(wanted) != 1:
-        found = ", ".join(map(str, members[:8])) or "none has a known ending"
+        found = ", ".join(members[:8]) or "none has a known ending"
         raise InputError(
             f"{request.where}: not clear which file in it to read: {found}; keep one, call one of them {request.role}, "
             "or unpack the archive and give the file"
         )
-    member = request.opened.enter_context(archive.open(wanted[0].as_posix()))
-    return _read_file(member, request._replace(where=f"{request.where}/{wanted[0]}"))
+    member = request.opened.enter_context(archive.open(wanted[0]))
+    return read_file(member, request._replace(where=f"{request.where}/{wanted[0]}"))
 
 
 READERS: dict[str, Callable[[IO[bytes], ReadRequest], RawRows]] = {
     ".csv": _read_csv,
+    ".tsv": _read_tsv,
     ".jsonl": _read_json_lines,
     ".ndjson": _read_json_lines,
     ".json": _read_json,
@@ -246,43 +253,10 @@ READERS: dict[str, Callable[[IO[bytes], ReadRequest], RawRows]] = {
 """Readers by file ending: (open file, request) -> raw rows."""
 
 
-def _rows(rows: Iterable[Any], where: str, columns: list[str] | None, notes: Counter[str] | None = None) -> RawRows:
-    """Return numbered rows; columns are the header's, or without one those of the first `PEEKED_ROWS` rows."""
-    numbered = _number_rows(rows, where)
-    if columns is None:
-        first = list(islice(numbered, PEEKED_ROWS))
-        columns = list(dict.fromkeys(name for _, row in first for name in row))
-        numbered = chain(first, numbered)
-    return RawRows(where, columns, numbered, Counter() if notes is None else notes)
-
-
-def _number_rows(rows: Iterable[Any], where: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    number = 0
-    with _explain_failures(where, lambda: number):
-        for number, row in enumerate(rows, start=1):
-            if not isinstance(row, dict):
-                raise InputError(f"{where}: row {number}: not an object; give one JSON object per battle")
-            yield number, row
-
-
-_UNREADABLE = (
-    *(pa.ArrowException, OSError, ValueError, OverflowError, EOFError, NotImplementedError, RuntimeError),
-    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError),
-)
-"""What libraries raise for files that are broken, or use a feature that they do not support."""
-
-
-@contextmanager
-def _explain_failures(where: str, row: Callable[[], int]) -> Iterator[None]:
-    """Turn what libraries raise for broken files into one line that names the file and the last row that was read."""
-    try:
-        yield
-    except InputError:
-        raise
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: after row {row()}: not UTF-8; save the file as UTF-8") from error
-    except _UNREADABLE as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{where}: after row {row()}: cannot be read further ({reason}); is the file complete?"
-        ) from error
+COMPRESSIONS: dict[str, Callable[[IO[bytes]], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+    ".zst": lambda file: io.BufferedReader(pa.CompressedInputStream(file, "zstd")),
+}
+"""What opens a compressed file, by the ending behind the reader's."""

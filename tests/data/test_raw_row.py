@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rewardmodel.data.raw_row import RawRow, is_json_list, shorten
+from rewardmodel.data.raw_row import RawRow, shorten
+from rewardmodel.data.text_lists import looks_like_list
 from rewardmodel.errors import InputError
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -258,7 +259,7 @@ def test_lone_surrogate_is_replaced_in_short_texts_and_messages():
     ],
 )
 def test_json_list_is_told_from_other_texts(text, is_list):
-    assert is_json_list(text) is is_list
+    assert looks_like_list(text) is is_list
 
 
 def test_long_value_is_cut_in_messages():

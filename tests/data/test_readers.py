@@ -14,7 +14,9 @@ from datasets import Dataset
 
 from rewardmodel.config.schema import Source
 from rewardmodel.data.formats import read_battles
-from rewardmodel.data.readers import PEEKED_ROWS, READERS, open_rows
+from rewardmodel.data.raw_rows import PEEKED_ROWS
+from rewardmodel.data.readers import READERS
+from rewardmodel.data.sources import open_rows
 from rewardmodel.errors import InputError
 
 BATTLES = [
