@@ -13,13 +13,13 @@ from datasets import Dataset
 
 from rewardmodel.battles import write_parquet
 from rewardmodel.config.schema import DataConfig, Recipe
-from rewardmodel.data.formats import read_battles
+from rewardmodel.data.formats import SourceReport, read_battles
 from rewardmodel.data.splits import Parts, load_battles, split
 from rewardmodel.distributed import is_main, wait_for_all
 from rewardmodel.errors import InputError
 from rewardmodel.evaluation.results import Evaluation, read_evaluation
 from rewardmodel.files import atomic_path, write_json
-from rewardmodel.predictions import check_sample, with_baseline, write_predictions, write_submission
+from rewardmodel.predictions import check_sample, read_labels, with_baseline, write_predictions, write_submission
 from rewardmodel.run_folder import RunFolder, check_run
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ def run(
         FloatingPointError: a loss, a weight or a prediction is NaN or infinite.
     """
     check_run(recipe, resume, overwrite)
-    test = read_test(recipe.data)
+    reports: list[SourceReport] = []
+    test = read_test(recipe.data, reports)
     parts = parts or split(load_battles(recipe.data), recipe.data.fold)
 
     from rewardmodel.evaluation.evaluate import evaluate_run  # scikit-learn and torch from here on
@@ -70,18 +71,22 @@ def run(
         baseline = _fit_run_baselines(files, parts)
         _write_validation(files, predictions, baseline, parts)
         report(folder, evaluations=[evaluate_run(folder)])
-        _write_submission(recipe, predictions.get("test"), baseline, test)
+        _write_submission(recipe, predictions.get("test"), baseline, test, any(one.tossed for one in reports))
     wait_for_all()
     return folder, read_evaluation(files.metrics)
 
 
-def read_test(data: DataConfig) -> Dataset | None:
+def read_test(data: DataConfig, reports: list[SourceReport] | None = None) -> Dataset | None:
     """Return the battles of `data.test`, checked against the sample submission; None: there are none to predict.
+
+    Args:
+        data: names them.
+        reports: gets a report of the source.
 
     Raises:
         InputError: battles that cannot be read, or a sample submission without them or of others.
     """
-    test = read_battles(data.test, role="test") if data.test else None
+    test = read_battles(data.test, role="test", reports=reports) if data.test else None
     if data.sample_submission:
         if test is None:
             raise InputError("data.sample_submission: there is no data.test to submit; give it, or leave this out")
@@ -125,9 +130,17 @@ def _write_validation(
 
 
 def _write_submission(
-    recipe: Recipe, predictions: pd.DataFrame | None, baseline: "Regression", test: Dataset | None
+    recipe: Recipe, predictions: pd.DataFrame | None, baseline: "Regression", test: Dataset | None, tossed: bool
 ) -> None:
-    """Write the calibrated predictions of the test battles, and none of another `data.test`."""
+    """Write the calibrated predictions of the test battles, and none of another `data.test`.
+
+    Args:
+        recipe: of the run.
+        predictions: of the test battles.
+        baseline: to blend with.
+        test: the battles; None: there are none.
+        tossed: whether a coin decided which of their responses is A.
+    """
     from rewardmodel.evaluation.text_regression import predict_each
     from rewardmodel.inference.predict import apply_recipe_rules, read_calibration
 
@@ -141,7 +154,8 @@ def _write_submission(
         predictions = with_baseline(predictions, predict_each([baseline], test)[0])
     table = apply_recipe_rules(calibration.apply(predictions), recipe, test)
     write_predictions(table, files.predictions)
-    write_submission(table, files.submission)
+    sample = recipe.data.sample_submission
+    write_submission(table, files.submission, read_labels(Path(sample)) if sample else None, tossed and not sample)
 
 
 def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -157,7 +171,8 @@ def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
     Raises:
         InputError: the recipe or its battles cannot be used; nothing was written then.
     """
-    battles = load_battles(recipe.data)
+    reports: list[SourceReport] = []
+    battles = load_battles(recipe.data, reports=reports)
 
     from rewardmodel.data.audit import audit
     from rewardmodel.model.loading import load_tokenizer
@@ -174,7 +189,7 @@ def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
     except InputError as error:  # a licence that is not accepted yet, or no network: the rest can be audited anyway
         logger.warning("no tokenizer, so tokens are not counted: %s", error)
         tokens = None
-    facts = audit(battles, tokens)
+    facts = audit(battles, tokens, {one.where: one.unread for one in reports if one.unread})
     with atomic_path(folder / "battles.parquet") as partial:
         write_parquet(battles, partial)
     write_json(folder / "audit.json", facts)

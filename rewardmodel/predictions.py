@@ -6,6 +6,7 @@ Columns:
     p_model_a, p_model_b, p_tie: the prediction.
     ab_p_model_a, ...: the same with the responses in the given order; ba_p_model_a, ...: with A and B exchanged, and
         the result exchanged back; NaN for battles that the time limit left out.
+    reward_a, reward_b: of the responses, where the objective scores each of them alone.
     baseline_p_model_a, ...: predicted by the baseline that the run blends with, if it blends.
     turns, script, prompt_chars, response_a_chars, response_b_chars: for the audits of bias.
     prompt, response_a, response_b: the first characters of the texts, in tables of labelled battles, for the report.
@@ -32,6 +33,9 @@ logger = logging.getLogger(__name__)
 PROBABILITIES = ("p_model_a", "p_model_b", "p_tie")
 """Columns of the prediction, in the order of `OUTCOMES`."""
 
+REWARDS = ("reward_a", "reward_b")
+"""Columns of the responses' rewards."""
+
 IDENTITY_COLUMNS = ("id", "prompt_chars", "response_a_chars", "response_b_chars")
 """Columns that identify a battle across tables; an id alone may be just a row number."""
 
@@ -42,7 +46,9 @@ _EXCERPT_CHARS = 1_500
 """Characters of each text that the table of labelled battles keeps."""
 
 
-def build_predictions(battles: Dataset, as_given: np.ndarray, exchanged: np.ndarray | None = None) -> pd.DataFrame:
+def build_predictions(
+    battles: Dataset, as_given: np.ndarray, exchanged: np.ndarray | None = None, rewards: np.ndarray | None = None
+) -> pd.DataFrame:
     """Return the predictions table of some battles.
 
     Args:
@@ -50,6 +56,7 @@ def build_predictions(battles: Dataset, as_given: np.ndarray, exchanged: np.ndar
         as_given: (n_battles, 3) float: A, B, tie, predicted with the responses in the given order.
         exchanged: the same predicted from swapped battles and swapped back, NaN where it was not computed; default:
             only the given order was.
+        rewards: (n_battles, 2) float of response A and response B; default: the objective has none.
     """
     orders = {"ab": as_given} if exchanged is None else {"ab": as_given, "ba": exchanged}
     mean = average_probabilities(list(orders.values()))
@@ -61,6 +68,8 @@ def build_predictions(battles: Dataset, as_given: np.ndarray, exchanged: np.ndar
     columns |= dict(zip(PROBABILITIES, mean.T, strict=True))
     for order, probabilities in orders.items():
         columns |= {f"{order}_{name}": p for name, p in zip(PROBABILITIES, probabilities.T, strict=True)}
+    if rewards is not None:
+        columns |= dict(zip(REWARDS, rewards.T, strict=True))
     return pd.DataFrame(columns | _text_columns(battles))
 
 
@@ -89,13 +98,13 @@ def average_tables(tables: Sequence[pd.DataFrame], weights: Sequence[float]) -> 
         weights: of each table, above 0; the mean of a battle is over the tables that contain it.
 
     Returns:
-        A table indexed by battle number. Columns of an order (`ab_*`, `ba_*`) are there only if all tables have them,
-        and are NaN for battles that are NaN in one of their tables.
+        A table indexed by battle number. Columns of an order (`ab_*`, `ba_*`) and rewards are there only if all tables
+        have them, and are NaN for battles that are NaN in one of their tables.
     """
     if len(tables) == 1:
         return tables[0]
     kept = [name for name in tables[0] if all(name in table for table in tables)]
-    names = [name for name in kept if str(name).endswith(PROBABILITIES)]
+    names = [name for name in kept if str(name).endswith((*PROBABILITIES, *REWARDS))]
 
     # every table's rows, one after the other, each with its weight; then sums by battle number
     stacked = pd.concat([table[kept] for table in tables])
@@ -225,29 +234,79 @@ def check_columns(table: pd.DataFrame, where: str) -> pd.DataFrame:
     return table
 
 
-def write_submission(table: pd.DataFrame, path: Path) -> None:
-    """Write a submission as CSV, atomically: `id` and the three outcome columns, in the order of the table."""
-    submission = pd.DataFrame(predicted(table), columns=list(OUTCOMES))
+def write_submission(
+    table: pd.DataFrame, path: Path, labels: Sequence[str] | None = None, tossed: bool = False
+) -> None:
+    """Write a submission as CSV, atomically: `id` and the three outcome columns, in the order of the table.
+
+    Args:
+        table: predictions.
+        path: to write.
+        labels: write a column `winner` instead, with the likeliest of these: `("model_a", "model_b")`.
+        tossed: whether a coin decided which response is A: a column `chosen` then says which one the data prefers
+            (model_a, model_b or tie), and `p_chosen` how likely the prediction says that is; empty where unknown.
+    """
+    shares = predicted(table)
+    submission = pd.DataFrame(shares, columns=list(OUTCOMES))
+    if labels is not None:
+        columns = [_LABELS.index(label) for label in labels]
+        submission = pd.DataFrame({"winner": np.array(labels)[shares[:, columns].argmax(axis=1)]})
     submission.insert(0, "id", table["id"].to_numpy())
+    if tossed:
+        true = true_outcomes(table)
+        known = ~np.isnan(true).any(axis=1)
+        likeliest = np.nan_to_num(true).argmax(axis=1)
+        submission["chosen"] = np.where(known, np.array(_LABELS)[likeliest], "")
+        submission["p_chosen"] = np.where(known, shares[np.arange(len(shares)), likeliest], np.nan)
     with atomic_path(path) as partial:
         submission.to_csv(partial, index=False, lineterminator="\n")
+
+
+_LABELS = ("model_a", "model_b", "tie")
+"""Names of the outcomes, in the order of `OUTCOMES`."""
+
+
+def _read_sample(sample: Path) -> pd.DataFrame:
+    try:
+        expected = pd.read_csv(sample, dtype={"id": "str", "winner": "str"}, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{sample}: cannot be read as a sample submission; give a CSV file") from error
+    kinds = [["id", *OUTCOMES], ["id", "winner"]]
+    if list(expected.columns) not in kinds:
+        raise InputError(
+            f"{sample}: columns {list(expected.columns)}, but a submission has {kinds[0]} or {kinds[1]}; rename or "
+            "remove columns"
+        )
+    return expected
+
+
+def read_labels(sample: Path) -> tuple[str, ...] | None:
+    """Return what the column `winner` of a sample submission may hold; None: it has probabilities.
+
+    A tie is one of the labels only if the sample has one, because competitions without ties have this kind.
+
+    Raises:
+        InputError: it cannot be read, or has other columns or labels.
+    """
+    expected = _read_sample(sample)
+    if "winner" not in expected:
+        return None
+    found = set(expected["winner"]) - {""}
+    if unknown := sorted(found - {*_LABELS}):
+        raise InputError(
+            f"{sample}: winner '{unknown[0]}' is not one of {', '.join(_LABELS)}; give the original sample"
+        )
+    return _LABELS if "tie" in found else _LABELS[:2]
 
 
 def check_sample(sample: Path, ids: Iterable[str]) -> None:
     """Raise unless a sample submission has the columns of a submission and exactly these ids.
 
     Raises:
-        InputError: it cannot be read, or its columns or ids differ.
+        InputError: it cannot be read, or its columns, labels or ids differ.
     """
-    try:
-        expected = pd.read_csv(sample, dtype={"id": "str"}, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{sample}: cannot be read as a sample submission; give a CSV file") from error
-    columns = ["id", *OUTCOMES]
-    if list(expected.columns) != columns:
-        raise InputError(
-            f"{sample}: columns {list(expected.columns)}, but a submission has {columns}; rename or remove columns"
-        )
+    expected = _read_sample(sample)
+    read_labels(sample)
     here, there = set(ids), set(expected["id"])
     twice = expected["id"][expected["id"].duplicated()]
     if len(twice):

@@ -1,13 +1,14 @@
 """A YAML recipe and command-line overrides in, a `Recipe` out, and back; imports neither torch nor trl."""
 
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from contextlib import suppress
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from rewardmodel.config.schema import REMOVED_KEYS, SECTIONS, Recipe, Source
+from rewardmodel.config.schema import REMOVED_KEYS, SECTIONS, DataConfig, Recipe, Source
 from rewardmodel.config.trainer import TRAINER_REFUSED, trainer_keys
 from rewardmodel.config.types import schema_to_type
 from rewardmodel.config.values import convert, convert_text, read_yaml
@@ -35,6 +36,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, of_run: bool
     # the type of every key: {"model.lora_r": int, "trainer.seed": int, ...}; an unknown key is an error
     trainer_names = {*given.get("trainer", {}), *(key.removeprefix("trainer.") for key in typed)}
     types = {f"{name}.{field.name}": field.type for name, section in SECTIONS.items() for field in fields(section)}
+    of_source = {field.name: field.type for field in fields(Source)}
+    types |= {f"data.{part}.{key}": hint for part in ("train", "test") for key, hint in of_source.items()}
     types |= {f"trainer.{key}": Any for key in given.get("trainer", {})} if of_run else {}
     known = trainer_keys(() if of_run else trainer_names)
     types |= {f"trainer.{key}": schema_to_type(schema) for key, schema in known.items()}
@@ -52,6 +55,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, of_run: bool
                 sections[section][name] = read(value, types[key])
             except ValueError as error:
                 raise InputError(f"{path}: {key}: {error}") from error
+    _merge_sources(sections["data"], path)
     for section, name in (key.split(".") for key in REMOVED_KEYS):
         sections[section].pop(name, None)
     if "template" in sections["prompt"]:
@@ -63,6 +67,30 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, of_run: bool
 def dump_recipe(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML that `load_recipe` reads back to an equal one."""
     return yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def _merge_sources(data: dict[str, Any], where: Path) -> None:
+    """Put keys of a source that were typed on their own, like `data.train.columns`, into the source."""
+    for part in ("train", "test"):
+        text = data.get(part)
+        if isinstance(text, str) and text.lstrip().startswith("{"):  # a mapping of which something is wrong
+            with suppress(yaml.YAMLError):
+                _check_sources({part: read_yaml(text)}, where)
+            raise InputError(
+                f"{where}: data.{part}: {text}: not a path and its options; check braces, quotes and values, or give "
+                f"the options one by one: --data.{part} PATH --data.{part}.columns '{{prompt: question}}'"
+            )
+    for key in [key for key in data if "." in key]:
+        part, _, name = key.partition(".")
+        source = data.get(part, DataConfig.__dataclass_fields__[part].default)
+        if isinstance(source, list) or source is None:
+            reason = "there is no source" if source is None else f"there are {len(source)} sources"
+            raise InputError(
+                f"{where}: data.{key}: {reason}; give path and options as one value: --data.{part} "
+                f"'{{path: battles.csv, {name}: …}}'"
+            )
+        source = Source(source) if isinstance(source, str) else source
+        data[part] = replace(source, **{name: data.pop(key)})
 
 
 def _split_overrides(words: Sequence[str], where: Path) -> dict[str, str | None]:

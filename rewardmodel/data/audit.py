@@ -29,12 +29,15 @@ _FEW_BATTLES = 50
 """Groups and sources of fewer battles are never reported as a problem."""
 
 
-def audit(battles: Dataset, tokens: dict[str, Any] | None = None) -> dict[str, Any]:
+def audit(
+    battles: Dataset, tokens: dict[str, Any] | None = None, unread: dict[str, list[str]] | None = None
+) -> dict[str, Any]:
     """Return statistics of the battles as a dictionary that can be written as JSON.
 
     Args:
         battles: with `group` and `fold`, or -1 where they are not assigned.
         tokens: what `prompt.token_counts.count_tokens` returned for the same battles; default: no `tokens` section.
+        unread: columns of the files that are not read, by source: {"train": ["language"]}.
 
     Returns:
         `battles`: how many; `sources`: name -> battles and outcome shares; `outcomes`: mean outcome by name, None for
@@ -42,7 +45,8 @@ def audit(battles: Dataset, tokens: dict[str, Any] | None = None) -> dict[str, A
         whose likeliest outcome is not a tie, None if there are none; `turns`; `empty_turns` and `characters` by
         column; `scripts`: share of battles by the script of most letters of the prompt; `groups`; `duplicates`;
         `near_duplicates`; `parts`: by fold and part the battles, their outcome shares and the largest deviation of
-        these from the shares of all battles; `tokens`: those given, lengths summarised by percentiles.
+        these from the shares of all battles; `tokens`: those given, lengths summarised by percentiles;
+        `unread_columns`: those given.
     """
     survey, array = _survey_texts(battles), outcomes(battles)
     signs = winner_signs(array)
@@ -62,6 +66,7 @@ def audit(battles: Dataset, tokens: dict[str, Any] | None = None) -> dict[str, A
         "near_duplicates": find_near_duplicates(battles),
         "parts": _parts(np.asarray(battles.with_format(None)["fold"][:]), array),
         "tokens": _summarise_tokens(tokens),
+        "unread_columns": unread or {},
     }
 
 
@@ -222,6 +227,8 @@ def _text_lines(facts: dict[str, Any]) -> list[str]:
         "exact duplicates": f"{_count(same['battles'])}; both responses are the same in {_count(twice)}",
         "similar prompts": f"at least {near['pairs']:,} pairs among {near['prompts']:,} prompts, of different groups",
     }
+    if unread := [f"{name}: {_join_names(columns)}" for name, columns in facts["unread_columns"].items()]:
+        lines["columns not read"] = "; ".join(unread)
     shown = [f"{name:<18}{line}" for name, line in lines.items()]
     return [*shown, "", *_percentile_lines("characters", facts["characters"])]
 

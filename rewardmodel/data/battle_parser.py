@@ -41,11 +41,13 @@ class Format:
         parse: raw row -> texts, models and outcome of its battles, by column of `BATTLE_FEATURES`; `place`, if given,
             tells the battles of one row apart.
         reads: columns that it also reads, where they exist.
+        tossed: whether a coin decides which response is A.
     """
 
     needs: tuple[str, ...]
     parse: Callable[[RawRow], list[dict[str, Any]]]
     reads: tuple[str, ...]
+    tossed: bool = False
 
 
 class BattleParser:
@@ -111,11 +113,10 @@ class BattleParser:
             )
 
     def _battles(self, row: RawRow) -> list[dict[str, Any]]:
-        identifier = self._read_id(row)
         weight = row.read_number("weight", "give a number above 0") if "weight" in self.columns else 1.0
         if weight is None or not 0 < weight < math.inf:
             raise row.error("weight", f"{weight}; give a number above 0")
-        parsed = self.format.parse(row)
+        parsed, identifier = self.format.parse(row), self._read_id(row)
         labelled = parsed[0][OUTCOMES[0]] is not None
         if OUTCOMES[0] not in self.columns and self.labelled not in (None, labelled):
             column = "winner" if "winner" in self.columns else "p_b"

@@ -39,13 +39,13 @@ class SourceReport(NamedTuple):
     """How one source was read.
 
     Attributes:
-        name: of the source, as in the column `source` of its battles.
-        format: a key of `FORMATS`.
+        where: its path, hub id or kind.
+        tossed: whether a coin decided which response is A, because its format does not say.
         unread: the file's columns that are not read.
     """
 
-    name: str
-    format: str
+    where: str
+    tossed: bool
     unread: list[str]
 
 
@@ -121,10 +121,10 @@ def _read_source(given: BattleSource, role: str, seed: int, reports: list[Source
     wanted = {*KNOWN_COLUMNS, *(name for name in source.columns.values() if name)}
     with open_rows(given if isinstance(given, pd.DataFrame | Dataset) else source, role, wanted) as opened:
         raw = _rename_columns(opened, source.columns)
-        format = _find_format(raw, source.format)
+        format = FORMATS[_find_format(raw, source.format)]
         check_outcomes(source, raw.where, set(raw.columns))
-        parser = BattleParser(raw, FORMATS[format], source, seed, prefix)
-        report = SourceReport(parser.name, format, _unread_columns(opened.columns, FORMATS[format], source.columns))
+        parser = BattleParser(raw, format, source, seed, prefix)
+        report = SourceReport(raw.where, format.tossed, _unread_columns(opened.columns, format, source.columns))
         battles = store(parser.tables(), raw.where)
     reports.append(report)
     if report.unread:
@@ -219,13 +219,13 @@ _GRADES = ("ranks", "scores")
 
 
 def _answers(prompt: str, answers: str) -> Format:
-    return Format((prompt, answers), partial(parse_answers, prompt=prompt, column=answers), _GRADES)
+    return Format((prompt, answers), partial(parse_answers, prompt=prompt, column=answers), _GRADES, tossed=True)
 
 
 FORMATS = {
     "competition": Format(TEXT_COLUMNS, parse_competition, _VOTES),
     "conversations": Format(("conversation_a", "conversation_b"), parse_conversations, (*_VOTES, "turn")),
-    "preference": Format(("chosen", "rejected"), parse_choices, _CHOICES),
+    "preference": Format(("chosen", "rejected"), parse_choices, _CHOICES, tossed=True),
     "answers": _answers("prompt", "answers"),
     "responses": _answers("prompt", "responses"),
     "completions": _answers("prompt", "completions"),

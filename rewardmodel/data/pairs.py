@@ -195,12 +195,13 @@ def add_context(row: RawRow, texts: dict[str, list[str]]) -> dict[str, list[str]
 def _read_history(row: RawRow) -> tuple[list[str], list[str]]:
     """Return the questions and the answers of earlier rounds: of pairs, `[["Hi", "Hello"]]`, or of messages."""
     hint = (
-        'give pairs of a question and an answer, [["Hi", "Hello"]], or messages; if it is the prompt itself, name it '
+        'give pairs of a question and an answer, [["Hi", "Hello"]], or messages; if it is the prompt, write columns: '
+        "{prompt: history}, and if it is something else, {history: null}"
     )
-    rounds = row.read_list("history", f"{hint}with columns: {{prompt: history}}")
+    rounds = row.read_list("history", hint)
     if rounds and isinstance(rounds[0], dict):
         return split_turns(row.read_messages("history", rounds, "user"))
     for pair in rounds:
         if not (is_sequence(pair) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise row.error("history", f"{shorten(pair)} is no round; {hint}with columns: {{prompt: history}}")
+            raise row.error("history", f"{shorten(pair)} is no round; {hint}")
     return [row.repair(pair[0]) for pair in rounds], [row.repair(pair[1]) for pair in rounds]

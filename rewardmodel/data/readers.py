@@ -63,7 +63,8 @@ def read_file(file: IO[bytes], request: ReadRequest) -> RawRows:
     """
     _, ending, packed = split_endings(request.where)
     if not ending:
-        shown = Path(request.where).suffix.lower()
+        path = Path(request.where)
+        shown = (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
         raise InputError(
             f"{request.where}: unknown file ending '{shown}'; known: {', '.join(READERS)}, and these compressed: "
             f"{', '.join(COMPRESSIONS)}"

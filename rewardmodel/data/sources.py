@@ -52,7 +52,7 @@ def _open(source: Source | pd.DataFrame | Dataset, role: str, wanted: Collection
         return _open_folder(source, role, wanted, opened)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source.path) and not split_endings(source.path)[1]:
         return _read_dataset(_load_from_hub(source, role), source.path, wanted)
-    raise InputError(f"{source.path}: no such file or folder; give the path of a battles file, a hub id, or 'sample'")
+    raise InputError(f"{source.path}: no such file; give the path of a battles file, a hub id, or 'sample'")
 
 
 def _read_dataset(dataset: Dataset, where: str, wanted: Collection[str]) -> RawRows:

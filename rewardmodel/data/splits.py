@@ -18,7 +18,7 @@ from rewardmodel.data.folds import (
     limit_battles,
     train_mask,
 )
-from rewardmodel.data.formats import read_battles
+from rewardmodel.data.formats import SourceReport, read_battles
 from rewardmodel.errors import InputError
 from rewardmodel.files import atomic_path
 from rewardmodel.run_folder import RunFolder
@@ -36,7 +36,7 @@ class Parts(NamedTuple):
     holdout: Dataset
 
 
-def load_battles(data: DataConfig, battles: Any = None) -> Dataset:
+def load_battles(data: DataConfig, battles: Any = None, reports: list[SourceReport] | None = None) -> Dataset:
     """Return the battles of a recipe with `group` and `fold` assigned.
 
     Battles that have only a teacher's probabilities, and no outcome, are used for training alone.
@@ -44,6 +44,7 @@ def load_battles(data: DataConfig, battles: Any = None) -> Dataset:
     Args:
         data: what to read, and how to split it.
         battles: a Dataset, a DataFrame or a path to read instead of `data.train`.
+        reports: gets a report of each source that is read.
 
     Raises:
         InputError: a value of `data` out of range, battles with neither an outcome nor a teacher, too few prompts, or
@@ -55,7 +56,7 @@ def load_battles(data: DataConfig, battles: Any = None) -> Dataset:
         raise InputError(f"data.seed: {data.seed}; give a number from 0")
     if data.limit is not None and data.limit < 1:
         raise InputError(f"data.limit: {data.limit}; give a positive number of battles, or leave it out")
-    battles = read_battles(data.train if battles is None else battles, seed=data.seed)
+    battles = read_battles(data.train if battles is None else battles, seed=data.seed, reports=reports)
     battles = assign_groups(_mark_unlabelled(battles))
     if data.limit is not None:
         battles = limit_battles(battles, data.limit, data.seed)

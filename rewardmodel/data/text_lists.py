@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 _PYTHON_LIST = re.compile(r"\s*\[\s*(['\"{]|None\b)")
+_SINGLE_QUOTES = re.compile(r"\s*\[\s*\{?\s*'")
+_NUMPY = "it is a list as numpy prints it, without commas, so that its texts cannot be told apart"
 
 
 def parse_list(text: str) -> Any:
@@ -29,7 +31,9 @@ def parse_list(text: str) -> Any:
     except (ValueError, RecursionError):
         if not _PYTHON_LIST.match(text):
             raise ValueError("is not a JSON list") from None
-    hint = "is not a JSON list; it looks like a list as Python or numpy prints it: write it with json.dumps"
+    hint = "is not a JSON list"
+    if _SINGLE_QUOTES.match(text):
+        hint += "; it looks like a list as Python or numpy prints it: write it with json.dumps"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # an escape like \d, which Python never prints
@@ -39,7 +43,7 @@ def parse_list(text: str) -> Any:
         raise ValueError(hint) from None
     strings = [kind for kind in kinds if kind not in (tokenize.NL, tokenize.NEWLINE)]
     if any(one == two == tokenize.STRING for one, two in pairwise(strings)):
-        raise ValueError(f"{hint}, because numpy leaves out the commas")
+        raise ValueError(f"is not a JSON list; {_NUMPY}: write it with json.dumps")
     return values
 
 
@@ -50,7 +54,7 @@ def looks_like_list(text: str) -> bool:
     try:
         return isinstance(parse_list(text), list)
     except ValueError as error:
-        return "numpy leaves out" in str(error)
+        return _NUMPY in str(error)
 
 
 def looks_like_messages(text: str) -> bool:

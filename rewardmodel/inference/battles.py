@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from rewardmodel.data.formats import read_battles
+from rewardmodel.data.formats import SourceReport, read_battles
 from rewardmodel.data.splits import fingerprint_parts, load_battles, split
 from rewardmodel.errors import InputError
 from rewardmodel.run_folder import check_same_inputs, is_k_fold, load_run_recipe
@@ -16,21 +16,22 @@ OWN_PARTS = ("validation", "calibration", "holdout")
 """Parts of a run's own battles that can be predicted by name."""
 
 
-def battles_to_predict(run: Path, battles: Any) -> Dataset:
+def battles_to_predict(run: Path, battles: Any, reports: list[SourceReport] | None = None) -> Dataset:
     """Return the battles of a Dataset, a DataFrame or a path, or a part of the run's own that it did not train on.
 
     Args:
         run: the run folder.
         battles: what to read; `validation`, `calibration` and `holdout` are the run's own.
+        reports: gets a report of each source that is read.
 
     Raises:
         InputError: battles that cannot be read, a part that is empty, or the run's own battles have changed since
             training.
     """
     if not (isinstance(battles, str) and battles in OWN_PARTS):
-        return read_battles(battles, role="test")
+        return read_battles(battles, role="test", reports=reports)
     data = load_run_recipe(run).data
-    parts = split(load_battles(data), None if is_k_fold(run) else data.fold)
+    parts = split(load_battles(data, reports=reports), None if is_k_fold(run) else data.fold)
     check_same_inputs(run, {"data": fingerprint_parts(parts)})
     part: Dataset = getattr(parts, battles)
     if not len(part):

@@ -322,4 +322,6 @@ def predict_with(
         folder = shard_folder(*shards, rows, settings) if shards else None
         logits = sharded_logits(predictor, rows, folder, deadline if both_orders else None)
     orders = objective.probabilities_by_order(torch.from_numpy(logits))
-    return build_predictions(battles, *(order.numpy() for order in orders))
+    first, *second = (order.numpy() for order in orders)
+    rewards = logits[..., 0] if objective.encoding == "separate" else None
+    return build_predictions(battles, first, second[0] if second else None, rewards)

@@ -7,10 +7,11 @@ from typing import Any
 import pandas as pd
 
 from rewardmodel.config.loader import load_recipe
+from rewardmodel.data.formats import SourceReport
 from rewardmodel.distributed import is_main
 from rewardmodel.errors import InputError
 from rewardmodel.inference.battles import battles_to_predict, check_time_limit, check_weights
-from rewardmodel.predictions import check_sample, write_predictions, write_submission
+from rewardmodel.predictions import check_sample, read_labels, write_predictions, write_submission
 from rewardmodel.run_folder import RunFolder, trained_models
 
 
@@ -33,10 +34,12 @@ def predict_to_file(
     Args:
         runs: one or several run folders, as for `predict`.
         battles: as for `predict`.
-        output: .parquet for the predictions table, .csv for a submission; written completely or not at all.
+        output: .parquet for the predictions table, .csv for a submission; written completely or not at all. The .csv
+            of chosen and rejected responses also says which of them is A, and the probability of what was chosen.
         overrides: keys of the runs' recipes for this call, as typed: `["--inference.swap_tta", "none"]`.
         weights: of each run in the mean; default: equal.
-        sample_submission: a submission with the columns and ids that the output, a .csv, must have.
+        sample_submission: a submission with the columns and ids that the output, a .csv, must have: probabilities, or
+            `id` and `winner`.
         time_limit: seconds, as for `predict`.
 
     Returns:
@@ -56,7 +59,9 @@ def predict_to_file(
     for run in folders:
         trained_models(run)
     recipes = [load_recipe(RunFolder(run).recipe, overrides, of_run=True) for run in folders]
-    read = battles_to_predict(folders[0], battles)
+    reports: list[SourceReport] = []
+    read = battles_to_predict(folders[0], battles, reports)
+    labels = read_labels(sample) if sample else None
     if sample:
         check_sample(sample, read["id"])
 
@@ -66,8 +71,10 @@ def predict_to_file(
     shards = output.with_name(f"{output.name}.shards")
     table = predict(folders, read, recipes, weights, work=shards, time_limit=time_limit)
     if is_main():
-        write = write_submission if output.suffix == ".csv" else write_predictions
-        write(table, output)
+        if output.suffix == ".csv":
+            write_submission(table, output, labels, any(one.tossed for one in reports) and not sample)
+        else:
+            write_predictions(table, output)
         remove_shards(shards)
     return table
 

@@ -21,10 +21,10 @@ from rewardmodel.battles import (
     weights,
 )
 from rewardmodel.config.schema import Source
-from rewardmodel.data import formats
-from rewardmodel.data import readers as sources
+from rewardmodel.data import battle_parser
 from rewardmodel.data.folds import TRAIN_ONLY
 from rewardmodel.data.formats import FORMATS, read_battles
+from rewardmodel.data.readers import COMPRESSIONS, READERS
 from rewardmodel.errors import InputError
 
 HEADER = "id,prompt,response_a,response_b"
@@ -204,7 +204,7 @@ def test_soft_outcomes_are_kept(tmp_path):
 
 
 def test_rows_of_several_chunks_keep_their_order_and_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "ROWS_PER_TABLE", 3)
+    monkeypatch.setattr(battle_parser, "ROWS_PER_TABLE", 3)
     rows = [{**GOOD, "id": str(number)} for number in range(1, 8)]
     assert read_battles(write(tmp_path, csv_text(rows)))["id"][:] == list("1234567")
     rows[6]["id"] = "2"
@@ -403,12 +403,14 @@ def test_ending_may_be_in_any_case(tmp_path, name):
 
 def test_unknown_ending_is_refused_and_the_known_named(tmp_path):
     path = write(tmp_path, f"{HEADER}\n{ROW}\n", "battles.xlsx")
-    assert message_of(path) == f"{path}: unknown file ending '.xlsx'; known: {', '.join(sources.READERS)}"
+    assert message_of(path) == (
+        f"{path}: unknown file ending '.xlsx'; known: {', '.join(READERS)}, and these compressed: "
+        f"{', '.join(COMPRESSIONS)}"
+    )
 
 
-@pytest.mark.parametrize("name", ["absent.csv", "."])
-def test_missing_file_or_folder_is_refused(tmp_path, name):
-    assert message_of(tmp_path / name).startswith(f"{tmp_path / name}: no such file")
+def test_missing_file_is_refused(tmp_path):
+    assert message_of(tmp_path / "absent.csv").startswith(f"{tmp_path / 'absent.csv'}: no such file")
 
 
 def test_empty_data_frame_is_refused():
@@ -475,9 +477,32 @@ def test_file_of_plain_strings_has_one_turn_each(tmp_path, caplog):
     assert f"{path}: texts are plain strings (not JSON lists), read as one turn each" in caplog.messages
 
 
-def test_texts_are_json_where_most_of_the_first_are_and_the_others_are_named(tmp_path):
-    rows = [{"id": 1, **dict.fromkeys(TEXT_COLUMNS, "plain")}, *({**GOOD, "id": number} for number in (2, 3))]
+PLAIN = dict.fromkeys(TEXT_COLUMNS, "plain")
+PRINTED = {"prompt": "['p', 'q']", "response_a": """['a', "b's"]""", "response_b": "['c', None]"}
+
+
+@pytest.mark.parametrize("lists", [1, 9], ids=["first plain", "first lists"])
+def test_rows_of_lists_and_of_plain_texts_are_read_as_what_they_are_and_counted(tmp_path, caplog, lists):
+    rows = [{**GOOD, "id": number, **PRINTED} for number in range(lists)]
+    rows += [{**GOOD, "id": number, **PLAIN} for number in range(lists, 10)]
+    path = write(tmp_path, csv_text(rows))
+    battles = read_battles(path)
+    assert texts_of(battles[0]) == [["p", "q"], ["a", "b's"], ["c", ""]]
+    assert texts_of(battles[9]) == [["plain"]] * 3
+    kinds = ("lists of turns", "plain texts") if lists == 1 else ("plain texts", "lists of turns")
+    assert f"{path}: 1 rows of {kinds[0]} among rows of {kinds[1]}" in caplog.messages
+
+
+def test_one_plain_text_in_a_row_of_lists_is_refused(tmp_path):
+    rows = [{**GOOD, "id": 1, "prompt": "plain"}, *({**GOOD, "id": number} for number in (2, 3))]
     assert "row 1, column 'prompt': 'plain' is not a JSON list" in message_of(write(tmp_path, csv_text(rows)))
+
+
+def test_lists_as_numpy_prints_them_are_refused(tmp_path):
+    rows = [{**GOOD, "prompt": "['one' 'two']", "response_a": "['a' 'b']", "response_b": "['c' 'd']"}]
+    message = message_of(write(tmp_path, csv_text(rows)))
+    assert "row 1, column 'prompt': \"['one' 'two']\" is not a JSON list; it is a list as numpy prints it" in message
+    assert "write it with json.dumps" in message
 
 
 def test_plain_answers_may_look_like_json_lists(tmp_path):
@@ -509,10 +534,11 @@ def test_winner_names_the_outcome(winner, outcome):
     assert outcome_of(read_battles(pd.DataFrame([{**GOOD, "winner": winner}]))[0]) == outcome
 
 
-@pytest.mark.parametrize("winner", ["gpt-4", "0", "nan", "tie (bothgood)"])
+@pytest.mark.parametrize("winner", ["gpt-4", "0", "1", "True", "nan", "model_0", "tie (perhaps)"])
 def test_unknown_winner_is_refused_and_the_known_named(winner):
     message = message_of(pd.DataFrame([{**GOOD, "winner": winner}]))
-    assert message.startswith(f"data frame: row 1, column 'winner': '{winner}' is not an outcome; known: model_a, a, ")
+    assert message.startswith(f"data frame: row 1, column 'winner': '{winner}' is not an outcome by name; say what")
+    assert f'outcomes, like {{"{winner}": model_a}}; known by name: model_a, model_b, tie, A>B' in message
 
 
 @pytest.mark.parametrize(("column", "value"), [("winner", "model_a"), ("p_b", 0.5)])
@@ -1005,7 +1031,7 @@ def test_sample_to_predict_shares_no_prompt_with_the_one_to_train_on(sample):
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
 def test_columns_that_are_not_read_are_named(kind, tmp_path, caplog):
-    frame = pd.DataFrame([{"question": "q", "chosen": "a", "rejected": "b", "system": "Be kind.", "history": "h"}])
+    frame = pd.DataFrame([{"question": "q", "chosen": "a", "rejected": "b", "margin": 2, "turn": 1, "input": "x"}])
     path = tmp_path / f"pairs.{kind}"
     if kind == "csv":
         frame.to_csv(path, index=False)
@@ -1016,4 +1042,4 @@ def test_columns_that_are_not_read_are_named(kind, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "rewardmodel"):
         read_battles(Source(str(path), columns={"prompt": "question"}))
     unread = [line for line in caplog.messages if "not read" in line]
-    assert unread == [f"{path}: columns that are not read: system, history"]
+    assert unread == [f"{path}: columns that are not read: margin, turn, input"]

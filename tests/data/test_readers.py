@@ -1,6 +1,9 @@
+import bz2
 import csv
+import gzip
 import io
 import json
+import lzma
 import zipfile
 from datetime import date, timedelta
 from pathlib import Path
@@ -15,7 +18,7 @@ from datasets import Dataset
 from rewardmodel.config.schema import Source
 from rewardmodel.data.formats import read_battles
 from rewardmodel.data.raw_rows import PEEKED_ROWS
-from rewardmodel.data.readers import READERS
+from rewardmodel.data.readers import COMPRESSIONS, READERS
 from rewardmodel.data.sources import open_rows
 from rewardmodel.errors import InputError
 
@@ -35,9 +38,9 @@ LINES = "".join(f"{json.dumps(row)}\n" for row in BATTLES)
 """The battles as JSON Lines."""
 
 
-def as_csv(rows):
+def as_csv(rows, delimiter=","):
     file = io.StringIO()
-    writer = csv.DictWriter(file, rows[0])
+    writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
     writer.writeheader()
     writer.writerows(
         {name: json.dumps(value) if isinstance(value, list) else value for name, value in row.items()} for row in rows
@@ -49,6 +52,13 @@ def as_parquet(rows):
     file = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), file)
     return file.getvalue()
+
+
+def as_zst(content):
+    file = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(file, "zstd") as packed:
+        packed.write(content)
+    return file.getvalue().to_pybytes()
 
 
 def as_zip(members, method=zipfile.ZIP_DEFLATED):
@@ -82,22 +92,38 @@ SAME = {
     "battles.jsonl": LINES,
     "battles.ndjson": LINES,
     "battles.json": json.dumps(BATTLES, indent=1),
+    "battles.tsv": as_csv(BATTLES, "\t"),
+    "battles.csv.gz": gzip.compress(as_csv(BATTLES)),
+    "battles.jsonl.bz2": bz2.compress(LINES.encode()),
+    "battles.json.xz": lzma.compress(json.dumps(BATTLES).encode()),
+    "battles.tsv.ZST": as_zst(as_csv(BATTLES, "\t")),
+    "battles.parquet.gz": gzip.compress(as_parquet(BATTLES)),
+    "battles.parquet.zst": as_zst(as_parquet(BATTLES)),
     "battles.parquet": as_parquet(BATTLES),
     "csv.zip": as_zip({"battles.csv": as_csv(BATTLES)}),
     "jsonl.zip": as_zip({"folder/battles.jsonl": LINES}, zipfile.ZIP_LZMA),
     "parquet.zip": as_zip({"battles.parquet": as_parquet(BATTLES)}, zipfile.ZIP_BZIP2),
+    "gz.zip": as_zip({"battles.csv.gz": gzip.compress(as_csv(BATTLES))}),
     "stored.zip": as_zip({"readme.txt": "hello", "battles.json": json.dumps(BATTLES)}, zipfile.ZIP_STORED),
 }
 """The two battles in every kind of file."""
 
+MISNAMED = {
+    "lines.json": LINES,
+    "list.jsonl": json.dumps(BATTLES, indent=1),
+    "semicolons.csv": b"\xef\xbb\xbf" + as_csv(BATTLES, ";"),
+    "tabs.csv": as_csv(BATTLES, "\t"),
+}
+"""The two battles in files whose content is not quite what the ending says."""
+
 
 def test_every_ending_has_a_file_in_these_tests():
-    assert {Path(name).suffix for name in SAME} == set(READERS)
+    assert {end.lower() for name in SAME for end in Path(name).suffixes} == {*READERS, *COMPRESSIONS}
 
 
-@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("name", [*SAME, *MISNAMED])
 def test_every_kind_of_file_gives_the_same_battles(tmp_path, name):
-    battles = read_battles(write(tmp_path, SAME[name], name))
+    battles = read_battles(write(tmp_path, (SAME | MISNAMED)[name], name))
     for given, read in zip(BATTLES, battles, strict=True):
         assert {column: read[column] for column in given} == given
 
@@ -179,7 +205,17 @@ FILES = {
     "jsonl, latin-1": ("b.jsonl", LINES.encode() + b'{"id": "f\xfcr"}\n', "line 3: byte 0xfc is not UTF-8"),
     "jsonl, utf-16": ("b.jsonl", LINES.encode("utf-16"), "line 1: byte 0xff is not UTF-8"),
     "jsonl, deep": ("b.jsonl", '{"id": ' + "[" * 9999, "line 1: not JSON"),
-    "json, an object": ("b.json", json.dumps(BATTLES[0]), "if it is JSON Lines, name it .jsonl"),
+    "json, an object": (
+        "b.json",
+        '{"a": 1, "b": "x"}',
+        "one JSON object, not a list of objects, one per battle; none of",
+    ),
+    "json, two lists": ("b.json", '{"a": [{}], "b": [{}]}', "several of its keys hold lists of objects: a, b; keep"),
+    "json, columns": ("b.json", '{"prompt": {"0": "q"}}', "to_json(orient='records')"),
+    "gz, cut": ("b.csv.gz", gzip.compress(as_csv(BATTLES))[:-12], "is the file complete?"),
+    "xz, text": ("b.csv.xz", as_csv(BATTLES), "is the file complete?"),
+    "zst, text": ("b.csv.zst", as_csv(BATTLES), "is the file complete?"),
+    "gz, unknown": ("b.xlsx.gz", b"", "unknown file ending '.xlsx'; known: .csv, .tsv"),
     "json, a list of lists": ("b.json", "[[1]]", "row 1: not an object"),
     "json, cut": ("b.json", json.dumps(BATTLES)[:-1], "not JSON"),
     "json, no bytes": ("b.json", "", "not JSON"),
@@ -220,8 +256,14 @@ def test_parquet_column_that_nobody_reads_may_hold_anything(tmp_path):
     assert len(read_battles(tmp_path / "b.parquet")) == 2
 
 
-def test_json_lines_in_a_json_file_are_told_apart_from_broken_json(tmp_path):
-    assert ".jsonl" in message_of(write(tmp_path, LINES, "battles.json"))
+@pytest.mark.parametrize("key", ["data", "rows"])
+def test_battles_under_a_key_of_a_json_file_are_read(tmp_path, key):
+    whole = {"version": "1", "about": {"by": "us"}, "labels": ["a"], key: BATTLES}
+    assert read_battles(write(tmp_path, json.dumps(whole), "b.json"))["id"][:] == ["b1", "b2"]
+
+
+def test_one_battle_is_a_json_file(tmp_path):
+    assert read_battles(write(tmp_path, json.dumps(BATTLES[0], indent=1), "b.json"))["id"][:] == ["b1"]
 
 
 @pytest.mark.parametrize(
