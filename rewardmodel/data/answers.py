@@ -21,12 +21,14 @@ class Answer(NamedTuple):
     """One answer of a row.
 
     Attributes:
+        column: that it stands in.
         place: in its row, from 1.
         messages: what was said.
         grade: the higher, the better.
         model: that wrote it, or an empty text.
     """
 
+    column: str
     place: int
     messages: list[Message]
     grade: float
@@ -51,11 +53,12 @@ def parse_choices(row: RawRow) -> list[dict[str, Any]]:
         given = row.read_number(name, "give the number of answers")
         if given is not None and given != size:
             raise row.error(name, f"{given:g}, but the row has {size}; correct the lists, or leave the row out")
-    models = row.values.get("models")
-    models = [*models] if is_sequence(models) and len(models) == sizes[2] else [""] * sizes[2]  # type: ignore[misc,arg-type]
+    listed: Any = row.values.get("models")
+    models = [*map(str, listed)] if is_sequence(listed) and len(listed) == sizes[2] else [""] * sizes[2]
+    columns = [name for name, size in zip(names, sizes, strict=False) for _ in range(size)]
     answers = [
-        Answer(place, row.read_messages(names[place > sizes[0]], text, "assistant"), place <= sizes[0], str(model))
-        for place, (text, model) in enumerate(zip([*lists[0], *lists[1]], models, strict=True), start=1)
+        Answer(column, place, row.read_messages(column, text, "assistant"), float(column == "chosen"), model)
+        for place, (column, text, model) in enumerate(zip(columns, lists[0] + lists[1], models, strict=True), start=1)
     ]
     return _meet(row, "chosen", read_prompt(row, "prompt"), answers, ties=False)
 
@@ -112,7 +115,7 @@ def _read_answer(row: RawRow, column: str, place: int, entry: Any, graded_by: st
         raise row.error(column, f"answer {place}: {graded_by} {shorten(values[graded_by])} is {what}") from None
     messages = row.read_messages(column, values if is_message(values) else values[key], "assistant")
     model = next((values[key] for key in ("model", "generator", "model_name") if values.get(key)), "")
-    return Answer(place, messages, grade, str(model))
+    return Answer(column, place, messages, grade, str(model))
 
 
 _TEXT_KEYS = ("answer", "response", "completion", "text", "content", "output")
@@ -142,10 +145,10 @@ def _meet(row: RawRow, column: str, prompt: list[Message], answers: list[Answer]
     asked: list[str] = []
     for answer in answers:
         if not answer.messages:
-            raise row.error(column, f"answer {answer.place} is empty; leave it out")
-        here, turns[answer.place] = split_turns(join_prompt(row, column, prompt, answer.messages))
+            raise row.error(answer.column, f"answer {answer.place} is empty; leave it out")
+        here, turns[answer.place] = split_turns(join_prompt(row, answer.column, prompt, answer.messages))
         if asked and here != asked:
-            raise row.error(column, f"answer {answer.place}: its user turns differ from those of answer 1")
+            raise row.error(answer.column, f"answer {answer.place}: its user turns differ from those of answer 1")
         asked = here
     return [
         {
