@@ -11,6 +11,7 @@ from rewardmodel.battles import OUTCOMES, swap
 from rewardmodel.errors import InputError
 from rewardmodel.predictions import (
     PROBABILITIES,
+    REWARDS,
     apply_rules,
     average_probabilities,
     average_tables,
@@ -18,6 +19,7 @@ from rewardmodel.predictions import (
     check_sample,
     has_both_orders,
     predicted,
+    read_labels,
     read_predictions,
     rule_probabilities,
     true_outcomes,
@@ -256,6 +258,59 @@ def test_submission_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
         write_submission(table_of(["1", "2"]), tmp_path / "submission.csv")
     assert (tmp_path / "submission.csv").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["submission.csv"]
+
+
+def labels_of(tmp_path, *winners):
+    path = tmp_path / "sample_submission.csv"
+    path.write_text("id,winner\n" + "".join(f"{number},{winner}\n" for number, winner in enumerate(winners)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("winners", "labels", "written"),
+    [
+        (["model_a", "model_a"], ("model_a", "model_b"), ["model_b", "model_a"]),
+        (["model_b", ""], ("model_a", "model_b"), ["model_b", "model_a"]),
+        (["model_a", "tie"], ("model_a", "model_b", "tie"), ["tie", "model_a"]),
+    ],
+)
+def test_a_sample_of_winners_is_answered_with_the_likeliest_of_its_labels(tmp_path, winners, labels, written):
+    sample = labels_of(tmp_path, *winners)
+    check_sample(sample, ["0", "1"])
+    assert read_labels(sample) == labels
+    table = build_predictions(battles_of(["0", "1"]), np.array([[0.1, 0.3, 0.6], [0.5, 0.1, 0.4]]))
+    write_submission(table, tmp_path / "submission.csv", read_labels(sample))
+    assert rows_of(tmp_path / "submission.csv") == [["id", "winner"], ["0", written[0]], ["1", written[1]]]
+
+
+def test_a_sample_of_probabilities_has_no_labels_and_other_labels_are_refused(tmp_path):
+    assert read_labels(sample_of(tmp_path, IDS)) is None
+    with pytest.raises(InputError, match="winner 'A' is not one of model_a, model_b, tie"):
+        check_sample(labels_of(tmp_path, "A"), ["0"])
+
+
+def test_a_submission_of_battles_that_a_coin_ordered_says_what_was_chosen(tmp_path):
+    battles = battles_of(["0", "1", "2"])  # A, B, tie
+    table = build_predictions(battles, np.array([[0.1, 0.3, 0.6], [0.5, 0.1, 0.4], [0.25, 0.25, 0.5]]))
+    write_submission(table, tmp_path / "submission.csv", tossed=True)
+    written = pd.read_csv(tmp_path / "submission.csv", dtype={"id": str})
+    assert list(written) == ["id", *OUTCOMES, "chosen", "p_chosen"]
+    assert written["chosen"].tolist() == ["model_a", "model_b", "tie"]
+    assert written["p_chosen"].tolist() == [0.1, 0.1, 0.5]
+    table.loc[0, list(OUTCOMES)] = np.nan
+    write_submission(table, tmp_path / "submission.csv", tossed=True)
+    unknown = pd.read_csv(tmp_path / "submission.csv", keep_default_na=False).iloc[0]
+    assert (unknown["chosen"], unknown["p_chosen"]) == ("", "")
+
+
+def test_rewards_are_columns_and_their_mean_is_that_of_several_models():
+    battles, shares = battles_of(["0", "1"]), np.full((2, 3), 1 / 3)
+    tables = [build_predictions(battles, shares, rewards=np.array([[1, 2], [3, 4]]) * scale) for scale in (1.0, 3.0)]
+    assert tables[0][list(REWARDS)].to_numpy().tolist() == [[1, 2], [3, 4]]
+    assert average_tables(tables, [1, 1])[list(REWARDS)].to_numpy().tolist() == [[2, 4], [6, 8]]
+    without = build_predictions(battles, shares)
+    assert not {*REWARDS} & {*without}
+    assert not {*REWARDS} & {*average_tables([tables[0], without], [1, 1])}
 
 
 @pytest.mark.parametrize("content", [None, b"", b"id\n\xff\n"], ids=["missing", "empty", "not UTF-8"])

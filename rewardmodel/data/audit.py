@@ -228,7 +228,7 @@ def _text_lines(facts: dict[str, Any]) -> list[str]:
         "similar prompts": f"at least {near['pairs']:,} pairs among {near['prompts']:,} prompts, of different groups",
     }
     if unread := [f"{name}: {_join_names(columns)}" for name, columns in facts["unread_columns"].items()]:
-        lines["columns not read"] = "; ".join(unread)
+        lines["columns not read"] = textwrap.shorten("; ".join(unread), 100, placeholder=" …")
     shown = [f"{name:<18}{line}" for name, line in lines.items()]
     return [*shown, "", *_percentile_lines("characters", facts["characters"])]
 

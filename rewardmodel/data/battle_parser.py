@@ -139,7 +139,8 @@ class BattleParser:
             raise row.error(self.identifier, "empty; give every battle an id")
         first = self.first_rows.setdefault(identifier, row.number)
         if first != row.number:
-            hint = f"let the rows be numbered with columns: {{{self.identifier}: null}}"
+            numbered = f"let the rows be numbered with columns: {{{self.identifier}: null}}"
+            hint = numbered if self.source.path else "leave out the column, so that the rows are numbered"
             raise row.error(
                 self.identifier,
                 f"{identifier!r} was already used in row {first}; give every battle a unique id, or {hint}",

@@ -202,6 +202,45 @@ def test_a_path_on_the_command_line_takes_the_place_of_sources(write):
     assert load_recipe(path, ["--data.train", "b.csv"]).data.train == "b.csv"
 
 
+def test_options_of_a_source_may_be_typed_one_by_one(write):
+    path = write("data:\n  train: a.csv\n  test: {path: t.csv, split: dev}\n")
+    typed = ["--data.train.columns", "{prompt: question}", "--data.test.outcomes={1: model_a, 0: model_b}"]
+    data = load_recipe(path, [*typed, "--data.train", "b.csv"]).data
+    assert data.train == Source("b.csv", columns={"prompt": "question"})
+    assert data.test == Source("t.csv", split="dev", outcomes={"1": "model_a", "0": "model_b"})
+
+
+@pytest.mark.parametrize(
+    ("text", "typed", "message"),
+    [
+        (
+            "train: [a.csv, b.csv]",
+            ["--data.train.weight=2"],
+            r"data\.train\.weight: there are 2 sources; give path and",
+        ),
+        ("seed: 1", ["--data.test.split=dev"], r"data\.test\.split: there is no source"),
+        (
+            "seed: 1",
+            ["--data.train.wieght=2"],
+            r"unknown key 'data\.train\.wieght'; did you mean 'data\.train\.weight'",
+        ),
+        (
+            "seed: 1",
+            ["--data.train", "{path: x, wieght: 2}"],
+            r"unknown key 'data\.train\.wieght'; did you mean 'weight'",
+        ),
+        (
+            "seed: 1",
+            ["--data.train", "{path: x, pairs: any}"],
+            r"data\.train: {path: x, pairs: any}: not a path and its",
+        ),
+    ],
+)
+def test_options_of_a_source_that_cannot_be_used_are_refused(write, text, typed, message):
+    with pytest.raises(InputError, match=message):
+        load_recipe(write(f"data:\n  {text}\n"), typed)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -245,10 +245,19 @@ def test_without_counted_tokens_there_are_none():
     assert "tokens" not in format_audit(facts)
 
 
+def test_columns_that_are_not_read_are_facts_and_a_line():
+    battles = numbered(3, [A, B, TIE])
+    facts = audit(battles, unread={"train.csv": ["margin", "language"], "b.jsonl": ["x"]})
+    assert facts["unread_columns"] == {"train.csv": ["margin", "language"], "b.jsonl": ["x"]}
+    assert "columns not read  train.csv: margin, language; b.jsonl: x" in format_audit(facts)
+    assert "columns not read" not in format_audit(audit(battles))
+
+
 def test_lines_fit_a_terminal():
     names = [f"a_source_with_a_rather_long_name_number_{number}" for number in range(20)]
     battles = numbered(1200, [A, B, A] * 400, source=[names[row % 20] for row in range(1200)])
-    facts = audit(assign_folds(assign_groups(battles), 20, holdout=0.1), tokens_of(battles))
+    unread = {name: ["a_column_that_is_not_read"] * 9 for name in names}
+    facts = audit(assign_folds(assign_groups(battles), 20, holdout=0.1), tokens_of(battles), unread)
     facts["near_duplicates"] |= {
         "pairs": 3,
         "battles": 6,
