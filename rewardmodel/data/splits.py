@@ -1,5 +1,6 @@
 """Read the battles of a recipe's `data` section, and split them into training, validation, calibration and holdout."""
 
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ from datasets import Dataset
 
 from rewardmodel.battles import data_fingerprint, outcomes, teacher_probabilities, with_column
 from rewardmodel.config.schema import DataConfig
+from rewardmodel.data.duplicates import find_duplicates
 from rewardmodel.data.folds import (
     CALIBRATION_FOLD,
     HOLDOUT_FOLD,
@@ -22,6 +24,8 @@ from rewardmodel.data.formats import SourceReport, read_battles
 from rewardmodel.errors import InputError
 from rewardmodel.files import atomic_path
 from rewardmodel.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 
 class Parts(NamedTuple):
@@ -58,9 +62,22 @@ def load_battles(data: DataConfig, battles: Any = None, reports: list[SourceRepo
         raise InputError(f"data.limit: {data.limit}; give a positive number of battles, or leave it out")
     battles = read_battles(data.train if battles is None else battles, seed=data.seed, reports=reports)
     battles = assign_groups(_mark_unlabelled(battles))
+    _warn_of_conflicts(battles)
     if data.limit is not None:
         battles = limit_battles(battles, data.limit, data.seed)
     return assign_folds(battles, data.folds, data.seed, data.calibration, data.holdout)
+
+
+def _warn_of_conflicts(battles: Dataset) -> None:
+    conflicts = find_duplicates(battles)["label_conflicts"]
+    if conflicts["sets"]:
+        logger.warning(
+            "%d pairs of responses were judged several times, with different winners, in %d battles, like %s; no model "
+            "can predict all of them",
+            conflicts["sets"],
+            conflicts["battles"],
+            " and ".join(conflicts["examples"][0][:2]),
+        )
 
 
 def _mark_unlabelled(battles: Dataset) -> Dataset:

@@ -195,3 +195,18 @@ def test_a_run_knows_the_groups_again_that_it_trained_on(data, tmp_path):
     np.testing.assert_array_equal(find_seen_battles(runs, battles), fold != np.arange(4)[:, None])
     RunFolder(runs[1]).training_keys.unlink()
     assert find_seen_battles(runs, battles) is None
+
+
+def test_pairs_that_were_judged_with_different_winners_are_counted(data, frame, caplog):
+    again = (
+        frame.iloc[:2].assign(id=["x", "y"]).rename(columns={"response_a": "response_b", "response_b": "response_a"})
+    )
+    again[["winner_model_a", "winner_model_b", "winner_tie"]] = [[1, 0, 0], [1, 0, 0]]
+    before = frame.assign(winner_model_a=1, winner_model_b=0, winner_tie=0)
+    load_battles(data, before)
+    assert not any("judged several times" in line for line in caplog.messages)
+    load_battles(data, pd.concat([before, again]))
+    [line] = [line for line in caplog.messages if "judged several times" in line]
+    assert line.startswith(
+        "2 pairs of responses were judged several times, with different winners, in 4 battles, like "
+    )

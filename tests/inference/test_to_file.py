@@ -115,3 +115,25 @@ def test_a_part_that_was_not_kept_is_refused(run):
         battles_to_predict(run, "holdout")
     assert len(battles_to_predict(run, "validation")) == 12
     shutil.rmtree(run)
+
+
+def test_a_csv_of_chosen_and_rejected_says_which_response_is_chosen(run, predicted, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pd.DataFrame({"prompt": list("pqr"), "chosen": "good", "rejected": "bad"}).to_json(
+        pairs, orient="records", lines=True
+    )
+    predict_to_file(run, str(pairs), tmp_path / "x.csv")
+    written = pd.read_csv(tmp_path / "x.csv")
+    assert list(written) == ["id", *OUTCOMES, "chosen", "p_chosen"]
+    likely = written["chosen"].map({"model_a": 0.5, "model_b": 0.3})
+    assert written["p_chosen"].tolist() == likely.tolist()
+
+
+def test_a_sample_of_winners_is_answered_with_winners(run, battles, predicted, tmp_path):
+    ids = pd.read_csv(battles, dtype={"id": str})["id"]
+    sample = write_csv(pd.DataFrame({"id": ids, "winner": "model_b"}), tmp_path / "sample.csv")
+    predict_to_file(run, str(battles), tmp_path / "x.csv", sample_submission=sample)
+    written = pd.read_csv(tmp_path / "x.csv", dtype={"id": str})
+    assert list(written) == ["id", "winner"]
+    assert written["winner"].tolist() == ["model_a"] * len(ids)
+    assert written["id"].tolist() == ids.tolist()
