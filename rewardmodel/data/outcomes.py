@@ -64,6 +64,9 @@ def _read_winner(row: RawRow, label: str) -> int:
             "winner", f"{shorten(label)} is not among the source's outcomes: {', '.join(given)}; add it there"
         )
 
+    if label in WINNERS:
+        return WINNERS[label]
+
     # the name of a side's column or model, a word, or a number on a scale
     sides = [{row.read_text(f"model_{side}"), row.source.columns.get(f"response_{side}")} for side in "ab"]
     named = [number for number, names in enumerate(sides) if label in names]
@@ -71,6 +74,7 @@ def _read_winner(row: RawRow, label: str) -> int:
         return named[0]
     word = re.sub(r"[\s_()\[\]-]+", " ", label.lower()).strip()
     word = re.sub(r"\s*([<>=]+)\s*", r"\1", word)
+    word = re.sub(r"( is)?( much| slightly)? (better|wins?|won|preferred)$", "", word)
     if word in _WORDS:
         return _WORDS[word]
     largest = _SCALES.get(row.source.columns.get("winner") or "")

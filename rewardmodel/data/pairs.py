@@ -41,16 +41,17 @@ def parse_conversations(row: RawRow) -> list[dict[str, Any]]:
 
     In the column `turn` is the number of the round that was judged: later ones are left out.
     """
-    prompt, response_a = split_turns(row.read_dialogue("conversation_a", "user"))
-    other, response_b = split_turns(row.read_dialogue("conversation_b", "user"))
+    prompt, response_a = split_rounds(row.read_dialogue("conversation_a", "user"))
+    other, response_b = split_rounds(row.read_dialogue("conversation_b", "user"))
     if not prompt:
         raise row.error("conversation_a", "empty; give its messages")
     if prompt != other:
         raise row.error("conversation_b", "its user turns differ from those of conversation_a; give both the same")
     texts = {"prompt": prompt, "response_a": response_a, "response_b": response_b}
-    judged = row.read_number("turn", "give the number of the round that was judged, from 1")
+    hint = "give the number of the round that was judged, from 1, or ignore the column with columns: {turn: null}"
+    judged = row.read_number("turn", hint)
     if judged is not None and not (judged >= 1 and judged.is_integer()):
-        raise row.error("turn", f"{judged:g} is no round; give the number of the one that was judged, from 1")
+        raise row.error("turn", f"{judged:g} is no round; {hint}")
     if judged is not None and judged < len(prompt):
         row.notes["battles were judged before their last round: later rounds are left out"] += 1
         texts = {name: turns[: int(judged)] for name, turns in texts.items()}
@@ -63,7 +64,8 @@ def parse_preference(row: RawRow) -> list[dict[str, Any]]:
     Equal scores of both are a tie: the data sets that give them choose one of two equal answers at random.
     """
     prompt, better, worse = _read_pair(row, "chosen", "rejected")
-    scores = [row.read_number(f"score_{name}", "give a score") for name in ("chosen", "rejected")]
+    hint = "give a score, or ignore the column with columns: {score_chosen: null, score_rejected: null}"
+    scores = [row.read_number(f"score_{name}", hint) for name in ("chosen", "rejected")]
     tie = None not in scores and scores[0] == scores[1]
     if tie:
         row.notes["pairs with equal scores, read as ties"] += 1
@@ -113,7 +115,7 @@ def _read_pair(row: RawRow, first: str, second: str) -> tuple[list[str], list[st
         if len(asked) == 1:
             shared = shared + _without_answer(asked[0])
     (prompt, one), (other, two) = (
-        split_turns(join_prompt(row, name, shared, messages)) for name, messages in columns.items()
+        split_rounds(join_prompt(row, name, shared, messages)) for name, messages in columns.items()
     )
     if prompt != other:
         raise row.error(second, f"its user turns differ from those of {first}; give both the same prompt")
@@ -151,7 +153,7 @@ def join_prompt(row: RawRow, column: str, prompt: list[Message], messages: list[
     return prompt + messages
 
 
-def split_turns(messages: Sequence[Message]) -> tuple[list[str], list[str]]:
+def split_rounds(messages: Sequence[Message]) -> tuple[list[str], list[str]]:
     """Return the prompt turns and the response turns of a conversation, as many of each.
 
     Consecutive messages of one side are joined by a blank line, and a system message is part of the prompt turn where
@@ -180,6 +182,8 @@ def add_context(row: RawRow, texts: dict[str, list[str]]) -> dict[str, list[str]
     the history come first, and the system message is the beginning of the first prompt turn. A history or a system
     message that the turns begin with already is not said twice.
     """
+    if not any(row.values.get(name) is not None for name in CONTEXT_COLUMNS):
+        return texts
     prompt, responses = [*texts["prompt"]], [texts["response_a"], texts["response_b"]]
     if (row.source.columns.get("prompt") == "instruction" or "input" in row.source.columns) and row.read_text("input"):
         prompt[-1] = f"{prompt[-1]}\n{row.repair(str(row.values['input']))}"
@@ -200,7 +204,7 @@ def _read_history(row: RawRow) -> tuple[list[str], list[str]]:
     )
     rounds = row.read_list("history", hint)
     if rounds and isinstance(rounds[0], dict):
-        return split_turns(row.read_messages("history", rounds, "user"))
+        return split_rounds(row.read_messages("history", rounds, "user"))
     for pair in rounds:
         if not (is_sequence(pair) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise row.error("history", f"{shorten(pair)} is no round; {hint}")

@@ -49,6 +49,8 @@ class RawRow:
         in a list are joined by commas.
         """
         value = self.values.get(column)
+        if isinstance(value, str):
+            return self.repair(value.strip())
         if is_sequence(value):
             value = ", ".join(str(one) for one in value)  # type: ignore[union-attr]
         elif isinstance(value, float | np.floating) and float(value).is_integer():

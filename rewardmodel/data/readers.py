@@ -193,9 +193,9 @@ def _read_json(file: IO[bytes], request: ReadRequest) -> RawRows:
 def _rows_of_object(whole: dict[str, Any], request: ReadRequest) -> list[Any]:
     """Return the rows of a JSON file that is one object: `{"version": "1", "data": [{"prompt": ...}, ...]}`."""
     lists = {key: rows for key, rows in whole.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)}
-    tables = [rows for key, rows in lists.items() if key not in request.wanted]
-    if len(tables) == 1:
-        return tables[0]
+    tables = {key: rows for key, rows in lists.items() if key not in request.wanted}
+    if len(tables) == 1 or request.role in tables:
+        return tables.get(request.role) or next(iter(tables.values()))
     if not tables and any(isinstance(value, str | list) for key, value in whole.items() if key in request.wanted):
         return [whole]  # a file of one battle
     if whole and all(isinstance(value, dict) for value in whole.values()):

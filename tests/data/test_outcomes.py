@@ -24,7 +24,7 @@ def message_of(values, **options):
 
 WORDS = {
     **dict.fromkeys(["Model A", "model-a", "response_a", "left", "First", "A>B", "A >> B", "[[A]]", "b < a"], A),
-    **dict.fromkeys(["model_1", "Answer 1", "assistant_1"], A),
+    **dict.fromkeys(["model_1", "Answer 1", "assistant_1", "A wins", "Response A is much better"], A),
     **dict.fromkeys(["response_b", "right", "second", "B>A", "[[B>>A]]", "a<b", "model_2", "Option 2"], B),
     **dict.fromkeys(["A=B", "tie (both bad)", "Tie (bothbad)", "tie (inconsistent)", "draw", "both_good"], TIE),
 }

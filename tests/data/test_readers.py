@@ -262,6 +262,12 @@ def test_battles_under_a_key_of_a_json_file_are_read(tmp_path, key):
     assert read_battles(write(tmp_path, json.dumps(whole), "b.json"))["id"][:] == ["b1", "b2"]
 
 
+@pytest.mark.parametrize(("role", "name"), [("train", "b1"), ("test", "b2")])
+def test_battles_under_the_key_of_the_role_are_read(tmp_path, role, name):
+    whole = {"train": BATTLES[:1], "test": BATTLES[1:]}
+    assert read_battles(write(tmp_path, json.dumps(whole), "b.json"), role=role)["id"][:] == [name]
+
+
 def test_one_battle_is_a_json_file(tmp_path):
     assert read_battles(write(tmp_path, json.dumps(BATTLES[0], indent=1), "b.json"))["id"][:] == ["b1"]
 

@@ -44,6 +44,7 @@ def test_rewards_are_those_of_prediction(separate):
     lead = np.subtract(*sides)
     table = predict(run, battles)
     assert lead == pytest.approx(np.log(table["p_model_a"] / table["p_model_b"]).to_numpy(), abs=1e-4)
+    assert table[["reward_a", "reward_b"]].to_numpy() == pytest.approx(np.transpose(sides), abs=1e-4)
     assert np.ptp(sides[0]) > 0
 
 
