@@ -20,7 +20,7 @@ from rewardmodel.data.pairs import CONTEXT_COLUMNS
 from rewardmodel.data.raw_row import RawRow
 from rewardmodel.data.raw_rows import PEEKED_ROWS, RawRows
 from rewardmodel.data.readers import split_endings
-from rewardmodel.data.text_lists import looks_like_list
+from rewardmodel.data.text_lists import looks_like_list, looks_like_turns
 from rewardmodel.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class BattleParser:
         if self.json_texts:
             lists = not strings or any(text.lstrip().startswith("[") for text in strings) or not isinstance(prompt, str)
         else:
-            lists = prompt in strings and len(strings) > 1 and all(map(looks_like_list, strings))
+            lists = prompt in strings and len(strings) > 1 and all(map(looks_like_turns, strings))
         if lists != bool(self.json_texts) and strings:
             kinds = ("plain texts", "lists of turns")
             self.raw.notes[f"rows of {kinds[lists]} among rows of {kinds[not lists]}"] += 1

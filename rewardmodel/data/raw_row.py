@@ -122,6 +122,13 @@ class RawRow:
         messages = self.to_list(column, value, 'write a text, or messages like [{"role": "user", "content": "..."}]')
         if len(messages) == 1 and isinstance(messages[0], str):
             return [(speaker, self.repair(messages[0]))]
+        if (
+            messages
+            and isinstance(messages[0], dict)
+            and "type" in messages[0]
+            and {"role", "from"}.isdisjoint(messages[0])
+        ):
+            messages = [{"role": speaker, "content": messages}]  # the parts of one message
         return [self._read_message(column, message) for message in messages]
 
     def has_messages(self, column: str) -> bool:

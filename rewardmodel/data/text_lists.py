@@ -57,6 +57,16 @@ def looks_like_list(text: str) -> bool:
         return _NUMPY in str(error)
 
 
+def looks_like_turns(text: str) -> bool:
+    """Return whether a text is a list of texts, some of which may be null, or of unknown texts as numpy prints it."""
+    if not text.lstrip().startswith("["):
+        return False
+    try:
+        return all(turn is None or isinstance(turn, str) for turn in parse_list(text))
+    except ValueError as error:
+        return _NUMPY in str(error)
+
+
 def looks_like_messages(text: str) -> bool:
     """Return whether a text is a list of messages, or one message; an answer may be JSON too, but of other objects."""
     opening = _MESSAGE.match(text)

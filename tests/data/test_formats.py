@@ -493,6 +493,13 @@ def test_rows_of_lists_and_of_plain_texts_are_read_as_what_they_are_and_counted(
     assert f"{path}: 1 rows of {kinds[0]} among rows of {kinds[1]}" in caplog.messages
 
 
+@pytest.mark.parametrize("prompt", ["[1, 2]", "[[]]", "[a]"])
+def test_a_plain_row_of_other_lists_is_text(tmp_path, prompt):
+    rows = [{**GOOD, **PLAIN, "id": number} for number in range(3)]
+    rows.append({**GOOD, "id": 3, "prompt": prompt, "response_a": "[2]", "response_b": "[1]"})
+    assert texts_of(read_battles(write(tmp_path, csv_text(rows)))[3]) == [[prompt], ["[2]"], ["[1]"]]
+
+
 def test_one_plain_text_in_a_row_of_lists_is_refused(tmp_path):
     rows = [{**GOOD, "id": 1, "prompt": "plain"}, *({**GOOD, "id": number} for number in (2, 3))]
     assert "row 1, column 'prompt': 'plain' is not a JSON list" in message_of(write(tmp_path, csv_text(rows)))

@@ -137,6 +137,7 @@ DIALOGUES = {
     ),
     "as Python prints them": (str(MESSAGES), SAID),
     "one message": (MESSAGES[1], SAID[1:]),
+    "the parts of one": ([{"type": "text", "text": "one"}, {"type": "text", "text": "two"}], [("user", "one\n\ntwo")]),
     "one message in JSON": (json.dumps(MESSAGES[1]), SAID[1:]),
     "text": ("What?", [("user", "What?")]),
     "a list of other objects": ('[{"role": "chef", "name": "Ann"}]', [("user", '[{"role": "chef", "name": "Ann"}]')]),
