@@ -83,8 +83,8 @@ def _read_winner(row: RawRow, label: str) -> int:
     known = "model_a, model_b, tie, A>B, left, Response 1 and the like, or the name of the row's model_a or model_b"
     raise row.error(
         "winner",
-        f"{shorten(label)} is not an outcome by name; say what the values mean with the source's key outcomes, like "
-        f'{{"{label[:20]}": model_a}}; known by name: {known}',
+        f"{shorten(label)} is not an outcome by name; say what each value means in the source's key outcomes, "
+        f'{{"{label[:20]}": …}}, with model_a, model_b or tie; known by name: {known}',
     )
 
 
