@@ -544,8 +544,10 @@ def test_winner_names_the_outcome(winner, outcome):
 @pytest.mark.parametrize("winner", ["gpt-4", "0", "1", "True", "nan", "model_0", "tie (perhaps)"])
 def test_unknown_winner_is_refused_and_the_known_named(winner):
     message = message_of(pd.DataFrame([{**GOOD, "winner": winner}]))
-    assert message.startswith(f"data frame: row 1, column 'winner': '{winner}' is not an outcome by name; say what")
-    assert f'outcomes, like {{"{winner}": model_a}}; known by name: model_a, model_b, tie, A>B' in message
+    assert message.startswith(
+        f"data frame: row 1, column 'winner': '{winner}' is not an outcome by name; say what each"
+    )
+    assert f'outcomes, {{"{winner}": …}}, with model_a, model_b or tie; known by name: model_a, model_b, tie' in message
 
 
 @pytest.mark.parametrize(("column", "value"), [("winner", "model_a"), ("p_b", 0.5)])

@@ -39,7 +39,7 @@ def test_words_that_name_a_side_are_read(word, outcome):
 def test_codes_that_could_mean_either_are_refused_with_what_to_write(code):
     message = message_of({"winner": code})
     assert message.startswith("file.csv: row 7, column 'winner': ")
-    assert "say what the values mean with the source's key outcomes, like {\"" in message
+    assert "say what each value means in the source's key outcomes, {" in message
 
 
 @pytest.mark.parametrize("code", [1, "1", 1.0, "1.0"])
