@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from rewardmodel.config.loader import RecipeLike, as_recipe
 from rewardmodel.config.schema import ModelConfig, Recipe
 from rewardmodel.distributed import Launch, current_launch
 from rewardmodel.errors import InputError
@@ -93,13 +94,13 @@ class Diagnosis:
     estimate: Estimate | None
 
 
-def doctor(recipe: Recipe, device: str | None = None, launched: Launch | None = None) -> Diagnosis:
+def doctor(recipe: RecipeLike, device: str | None = None, launched: Launch | None = None) -> Diagnosis:
     """Estimate memory, precision and time of a recipe on a device, and list incompatible settings.
 
     Configuration and tokenizer of the backbone and the battles are read; no weights are.
 
     Args:
-        recipe: what would be run.
+        recipe: what would be run, or the path or sections of a recipe.
         device: a name from `planning.devices.DEVICES`, or `cpu`; default: the GPU of this machine, or else its CPU.
         launched: how it would be spread over processes; default: as this process is.
 
@@ -108,6 +109,7 @@ def doctor(recipe: Recipe, device: str | None = None, launched: Launch | None = 
             tokens than the backbone has positions for, or folds that the battles cannot be split into.
     """
     # the backbone's configuration, its precision on the device, and incompatible settings
+    recipe = as_recipe(recipe)
     check_ties(recipe.model, recipe.objective)
     folder = fetch_backbone(recipe.model.model_name_or_path, recipe.model.model_revision, weights=False)
     backbone = lowest_layers(AutoConfig.from_pretrained(folder), recipe.model.num_hidden_layers)

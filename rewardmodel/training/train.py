@@ -15,6 +15,7 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Printer
 from trl import RewardConfig
 
 from rewardmodel.battles import AUGMENTATIONS
+from rewardmodel.config.loader import RecipeLike, as_recipe
 from rewardmodel.config.schema import Recipe
 from rewardmodel.config.trainer import EARLY_STOPPING, HEAD_RATE, LORAPLUS, TOKENS
 from rewardmodel.data.splits import Parts, fingerprint_parts, load_battles, split, write_training_keys
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(
-    recipe: Recipe,
+    recipe: RecipeLike,
     battles: Any = None,
     *,
     parts: Parts | None = None,
@@ -49,8 +50,8 @@ def train(
     """Train a model on labelled battles and save it as a run.
 
     Args:
-        recipe: what to do; `recipe.run_folder` is written.
-        battles: a Dataset, a DataFrame or a path, in the place of `recipe.data.train`.
+        recipe: what to do, or the path or sections of a recipe; `recipe.run_folder` is written.
+        battles: a Dataset, a DataFrame, a list of dicts or a path, in the place of `recipe.data.train`.
         parts: the recipe's battles, if they were read before.
         resume: continue an existing run from its last complete checkpoint; a finished one stays as it is.
         overwrite: replace an existing run.
@@ -64,6 +65,7 @@ def train(
         FloatingPointError: a loss or a weight became NaN or infinite; the last checkpoint is good.
     """
     # check the recipe, the folder and the machine before anything is read or loaded
+    recipe = as_recipe(recipe)
     recipe = recipe if battles is None else with_source(recipe, battles)
     objective, run = find_objective(recipe.objective), RunFolder(recipe.run_folder)
     check_ties(recipe.model, recipe.objective)

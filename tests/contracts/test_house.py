@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "metrics": set(),
     "progress": set(),
     "distributed": {"errors"},
+    "logs": {"distributed", "progress"},
     "battles": {"errors", "files"},
     "config": {"errors"},
     "objectives": {"errors"},
