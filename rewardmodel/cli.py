@@ -134,13 +134,12 @@ def _evaluate(options: Namespace) -> None:
         raise InputError(f"{options.overrides[0]}: only with --data, whose battles are predicted; leave it out")
     if options.data:
         from rewardmodel.battles import is_labelled
-        from rewardmodel.config.loader import load_recipe
         from rewardmodel.inference.battles import battles_to_predict
-        from rewardmodel.run_folder import RunFolder, trained_models
+        from rewardmodel.run_folder import load_run_recipe, trained_models
 
         for run in given:
             trained_models(run)
-        recipes = [load_recipe(RunFolder(run).recipe, options.overrides, of_run=True) for run in given]
+        recipes = [load_run_recipe(run, options.overrides) for run in given]
         battles = battles_to_predict(given[0], options.data)
         if not is_labelled(battles):
             raise InputError(f"--data: {options.data}: the outcomes of these battles are not known; label them all")

@@ -14,8 +14,7 @@ from typing import Any
 import pandas as pd
 from datasets import Dataset
 
-from rewardmodel.config.loader import dump_recipe
-from rewardmodel.config.loader import RecipeLike, as_recipe
+from rewardmodel.config.loader import RecipeLike, as_recipe, dump_recipe
 from rewardmodel.config.schema import Recipe
 from rewardmodel.data.splits import fingerprint_parts, load_battles, split
 from rewardmodel.distributed import is_main, wait_for_all

@@ -243,8 +243,8 @@ def _parse_competition(row: RawRow) -> dict[str, Any]:
 
 def _parse_conversations(row: RawRow) -> dict[str, Any]:
     """Parse two whole conversations with the same user turns, in columns conversation_a and conversation_b."""
-    prompt, response_a = _split_turns(row.read_dialogue("conversation_a", "user"))
-    other, response_b = _split_turns(row.read_dialogue("conversation_b", "user"))
+    prompt, response_a = split_turns(row.read_dialogue("conversation_a", "user"))
+    other, response_b = split_turns(row.read_dialogue("conversation_b", "user"))
     if not prompt:
         raise row.error("conversation_a", "empty; give its messages")
     if prompt != other:
@@ -257,7 +257,7 @@ def _parse_preference(row: RawRow) -> dict[str, Any]:
     """Parse columns chosen and rejected; a hash of the texts and the seed decides which of them becomes A."""
     shared = [] if row.values.get("prompt") is None else row.read_dialogue("prompt", "user")
     chosen, rejected = (_conversation(row, name, shared) for name in ("chosen", "rejected"))
-    (prompt, better), (other, worse) = _split_turns(chosen), _split_turns(rejected)
+    (prompt, better), (other, worse) = split_turns(chosen), split_turns(rejected)
     if prompt != other:
         raise row.error("rejected", "its user turns differ from those of chosen; give both the same prompt")
     key = json.dumps([row.seed, prompt, better, worse]).encode()
@@ -285,7 +285,7 @@ def _conversation(row: RawRow, column: str, prompt: list[tuple[str, str]]) -> li
     return prompt + messages
 
 
-def _split_turns(messages: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
+def split_turns(messages: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
     """Return the prompt turns and the response turns of a conversation, as many of each.
 
     Consecutive messages of one side are joined by a blank line, and a system message is part of the prompt turn where

@@ -7,7 +7,7 @@ from rewardmodel.evaluation.evaluate import compare, evaluate, evaluated_predict
 from rewardmodel.evaluation.page import ComparedRun, render_comparison, render_run
 from rewardmodel.evaluation.results import Evaluation
 from rewardmodel.files import write_text
-from rewardmodel.run_folder import RunFolder
+from rewardmodel.run_folder import RunFolder, as_folders
 
 
 def report(
@@ -30,7 +30,7 @@ def report(
     Raises:
         InputError: no such run, or runs that were validated on different battles.
     """
-    folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(one) for one in runs]
+    folders = as_folders(runs)
     found = [evaluate(folder) for folder in folders] if evaluations is None else list(evaluations)
     if len(folders) == 1:
         path = Path(output or RunFolder(folders[0]).report)

@@ -37,7 +37,7 @@ from rewardmodel.predictions import (
     with_baseline,
 )
 from rewardmodel.prompt.tokenization import tokenize
-from rewardmodel.run_folder import RunFolder, load_run_recipe, model_folder, trained_models
+from rewardmodel.run_folder import RunFolder, as_folders, load_run_recipe, model_folder, trained_models
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,8 @@ def predict(
 
     Args:
         runs: a run folder, or an export (`exports`); or several.
-        battles: as for `battles_to_predict`, of the first run; labelled or not.
+        battles: as for `battles_to_predict`, of the first run; labelled or not: a path, a DataFrame, a list of dicts, or
+            one battle as a dict.
         recipe: overrides the run's own, for another device, precision or way to predict; one for each run.
         weights: of each run in the mean; default: equal.
         work: a folder for intermediate results, shard by shard, so that the same call continues after a kill; remove
@@ -78,7 +79,7 @@ def predict(
     # check everything that was given before a model is loaded
     check_time_limit(time_limit)
     deadline = None if time_limit is None else Deadline(time_limit)
-    folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
+    folders = as_folders(runs)
     models = [trained_models(run) for run in folders]
     shares = check_weights(weights, len(folders))
     given = [recipe] * len(folders) if isinstance(recipe, Recipe) else recipe

@@ -27,6 +27,7 @@ from rewardmodel.planning.estimate import (
 )
 from rewardmodel.planning.scenario import Scenario, measure_peaks
 from rewardmodel.planning.workload import Workload, read_workload
+from rewardmodel.training.arguments import training_arguments
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,10 @@ def doctor(recipe: RecipeLike, device: str | None = None, launched: Launch | Non
         problems,
         None,
     )
+    try:
+        training_arguments(recipe, torch.float32, torch.device("cpu"))  # what transformers and TRL refuse anywhere
+    except InputError as error:
+        problems.append(str(error))
     if problems:
         return diagnosis
 

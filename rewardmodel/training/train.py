@@ -27,6 +27,7 @@ from rewardmodel.model.features import layer_logits, read_features
 from rewardmodel.model.forward import Predictor
 from rewardmodel.model.loading import build_model, compile_blocks, load_tokenizer, save_model, trained_layer
 from rewardmodel.model.precision import dtype_name
+from rewardmodel.model.vocabulary import check_vocabulary
 from rewardmodel.objectives import find_objective, fit_tie
 from rewardmodel.prompt.tokenization import measure_row_retention, shared_token_fraction, tokenize
 from rewardmodel.run_folder import RunFolder, check_run, check_same_inputs, last_checkpoint, open_run, write_environment
@@ -86,7 +87,9 @@ def train(
                 open_run(recipe, resume, overwrite, before_write)
             logger.info("%s: already trained", run.path)
             return run.path, parts
-        rows, validation_rows = _tokenize_parts(parts, load_tokenizer(backbone.folder), recipe)
+        tokenizer = load_tokenizer(backbone.folder)
+        check_vocabulary(tokenizer, backbone.config)
+        rows, validation_rows = _tokenize_parts(parts, tokenizer, recipe)
 
     # fetch the weights; a resumed run must have the same ones
     backbone = backbone.with_weights()
