@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from rewardmodel.distributed import is_main
-from rewardmodel.errors import InputError, nearest
+from rewardmodel.errors import InputError, nearest, plural
 
 if TYPE_CHECKING:
     from rewardmodel.config.schema import Recipe
@@ -124,7 +124,7 @@ def _predict(options: Namespace) -> None:
         sample_submission=options.sample_submission,
         time_limit=limit[0] if limit else None,
     )
-    print(f"{len(table)} battles: {options.output}")
+    print(f"{plural(len(table), 'battle')}: {options.output}")
 
 
 def _evaluate(options: Namespace) -> None:

@@ -278,6 +278,12 @@ def check_same_inputs(folder: Path, facts: dict[str, Any]) -> None:
             )
 
 
+def add_to_environment(folder: Path, facts: dict[str, Any]) -> None:
+    """Add facts to a run's environment.json, like `{"training": {"battles": 800, "seconds": 163.2}}`."""
+    file = RunFolder(folder).environment
+    write_json(file, {**json.loads(file.read_text(encoding="utf-8")), **facts})
+
+
 def write_environment(folder: Path, facts: dict[str, Any]) -> None:
     """Write what the run was made with: versions, machine, and the given facts."""
     packages = {"rewardmodel": rewardmodel.__version__, **{name: metadata.version(name) for name in PACKAGES}}

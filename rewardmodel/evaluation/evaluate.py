@@ -9,7 +9,7 @@ import pandas as pd
 import yaml
 
 from rewardmodel.config.schema import InferenceConfig
-from rewardmodel.errors import InputError
+from rewardmodel.errors import InputError, plural
 from rewardmodel.evaluation.bias import audit_bias, format_bias
 from rewardmodel.evaluation.bootstrap import paired_difference, summarise
 from rewardmodel.evaluation.calibration import (
@@ -251,7 +251,8 @@ def _read_baselines(path: Path) -> pd.DataFrame:
 
 def format_metrics(evaluation: Evaluation) -> str:
     """Return the metrics of an evaluation, compared with the baselines, as lines for a terminal."""
-    lines, metrics = [f"{evaluation.battles} battles of {evaluation.groups} prompts"], evaluation.metrics or {}
+    lines = [f"{plural(evaluation.battles, 'battle')} of {plural(evaluation.groups, 'prompt')}"]
+    metrics = evaluation.metrics or {}
     lines += [_line(name, str(metric)) for name, metric in metrics.items()]
     if evaluation.baselines is None and evaluation.prior is not None and "log_loss" in metrics:
         loss = metrics["log_loss"]
@@ -289,7 +290,7 @@ def _format_sources(evaluation: Evaluation) -> list[str]:
     if ties or not sources:
         return []
     lines = ["accuracy (the chosen response is the likelier one) by source"]
-    lines += [_line(one.name, f"{one.accuracy_decided}   {one.battles} battles") for one in sources]
+    lines += [_line(one.name, f"{one.accuracy_decided}   {plural(one.battles, 'battle')}") for one in sources]
     return ["\n".join(lines)]
 
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from rewardmodel.config.loader import Overrides
 from rewardmodel.config.schema import Recipe
 from rewardmodel.data.formats import read_battles
-from rewardmodel.errors import InputError, nearest
+from rewardmodel.errors import InputError, nearest, plural
 from rewardmodel.exports.kaggle import Bundle
 from rewardmodel.exports.wheels import check_machines, unneeded_packages
 from rewardmodel.inference.battles import battles_to_predict
@@ -165,7 +165,8 @@ def battles_to_compare(run: TrainedRun, battles: Any = None) -> Dataset:
         given = battles_to_predict(run.folder, battles)
         if len(given) < COMPARED_BATTLES:
             raise InputError(
-                f"--battles: {len(given)} battles; give at least {COMPARED_BATTLES} to compare export and run on"
+                f"--battles: {plural(len(given), 'battle')}; give at least {COMPARED_BATTLES} to compare export and run "
+                "on"
             )
         return given
     try:

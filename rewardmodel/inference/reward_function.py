@@ -71,8 +71,8 @@ def reward_function(run: str | Path, recipe: Recipe | None = None) -> Callable[.
         broken = np.flatnonzero(~np.isfinite(found))
         if len(broken):
             raise FloatingPointError(
-                f"rewards: of {len(found)} completions {len(broken)} have a reward that is NaN or infinite, the first of "
-                f"them number {broken[0] + 1}; the weights of {run} are broken, or activations overflow: set model.dtype"
+                f"rewards: {len(broken)} of {len(found)} completions have a reward that is NaN or infinite, first "
+                f"number {broken[0] + 1}; the weights of {run} are broken, or activations overflow: set model.dtype"
             )
         return found.tolist()
 

@@ -11,8 +11,8 @@ from rewardmodel.model.families import FAMILIES
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
     """Raise if a tokenizer gives ids that are beyond the rows of the backbone's embedding.
 
-    Tokens that never occur are no harm, like the image token of a text-only Gemma 3: special tokens that neither frame a
-    text nor stand in the chat template, and the padding token of a backbone whose rows are packed.
+    Tokens that never occur do no harm, like the image token of a text-only Gemma 3: special tokens that neither frame
+    a text nor stand in the chat template, and the padding token of a backbone whose rows are packed.
 
     Args:
         tokenizer: of the backbone.

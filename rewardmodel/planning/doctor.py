@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from rewardmodel.config.loader import RecipeLike, as_recipe
 from rewardmodel.config.schema import ModelConfig, Recipe
 from rewardmodel.distributed import Launch, current_launch
-from rewardmodel.errors import InputError
+from rewardmodel.errors import InputError, plural
 from rewardmodel.model.compatibility import check_ties, incompatibilities
 from rewardmodel.model.configuration import Configuration, usable_attention
 from rewardmodel.model.families import check_length, find_family, lowest_layers, stored_bits
@@ -150,7 +150,7 @@ def doctor(recipe: RecipeLike, device: str | None = None, launched: Launch | Non
         problems = [_describe_shortage("training", training, target, fix)]
     elif not inference.fits:
         problems = [_describe_shortage("inference", inference, target, fix)]
-    size = f"{measure_peaks(scenario).size.parameters:,} weights in {scenario.layers} layers"
+    size = f"{measure_peaks(scenario).size.parameters:,} weights in {plural(scenario.layers, 'layer')}"
     return replace(
         diagnosis,
         backbone=f"{diagnosis.backbone}, {size}",

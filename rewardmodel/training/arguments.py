@@ -135,7 +135,7 @@ def _check_scheduler(args: RewardConfig) -> None:
 
 
 def _check_optimizer(args: RewardConfig) -> None:
-    """Raise if the optimiser's package is missing or its arguments are wrong, as far as no model is needed to see it."""
+    """Raise if the optimiser's package is missing or its arguments are wrong, as far as that needs no model."""
     try:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except Exception as error:

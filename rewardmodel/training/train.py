@@ -4,6 +4,7 @@ import logging
 import platform
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from rewardmodel.config.trainer import EARLY_STOPPING, HEAD_RATE, LORAPLUS, TOKE
 from rewardmodel.data.splits import Parts, fingerprint_parts, load_battles, split, write_training_keys
 from rewardmodel.data.teacher import check_teacher, with_soft_outcomes
 from rewardmodel.distributed import from_main, is_main, wait_for_all
+from rewardmodel.errors import plural
 from rewardmodel.model.backbone import Backbone, resolve_backbone
 from rewardmodel.model.compatibility import check_ties
 from rewardmodel.model.features import layer_logits, read_features
@@ -30,7 +32,15 @@ from rewardmodel.model.precision import dtype_name
 from rewardmodel.model.vocabulary import check_vocabulary
 from rewardmodel.objectives import find_objective, fit_tie
 from rewardmodel.prompt.tokenization import measure_row_retention, shared_token_fraction, tokenize
-from rewardmodel.run_folder import RunFolder, check_run, check_same_inputs, last_checkpoint, open_run, write_environment
+from rewardmodel.run_folder import (
+    RunFolder,
+    add_to_environment,
+    check_run,
+    check_same_inputs,
+    last_checkpoint,
+    open_run,
+    write_environment,
+)
 from rewardmodel.training.arguments import LearningRates, compile_options, training_arguments
 from rewardmodel.training.head_fit import Examples, check_groups, fit_last_layer
 from rewardmodel.training.trainer import PreferenceTrainer
@@ -66,6 +76,7 @@ def train(
         FloatingPointError: a loss or a weight became NaN or infinite; the last checkpoint is good.
     """
     # check the recipe, the folder and the machine before anything is read or loaded
+    started = datetime.now(UTC)
     recipe = as_recipe(recipe)
     recipe = recipe if battles is None else with_source(recipe, battles)
     objective, run = find_objective(recipe.objective), RunFolder(recipe.run_folder)
@@ -105,6 +116,10 @@ def train(
     inputs = TrainingInputs(recipe, backbone, model, tokenizer, rows, validation_rows, groups)
     begin = partial(_open, recipe, parts.training, environment, resume, overwrite, before_write)
     (_train_head if recipe.model.freeze_backbone else _train_adapters)(inputs, args, resume, begin)
+    if is_main():
+        seconds = round((datetime.now(UTC) - started).total_seconds(), 1)
+        when = {"started": started.isoformat(timespec="seconds"), "seconds": seconds}
+        add_to_environment(run.path, {"training": {"battles": len(parts.training), **when}})
     return run.path, parts
 
 
@@ -216,9 +231,9 @@ def _tokenize_parts(parts: Parts, tokenizer: PreTrainedTokenizerBase, recipe: Re
     kept = measure_row_retention(rows)
     shares = len(rows[0]["branches"]) > 2
     logger.info(
-        "%d battles to train on, %d for validation; max_length %d cuts %.1f %% of battles and keeps %.1f %% of the "
+        "%s to train on, %d for validation; max_length %d cuts %.1f %% of battles and keeps %.1f %% of the "
         "responses' tokens%s",
-        len(rows),
+        plural(len(rows), "battle"),
         len(validation),
         recipe.prompt.max_length,
         100 * kept["battles_cut"],
