@@ -165,8 +165,7 @@ def battles_to_compare(run: TrainedRun, battles: Any = None) -> Dataset:
         given = battles_to_predict(run.folder, battles)
         if len(given) < COMPARED_BATTLES:
             raise InputError(
-                f"--battles: {plural(len(given), 'battle')}; give at least {COMPARED_BATTLES} to compare export and run "
-                "on"
+                f"--battles: {plural(len(given), 'battle')}; give {COMPARED_BATTLES} or more to compare them on"
             )
         return given
     try:
