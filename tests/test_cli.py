@@ -714,6 +714,8 @@ def test_a_run_is_predicted_with_its_backbone_moved(run_folder, backbone, tmp_pa
     path = write_csv(battle_frame(2, seed=4), tmp_path / "new.csv")
     command = ["predict", str(run_folder), str(path), "--output", str(tmp_path / "x.csv")]
     assert main([*command, "--model.model_name_or_path", str(moved)]) == 0
+    evaluated = ["evaluate", str(run_folder), "--data", str(path), "--model.model_name_or_path", str(moved)]
+    assert main(evaluated) == 0
     assert main([*command, "--model.model_name_or_path", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
 

@@ -1,9 +1,11 @@
 import pytest
-from builders import make_encoder_tokenizer, make_tokenizer
+from builders import make_backbone, make_encoder_tokenizer, make_tokenizer, small_recipe
 from transformers import LlamaConfig, RobertaConfig
 
 from rewardmodel.errors import InputError
 from rewardmodel.model.vocabulary import check_vocabulary
+from rewardmodel.planning.workload import read_workload
+from rewardmodel.training.train import train
 
 LLAMA, ROBERTA = (lambda rows: LlamaConfig(vocab_size=rows)), (lambda rows: RobertaConfig(vocab_size=rows))
 
@@ -39,3 +41,16 @@ def test_a_token_that_a_text_may_have_is_refused_and_a_special_one_that_never_oc
     tokenizer.add_tokens(["plainword"])
     with pytest.raises(InputError, match="plainword"):
         check_vocabulary(tokenizer, LLAMA(rows))
+
+
+def test_training_and_doctor_refuse_it_before_weights_are_read(tmp_path):
+    tokenizer = make_encoder_tokenizer()
+    folder = make_backbone("roberta", tmp_path / "backbone", vocab_size=len(tokenizer))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    recipe = small_recipe(folder, tmp_path)
+    for look in (lambda: train(recipe), lambda: read_workload(recipe, folder)):
+        with pytest.raises(InputError, match=r"the backbone's embedding .* rows, and '\[PAD\]' .* has none"):
+            look()
+    assert not recipe.run_folder.exists()
