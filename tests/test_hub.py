@@ -66,7 +66,7 @@ class UnauthorisedError(HfHubHTTPError):
 @pytest.mark.parametrize(
     ("name", "user", "message"),
     [
-        ("other/model", ME, "other/model: me may not write there; give an owner of: me, lab"),
+        ("other/model", ME, "me may not write there; give an owner of: me, lab"),
         ("school/model", ME, "me may not write there"),
         ("me/model", ME | {"auth": {"accessToken": {"role": "read"}}}, "the token of me may only read; make one that"),
         ("a b/model", ME, "not a repository id .*; give owner/name"),
