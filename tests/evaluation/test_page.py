@@ -190,7 +190,7 @@ def test_page_is_balanced_and_its_references_are_within_it(page):
     assert {link.removeprefix("#") for link in reader.links} <= set(reader.ids)
     assert set(re.findall(r"url\(#([^)]+)\)", page)) <= set(reader.ids)
     assert list(reader.text) == SECTIONS
-    assert reader.links[:9] == [f"#{name}" for name in SECTIONS[1:]]
+    assert [link for link in reader.links if link[1:] in SECTIONS] == [f"#{name}" for name in SECTIONS[1:]]
 
 
 def test_page_asks_for_nothing_and_runs_nothing(page):
@@ -315,7 +315,7 @@ def test_a_part_that_is_not_there_is_left_out(light, facts, table, part):
     missing = {"position": "position", "verbosity": "length", "models": "models"}.get(part)
     left = [name for name in SECTIONS if name not in (missing, "learning", "run")]  # of no run: no curve, no recipe
     assert list(reader.text) == left
-    assert [f"#{name}" for name in left[1:]] == reader.links[: len(left) - 1]
+    assert [link for link in reader.links if link[1:] in SECTIONS] == [f"#{name}" for name in left[1:]]
 
 
 def test_page_of_nothing_but_a_plain_table_is_whole(table):
