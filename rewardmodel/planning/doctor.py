@@ -132,7 +132,8 @@ def doctor(recipe: RecipeLike, device: str | None = None, launched: Launch | Non
     try:
         training_arguments(recipe, torch.float32, torch.device("cpu"))  # what transformers and TRL refuse anywhere
     except InputError as error:
-        problems.append(str(error))
+        key = str(error).partition(":")[0]
+        problems += [str(error)] * (not any(problem.startswith(f"{key}:") for problem in problems))
     if problems:
         return diagnosis
 

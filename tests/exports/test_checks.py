@@ -51,7 +51,7 @@ def test_a_backbone_that_moved_is_named_for_the_export(run_folder, tmp_path):
     moved = {"model.model_name_or_path": str(tmp_path / "moved")}
     assert load_trained_run(run_folder, moved).recipe.model.model_name_or_path == str(tmp_path / "moved")
     with pytest.raises(InputError, match=r"no backbone '.*moved'.*say where with --model\.model_name_or_path"):
-        export(run_folder, tmp_path / "export", battles="sample", overrides=moved)
+        export(run_folder, tmp_path / "export", battles=battle_frame(20), overrides=moved)
 
 
 def test_too_few_battles_compare_nothing(run_folder, tmp_path):
