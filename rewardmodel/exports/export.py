@@ -127,7 +127,7 @@ def export(
 
         # parity.json, the model card, and the other files of a bundle
         write_json(folder / "parity.json", parity)
-        write_card([one.folder for one in trained], model, parity, format_parity(parity))
+        write_card([one.folder for one in trained], model, parity, format_parity(parity), trained[0].recipe)
         if bundle:
             backbone = None
             if bundle.base_folder:  # the backbone is elsewhere on the other machine

@@ -190,7 +190,7 @@ def _from_hub(name: str, revision: str, weights: bool) -> Path:
     except Exception as error:
         fix = next(text for kind, text in fixes.items() if isinstance(error, kind))
         raise InputError(f"model.model_name_or_path: hub id '{name}': {fix}") from error
-    if not (folder / "config.json").is_file():
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise InputError(f"model.model_name_or_path: hub id '{name}' {_describe_folder(folder)}")
     if weights and not any(path for pattern in ("*.safetensors", *HUB_OLDER) for path in folder.glob(pattern)):
         raise InputError(f"model.model_name_or_path: hub id '{name}' has no weights; give a repository that has")
