@@ -26,6 +26,8 @@ def describe_run(run: Path, evaluation: Evaluation) -> str:
     backbone = (environment.get("backbone") or {}).get("name") or model.get("model_name_or_path")
     layers = f" (lowest {plural(layers, 'layer')})" if (layers := model.get("num_hidden_layers")) else ""
     compute, training = environment.get("compute") or {}, environment.get("training") or {}
+    if "device" not in compute:  # of a k-fold run: {"fold-0": {"device": ...}, ...}
+        compute = next((one for one in compute.values() if isinstance(one, dict)), {})
     trained = f"trained on {plural(training['battles'], 'battle')}, " if "battles" in training else ""
     judged = f"judged on {plural(evaluation.battles, 'battle')} of {plural(evaluation.groups, 'prompt')}"
     what = f"{backbone}{layers} on {_name_data(data.get('train', 'sample'))}" if backbone else ""

@@ -26,6 +26,12 @@ def test_a_run_is_described_in_one_line(tmp_path):
     )
 
 
+def test_a_k_fold_run_is_on_the_device_of_its_first_fold(tmp_path):
+    folds = {name: {"device": "T4", "dtype": "float16", "processes": 1} for name in ("fold-0", "fold-1")}
+    folder = write(tmp_path, {}, {"compute": folds})
+    assert describe_run(folder, Evaluation(9, 3)) == "judged on 9 battles of 3 prompts; on T4 in float16"
+
+
 @pytest.mark.parametrize(("seconds", "said"), [(1, "in 1 second"), (40.2, "in 40 seconds"), (9000, "in 2.5 hours")])
 def test_a_duration_is_in_the_unit_of_its_size(seconds, said, tmp_path):
     environment = {"training": {"seconds": seconds}}
