@@ -9,7 +9,7 @@ from collections.abc import Callable
 from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
-from rewardmodel.data.pairs import Message, join_prompt, parse_preference, read_prompt, split_rounds, toss
+from rewardmodel.data.pairs import Message, join_prompt, parse_preference, read_prompt, split_turns, toss
 from rewardmodel.data.raw_row import RawRow, is_missing, shorten
 from rewardmodel.data.text_lists import is_message, is_sequence
 
@@ -146,7 +146,7 @@ def _meet(row: RawRow, column: str, prompt: list[Message], answers: list[Answer]
     for answer in answers:
         if not answer.messages:
             raise row.error(answer.column, f"answer {answer.place} is empty; leave it out")
-        here, turns[answer.place] = split_rounds(join_prompt(row, answer.column, prompt, answer.messages))
+        here, turns[answer.place] = split_turns(join_prompt(row, answer.column, prompt, answer.messages))
         if asked and here != asked:
             raise row.error(answer.column, f"answer {answer.place}: its user turns differ from those of answer 1")
         asked = here

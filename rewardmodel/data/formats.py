@@ -26,6 +26,7 @@ from rewardmodel.data.pairs import CONTEXT_COLUMNS, parse_competition, parse_con
 from rewardmodel.data.raw_rows import RawRows
 from rewardmodel.data.readers import split_endings
 from rewardmodel.data.sources import open_rows
+from rewardmodel.data.tables import rows_as_table
 from rewardmodel.data.teacher import with_teacher
 from rewardmodel.errors import InputError, nearest
 
@@ -59,7 +60,7 @@ def read_battles(
 
     Args:
         source: a path, the id of a hub data set, `sample` for the packaged demonstration set, a `Source` with options,
-            or a table; or a list of these, whose battles' ids then get the source's name as prefix.
+            a table, a dict or a list of dicts; or a list of these, whose battles' ids get the source's name as prefix.
         role: `train` or `test`: which file of `sample`, of an archive or of a folder, and which split of a data set.
         seed: for limits, and to choose which response is A in preference data.
         reports: gets a report of each source that is read.
@@ -68,8 +69,8 @@ def read_battles(
         InputError: a source cannot be read, has no known format, or has a row that is not a battle; the message names
             file, row and column.
     """
-    reports = [] if reports is None else reports
-    if not isinstance(source, Sequence) or isinstance(source, str | bytes):
+    source, reports = rows_as_table(source), [] if reports is None else reports
+    if not isinstance(source, Sequence) or isinstance(source, str):
         return _read_source(source, role, seed, reports)
     if not source:
         raise InputError("data.train: an empty list; give at least one source of battles")
@@ -94,8 +95,8 @@ def _as_source(given: Any) -> Source:
     if isinstance(given, DatasetDict):
         raise InputError(f"battles: a DatasetDict of {', '.join(given)}; give one split, like battles['train']")
     raise InputError(
-        f"battles: of type {type(given).__name__}; give a path, a Source, a pandas DataFrame (rows as a list: "
-        "pandas.DataFrame(rows)), a datasets.Dataset, or a list of these"
+        f"battles: of type {type(given).__name__}; give a path, a Source, a pandas DataFrame, a datasets.Dataset, or a "
+        "list of these; or rows as a list of dicts"
     )
 
 
@@ -117,7 +118,6 @@ def _read_source(given: BattleSource, role: str, seed: int, reports: list[Source
             f"{source.path}: pairs: {source.pairs}{nearest(source.pairs, PAIRS)}; known: {', '.join(PAIRS)}"
         )
 
-    # Read the raw rows, parse them into battles, and store these in the cache.
     wanted = {*KNOWN_COLUMNS, *(name for name in source.columns.values() if name)}
     with open_rows(given if isinstance(given, pd.DataFrame | Dataset) else source, role, wanted) as opened:
         raw = _rename_columns(opened, source.columns)
@@ -130,7 +130,6 @@ def _read_source(given: BattleSource, role: str, seed: int, reports: list[Source
     if report.unread:
         logger.info("%s: columns that are not read: %s", raw.where, ", ".join(report.unread))
 
-    # Add the teacher's probabilities, and cut to the limit.
     if source.teacher is not None:
         battles = with_teacher(battles, Path(source.teacher), prefix)
     for what, count in sorted(raw.notes.items()):

@@ -41,8 +41,8 @@ def parse_conversations(row: RawRow) -> list[dict[str, Any]]:
 
     In the column `turn` is the number of the round that was judged: later ones are left out.
     """
-    prompt, response_a = split_rounds(row.read_dialogue("conversation_a", "user"))
-    other, response_b = split_rounds(row.read_dialogue("conversation_b", "user"))
+    prompt, response_a = split_turns(row.read_dialogue("conversation_a", "user"))
+    other, response_b = split_turns(row.read_dialogue("conversation_b", "user"))
     if not prompt:
         raise row.error("conversation_a", "empty; give its messages")
     if prompt != other:
@@ -115,7 +115,7 @@ def _read_pair(row: RawRow, first: str, second: str) -> tuple[list[str], list[st
         if len(asked) == 1:
             shared = shared + _without_answer(asked[0])
     (prompt, one), (other, two) = (
-        split_rounds(join_prompt(row, name, shared, messages)) for name, messages in columns.items()
+        split_turns(join_prompt(row, name, shared, messages)) for name, messages in columns.items()
     )
     if prompt != other:
         raise row.error(second, f"its user turns differ from those of {first}; give both the same prompt")
@@ -153,7 +153,7 @@ def join_prompt(row: RawRow, column: str, prompt: list[Message], messages: list[
     return prompt + messages
 
 
-def split_rounds(messages: Sequence[Message]) -> tuple[list[str], list[str]]:
+def split_turns(messages: Sequence[Message]) -> tuple[list[str], list[str]]:
     """Return the prompt turns and the response turns of a conversation, as many of each.
 
     Consecutive messages of one side are joined by a blank line, and a system message is part of the prompt turn where
@@ -204,7 +204,7 @@ def _read_history(row: RawRow) -> tuple[list[str], list[str]]:
     )
     rounds = row.read_list("history", hint)
     if rounds and isinstance(rounds[0], dict):
-        return split_rounds(row.read_messages("history", rounds, "user"))
+        return split_turns(row.read_messages("history", rounds, "user"))
     for pair in rounds:
         if not (is_sequence(pair) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise row.error("history", f"{shorten(pair)} is no round; {hint}")
