@@ -288,7 +288,7 @@ BAD_FILES = {
     "list in the list": (f'{HEADER}\n1,"[[""p""]]",[],[]\n', ["row 1, column 'prompt'", "is not text"]),
     "turns of b, without a prompt": (
         f'{HEADER}\n1,[],"[""a"",""b""]","[""b""]"\n',
-        ["row 1, column 'response_b'", "1 turns", "has 2"],
+        ["row 1, column 'response_b'", "1 turn, ", "has 2"],
     ),
     "column twice": (f"{HEADER},prompt\n{ROW},[]\n", ["column 'prompt' occurs twice"]),
     "outcome column twice": (f"{LABELLED},winner_tie\n{ROW},1,0,0,0\n", ["column 'winner_tie' occurs twice"]),
@@ -308,7 +308,7 @@ BAD_FILES = {
     ),
     "turns of b": (
         f'{HEADER}\n1,"[""p"",""q""]",[],"[""b""]"\n',
-        ["row 1, column 'response_b'", "1 turns", "has 2"],
+        ["row 1, column 'response_b'", "1 turn, ", "has 2"],
     ),
     "duplicate ids": (f"{HEADER}\n{ROW}\n{ROW}\n", ["row 2, column 'id'", "'1' was already used in row 1"]),
     "sum": (
