@@ -57,6 +57,7 @@ class Estimate:
         inference: memory of prediction.
         hours: estimated time.
         fix: settings that make training fit, if it does not; else None.
+        compiled: hours of training with `trainer.torch_compile`, if that is off and would save time; else None.
         others: the same on every other GPU of `planning.devices.DEVICES`.
     """
 
@@ -65,6 +66,7 @@ class Estimate:
     inference: MemoryNeeds
     hours: Hours
     fix: str | None
+    compiled: float | None
     others: list[OtherGpu]
 
 
@@ -148,7 +150,9 @@ def doctor(recipe: Recipe, device: str | None = None, launched: Launch | None = 
         diagnosis,
         backbone=f"{diagnosis.backbone}, {size}",
         problems=problems,
-        estimate=Estimate(scenario.workload, training, inference, estimate_hours(scenario), fix, others),
+        estimate=Estimate(
+            scenario.workload, training, inference, estimate_hours(scenario), fix, _compiled_hours(scenario), others
+        ),
     )
 
 
@@ -259,6 +263,18 @@ def _find_fix(scenario: Scenario) -> str | None:
     return None
 
 
+def _compiled_hours(scenario: Scenario) -> float | None:
+    """Return the hours of training with compiled blocks if they are off, can be on, and would save time."""
+    compiled = scenario.with_changes({}, {"torch_compile": True}, {})
+    off = not scenario.recipe.trainer.get("torch_compile") and measure_peaks(scenario).packed
+    if not off or _choose_precision(
+        compiled.recipe, scenario.backbone, scenario.device, scenario.launch, here=False
+    )[1]:
+        return None
+    hours = estimate_hours(compiled).training
+    return hours if hours < estimate_hours(scenario).training else None
+
+
 def _estimate_on(scenario: Scenario, device: Device) -> OtherGpu:
     """Return memory and time of a scenario on another GPU, or the first setting that is incompatible there."""
     dtype, problems = _choose_precision(scenario.recipe, scenario.backbone, device, scenario.launch, here=False)
@@ -289,11 +305,16 @@ def _time_lines(device: Device, estimate: Estimate) -> list[str]:
     workload, hours = estimate.workload, estimate.hours
     launch = f", and {1e6 * LAUNCH_SECONDS:.0f} µs or more per operation" if device.kind == "cuda" else ""
     fit = "" if hours.head_fit is None else f"fitting the head {_format_duration(hours.head_fit)}, "
+    compiling = estimate.compiled and (
+        f"compiling  trainer.torch_compile true: training {_format_duration(estimate.compiled)}, by fewer operations; "
+        "an estimate, to be measured"
+    )
     return [
         f"battles    {workload.training:,} to train on, {workload.validation:,} for validation; {workload.source}",
         f"time       {fit}training {_format_duration(hours.training)}, its evaluations "
         f"{_format_duration(hours.evaluation)}, prediction of the validation battles "
         f"{_format_duration(hours.prediction)}; assuming {UTILISATION[device.kind]:.0%} of the device's speed{launch}",
+        *([compiling] if compiling else []),
     ]
 
 
