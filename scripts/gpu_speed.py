@@ -184,6 +184,7 @@ def training_compiled(bench: Bench, job: Job, until: float) -> dict:
         took = timed(bench.device, lambda: run_trainer(trainer_of(warm), Steps(bench.device, until)))
         found = measure_training(bench, plan, model, trainer_of(rows), until, 1)
     finally:
+        torch.compiler.reset()
         bench.release()
     return {**found, "seconds_to_warm_up": round(took, 1)}
 

@@ -267,9 +267,10 @@ def _compiled_hours(scenario: Scenario) -> float | None:
     """Return the hours of training with compiled blocks if they are off, can be on, and would save time."""
     compiled = scenario.with_changes({}, {"torch_compile": True}, {})
     off = not scenario.recipe.trainer.get("torch_compile") and measure_peaks(scenario).packed
-    if not off or _choose_precision(
-        compiled.recipe, scenario.backbone, scenario.device, scenario.launch, here=False
-    )[1]:
+    if (
+        not off
+        or _choose_precision(compiled.recipe, scenario.backbone, scenario.device, scenario.launch, here=False)[1]
+    ):
         return None
     hours = estimate_hours(compiled).training
     return hours if hours < estimate_hours(scenario).training else None
@@ -306,8 +307,8 @@ def _time_lines(device: Device, estimate: Estimate) -> list[str]:
     launch = f", and {1e6 * LAUNCH_SECONDS:.0f} µs or more per operation" if device.kind == "cuda" else ""
     fit = "" if hours.head_fit is None else f"fitting the head {_format_duration(hours.head_fit)}, "
     compiling = estimate.compiled and (
-        f"compiling  trainer.torch_compile true: training {_format_duration(estimate.compiled)}, by fewer operations; "
-        "an estimate, to be measured"
+        f"compiling  trainer.torch_compile true: training {_format_duration(estimate.compiled)} by this estimate: "
+        "operations take longer to start than to compute here, and compiled layers have fewer"
     )
     return [
         f"battles    {workload.training:,} to train on, {workload.validation:,} for validation; {workload.source}",

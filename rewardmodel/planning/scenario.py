@@ -171,7 +171,9 @@ def measure_peaks(scenario: Scenario) -> ActivationPeaks:
         without = measure_peaks(plain).training[0]
     tokens = (sum(map(sum, training[0])), sum(map(sum, inference[0])))
     count = len(training)
-    scenario.cache[key] = ActivationPeaks(size, tuple(whole[:count]), tuple(whole[count:]), tokens, models[0].packs, without)
+    scenario.cache[key] = ActivationPeaks(
+        size, tuple(whole[:count]), tuple(whole[count:]), tokens, models[0].packs, without
+    )
     return scenario.cache[key]
 
 
