@@ -57,7 +57,7 @@ class Estimate:
         inference: memory of prediction.
         hours: estimated time.
         fix: settings that make training fit, if it does not; else None.
-        compiled: hours of training with `trainer.torch_compile`, if that is off and would save time; else None.
+        compiled: hours of training with `trainer.torch_compile`, if that is off and would save a tenth; else None.
         others: the same on every other GPU of `planning.devices.DEVICES`.
     """
 
@@ -264,7 +264,7 @@ def _find_fix(scenario: Scenario) -> str | None:
 
 
 def _compiled_hours(scenario: Scenario) -> float | None:
-    """Return the hours of training with compiled blocks if they are off, can be on, and would save time."""
+    """Return the hours of training with compiled blocks if they are off, can be on, and would save a tenth or more."""
     compiled = scenario.with_changes({}, {"torch_compile": True}, {})
     off = not scenario.recipe.trainer.get("torch_compile") and measure_peaks(scenario).packed
     if (
@@ -273,7 +273,7 @@ def _compiled_hours(scenario: Scenario) -> float | None:
     ):
         return None
     hours = estimate_hours(compiled).training
-    return hours if hours < estimate_hours(scenario).training else None
+    return hours if hours <= 0.9 * estimate_hours(scenario).training else None
 
 
 def _estimate_on(scenario: Scenario, device: Device) -> OtherGpu:

@@ -161,7 +161,9 @@ def test_an_8b_model_is_larger_than_a_t4_in_16_bits_and_smaller_in_4(changed, la
     found = doctor(checkpointed(changed(model_name_or_path=str(large), load_in_4bit=True)), "T4")
     assert found.problems == []
     linear = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
-    expected = linear * (0.5 + 1 / 64 + 4 / 64 / 256) + 2 * (7_504_924_672 - linear)
+    joined = 32 * (4096 * 4096 + 2 * 4096 * 1024)  # queries, keys and values: their constants are float32
+    constants = (linear - joined) * (1 / 64 + 4 / 64 / 256) + joined * 4 / 64
+    expected = linear * 0.5 + constants + 2 * (7_504_924_672 - linear)
     assert found.estimate.training.parts["weights"] == pytest.approx(expected, rel=0.001)
 
 
