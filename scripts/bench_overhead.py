@@ -9,7 +9,7 @@ milliseconds:
 collate   token rows to the tensors of a packed micro-batch, attention's included
 step      `PreferenceTrainer.training_step`, from rows to gradients, with a forward pass that computes nothing
 loop      an optimiser step of `PreferenceTrainer.train` with it: data loader, optimiser and callbacks, too
-together  forward and backward pass of a micro-batch of one battle, and the operations that they dispatch, views aside
+together  forward and backward pass of one short battle, and the operations that they dispatch, views aside
 apart     the same with every linear layer computing alone (see `rewardmodel/model/fusion.py`)
 """
 
@@ -42,6 +42,9 @@ BACKBONE = {
     "vocab_size": 50000,
     "max_position_embeddings": 8192,
 }
+
+SHORT = 96
+"""Tokens of a sequence at most where operations are counted: so few that starting them takes the time."""
 
 
 class Steps(TrainerCallback):
@@ -108,12 +111,12 @@ def trainer_of(folder: Path, rows: Any, battles: int, steps: int) -> Any:
     from rewardmodel.training.trainer import PreferenceTrainer
 
     objective, cpu = ObjectiveConfig("cross_entropy"), torch.device("cpu")
-    config = ModelConfig(str(backbone_folder(folder / "backbone")), device="cpu", dtype="bfloat16")
+    config = ModelConfig(str(backbone_folder(folder / "backbone")), device="cpu", dtype="float32")
     model, tokenizer = build_model(resolve_backbone(config), find_objective(objective).head, 0)
     keys = {"battles_per_step": battles, "max_steps": steps, "eval_strategy": "no", "save_strategy": "no"}
     keys |= {"output_dir": str(folder / "run"), "disable_tqdm": True, "logging_steps": 10}
-    args = training_arguments(Recipe(trainer=keys), torch.bfloat16, cpu)
-    return PreferenceTrainer(model, args, rows, None, tokenizer, objective, torch.bfloat16, (10**9, None))
+    args = training_arguments(Recipe(trainer=keys), torch.float32, cpu)
+    return PreferenceTrainer(model, args, rows, None, tokenizer, objective, torch.float32, (10**9, None))
 
 
 class Operations(TorchDispatchMode):
@@ -135,9 +138,7 @@ def measure_layers(trainer: Any, row: dict[str, Any], repeats: int) -> dict[str,
     ways: dict[str, Callable[[], Any]] = {"together": nullcontext, "apart": lambda: apart(model)}
 
     def learn() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(**batch).logits
-        logits.float().sum().backward()
+        model(**batch).logits.sum().backward()
 
     times: dict[str, list[float]] = {way: [] for way in ways}
     found: dict[str, Any] = {}
@@ -169,7 +170,7 @@ def measure(battles: int, longest: int, repeats: int) -> dict[str, Any]:
         trainer = trainer_of(Path(folder), token_rows(battles, longest), battles, repeats + 2)
         chosen = list(trainer.train_dataset)
         trainer.model.train()
-        layers = measure_layers(trainer, min(chosen, key=lambda row: row["length"]), repeats)
+        layers = measure_layers(trainer, token_rows(1, SHORT)[0], repeats)
         weight = next(one for name, one in trainer.model.named_parameters() if "score" in name and one.requires_grad)
         trainer.model.forward = lambda **_: SimpleNamespace(logits=weight.new_zeros(2 * battles, 3) * weight.sum())
         clock = Steps()
