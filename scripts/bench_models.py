@@ -334,7 +334,6 @@ def stock_model(plan: Any, num_labels: int) -> tuple[Any, Any]:
     return get_peft_model(model, lora), tokenizer
 
 
-@torch.no_grad()
 @contextmanager
 def apart(model: Any) -> Iterator[None]:
     """Let each linear layer of our model compute alone in the block, as PEFT and transformers have it."""
@@ -346,6 +345,7 @@ def apart(model: Any) -> Iterator[None]:
             module.forward = forward
 
 
+@torch.no_grad()
 def draw_head(model: Any, seed: int) -> None:
     """Give the head that trains the same drawn weights in every competitor."""
     for name, weight in model.named_parameters():
