@@ -161,7 +161,7 @@ def build_model(backbone: Backbone, head: HeadShape, seed: int) -> tuple[Any, Pr
     model: Any = load_classifier(backbone, head._replace(pairs=config.pair_ties), on_host=sharded)
     if config.use_peft:
         model = add_lora(model, config)
-        if backbone.launch.strategy != "fsdp":  # which spreads the weights of each layer anew
+        if backbone.launch.strategy != "fsdp":  # which gives each process a part of every weight
             fuse_projections(model)
         if backbone.folder.parent.name == "snapshots":  # in the hub's cache: other machines know it by its hub id
             model.peft_config["default"].base_model_name_or_path = config.model_name_or_path
