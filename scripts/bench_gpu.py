@@ -15,9 +15,11 @@ matrix     a large matrix product: the rate that shares are relative to
 load       building our model of random weights
 inference  ours, both orders, adapters not merged
 training   ours, LoRA on all linear layers
+apart      the same with every linear layer computing alone
 waiting    whether the processor waits for the GPU within a step of ours
 profile    ours: the kernels that take longest, and the share of time in which none runs
 doctor     what `rewardmodel doctor` tells of the same settings, beside what was measured
+compiled   training with compiled blocks, and the seconds that they take to warm up
 trainer, trl, separate, stock, sorted   the competitors of `bench_training.py` and `bench_inference.py`
 smollm2    a real training: LoRA on SmolLM2-135M, log loss of held-out battles before and after
 """
@@ -47,7 +49,17 @@ from bench_compare import VERSIONS
 from bench_models import SHAPES, processor
 from gpu_models import PRECISIONS, Bench, Job, SkippedError, first_line
 from gpu_parts import doctor, profile, smollm2, waiting
-from gpu_speed import inference, load, matrix, prepare, stock_inference, stock_training, training
+from gpu_speed import (
+    inference,
+    load,
+    matrix,
+    prepare,
+    stock_inference,
+    stock_training,
+    training,
+    training_apart,
+    training_compiled,
+)
 
 GRACE = 20.0
 """Seconds after which a part is ended that did not stop by itself when its time was over."""
@@ -77,9 +89,11 @@ PARTS = {
     "load": Part(8, load),
     "inference": Part(10, inference),
     "training": Part(16, training),
+    "apart": Part(12, training_apart, "first"),
     "waiting": Part(5, waiting, "first"),
     "profile": Part(8, profile),
     "doctor": Part(8, doctor),
+    "compiled": Part(30, training_compiled, "first"),
     "trainer": Part(14, stock_training, "shape"),
     "separate": Part(14, stock_training, "shape"),
     "trl": Part(14, stock_training, "shape"),
@@ -89,7 +103,7 @@ PARTS = {
 }
 """All parts, in the order in which those of one shape and precision run."""
 
-SPEEDS = ("training", "trainer", "separate", "trl", "inference", "stock", "sorted", "smollm2")
+SPEEDS = ("training", "apart", "compiled", "trainer", "separate", "trl", "inference", "stock", "sorted", "smollm2")
 """Parts with a line in the table of speeds."""
 
 

@@ -334,6 +334,17 @@ def stock_model(plan: Any, num_labels: int) -> tuple[Any, Any]:
     return get_peft_model(model, lora), tokenizer
 
 
+@contextmanager
+def apart(model: Any) -> Iterator[None]:
+    """Let each linear layer of our model compute alone in the block, as PEFT and transformers have it."""
+    together = [(module, vars(module).pop("forward")) for module in model.modules() if "forward" in vars(module)]
+    try:
+        yield
+    finally:
+        for module, forward in together:
+            module.forward = forward
+
+
 @torch.no_grad()
 def draw_head(model: Any, seed: int) -> None:
     """Give the head that trains the same drawn weights in every competitor."""

@@ -9,6 +9,8 @@ milliseconds:
 collate   token rows to the tensors of a packed micro-batch, attention's included
 step      `PreferenceTrainer.training_step`, from rows to gradients, with a forward pass that computes nothing
 loop      an optimiser step of `PreferenceTrainer.train` with it: data loader, optimiser and callbacks, too
+together  forward and backward pass of one short battle, and the operations that they dispatch, views aside
+apart     the same with every linear layer computing alone (see `rewardmodel/model/fusion.py`)
 """
 
 import argparse
@@ -17,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +27,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_models import processor, text_tokenizer, unlettered_tokenizer
+from bench_models import apart, processor, text_tokenizer, unlettered_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 BACKBONE = {
@@ -38,6 +42,9 @@ BACKBONE = {
     "vocab_size": 50000,
     "max_position_embeddings": 8192,
 }
+
+SHORT = 96
+"""Tokens of a sequence at most where operations are counted: so few that starting them takes the time."""
 
 
 class Steps(TrainerCallback):
@@ -112,6 +119,40 @@ def trainer_of(folder: Path, rows: Any, battles: int, steps: int) -> Any:
     return PreferenceTrainer(model, args, rows, None, tokenizer, objective, torch.float32, (10**9, None))
 
 
+class Operations(TorchDispatchMode):
+    """Counts operations, views aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count it."""
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def measure_layers(trainer: Any, row: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """Return time and operations of a forward and backward pass with linear layers computing together, and apart."""
+    batch, model = trainer._make_batch([row])["model"], trainer.model
+    ways: dict[str, Callable[[], Any]] = {"together": nullcontext, "apart": lambda: apart(model)}
+
+    def learn() -> None:
+        model(**batch).logits.sum().backward()
+
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    found: dict[str, Any] = {}
+    for _ in range(repeats):
+        for way, chosen in ways.items():
+            with chosen():
+                times[way].append(median_milliseconds(learn, 1))
+    for way, chosen in ways.items():
+        with chosen(), Operations() as operations:
+            learn()
+        found |= {f"{way}_ms": statistics.median(times[way]), f"{way}_operations": operations.count}
+    return found
+
+
 def median_milliseconds(work: Callable[[], Any], repeats: int) -> float:
     """Return the median time of calls, in milliseconds, after one to warm up."""
     seconds = []
@@ -129,6 +170,7 @@ def measure(battles: int, longest: int, repeats: int) -> dict[str, Any]:
         trainer = trainer_of(Path(folder), token_rows(battles, longest), battles, repeats + 2)
         chosen = list(trainer.train_dataset)
         trainer.model.train()
+        layers = measure_layers(trainer, token_rows(1, SHORT)[0], repeats)
         weight = next(one for name, one in trainer.model.named_parameters() if "score" in name and one.requires_grad)
         trainer.model.forward = lambda **_: SimpleNamespace(logits=weight.new_zeros(2 * battles, 3) * weight.sum())
         clock = Steps()
@@ -138,9 +180,9 @@ def measure(battles: int, longest: int, repeats: int) -> dict[str, Any]:
         collate = partial(trainer._make_batch, chosen)
         rounds = [[median_milliseconds(work, 3) for work in (collate, step)] for _ in range(repeats)]
     collated, stepped = (statistics.median(times) for times in zip(*rounds, strict=True))
-    figures = {"collate": collated, "step": stepped, "loop": 1000 * statistics.median(clock.seconds)}
+    figures = {"collate_ms": collated, "step_ms": stepped, "loop_ms": 1000 * statistics.median(clock.seconds)}
     modules = sum(1 for _ in trainer.model.modules())
-    rounded = {f"{name}_ms": round(value, 2) for name, value in figures.items()}
+    rounded = {name: round(value, 2) for name, value in (figures | layers).items()}
     return {"modules": modules, "battles": battles, "tokens": sum(row["length"] for row in chosen), **rounded}
 
 

@@ -10,7 +10,7 @@ import bench_training
 import numpy as np
 import torch
 from bench_compare import Plan, figures_of
-from bench_models import Counter, draw_head, float8_matrix_rate, mark, seconds_between, synchronise, timed
+from bench_models import Counter, apart, draw_head, float8_matrix_rate, mark, seconds_between, synchronise, timed
 from gpu_models import Bench, Job, first_line
 from transformers import PrinterCallback, TrainerCallback
 
@@ -160,6 +160,33 @@ def training(bench: Bench, job: Job, until: float) -> dict:
     """Train ours."""
     plan, model, _, trainer_of = bench.ours(job)
     return warmed_training(bench, plan, model, trainer_of, until)
+
+
+def training_apart(bench: Bench, job: Job, until: float) -> dict:
+    """Train ours with every linear layer computing alone: what `model.fusion` saves."""
+    plan, model, _, trainer_of = bench.ours(job)
+    with apart(model):
+        return warmed_training(bench, plan, model, trainer_of, until)
+
+
+def training_compiled(bench: Bench, job: Job, until: float) -> dict:
+    """Train ours with compiled blocks, and tell how long compiling took; on a CPU they are only traced.
+
+    The model is not used again: its blocks stay compiled.
+    """
+    from rewardmodel.model.loading import compile_blocks
+
+    plan, model, _, trainer_of = bench.ours(job)
+    torch.compiler.reset()
+    compile_blocks(model, **({} if bench.cuda else {"backend": "eager"}))
+    warm, rows = plan.rows()
+    try:
+        took = timed(bench.device, lambda: run_trainer(trainer_of(warm), Steps(bench.device, until)))
+        found = measure_training(bench, plan, model, trainer_of(rows), until, 1)
+    finally:
+        torch.compiler.reset()
+        bench.release()
+    return {**found, "seconds_to_warm_up": round(took, 1)}
 
 
 def stock_training(bench: Bench, job: Job, until: float) -> dict:

@@ -103,7 +103,7 @@ def assert_same_weights(one: Path, two: Path) -> None:
 @pytest.mark.distributed
 def test_two_processes_train_and_predict_as_one_does(exact, tmp_path):
     one, _ = train(with_folder(exact, tmp_path / "one"))
-    two = with_folder(exact, tmp_path / "two")
+    two = with_folder(exact, tmp_path / "two", torch_compile=True, torch_compile_backend="eager")
     process = launch("cpu_ddp", "-m", "rewardmodel.cli", "run", written(two, tmp_path / "two.yaml"))
     said = said_by(process)
     assert process.returncode == 0, said

@@ -18,7 +18,6 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
-from transformers.integrations.flash_attention import get_target_dtype
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 
@@ -124,81 +123,80 @@ def _in_one_dtype(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(state.to(dtype) for state in states)
 
 
-def _keys_of_segments(packing: Varlen, *states: torch.Tensor) -> list[torch.Tensor]:
-    """Return keys and values of all segments, (n_keys, heads, head_dim), from those of the row."""
-    rows = [state[0].transpose(0, 1) for state in states]
-    return rows if packing.keys is None else [row.index_select(0, packing.keys) for row in rows]
-
-
 _PARAMETERS = signature(varlen_attn).parameters
 
 HAS_VARLEN = {"scale", "window_size"} <= {*_PARAMETERS}
 """Whether this torch's `varlen_attn` takes all that a decoder needs."""
 
 
+def _segmented(
+    attend: Callable, module: Any, *states: torch.Tensor, packing: Varlen, window: int | None, **kwargs: Any
+) -> torch.Tensor:
+    """Return the outputs of a row, attending to all segments at once.
+
+    Args:
+        attend: (queries, keys, values, packing, window, ...) -> outputs (T, heads, head_dim); queries are those of the
+            row, (T, heads, head_dim), keys and values those of all segments, (n_keys, heads, head_dim).
+        module: of the layer.
+        states: queries, keys and values of the row.
+        packing: of the row.
+        window: of the layer.
+        kwargs: transformers' arguments.
+    """
+    queries, *others = (state[0].transpose(0, 1) for state in _in_one_dtype(*states))
+    if packing.keys is not None:
+        others = [state.index_select(0, packing.keys) for state in others]
+    return attend(queries, *others, packing, window, **kwargs)[None]
+
+
 def _varlen(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
     packing: Varlen,
     window: int | None,
+    *,
     scaling: float | None = None,
     **_: Any,
-) -> torch.Tensor:
-    query, key, value = _in_one_dtype(query, key, value)
-    queries = query[0].transpose(0, 1)
-    keys, values = _keys_of_segments(packing, key, value)
+) -> Any:
     if "enable_gqa" in _PARAMETERS:
         kwargs: dict[str, Any] = {"enable_gqa": queries.shape[1] != keys.shape[1]}
     else:
         repeats, kwargs = queries.shape[1] // keys.shape[1], {}
         keys, values = (state.repeat_interleave(repeats, dim=1) for state in (keys, values))
-    output: Any = varlen_attn(
-        queries,
-        keys,
-        values,
-        packing.query_ends,
-        packing.key_ends,
-        packing.most_queries,
-        packing.most_keys,
-        scale=scaling,
-        window_size=(-1, 0) if window is None else (window - 1, 0),
-        **kwargs,
-    )
-    return output[None]
+    window_size = (-1, 0) if window is None else (window - 1, 0)
+    return varlen_attn(queries, keys, values, *_ends(packing), scale=scaling, window_size=window_size, **kwargs)
 
 
 def _flash(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
     packing: Varlen,
     window: int | None,
+    *,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    keys, values = _keys_of_segments(packing, key, value)
+    names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
     return _flash_attention_forward(
-        query.transpose(1, 2),
+        queries[None],
         keys[None],
         values[None],
         None,
-        query_length=query.shape[2],
+        query_length=len(queries),
         is_causal=True,
         softmax_scale=scaling,
         sliding_window=window,
-        cu_seq_lens_q=packing.query_ends,
-        cu_seq_lens_k=packing.key_ends,
-        max_length_q=packing.most_queries,
-        max_length_k=packing.most_keys,
         attn_implementation="flash_attention_2",
-        target_dtype=get_target_dtype(query, module),
+        **dict(zip(names, _ends(packing), strict=True)),
         **kwargs,
-    )
+    )[0]
+
+
+def _ends(packing: Varlen) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """Return what kernels of variable length are told of the segments, in the order in which `varlen_attn` takes it."""
+    return packing.query_ends, packing.key_ends, packing.most_queries, packing.most_keys
 
 
 class Kernel(NamedTuple):
@@ -213,11 +211,11 @@ class Kernel(NamedTuple):
 
 
 KERNELS = {
-    "varlen": Kernel(arrange_varlen, _varlen),
+    "varlen": Kernel(arrange_varlen, partial(_segmented, _varlen)),
     "sdpa": Kernel(arrange_padded, _sdpa),
     "eager": Kernel(partial(arrange_padded, masked=True), _eager),
     "flex_attention": Kernel(arrange_blocks, _flex, block_masks),
-    "flash_attention_2": Kernel(arrange_varlen, _flash),
+    "flash_attention_2": Kernel(arrange_varlen, partial(_segmented, _flash)),
 }
 """By the name of the attention implementation: transformers' names, and `varlen` for torch's `varlen_attn`."""
 

@@ -121,20 +121,8 @@ CHECKS = (
         training=False,
     ),
     Check(
-        lambda s: s.attention in ("varlen", "flash_attention_2") and (s.device == "cpu" or s.pre_ampere),
-        "model.attn_implementation: {s.attention} needs a GPU of compute capability 8.0 (Ampere) or later; leave it "
-        "out, or use one of: {s.known_attention}",
-        training=False,
-    ),
-    Check(
-        lambda s: s.attention in ("varlen", "flash_attention_2") and s.dtype == "float32",
-        "model.attn_implementation: {s.attention} computes in bfloat16 and float16 only; set model.dtype, or leave it "
-        "out",
-        training=False,
-    ),
-    Check(
-        lambda s: s.attention == "varlen" and s.lacks_varlen,
-        "model.attn_implementation: varlen needs torch 2.11 or later; leave it out, or upgrade torch",
+        lambda s: s.attention_problem is not None,
+        "model.attn_implementation: {s.attention} {s.attention_problem}",
         training=False,
     ),
     Check(

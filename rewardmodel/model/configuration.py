@@ -115,9 +115,9 @@ class Configuration:
         return (self.trainer or {}).get(key, default)
 
     @property
-    def lacks_varlen(self) -> bool:
-        """Whether the run is to be on this machine and its torch has no `varlen_attn` that is complete."""
-        return self.here and not HAS_VARLEN
+    def attention_problem(self) -> str | None:
+        """Why the device cannot attend with the implementation that would be used; None: it can."""
+        return attention_problem(self.attention, self.dtype, self.capability, self.here)
 
     @property
     def lacks_compiler(self) -> bool:
@@ -142,10 +142,29 @@ def usable_attention(family: Family, dtype: str, capability: tuple[int, int] | N
         dtype: precision of the forward pass: bfloat16, float16 or float32.
         capability: compute capability of the GPU; None on a CPU.
     """
-    ampere = capability is not None and capability >= (8, 0)
-    unusable = set() if ampere else {"varlen", "flex_attention", "flash_attention_2"}
-    if dtype == "float32":
-        unusable |= {"varlen", "flash_attention_2"}
-    if not HAS_VARLEN:
-        unusable.add("varlen")
-    return [name for name in family.attention if name not in unusable]
+    slow = set() if _is_ampere(capability) else {"flex_attention"}
+    usable = [name for name in family.attention if not attention_problem(name, dtype, capability)]
+    return [name for name in usable if name not in slow]
+
+
+def attention_problem(name: str, dtype: str, capability: tuple[int, int] | None, here: bool = True) -> str | None:
+    """Return why a device cannot attend with an implementation, and what to do; None: it can.
+
+    Args:
+        name: of the implementation, a key of `model.attention.KERNELS`.
+        dtype: precision of the forward pass: bfloat16, float16 or float32.
+        capability: compute capability of the GPU; None on a CPU.
+        here: whether this machine's torch is to run it.
+    """
+    if name in ("varlen", "flash_attention_2") and not _is_ampere(capability):
+        return "needs a GPU of compute capability 8.0 (Ampere) or later; leave it out"
+    if name in ("varlen", "flash_attention_2") and dtype == "float32":
+        return "computes in bfloat16 and float16 only; set model.dtype, or leave it out"
+    if name == "varlen" and here and not HAS_VARLEN:
+        return "needs torch 2.11 or later; leave it out, or upgrade torch"
+    return None
+
+
+def _is_ampere(capability: tuple[int, int] | None) -> bool:
+    """Return whether a GPU is Ampere (compute capability 8.0) or newer; None is a CPU."""
+    return capability is not None and capability >= (8, 0)

@@ -22,6 +22,7 @@ from rewardmodel.model.backbone import Backbone, resolve_saved_backbone
 from rewardmodel.model.families import FAMILIES, find_family, stored_bits
 from rewardmodel.model.forward import Predictor
 from rewardmodel.model.fp8 import quantise_model
+from rewardmodel.model.fusion import fuse_projections
 from rewardmodel.model.heads import FloatLinear, check_loaded, classifier_class, head_names
 from rewardmodel.model.lora import add_lora
 from rewardmodel.model.packing import is_packed, pack_attention
@@ -160,6 +161,8 @@ def build_model(backbone: Backbone, head: HeadShape, seed: int) -> tuple[Any, Pr
     model: Any = load_classifier(backbone, head._replace(pairs=config.pair_ties), on_host=sharded)
     if config.use_peft:
         model = add_lora(model, config)
+        if backbone.launch.strategy != "fsdp":  # which gives each process a part of every weight
+            fuse_projections(model)
         if backbone.folder.parent.name == "snapshots":  # in the hub's cache: other machines know it by its hub id
             model.peft_config["default"].base_model_name_or_path = config.model_name_or_path
             model.peft_config["default"].revision = backbone.folder.name
@@ -278,6 +281,7 @@ def load_predictor(config: ModelConfig, folder: Path, budget: int | None = None)
     """
     backbone = resolve_saved_backbone(config, folder)
     model, tokenizer = load_saved(backbone, folder)
+    fuse_projections(model)
     return Predictor(model, tokenizer, backbone.dtype, budget, backbone.feature_cache)
 
 

@@ -59,6 +59,7 @@ class Estimate:
         inference: memory of prediction.
         hours: estimated time.
         fix: settings that make training fit, if it does not; else None.
+        compiled: hours of training with `trainer.torch_compile`, if that is off and would save a tenth; else None.
         others: the same on every other GPU of `planning.devices.DEVICES`.
     """
 
@@ -67,6 +68,7 @@ class Estimate:
     inference: MemoryNeeds
     hours: Hours
     fix: str | None
+    compiled: float | None
     others: list[OtherGpu]
 
 
@@ -156,7 +158,9 @@ def doctor(recipe: RecipeLike, device: str | None = None, launched: Launch | Non
         diagnosis,
         backbone=f"{diagnosis.backbone}, {size}",
         problems=problems,
-        estimate=Estimate(scenario.workload, training, inference, estimate_hours(scenario), fix, others),
+        estimate=Estimate(
+            scenario.workload, training, inference, estimate_hours(scenario), fix, _compiled_hours(scenario), others
+        ),
     )
 
 
@@ -267,6 +271,19 @@ def _find_fix(scenario: Scenario) -> str | None:
     return None
 
 
+def _compiled_hours(scenario: Scenario) -> float | None:
+    """Return the hours of training with compiled blocks if they are off, can be on, and would save a tenth or more."""
+    compiled = scenario.with_changes({}, {"torch_compile": True}, {})
+    off = not scenario.recipe.trainer.get("torch_compile") and measure_peaks(scenario).packed
+    if (
+        not off
+        or _choose_precision(compiled.recipe, scenario.backbone, scenario.device, scenario.launch, here=False)[1]
+    ):
+        return None
+    hours = estimate_hours(compiled).training
+    return hours if hours <= 0.9 * estimate_hours(scenario).training else None
+
+
 def _estimate_on(scenario: Scenario, device: Device) -> OtherGpu:
     """Return memory and time of a scenario on another GPU, or the first setting that is incompatible there."""
     dtype, problems = _choose_precision(scenario.recipe, scenario.backbone, device, scenario.launch, here=False)
@@ -297,11 +314,16 @@ def _time_lines(device: Device, estimate: Estimate) -> list[str]:
     workload, hours = estimate.workload, estimate.hours
     launch = f", and {1e6 * LAUNCH_SECONDS:.0f} µs or more per operation" if device.kind == "cuda" else ""
     fit = "" if hours.head_fit is None else f"fitting the head {_format_duration(hours.head_fit)}, "
+    compiling = estimate.compiled and (
+        f"compiling  trainer.torch_compile true: training {_format_duration(estimate.compiled)} by this estimate: "
+        "operations take longer to start than to compute here, and compiled layers have fewer"
+    )
     return [
         f"battles    {workload.training:,} to train on, {workload.validation:,} for validation; {workload.source}",
         f"time       {fit}training {_format_duration(hours.training)}, its evaluations "
         f"{_format_duration(hours.evaluation)}, prediction of the validation battles "
         f"{_format_duration(hours.prediction)}; assuming {UTILISATION[device.kind]:.0%} of the device's speed{launch}",
+        *([compiling] if compiling else []),
     ]
 
 

@@ -1,11 +1,14 @@
 """Fake layers as large as quantised layers but without weights to compute with, to count memory."""
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 
 from rewardmodel.config.schema import ModelConfig
+from rewardmodel.model.fusion import join_layers
 
 
 def count_quantised_bytes(weights: int, model: ModelConfig, out_features: int) -> int:
@@ -110,3 +113,18 @@ class FakeGpuDropout(torch.nn.Dropout):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the inputs with some elements set to zero in training."""
         return torch.native_dropout(inputs, self.p, True)[0] if self.training and self.p else inputs
+
+
+def join_fake_layers(layers: Sequence[Any]) -> Any:
+    """Stand in for `model.fusion.join_layers`: the same sizes, also of constants that are not quantised any more."""
+    if not isinstance(layers[0], Fake4bitLinear):
+        return join_layers(layers)
+    joined = copy.copy(layers[0])
+    joined.out_features = sum(one.out_features for one in layers)
+    bias = None if joined.bias is None else torch.nn.Parameter(joined.bias.new_empty(joined.out_features), False)
+    joined._parameters = {"weight": joined.weight, "bias": bias}
+    for one in layers:
+        weights = one.in_features * one.out_features
+        size = -(-weights // 2) + 4 * -(-weights // 64)
+        one.weight = torch.nn.Parameter(one.weight.new_empty(size, 1), requires_grad=False)
+    return joined

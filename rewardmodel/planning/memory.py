@@ -22,13 +22,20 @@ from rewardmodel.model.attention import LOADED_AS, PACKED_PREFIX
 from rewardmodel.model.batching import pad
 from rewardmodel.model.families import HEADS
 from rewardmodel.model.fp8 import layers_to_quantise
+from rewardmodel.model.fusion import fuse_projections
 from rewardmodel.model.heads import classifier_class, head_names
 from rewardmodel.model.loading import unwrap
 from rewardmodel.model.lora import add_lora
 from rewardmodel.model.packing import is_packed, may_pack, packing_of
 from rewardmodel.model.precision import autocast
 from rewardmodel.objectives import HeadShape
-from rewardmodel.planning.fake_layers import Fake4bitLinear, Fake8bitLinear, FakeFp8Linear, FakeGpuDropout
+from rewardmodel.planning.fake_layers import (
+    Fake4bitLinear,
+    Fake8bitLinear,
+    FakeFp8Linear,
+    FakeGpuDropout,
+    join_fake_layers,
+)
 from rewardmodel.planning.workload import Branches
 
 
@@ -94,6 +101,8 @@ class FakeModel:
             self.model = _build_classifier(spec)
         with self.mode:
             _move_to_fake_cpu(self.model)
+            if spec.model.use_peft:
+                fuse_projections(self.model, join_fake_layers)
         self.packs = is_packed(self.model)
         self.size = _measure_size(self.model, spec)
 

@@ -118,6 +118,7 @@ class ActivationPeaks:
         training: on a GPU (one longest row, two longest rows); on a CPU (the largest micro-batch,).
         inference: the same in prediction.
         tokens: number of tokens in the first batch of `training`, and of `inference`.
+        packed: whether batches are packed rows.
         without_checkpointing: of the same training without checkpointing on a CPU, where the allocator's gaps depend on
             it; else 0.
     """
@@ -126,6 +127,7 @@ class ActivationPeaks:
     training: tuple[int, ...]
     inference: tuple[int, ...]
     tokens: tuple[int, int]
+    packed: bool
     without_checkpointing: int
 
 
@@ -169,7 +171,9 @@ def measure_peaks(scenario: Scenario) -> ActivationPeaks:
         without = measure_peaks(plain).training[0]
     tokens = (sum(map(sum, training[0])), sum(map(sum, inference[0])))
     count = len(training)
-    scenario.cache[key] = ActivationPeaks(size, tuple(whole[:count]), tuple(whole[count:]), tokens, without)
+    scenario.cache[key] = ActivationPeaks(
+        size, tuple(whole[:count]), tuple(whole[count:]), tokens, models[0].packs, without
+    )
     return scenario.cache[key]
 
 

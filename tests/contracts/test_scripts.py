@@ -220,3 +220,5 @@ def test_the_overhead_of_a_step_is_measured(script, monkeypatch):
     assert figures["modules"] > 300
     assert figures["battles"] == 2
     assert 0 < figures["collate_ms"] < figures["step_ms"] < 10_000
+    assert figures["together_operations"] < 0.8 * figures["apart_operations"]
+    assert figures["together_ms"] > 0

@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from rewardmodel.distributed import Launch
 from rewardmodel.errors import InputError
 from rewardmodel.planning import doctor as planning
+from rewardmodel.planning import estimate
 from rewardmodel.planning.devices import DEVICES, GIB
 from rewardmodel.planning.doctor import doctor, format_doctor
 from rewardmodel.planning.estimate import MemoryNeeds
@@ -97,6 +98,20 @@ def test_the_time_of_fitting_the_head_is_printed_where_it_is_done(diagnose):
     assert "time       training " in zero
 
 
+def test_compiling_is_advised_where_it_saves_more_time_than_it_takes(changed, diagnose, monkeypatch):
+    few = diagnose("T4")
+    assert few.estimate.compiled is None
+    assert "torch_compile" not in format_doctor(few)
+    monkeypatch.setattr("rewardmodel.planning.estimate.COMPILE_SECONDS", 0.0)
+    recipe = changed()
+    found = doctor(recipe, "T4")
+    fewer = sum(estimate.OPERATIONS[True]) / sum(estimate.OPERATIONS[False])
+    assert found.estimate.compiled == pytest.approx(fewer * found.estimate.hours.training)
+    assert "\ncompiling  trainer.torch_compile true: training " in format_doctor(found)
+    recipe.trainer["torch_compile"] = True
+    assert doctor(recipe, "T4").estimate.compiled is None
+
+
 def test_the_machine_at_hand_is_taken_where_none_is_named(diagnose):
     found = diagnose("cpu", "paged_adamw_8bit", device="cpu")
     assert found.device.kind == "cpu"
@@ -105,10 +120,10 @@ def test_the_machine_at_hand_is_taken_where_none_is_named(diagnose):
 
 
 def test_what_would_make_training_fit_is_reported(changed, monkeypatch):
-    def estimate(scenario):
+    def estimated(scenario):
         return MemoryNeeds({}, 20 * GIB, scenario.recipe.model.load_in_4bit, 100, 100)
 
-    monkeypatch.setattr(planning, "estimate_training", estimate)
+    monkeypatch.setattr(planning, "estimate_training", estimated)
     found = doctor(changed(), "T4")
     steps = "trainer.gradient_checkpointing true, model.load_in_4bit true"
     (problem,) = found.problems
@@ -146,7 +161,9 @@ def test_an_8b_model_is_larger_than_a_t4_in_16_bits_and_smaller_in_4(changed, la
     found = doctor(checkpointed(changed(model_name_or_path=str(large), load_in_4bit=True)), "T4")
     assert found.problems == []
     linear = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
-    expected = linear * (0.5 + 1 / 64 + 4 / 64 / 256) + 2 * (7_504_924_672 - linear)
+    joined = 32 * (4096 * 4096 + 2 * 4096 * 1024)  # queries, keys and values: their constants are float32
+    constants = (linear - joined) * (1 / 64 + 4 / 64 / 256) + joined * 4 / 64
+    expected = linear * 0.5 + constants + 2 * (7_504_924_672 - linear)
     assert found.estimate.training.parts["weights"] == pytest.approx(expected, rel=0.001)
 
 
