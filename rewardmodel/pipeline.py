@@ -20,7 +20,7 @@ from rewardmodel.errors import InputError
 from rewardmodel.evaluation.results import Evaluation, read_evaluation
 from rewardmodel.files import atomic_path, write_json
 from rewardmodel.predictions import check_sample, with_baseline, write_predictions, write_submission
-from rewardmodel.run_folder import RunFolder, check_run
+from rewardmodel.run_folder import RunFolder, alone, check_run
 
 if TYPE_CHECKING:
     from rewardmodel.evaluation.text_regression import Regression
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@alone
 def run(
     recipe: Recipe,
     *,
@@ -56,7 +57,7 @@ def run(
     """
     check_run(recipe, resume, overwrite)
     test = read_test(recipe.data)
-    parts = parts or split(load_battles(recipe.data), recipe.data.fold)
+    parts = parts or read_parts(recipe, resume, overwrite)
 
     from rewardmodel.evaluation.evaluate import evaluate_run  # scikit-learn and torch from here on
     from rewardmodel.evaluation.report import report
@@ -73,6 +74,16 @@ def run(
         _write_submission(recipe, predictions.get("test"), baseline, test)
     wait_for_all()
     return folder, read_evaluation(files.metrics)
+
+
+def read_parts(recipe: Recipe, resume: bool, overwrite: bool) -> Parts:
+    """Check that the run may be written, then read and split the recipe's battles.
+
+    Raises:
+        InputError: as `check_run` and `load_battles`.
+    """
+    check_run(recipe, resume, overwrite)
+    return split(load_battles(recipe.data), recipe.data.fold)
 
 
 def read_test(data: DataConfig) -> Dataset | None:

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from rewardmodel.config.schema import Source
+from rewardmodel.data.sources import check_source
 from rewardmodel.errors import InputError
 
 PEEKED_ROWS = 200
@@ -87,10 +88,9 @@ def open_rows(source: Source | pd.DataFrame | Dataset, role: str, wanted: Collec
             yield from _open_file(path, role, wanted)
     elif os.path.isfile(source.path):
         yield from _open_file(Path(source.path), role, wanted)
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source.path) and Path(source.path).suffix.lower() not in READERS:
-        yield _read_dataset(_load_from_hub(source, role), source.path, wanted)
     else:
-        raise InputError(f"{source.path}: no such file; give the path of a battles file, a hub id, or 'sample'")
+        check_source(source)
+        yield _read_dataset(_load_from_hub(source, role), source.path, wanted)
 
 
 def _read_dataset(dataset: Dataset, where: str, wanted: Collection[str]) -> RawRows:

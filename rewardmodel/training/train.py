@@ -28,7 +28,15 @@ from rewardmodel.model.loading import build_model, compile_blocks, load_tokenize
 from rewardmodel.model.precision import dtype_name
 from rewardmodel.objectives import find_objective, fit_tie
 from rewardmodel.prompt.tokenization import measure_row_retention, shared_token_fraction, tokenize
-from rewardmodel.run_folder import RunFolder, check_run, check_same_inputs, last_checkpoint, open_run, write_environment
+from rewardmodel.run_folder import (
+    RunFolder,
+    alone,
+    check_run,
+    check_same_inputs,
+    last_checkpoint,
+    open_run,
+    write_environment,
+)
 from rewardmodel.training.arguments import LearningRates, compile_options, training_arguments
 from rewardmodel.training.head_fit import Examples, check_groups, fit_last_layer
 from rewardmodel.training.trainer import PreferenceTrainer
@@ -37,6 +45,7 @@ from rewardmodel.training.training_log import TrainingLog
 logger = logging.getLogger(__name__)
 
 
+@alone
 def train(
     recipe: Recipe,
     battles: Any = None,
