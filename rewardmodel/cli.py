@@ -70,6 +70,7 @@ def _doctor(options: Namespace) -> int:
     from rewardmodel.distributed import Launch, read_launch
 
     recipe = load_recipe(options.recipe, options.overrides)
+    logging.getLogger(__name__).info("estimating %s …", options.recipe)
     launched = None
     if options.launch:
         launched = read_launch(options.launch, options.gpus)
@@ -97,13 +98,14 @@ def _train(options: Namespace) -> None:
         return
     check_training(recipe, **how)
     with lock_run(recipe.run_folder):
-        from rewardmodel.pipeline import read_parts
+        from rewardmodel.pipeline import is_trained, read_parts
 
         parts = read_parts(recipe, **how)
-        from rewardmodel.training.train import train
+        if not (options.resume and is_trained(recipe, parts)):
+            from rewardmodel.training.train import train
 
-        folder, _ = train(recipe, parts=parts, **how)
-    print(folder)
+            train(recipe, parts=parts, **how)
+    print(recipe.run_folder)
 
 
 def _train_folds(recipe: "Recipe", fold: str, how: dict[str, bool]) -> None:
@@ -146,15 +148,11 @@ def _evaluate(options: Namespace) -> None:
     from rewardmodel.preflight import check_predictions
 
     given = [options.predictions, *([options.against] if options.against else [])]
-    if not options.data:
-        check_predictions(given)
-    else:
+    check_predictions(given, options.data)
+    if options.data:
         from rewardmodel.battles import is_labelled
         from rewardmodel.inference.battles import battles_to_predict
-        from rewardmodel.run_folder import trained_models
 
-        for run in given:
-            trained_models(run)
         battles = battles_to_predict(given[0], options.data)
         if not is_labelled(battles):
             raise InputError(f"--data: {options.data}: the outcomes of these battles are not known; label them all")

@@ -72,6 +72,17 @@ def writing_to(path: Path, partial: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def whole_or_absent(folder: Path) -> Iterator[None]:
+    """Let a library write a folder in its place: if that fails, the folder is removed, and the error names it."""
+    try:
+        with writing_to(folder, folder):
+            yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def check_writable(path: Path, name: str) -> None:
     """Raise unless a file can be written in a folder, or in the closest one above it that exists; nothing remains.
 

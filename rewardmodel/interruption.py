@@ -20,9 +20,7 @@ GRACE = 2.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """Ctrl-C, and what clusters send before they kill."""
 
-_RESUME = (
-    "the last checkpoint and features that were read are kept; the same command with --resume goes on"
-)
+_RESUME = "the last checkpoint and features that were read are kept; the same command with --resume goes on"
 
 GO_ON = {
     "run": _RESUME,

@@ -5,10 +5,11 @@ What is wrong inside a file is found later, by who reads it.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rewardmodel.config.schema import Recipe
-from rewardmodel.data.sources import announce, check_source, check_sources
+from rewardmodel.data.sources import OWN_PARTS, announce, check_source, check_sources
 from rewardmodel.errors import InputError
 from rewardmodel.files import check_new_folder, check_writable
 from rewardmodel.run_folder import RunFolder, check_run, lock_run, trained_models
@@ -35,6 +36,8 @@ def check_training(recipe: Recipe, resume: bool = False, overwrite: bool = False
             check_run(recipe, resume, overwrite, all_folds=fold is not None)
         else:
             check_run(recipe, resume=True, overwrite=False, all_folds=True)
+            if not resume:  # else its recipe is compared, which the fold's own check does
+                check_run(replace(recipe, trainer={**recipe.trainer, "output_dir": str(folder)}), resume, overwrite)
     check_reading(recipe)
 
 
@@ -67,12 +70,23 @@ def check_baseline(battles: str, output: Path | None) -> None:
     announce([battles])
 
 
-def check_predictions(given: Sequence[Path]) -> None:
+def check_predictions(given: Sequence[Path], battles: str | None = None) -> None:
     """Check that runs have validation predictions, or that files of predictions exist, and say what is read.
 
+    Args:
+        given: the runs or files.
+        battles: to predict with the runs instead.
+
     Raises:
-        InputError: there is no such file.
+        InputError: there is no such file, or no trained model to predict with.
     """
+    if battles:
+        for run in given:
+            trained_models(run)
+        if battles not in OWN_PARTS:
+            check_source(battles)
+        announce([battles])
+        return
     for path in given:
         file = RunFolder(path).validation if path.is_dir() else path
         if not file.is_file():

@@ -8,9 +8,8 @@ import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
-SPINS = "1000"
-"""How often a waiting OpenMP thread looks again before it sleeps (libgomp; its default is 300,000, about a
-millisecond). A thread that sleeps takes about 50 microseconds to wake up; see bench_neighbour.py in scripts."""
+WAIT_POLICY = "PASSIVE"
+"""OpenMP threads that wait sleep at once; scripts/bench_neighbour.py has what that costs and gains."""
 
 PRIMITIVES = "32"
 """Kernels that oneDNN keeps. It has one for each shape, and every batch has another: gigabytes, and no faster."""
@@ -24,8 +23,8 @@ def set_environment(environment: MutableMapping[str, str] = os.environ, root: Pa
         root: of the file system, where the limits of a container are.
     """
     environment.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRIMITIVES)
-    if "OMP_WAIT_POLICY" not in environment:
-        environment.setdefault("GOMP_SPINCOUNT", SPINS)
+    if "GOMP_SPINCOUNT" not in environment:  # libgomp's finer setting of the same
+        environment.setdefault("OMP_WAIT_POLICY", WAIT_POLICY)
     limit = cpu_limit(root)
     if limit is not None and limit < len(os.sched_getaffinity(0)):
         environment.setdefault("OMP_NUM_THREADS", str(max(1, int(limit))))

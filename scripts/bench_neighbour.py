@@ -20,16 +20,15 @@ from statistics import median
 
 from bench_battles import tell
 
-from rewardmodel.processors import SPINS
+from rewardmodel.processors import WAIT_POLICY
 
 READ = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
 """Variables that a setting has, or leaves out."""
 
 SETTINGS: dict[str, dict[str, str]] = {
     "default": {},
-    "rewardmodel": {"GOMP_SPINCOUNT": SPINS},
-    "spin 10000": {"GOMP_SPINCOUNT": "10000"},
-    "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "rewardmodel": {"OMP_WAIT_POLICY": WAIT_POLICY},
+    "short spin": {"GOMP_SPINCOUNT": "1000"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 

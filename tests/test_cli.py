@@ -64,10 +64,10 @@ def refusal(capsys):
         output = capsys.readouterr()
         assert code == 2
         assert output.out == ""
-        lines = output.err.splitlines()
-        assert len(lines) == 1, output.err
-        assert lines[0].startswith("error: ")
-        return lines[0].removeprefix("error: ")
+        *before, last = output.err.splitlines()
+        assert all(line.startswith("reading ") for line in before), output.err
+        assert last.startswith("error: ")
+        return last.removeprefix("error: ")
 
     return run
 

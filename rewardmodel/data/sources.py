@@ -46,10 +46,8 @@ def check_sources(data: DataConfig) -> list[str]:
     given = [*(data.train if isinstance(data.train, list) else [data.train]), *([data.test] if data.test else [])]
     for source in given:
         check_source(source)
-    if data.sample_submission and not os.path.isfile(data.sample_submission):
-        raise InputError(
-            f"{data.sample_submission}: no such file; give the data.sample_submission"
-        )
+    if data.test and data.sample_submission and not os.path.isfile(data.sample_submission):
+        raise InputError(f"{data.sample_submission}: no such file; give the data.sample_submission")
     return [source.path if isinstance(source, Source) else source for source in given]
 
 
