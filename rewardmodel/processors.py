@@ -8,8 +8,10 @@ import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
-WAIT_POLICY = "PASSIVE"
-"""OpenMP threads that wait sleep at once; scripts/bench_neighbour.py has what that costs and gains."""
+SPINS = "10000"
+"""How often a waiting OpenMP thread of libgomp looks again before it sleeps; by default 300,000 times, which is
+milliseconds. Fewer cost time on a quiet machine, because threads that sleep take long to wake up, and more take it from
+the neighbours of a busy one: scripts/results/neighbour.json."""
 
 PRIMITIVES = "32"
 """Kernels that oneDNN keeps. It has one for each shape, and every batch has another: gigabytes, and no faster."""
@@ -23,8 +25,8 @@ def set_environment(environment: MutableMapping[str, str] = os.environ, root: Pa
         root: of the file system, where the limits of a container are.
     """
     environment.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRIMITIVES)
-    if "GOMP_SPINCOUNT" not in environment:  # libgomp's finer setting of the same
-        environment.setdefault("OMP_WAIT_POLICY", WAIT_POLICY)
+    if "OMP_WAIT_POLICY" not in environment:  # the coarser setting of the same, which it would override
+        environment.setdefault("GOMP_SPINCOUNT", SPINS)
     limit = cpu_limit(root)
     if limit is not None and limit < len(os.sched_getaffinity(0)):
         environment.setdefault("OMP_NUM_THREADS", str(max(1, int(limit))))

@@ -2,6 +2,8 @@
 
     python scripts/bench_neighbour.py --json scripts/results/neighbour.json
 
+On Linux, `echo -20 > /proc/self/autogroup` in the shell before makes a machine that others use almost quiet.
+
 Every setting is a process of its own, with these environment variables. Each computes forward and backward passes of
 the same random Llama, in turns, alone and beside processes that are always busy, so that whatever else the machine
 does is spread over all of them. Figures are medians of milliseconds a pass, the fastest pass, and the median of the
@@ -20,15 +22,16 @@ from statistics import median
 
 from bench_battles import tell
 
-from rewardmodel.processors import WAIT_POLICY
+from rewardmodel.processors import SPINS
 
 READ = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
 """Variables that a setting has, or leaves out."""
 
 SETTINGS: dict[str, dict[str, str]] = {
     "default": {},
-    "rewardmodel": {"OMP_WAIT_POLICY": WAIT_POLICY},
-    "short spin": {"GOMP_SPINCOUNT": "1000"},
+    "rewardmodel": {"GOMP_SPINCOUNT": SPINS},
+    "spin 30000": {"GOMP_SPINCOUNT": "30000"},
+    "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 

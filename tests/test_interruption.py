@@ -51,10 +51,14 @@ def test_a_command_that_does_not_stop_is_ended():
 
 
 def test_a_signal_to_a_forked_process_is_its_own(capsys):
+    reader, writer = os.pipe()
     with stoppable("train"):
         child = os.fork()
         if not child:
-            signal.pause()
+            os.write(writer, b"ready")
+            time.sleep(20)
+            os._exit(0)
+        assert os.read(reader, 5) == b"ready"
         os.kill(child, signal.SIGTERM)
         _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGTERM
