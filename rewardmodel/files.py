@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FULL = {"No space left", "os error 28", "File too large", "os error 27", "Disk quota exceeded", "file write failed"}
+FULL = (
+    *("No space left", "os error 28", "File too large", "os error 27", "Disk quota exceeded"),
+    *("iostream error", "file write failed", "inline_container.cc"),
+)
 """What libraries that raise no OSError say of a full disk: safetensors, and torch's zip writer."""
 
 
