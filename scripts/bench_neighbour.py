@@ -30,7 +30,6 @@ READ = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
 SETTINGS: dict[str, dict[str, str]] = {
     "default": {},
     "rewardmodel": {"GOMP_SPINCOUNT": SPINS},
-    "spin 30000": {"GOMP_SPINCOUNT": "30000"},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
