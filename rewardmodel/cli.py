@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from rewardmodel.distributed import is_main
 from rewardmodel.errors import InputError, nearest
-from rewardmodel.interruption import describe_failure, stoppable
+from rewardmodel.interruption import describe_failure, end_process, stoppable
 from rewardmodel.processors import set_environment
 
 if TYPE_CHECKING:
@@ -282,6 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     from rewardmodel.options import build_parser, parse
 
+    program = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     completing = "_ARGCOMPLETE" in os.environ
     parser = build_parser(
@@ -315,7 +316,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:  # `stoppable` has said so, and how to go on
-        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+        code = 128 + (stop.args[0] if stop.args else signal.SIGINT)
+        return end_process(code) if program else code
 
 
 def _numbers(name: str, words: list[str] | None) -> list[float] | None:

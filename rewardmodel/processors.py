@@ -8,7 +8,7 @@ import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
-SPINS = "20000"
+SPINS = "30000"
 """How often a waiting OpenMP thread of libgomp looks again before it sleeps; by default 300,000 times, which is
 milliseconds. Fewer cost time on a quiet machine, because threads that sleep take long to wake up, and more take it from
 the neighbours of a busy one: scripts/results/neighbour.json."""

@@ -50,6 +50,12 @@ def test_a_command_that_does_not_stop_is_ended():
     assert done.stderr.startswith("interrupted (SIGTERM); the last checkpoint")
 
 
+def test_a_program_that_was_stopped_ends_with_its_code_after_what_is_registered():
+    code = "import atexit; from rewardmodel.interruption import end_process\natexit.register(print, 'bye')\nend_process(143)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stdout) == (143, "bye\n")
+
+
 def test_a_signal_to_a_forked_process_is_its_own(capsys):
     reader, writer = os.pipe()
     with stoppable("train"):
