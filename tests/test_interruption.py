@@ -51,7 +51,7 @@ def test_a_command_that_does_not_stop_is_ended():
 
 
 def test_a_program_that_was_stopped_ends_with_its_code_after_what_is_registered():
-    code = "import atexit; from rewardmodel.interruption import end_process\natexit.register(print, 'bye')\nend_process(143)"
+    code = "import atexit, rewardmodel.interruption as i; atexit.register(print, 'bye'); i.end_process(143)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stdout) == (143, "bye\n")
 
