@@ -70,7 +70,7 @@ def _doctor(options: Namespace) -> int:
     from rewardmodel.distributed import Launch, read_launch
 
     recipe = load_recipe(options.recipe, options.overrides)
-    logging.getLogger(__name__).info("estimating %s …", options.recipe)
+    logging.getLogger(__name__).info("reading %s …", options.recipe)
     launched = None
     if options.launch:
         launched = read_launch(options.launch, options.gpus)

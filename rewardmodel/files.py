@@ -87,18 +87,19 @@ def whole_or_absent(folder: Path) -> Iterator[None]:
 
 
 def check_writable(path: Path, name: str) -> None:
-    """Raise unless a file can be written in a folder, or in the closest one above it that exists; nothing remains.
+    """Raise unless a file or folder can be written, in it or in the closest folder above that exists; nothing remains.
 
     A small file is written, because neither permissions nor free space say it for every user and file system.
 
     Args:
-        path: the folder.
+        path: the file or folder, which may exist.
         name: of the option or key that it was given by, for the message.
 
     Raises:
         InputError: the message names `path`, the folder that cannot be written to, and the system's reason.
     """
-    folder = next(one for one in (path, *path.absolute().parents) if one.exists())
+    places = path.absolute().parents if path.is_file() else (path, *path.absolute().parents)
+    folder = next(one for one in places if one.exists())
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(4096))
@@ -144,10 +145,11 @@ def lock(path: Path, name: str) -> Iterator[None]:
         if held.lock_counter == 1:
             path.write_text(f"host {socket.gethostname()}, process {os.getpid()}", encoding="utf-8")
     except Timeout as error:
-        holder = path.read_text(encoding="utf-8") if path.is_file() else ""
-        raise InputError(
-            f"{name}: another process is writing there ({holder or 'unknown'}); wait for it, stop it, or name another"
-        ) from error
+        if path.is_file():  # else it could not be made
+            holder = path.read_text(encoding="utf-8") or "unknown"
+            raise InputError(
+                f"{name}: another process is writing there ({holder}); wait for it, stop it, or name another"
+            ) from error
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             logger.warning("%s: cannot be locked (%s); start no second process that writes there", name, error.strerror)

@@ -65,7 +65,7 @@ def check_baseline(battles: str, output: Path | None) -> None:
     if output and output.suffix != ".parquet":
         raise InputError(f"--output: {output} does not end in .parquet; give a name that does")
     if output:
-        check_writable(output.parent, "--output")
+        check_writable(output, "--output")
     check_source(battles)
     announce([battles])
 
@@ -103,7 +103,7 @@ def check_export(runs: Sequence[Path], output: Path) -> None:
         InputError: the folder exists, or cannot be written to, or there is no trained model.
     """
     check_new_folder(output)
-    check_writable(output.parent, "--output")
+    check_writable(output, "--output")
     for run in runs:
         trained_models(run)
     announce(list(map(str, runs)))

@@ -4,7 +4,7 @@
 
 On Linux, `echo -20 > /proc/self/autogroup` in the shell before makes a machine that others use almost quiet.
 
-Every setting is a process of its own, with these environment variables. Each computes forward and backward passes of
+Every setting is a separate process, with these environment variables. Each computes forward and backward passes of
 the same random Llama, in turns, alone and beside processes that are always busy, so that whatever else the machine
 does is spread over all of them. Figures are medians of milliseconds a pass, the fastest pass, and the median of the
 ratios to OpenMP's defaults in the same round.

@@ -667,7 +667,8 @@ def test_a_place_that_cannot_be_written_is_one_line(refusal, recipe_file, tmp_pa
     (tmp_path / "file").write_text("")
     given = {"baseline": write_csv(battle_frame(), tmp_path / "train.csv"), "prepare": recipe_file()}[command]
     output = tmp_path / "file" / "x.parquet"
-    assert "fix the path or its permissions" in refusal(command, given, "--output", output)
+    message = refusal(command, given, "--output", output)
+    assert message.startswith(f"--output: {output}: {output.parent} cannot be written to (Not a directory); name")
 
 
 def test_doctor_tells_of_a_recipe_and_exits_by_whether_it_works(recipe_file, tmp_path, capsys):
@@ -680,7 +681,7 @@ def test_doctor_tells_of_a_recipe_and_exits_by_whether_it_works(recipe_file, tmp
     assert main(["doctor", path, "--device", "T4", *wrong]) == 2
     output = capsys.readouterr()
     assert "precision  bfloat16: set by model.dtype" in output.out
-    first, second = output.err.splitlines()
+    _, first, second = output.err.splitlines()
     assert first.startswith("error: model.dtype: bfloat16 is emulated")
     assert second.startswith("error: trainer.optim: ")
 

@@ -80,7 +80,7 @@ def export(
         push_to_hub=push_to_hub,
         bundle=bundle,
     )
-    check_writable(output.parent, "--output")
+    check_writable(output, "--output")
     copied = contents == "adapter" and len(trained) == 1 and battles is None  # its predictions are the run's
     compared = None if copied else battles_to_compare(trained[0], battles)
     import torch

@@ -54,7 +54,7 @@ def predict_to_file(
     _check_output(output, sample)
     check_weights(weights, len(folders))
     check_time_limit(time_limit)
-    check_writable(output.parent, "--output")
+    check_writable(output, "--output")
     for run in folders:
         trained_models(run)
     with lock(lock_file(output), f"--output: {output}") if is_main() else nullcontext():
