@@ -9,15 +9,15 @@ import io
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
-import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from rewardmodel.distributed import is_main
-from rewardmodel.errors import InputError, nearest
+from rewardmodel.errors import InputError, nearest, plural
 from rewardmodel.interruption import describe_failure, end_process, stoppable
 from rewardmodel.processors import set_environment
 
@@ -140,7 +140,7 @@ def _predict(options: Namespace) -> None:
         sample_submission=options.sample_submission,
         time_limit=limit[0] if limit else None,
     )
-    print(f"{len(table)} battles: {options.output}")
+    print(f"{plural(len(table), 'battle')}: {options.output}")
 
 
 def _evaluate(options: Namespace) -> None:
@@ -149,16 +149,20 @@ def _evaluate(options: Namespace) -> None:
 
     given = [options.predictions, *([options.against] if options.against else [])]
     check_predictions(given, options.data)
+    if options.overrides and not options.data:
+        raise InputError(f"{options.overrides[0]}: only with --data, whose battles are predicted; leave it out")
     if options.data:
         from rewardmodel.battles import is_labelled
         from rewardmodel.inference.battles import battles_to_predict
+        from rewardmodel.run_folder import load_run_recipe
 
+        recipes = [load_run_recipe(run, options.overrides) for run in given]
         battles = battles_to_predict(given[0], options.data)
         if not is_labelled(battles):
             raise InputError(f"--data: {options.data}: the outcomes of these battles are not known; label them all")
         from rewardmodel.inference.predict import predict
 
-        given = [predict(run, battles) for run in given]
+        given = [predict(run, battles, recipe) for run, recipe in zip(given, recipes, strict=True)]
     from rewardmodel.evaluation.evaluate import (
         compare,
         evaluate,
@@ -210,6 +214,7 @@ def _export(options: Namespace) -> None:
         rewardmodel_only=options.rewardmodel_only,
         push_to_hub=options.push_to_hub,
         bundle=bundle,
+        overrides=options.overrides,
     )
     from rewardmodel.exports.parity import format_parity  # after the checks of export, because it imports torch
 
@@ -252,6 +257,13 @@ def _baseline(options: Namespace) -> None:
     print(format_baseline(measure_baselines(table)))
 
 
+def _recipes(options: Namespace) -> None:
+    """List the recipes of the package, which every command takes by name: rewardmodel run quickstart."""
+    from rewardmodel.config.recipes import format_recipes
+
+    print(format_recipes(shutil.get_terminal_size().columns))
+
+
 def _schema(options: Namespace) -> None:
     """Print the JSON schema of a recipe, with which editors complete and check recipes."""
     from rewardmodel.config.json_schema import recipe_schema
@@ -269,6 +281,7 @@ VERBS: dict[str, Callable[[Namespace], int | None]] = {
     "report": _report,
     "export": _export,
     "baseline": _baseline,
+    "recipes": _recipes,
     "schema": _schema,
 }
 """Commands by name; each docstring is the command's help."""
@@ -280,10 +293,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0; 2 for wrong input; 1 for NaN or infinite predictions; 130 after Ctrl-C, 143 after SIGTERM.
     """
-    from rewardmodel.options import build_parser, parse
+    from rewardmodel.options import build_parser, parse, reorder
 
     program = arguments is None
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = reorder(sys.argv[1:] if arguments is None else arguments)
     completing = "_ARGCOMPLETE" in os.environ
     parser = build_parser(
         {name: command.__doc__ or "" for name, command in VERBS.items()},
@@ -301,10 +314,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             known = ", ".join(VERBS)
             raise InputError(f"rewardmodel: no command '{arguments[0]}'{nearest(arguments[0], VERBS)}; known: {known}")
         options = parse(parser, arguments)
+        from rewardmodel.logs import set_up_logging, traced
+
         set_environment()
-        _set_up_logging()
+        set_up_logging(options.quiet, options.verbose)
         quiet = contextlib.nullcontext() if is_main() else contextlib.redirect_stdout(io.StringIO())
-        with stoppable(options.command), quiet:
+        with traced(options.verbose), stoppable(options.command), quiet:
             return VERBS[options.command](options) or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -325,21 +340,6 @@ def _numbers(name: str, words: list[str] | None) -> list[float] | None:
         return None if words is None else [float(word) for word in words]
     except ValueError as error:
         raise InputError(f"{name}: {' '.join(words or ())}: not all are numbers; give numbers") from error
-
-
-def _set_up_logging() -> None:
-    from rewardmodel.progress import quiet_libraries
-
-    quiet_libraries()
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    ours = logging.getLogger("rewardmodel")
-    ours.setLevel(logging.INFO if is_main() else logging.WARNING)
-    ours.handlers = [handler]
-    ours.propagate = False
-    # Noise that a user can do nothing about: an optional kernel, and an old name that peft asks transformers by.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rewardmodel.config.loader import load_recipe
+from rewardmodel.config.loader import Overrides
 from rewardmodel.data.sources import OWN_PARTS, announce, check_source
 from rewardmodel.distributed import is_main
 from rewardmodel.errors import InputError
 from rewardmodel.files import check_writable, lock, lock_file
 from rewardmodel.inference.battles import battles_to_predict, check_time_limit, check_weights
-from rewardmodel.run_folder import RunFolder, trained_models
+from rewardmodel.run_folder import as_folders, load_run_recipe, trained_models
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,7 +22,7 @@ def predict_to_file(
     battles: Any,
     output: str | Path,
     *,
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
     weights: Sequence[float] | None = None,
     sample_submission: str | Path | None = None,
     time_limit: float | None = None,
@@ -37,7 +37,8 @@ def predict_to_file(
         runs: one or several run folders, as for `predict`.
         battles: as for `predict`.
         output: .parquet for the predictions table, .csv for a submission; written completely or not at all.
-        overrides: keys of the runs' recipes for this call, as typed: `["--inference.swap_tta", "none"]`.
+        overrides: keys of the runs' recipes for this call: `{"inference.swap_tta": "none"}`, or as typed:
+            `["--inference.swap_tta", "none"]`.
         weights: of each run in the mean; default: equal.
         sample_submission: a submission with the columns and ids that the output, a .csv, must have.
         time_limit: seconds, as for `predict`.
@@ -49,7 +50,7 @@ def predict_to_file(
         InputError: something given cannot be used; nothing was written.
         FloatingPointError: a prediction is NaN or infinite; the battles are named.
     """
-    folders, output = [Path(run) for run in ([runs] if isinstance(runs, str | Path) else runs)], Path(output)
+    folders, output = as_folders(runs), Path(output)
     sample = Path(sample_submission) if sample_submission else None
     _check_output(output, sample)
     check_weights(weights, len(folders))
@@ -65,13 +66,13 @@ def _predict_to(
     output: Path,
     folders: list[Path],
     battles: Any,
-    overrides: Sequence[str],
+    overrides: Overrides,
     weights: Sequence[float] | None,
     sample: Path | None,
     time_limit: float | None,
 ) -> "pd.DataFrame":
     """Predict, with what needs no pandas checked, and write the file."""
-    recipes = [load_recipe(RunFolder(run).recipe, overrides, of_run=True) for run in folders]
+    recipes = [load_run_recipe(run, overrides) for run in folders]
     if isinstance(battles, str | Path) and str(battles) not in OWN_PARTS:
         check_source(str(battles))
     announce([battles if isinstance(battles, str | Path) else f"<{type(battles).__name__}>"])
