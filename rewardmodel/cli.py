@@ -7,8 +7,10 @@ reported within seconds.
 import contextlib
 import io
 import json
+import logging
 import os
 import shutil
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -16,25 +18,27 @@ from typing import TYPE_CHECKING
 
 from rewardmodel.distributed import is_main
 from rewardmodel.errors import InputError, nearest, plural
+from rewardmodel.interruption import describe_failure, end_process, stoppable
+from rewardmodel.processors import set_environment
 
 if TYPE_CHECKING:
     from rewardmodel.config.schema import Recipe
-    from rewardmodel.data.splits import Parts
     from rewardmodel.exports.kaggle import Bundle
 
 
 def _run(options: Namespace) -> None:
     """Train, evaluate on held-out prompts, and predict data.test into submission.csv."""
     from rewardmodel.config.loader import dump_recipe, load_recipe
+    from rewardmodel.preflight import check_training
 
     recipe = load_recipe(options.recipe, options.overrides)
     if options.print_config:
         print(dump_recipe(recipe), end="")
         return
-    parts = _read_parts(recipe, options)
+    check_training(recipe, options.resume, options.overwrite)
     from rewardmodel.pipeline import run
 
-    folder, evaluation = run(recipe, parts=parts, resume=options.resume, overwrite=options.overwrite)
+    folder, evaluation = run(recipe, resume=options.resume, overwrite=options.overwrite)
     from rewardmodel.evaluation.evaluate import format_metrics
     from rewardmodel.run_folder import RunFolder
 
@@ -46,9 +50,10 @@ def _run(options: Namespace) -> None:
 def _prepare(options: Namespace) -> None:
     """Read, group and audit a recipe's battles and assign folds; writes battles.parquet and audit.json."""
     from rewardmodel.config.loader import load_recipe
+    from rewardmodel.preflight import check_reading
 
     recipe = load_recipe(options.recipe, options.overrides)
-    options.output.mkdir(parents=True, exist_ok=True)  # an error here comes before the work
+    check_reading(recipe, options.output)
     from rewardmodel.pipeline import prepare
 
     facts = prepare(recipe, options.output)
@@ -65,6 +70,7 @@ def _doctor(options: Namespace) -> int:
     from rewardmodel.distributed import Launch, read_launch
 
     recipe = load_recipe(options.recipe, options.overrides)
+    logging.getLogger(__name__).info("reading %s …", options.recipe)
     launched = None
     if options.launch:
         launched = read_launch(options.launch, options.gpus)
@@ -82,22 +88,32 @@ def _doctor(options: Namespace) -> int:
 def _train(options: Namespace) -> None:
     """Train a model on labelled battles and save it as a run; --fold trains one model per fold."""
     from rewardmodel.config.loader import load_recipe
+    from rewardmodel.preflight import check_training
+    from rewardmodel.run_folder import lock_run
 
     recipe = load_recipe(options.recipe, options.overrides)
     how = {"resume": options.resume, "overwrite": options.overwrite}
     if options.fold is not None:
         _train_folds(recipe, options.fold, how)
         return
-    parts = _read_parts(recipe, options)
-    from rewardmodel.training.train import train
+    check_training(recipe, **how)
+    with lock_run(recipe.run_folder):
+        from rewardmodel.pipeline import is_trained, read_parts
 
-    folder, _ = train(recipe, parts=parts, **how)
-    print(folder)
+        parts = read_parts(recipe, **how)
+        if not (options.resume and is_trained(recipe, parts)):
+            from rewardmodel.training.train import train
+
+            train(recipe, parts=parts, **how)
+    print(recipe.run_folder)
 
 
 def _train_folds(recipe: "Recipe", fold: str, how: dict[str, bool]) -> None:
     if fold != "all" and not fold.isdecimal():
         raise InputError(f"--fold: {fold} is not a fold; give `all`, or a number from 0 to {recipe.data.folds - 1}")
+    from rewardmodel.preflight import check_training
+
+    check_training(recipe, **how, fold=fold)
     from rewardmodel.kfold import train_fold, train_folds
 
     if fold != "all":
@@ -129,16 +145,17 @@ def _predict(options: Namespace) -> None:
 
 def _evaluate(options: Namespace) -> None:
     """Measure predictions of battles whose outcomes are known, or compare two of them."""
+    from rewardmodel.preflight import check_predictions
+
     given = [options.predictions, *([options.against] if options.against else [])]
+    check_predictions(given, options.data)
     if options.overrides and not options.data:
         raise InputError(f"{options.overrides[0]}: only with --data, whose battles are predicted; leave it out")
     if options.data:
         from rewardmodel.battles import is_labelled
         from rewardmodel.inference.battles import battles_to_predict
-        from rewardmodel.run_folder import load_run_recipe, trained_models
+        from rewardmodel.run_folder import load_run_recipe
 
-        for run in given:
-            trained_models(run)
         recipes = [load_run_recipe(run, options.overrides) for run in given]
         battles = battles_to_predict(given[0], options.data)
         if not is_labelled(battles):
@@ -164,6 +181,9 @@ def _evaluate(options: Namespace) -> None:
 
 def _report(options: Namespace) -> None:
     """Write a run's report.html, or a page that compares several runs."""
+    from rewardmodel.preflight import check_predictions
+
+    check_predictions(options.runs)
     from rewardmodel.evaluation.report import report
 
     print(report(options.runs, options.output))
@@ -178,6 +198,9 @@ def _export(options: Namespace) -> None:
     if asked and not {"dataset", "installed"} <= asked.keys():
         name = next(iter(asked)).replace("_", "-")
         raise InputError(f"--{name}: only for --kind kaggle, which needs --dataset and --installed")
+    from rewardmodel.preflight import check_export
+
+    check_export(options.runs, options.output)
     from rewardmodel.exports.export import export
     from rewardmodel.exports.kaggle import Bundle
 
@@ -218,11 +241,10 @@ def _print_kaggle_time(options: Namespace, bundle: "Bundle") -> None:
 
 def _baseline(options: Namespace) -> None:
     """Measure baselines without a language model, out of fold: class prior, lengths, TF-IDF."""
-    if options.output and options.output.suffix != ".parquet":
-        raise InputError(f"--output: {options.output} does not end in .parquet; give a name that does")
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)  # an error here comes before the work
     from rewardmodel.config.schema import DataConfig
+    from rewardmodel.preflight import check_baseline
+
+    check_baseline(options.battles, options.output)
     from rewardmodel.data.splits import load_battles
 
     battles = load_battles(DataConfig(train=options.battles, folds=options.folds, seed=options.seed))
@@ -269,10 +291,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0; 2 for wrong input; 1 for NaN or infinite predictions; 130 if interrupted.
+        The exit code: 0; 2 for wrong input; 1 for NaN or infinite predictions; 130 after Ctrl-C, 143 after SIGTERM.
     """
     from rewardmodel.options import build_parser, parse, reorder
 
+    program = arguments is None
     arguments = reorder(sys.argv[1:] if arguments is None else arguments)
     completing = "_ARGCOMPLETE" in os.environ
     parser = build_parser(
@@ -293,26 +316,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse(parser, arguments)
         from rewardmodel.logs import set_up_logging, traced
 
-        # oneDNN keeps a kernel for each shape it has seen, and every batch has another: gigabytes, and no faster.
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+        set_environment()
         set_up_logging(options.quiet, options.verbose)
-        with (
-            traced(options.verbose),
-            contextlib.nullcontext() if is_main() else contextlib.redirect_stdout(io.StringIO()),
-        ):
+        quiet = contextlib.nullcontext() if is_main() else contextlib.redirect_stdout(io.StringIO())
+        with traced(options.verbose), stoppable(options.command), quiet:
             return VERBS[options.command](options) or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {' '.join(str(error).split())}; fix the path or its permissions", file=sys.stderr)
+        print(f"error: {describe_failure(error, arguments[0])}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; a run continues from its last checkpoint with --resume", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:  # `stoppable` has said so, and how to go on
+        code = 128 + (stop.args[0] if stop.args else signal.SIGINT)
+        return end_process(code) if program else code
 
 
 def _numbers(name: str, words: list[str] | None) -> list[float] | None:
@@ -320,15 +340,6 @@ def _numbers(name: str, words: list[str] | None) -> list[float] | None:
         return None if words is None else [float(word) for word in words]
     except ValueError as error:
         raise InputError(f"{name}: {' '.join(words or ())}: not all are numbers; give numbers") from error
-
-
-def _read_parts(recipe: "Recipe", options: Namespace) -> "Parts":
-    """Check that the run may be written, then read and split the recipe's battles."""
-    from rewardmodel.data.splits import load_battles, split
-    from rewardmodel.run_folder import check_run
-
-    check_run(recipe, options.resume, options.overwrite)
-    return split(load_battles(recipe.data), recipe.data.fold)
 
 
 if __name__ == "__main__":

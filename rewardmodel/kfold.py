@@ -7,6 +7,7 @@ battle's by the fold that held it out, the calibrator that is fitted on them, an
 import gc
 import json
 import logging
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from rewardmodel.evaluation.results import Evaluation, read_evaluation
 from rewardmodel.files import clear, write_text
 from rewardmodel.pipeline import run
 from rewardmodel.predictions import average_tables, read_predictions, write_predictions
-from rewardmodel.run_folder import RunFolder, check_run, check_same_inputs, write_environment
+from rewardmodel.run_folder import RunFolder, alone, check_run, check_same_inputs, lock_run, write_environment
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ GATHERED = ("metrics", "report", "validation", "calibration", "baselines", "cali
 one by which a run counts as gathered."""
 
 
+@alone
 def train_folds(
     recipe: RecipeLike, battles: Any = None, *, resume: bool = False, overwrite: bool = False
 ) -> tuple[Path, Evaluation]:
@@ -52,15 +54,27 @@ def train_folds(
     """
     whole = _of_all_folds(recipe, battles)
     check_run(whole, resume, overwrite, all_folds=True)
-    battles = load_battles(whole.data, battles)
-    _train(whole, battles, 0, resume=resume, overwrite=overwrite, fresh=overwrite and not resume)
-    for fold in range(1, whole.data.folds):
-        _train(whole, battles, fold, resume=True)
-    folder = whole.run_folder
-    if is_main():
-        gather(whole, battles)
-    wait_for_all()
-    return folder, read_evaluation(RunFolder(folder).metrics)
+    files = RunFolder(whole.run_folder)
+    with ExitStack() as locks:
+        for fold in range(whole.data.folds):
+            locks.enter_context(lock_run(files.fold(fold).path))
+        battles = load_battles(whole.data, battles)
+        _train(whole, battles, 0, resume=resume, overwrite=overwrite, fresh=overwrite and not resume)
+        for fold in range(1, whole.data.folds):
+            _train(whole, battles, fold, resume=True)
+        if not _is_gathered(whole):  # in every process: none has written since the last fold
+            wait_for_all()
+            if is_main():
+                gather(whole, battles)
+            wait_for_all()
+    return files.path, read_evaluation(files.metrics)
+
+
+def _is_gathered(whole: Recipe) -> bool:
+    """Return whether the files of all folds together are there: they are removed when a fold is trained again."""
+    files = RunFolder(whole.run_folder)
+    written = [getattr(files, name) for name in GATHERED if name != "calibration"]
+    return all(path.is_file() for path in written) and files.recipe.read_text(encoding="utf-8") == dump_recipe(whole)
 
 
 def train_fold(
@@ -83,8 +97,9 @@ def train_fold(
     """
     whole = _of_all_folds(recipe, battles)
     check_run(whole, resume=True, overwrite=False, all_folds=True)
-    battles = load_battles(replace(whole.data, fold=fold), battles)
-    return _train(whole, battles, fold, resume=resume, overwrite=overwrite)
+    with lock_run(RunFolder(whole.run_folder).fold(fold).path):
+        battles = load_battles(replace(whole.data, fold=fold), battles)
+        return _train(whole, battles, fold, resume=resume, overwrite=overwrite)
 
 
 def _of_all_folds(recipe: RecipeLike, battles: Any) -> Recipe:

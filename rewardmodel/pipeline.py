@@ -8,20 +8,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 from datasets import Dataset
 
 from rewardmodel.battles import write_parquet
-from rewardmodel.config.loader import RecipeLike, as_recipe
+from rewardmodel.config.loader import RecipeLike, as_recipe, dump_recipe
 from rewardmodel.config.schema import DataConfig, Recipe
 from rewardmodel.data.formats import SourceReport, read_battles
-from rewardmodel.data.splits import Parts, load_battles, split
+from rewardmodel.data.splits import Parts, fingerprint_parts, load_battles, split
 from rewardmodel.distributed import is_main, wait_for_all
 from rewardmodel.errors import InputError
 from rewardmodel.evaluation.results import Evaluation, read_evaluation
 from rewardmodel.files import atomic_path, write_json
-from rewardmodel.predictions import check_sample, read_labels, with_baseline, write_predictions, write_submission
-from rewardmodel.run_folder import RunFolder, check_run
+from rewardmodel.predictions import (
+    IDENTITY_COLUMNS,
+    build_predictions,
+    check_sample,
+    read_labels,
+    read_predictions,
+    with_baseline,
+    write_predictions,
+    write_submission,
+)
+from rewardmodel.run_folder import RunFolder, alone, check_run, check_same_inputs
 
 if TYPE_CHECKING:
     from rewardmodel.evaluation.text_regression import Regression
@@ -29,6 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@alone
 def run(
     recipe: RecipeLike,
     *,
@@ -59,13 +70,20 @@ def run(
     check_run(recipe, resume, overwrite)
     reports: list[SourceReport] = []
     test = read_test(recipe.data, reports)
-    parts = parts or split(load_battles(recipe.data), recipe.data.fold)
+    parts = parts or read_parts(recipe, resume, overwrite)
+    if resume and is_finished(recipe, parts, test):
+        return recipe.run_folder, read_evaluation(RunFolder(recipe.run_folder).metrics)
+
+    def begin() -> None:
+        before_write()
+        for path in LAST_FILES:  # by which a run counts as finished
+            getattr(RunFolder(recipe.run_folder), path).unlink(missing_ok=True)
 
     from rewardmodel.evaluation.evaluate import evaluate_run  # scikit-learn and torch from here on
     from rewardmodel.evaluation.report import report
     from rewardmodel.training.train import train
 
-    folder, parts = train(recipe, parts=parts, resume=resume, overwrite=overwrite, before_write=before_write)
+    folder, parts = train(recipe, parts=parts, resume=resume, overwrite=overwrite, before_write=begin)
     files = RunFolder(folder)
     to_predict = {"validation": parts.validation, "calibration": parts.calibration, "test": test}
     predictions = _predict_parts(recipe, to_predict)
@@ -76,6 +94,55 @@ def run(
         _write_submission(recipe, predictions.get("test"), baseline, test, any(one.tossed for one in reports))
     wait_for_all()
     return folder, read_evaluation(files.metrics)
+
+
+def read_parts(recipe: Recipe, resume: bool, overwrite: bool) -> Parts:
+    """Check that the run may be written, then read and split the recipe's battles.
+
+    Raises:
+        InputError: as `check_run` and `load_battles`.
+    """
+    check_run(recipe, resume, overwrite)
+    return split(load_battles(recipe.data), recipe.data.fold)
+
+
+def is_trained(recipe: Recipe, parts: Parts) -> bool:
+    """Return whether the run folder holds a model that was trained by this very recipe on these battles.
+
+    Raises:
+        InputError: it holds one that was trained on others.
+    """
+    files = RunFolder(recipe.run_folder)
+    if not (files.model.is_dir() and files.recipe.is_file()):
+        return False
+    check_same_inputs(files.path, {"data": fingerprint_parts(parts)})
+    return files.recipe.read_text(encoding="utf-8") == dump_recipe(recipe)
+
+
+def is_finished(recipe: Recipe, parts: Parts, test: Dataset | None) -> bool:
+    """Return whether the run folder holds all that `run` would write, of these battles; then say so.
+
+    Raises:
+        InputError: as `is_trained`.
+    """
+    files = RunFolder(recipe.run_folder)
+    names = [*RESULTS, *(LAST_FILES if test else ("report",)), *(["calibration"] if len(parts.calibration) else [])]
+    if not is_trained(recipe, parts) or not all(getattr(files, name).is_file() for name in names):
+        return False
+    if test is None:
+        same = not (files.predictions.is_file() or files.submission.is_file())
+    else:
+        asked = build_predictions(test, np.full((len(test), 3), 1 / 3))[list(IDENTITY_COLUMNS)]
+        there = read_predictions(files.predictions)
+        same = [*asked.itertuples(index=False)] == [*there[list(IDENTITY_COLUMNS)].itertuples(index=False)]
+    if same:
+        logger.info("%s: finished before; start again with --overwrite", files.path)
+    return same
+
+
+RESULTS = ("validation", "baselines", "blend_baseline", "calibrator", "metrics")
+LAST_FILES = ("report", "predictions", "submission")
+"""Files of a finished run, by their names in `RunFolder`; the last ones are written last."""
 
 
 def read_test(data: DataConfig, reports: list[SourceReport] | None = None) -> Dataset | None:

@@ -6,18 +6,25 @@ fold-0/, fold-1/, ...: the run of each fold, next to the out-of-fold predictions
 
 import json
 import platform
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import wraps
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import rewardmodel
-from rewardmodel.config.loader import Overrides, dump_recipe, load_recipe
+from rewardmodel.config.loader import Overrides, RecipeLike, as_recipe, dump_recipe, load_recipe
 from rewardmodel.config.schema import Recipe
 from rewardmodel.config.trainer import trainer_default
+from rewardmodel.distributed import is_main
 from rewardmodel.errors import InputError
-from rewardmodel.files import clear, write_json, write_text
+from rewardmodel.files import check_writable, clear, lock, lock_file, write_json, write_text
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 BACKBONE_FILE = "backbone.json"
 """In the folder of a saved model: which weights it stands on, their fingerprint, and the shape of the head."""
@@ -95,6 +102,14 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
+    def lock(self) -> Path:
+        """The lock of who writes here, next to the run; a fold's is next to the k-fold run, which may be replaced."""
+        path = self.path.absolute()
+        if re.fullmatch(r"fold-\d+", path.name):
+            return path.parent.with_name(f".{path.parent.name}.{path.name}.lock")
+        return lock_file(path)
+
+    @property
     def calibrated_on(self) -> Path:
         """The predictions that the calibrator was fitted on: the calibration part if there is one."""
         return self.calibration if self.calibration.is_file() else self.validation
@@ -114,7 +129,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate"
 
 
 def check_run(recipe: Recipe, resume: bool, overwrite: bool, all_folds: bool = False) -> None:
-    """Raise if the run may not be written to its folder; write nothing.
+    """Raise if the run may not be written to its folder, or cannot be; nothing remains there.
 
     Args:
         recipe: of the run; `recipe.run_folder` is looked at.
@@ -123,13 +138,15 @@ def check_run(recipe: Recipe, resume: bool, overwrite: bool, all_folds: bool = F
         all_folds: whether a k-fold run is to be written, not a run of one fold.
 
     Raises:
-        InputError: the folder holds a run already and neither `resume` nor `overwrite` is set, or holds
-            something else, or `resume` finds a run of another recipe, or one of all folds where one is meant.
+        InputError: the folder cannot be written to, holds a run already and neither `resume` nor `overwrite` is set,
+            or holds something else, or `resume` finds a run of another recipe, or one of all folds where one is meant.
     """
     folder = recipe.run_folder
     parent = next(path for path in folder.absolute().parents if path.exists())
     if not parent.is_dir():
         raise InputError(f"trainer.output_dir: {folder}: {parent} is not a folder; name another")
+    if not folder.is_file():
+        check_writable(folder, "trainer.output_dir")
     if not folder.exists() or (folder.is_dir() and all(path.suffix == ".partial" for path in folder.iterdir())):
         return
     if not RunFolder(folder).recipe.is_file() and not (all_folds and is_k_fold(folder)):
@@ -150,6 +167,32 @@ def check_run(recipe: Recipe, resume: bool, overwrite: bool, all_folds: bool = F
             f"trainer.output_dir: {folder} already holds a run; continue it with --resume, replace it with "
             f"{whole}, or name another"
         )
+
+
+@contextmanager
+def lock_run(folder: Path) -> Iterator[None]:
+    """Let one process, or the processes of one launch, write to a run folder.
+
+    Raises:
+        InputError: another one writes there; the message names its host and process.
+    """
+    if not is_main():
+        yield
+        return
+    with lock(RunFolder(folder).lock, f"trainer.output_dir: {folder}"):
+        yield
+
+
+def alone(work: Callable[Concatenate[RecipeLike, P], T]) -> Callable[Concatenate[RecipeLike, P], T]:
+    """Let a function, whose first argument is a recipe, hold the lock of its run folder (`lock_run`)."""
+
+    @wraps(work)
+    def locked(recipe: RecipeLike, *args: P.args, **options: P.kwargs) -> T:
+        recipe = as_recipe(recipe)
+        with lock_run(recipe.run_folder):
+            return work(recipe, *args, **options)
+
+    return locked
 
 
 def open_run(recipe: Recipe, resume: bool, overwrite: bool, before_write: Callable[[], None] = lambda: None) -> Path:

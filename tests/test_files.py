@@ -1,7 +1,28 @@
+import errno
+import logging
+import os
+import resource
+import signal
+
+import filelock
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from rewardmodel import files
-from rewardmodel.files import atomic_path, clear, write_text
+from rewardmodel.errors import InputError
+from rewardmodel.files import (
+    atomic_path,
+    check_new_folder,
+    check_writable,
+    clear,
+    lock,
+    lock_file,
+    whole_or_absent,
+    write_arrays,
+    write_text,
+)
 
 
 def names(folder):
@@ -147,3 +168,113 @@ def test_the_working_directory_is_emptied_where_it_is(inside, tmp_path, monkeypa
     assert (tmp_path / "run").stat().st_ino == before
     assert names(tmp_path / "run") == []
     assert names(tmp_path) == ["run"]
+
+
+@pytest.fixture
+def full_disk():
+    """Let no file of this process grow beyond 8 KiB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def write_weights(path):
+    with atomic_path(path) as partial:
+        partial.mkdir()
+        save_file({"weight": torch.zeros(100_000)}, partial / "model.safetensors")
+
+
+def write_state(path):
+    with atomic_path(path) as partial:
+        torch.save(torch.zeros(100_000), partial)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: write_text(path, "x" * 100_000),
+        lambda path: write_arrays(path, features=np.zeros(100_000)),
+        write_weights,
+        write_state,
+    ],
+    ids=["text", "arrays", "safetensors", "torch"],
+)
+def test_a_full_disk_names_the_file_that_was_asked_for_and_leaves_nothing(write, tmp_path, full_disk):
+    with pytest.raises(OSError, match="out") as caught:
+        write(tmp_path / "out")
+    assert caught.value.filename == str(tmp_path / "out")
+    assert caught.value.errno in (errno.EFBIG, errno.ENOSPC)
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_a_library_cannot_write_whole_is_removed(tmp_path):
+    folder = tmp_path / "checkpoint-4"
+
+    def write_half():
+        folder.mkdir()
+        (folder / "weights").write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="checkpoint-4") as caught, whole_or_absent(folder):
+        write_half()
+    assert caught.value.filename == str(folder)
+    assert names(tmp_path) == []
+    with whole_or_absent(folder):
+        folder.mkdir()
+    assert names(tmp_path) == ["checkpoint-4"]
+
+
+def test_other_errors_stay_as_they_are(tmp_path):
+    for error in (ValueError("no file"), FileNotFoundError(errno.ENOENT, "gone", "other")):
+        with pytest.raises(type(error)) as caught, atomic_path(tmp_path / "out"):
+            raise error
+        assert caught.value is error
+
+
+def test_a_folder_is_checked_by_writing_and_nothing_remains(tmp_path, monkeypatch):
+    check_writable(tmp_path / "a" / "b", "--output")
+    assert names(tmp_path) == []
+
+    def refuse(dir):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(InputError) as caught:
+        check_writable(tmp_path / "a", "--output")
+    expected = f"--output: {tmp_path / 'a'}: {tmp_path} cannot be written to (No space left on device); free some space"
+    assert str(caught.value) == expected
+
+
+def test_a_new_folder_is_absent_or_empty(tmp_path):
+    check_new_folder(tmp_path / "new")
+    check_new_folder(tmp_path)
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file"):
+        with pytest.raises(InputError, match=r"^--output: .* already exists"):
+            check_new_folder(path)
+
+
+def test_a_lock_names_its_holder_and_is_gone_afterwards(tmp_path):
+    path = lock_file(tmp_path / "runs" / "one")
+    assert path == tmp_path / "runs" / ".one.lock"
+    with lock(path, "--output: one"):
+        assert path.read_text().endswith(f", process {os.getpid()}")
+        with lock(path, "--output: one"):  # the same process
+            pass
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(path, blocking=False).acquire()
+    assert names(path.parent) == []
+
+
+@pytest.mark.parametrize(("number", "said"), [(errno.ENOLCK, True), (errno.EACCES, False)])
+def test_where_nothing_can_be_locked_work_goes_on(number, said, tmp_path, monkeypatch, caplog):
+    def refuse(self):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    with caplog.at_level(logging.WARNING), lock(tmp_path / ".one.lock", "--output: one"):
+        pass
+    assert ("cannot be locked" in caplog.text) == said

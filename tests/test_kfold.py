@@ -191,6 +191,12 @@ def test_new_battles_are_predicted_by_the_mean_of_the_folds(finished):
     assert not table["seen"].any()
 
 
+def test_a_gathered_run_that_is_resumed_is_not_gathered_again(finished, monkeypatch):
+    recipe, folder, metrics = finished
+    monkeypatch.setattr(crossfit, "gather", None)
+    assert train_folds(recipe, resume=True) == (folder, metrics)
+
+
 @pytest.fixture(scope="module")
 def blending(backbone, tmp_path_factory):
     """Return the folder of a k-fold run that blends, and what train_folds found."""

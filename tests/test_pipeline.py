@@ -202,6 +202,30 @@ def test_a_finished_run_resumed_with_a_test_file_predicts_it_without_training(re
     assert pd.read_csv(RunFolder(folder).submission, dtype={"id": str})["id"].tolist() == IDS
 
 
+def test_a_finished_run_that_is_resumed_does_no_work_and_what_changed_is_done_again(finished, tmp_path, monkeypatch):
+    recipe, folder, evaluation = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with monkeypatch.context() as patch:
+        patch.setattr("rewardmodel.model.loading.load_predictor", None)
+        patch.setattr("rewardmodel.training.train.train", None)
+        assert pipeline.run(recipe, resume=True) == (folder, evaluation)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+    parts, test = pipeline.read_parts(recipe, True, False), pipeline.read_test(recipe.data)
+    assert pipeline.is_trained(recipe, parts)
+    assert pipeline.is_finished(recipe, parts, test)
+    assert not pipeline.is_finished(recipe, parts, None)  # submission.csv would be removed
+    assert not pipeline.is_finished(recipe, parts, test.select(range(4)))
+    single = dataclasses.replace(recipe, inference=InferenceConfig(swap_tta="none"))
+    assert not pipeline.is_trained(single, parts)
+    with pytest.raises(InputError, match="started with another data"):
+        pipeline.is_trained(recipe, parts._replace(training=parts.validation))
+    report = RunFolder(folder).report
+    moved = report.rename(tmp_path / "report.html")
+    assert not pipeline.is_finished(recipe, parts, test)
+    moved.rename(report)
+
+
 def test_as_a_library_a_data_frame_is_trained_on_and_predicted(recipe, frame):
     recipe = with_data(quick(recipe), train="nowhere.csv")
     folder, parts = train(recipe, frame)

@@ -57,6 +57,12 @@ def test_last_checkpoint_passes_over_names_that_are_no_step(tmp_path):
     assert last_checkpoint(tmp_path) == numbered
 
 
+def test_the_lock_of_a_fold_is_not_in_the_folder_of_all_folds_which_may_be_replaced(tmp_path):
+    run = RunFolder(tmp_path / "runs" / "one")
+    assert run.lock == tmp_path / "runs" / ".one.lock"
+    assert run.fold(3).lock == tmp_path / "runs" / ".one.fold-3.lock"
+
+
 @pytest.mark.parametrize("exists", [False, True])
 def test_new_or_empty_folder_gets_the_resolved_recipe(tmp_path, exists):
     folder = tmp_path / "runs" / "one"

@@ -17,6 +17,7 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from rewardmodel.config.schema import Source
 from rewardmodel.data.raw_rows import RawRows, explain_failures, number_rows
 from rewardmodel.data.readers import READERS, ReadRequest, read_file, split_endings
+from rewardmodel.data.source_checks import check_source
 from rewardmodel.errors import InputError
 
 
@@ -50,9 +51,8 @@ def _open(source: Source | pd.DataFrame | Dataset, role: str, wanted: Collection
         return _open_file(Path(source.path), role, wanted, opened)
     if os.path.isdir(source.path):
         return _open_folder(source, role, wanted, opened)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source.path) and not split_endings(source.path)[1]:
-        return _read_dataset(_load_from_hub(source, role), source.path, wanted)
-    raise InputError(f"{source.path}: no such file; give the path of a battles file, a hub id, or 'sample'")
+    check_source(source)
+    return _read_dataset(_load_from_hub(source, role), source.path, wanted)
 
 
 def _read_dataset(dataset: Dataset, where: str, wanted: Collection[str]) -> RawRows:

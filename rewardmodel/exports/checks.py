@@ -14,6 +14,7 @@ from rewardmodel.data.formats import read_battles
 from rewardmodel.errors import InputError, nearest, plural
 from rewardmodel.exports.kaggle import Bundle
 from rewardmodel.exports.wheels import check_machines, unneeded_packages
+from rewardmodel.files import check_new_folder
 from rewardmodel.inference.battles import battles_to_predict
 from rewardmodel.model.saved_model import is_adapter, read_about
 from rewardmodel.run_folder import (
@@ -111,8 +112,7 @@ def check_options(
         InputError: an option that does not exist, or that does not go with the others or with the runs.
     """
     # the folder
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise InputError(f"--output: {output} already exists; remove it, or name another")
+    check_new_folder(output)
 
     # kind and contents
     names = [*kinds, "kaggle"]

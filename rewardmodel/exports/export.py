@@ -22,13 +22,14 @@ from rewardmodel.exports.checks import TrainedRun, battles_to_compare, check_opt
 from rewardmodel.exports.kaggle import Bundle, write_bundle
 from rewardmodel.exports.kaggle_notebook import write_notebook
 from rewardmodel.exports.wheels import unneeded_packages
-from rewardmodel.files import atomic_path, write_json, write_text
+from rewardmodel.files import atomic_path, check_writable, lock, lock_file, write_json, write_text
 from rewardmodel.hub import check_repository, upload
 from rewardmodel.predictions import PROBABILITIES, predicted, read_predictions, write_predictions
 from rewardmodel.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import torch
+    from datasets import Dataset
 
 
 def export(
@@ -52,16 +53,18 @@ def export(
             network needs to predict with it.
         dtype: of merged weights, one of `exports.checks.DTYPES`; default: the precision that the run's backbone
             was loaded in.
-        battles: to compare export and run on, as of `exports.checks.battles_to_compare`.
+        battles: to compare export and run on, as of `exports.checks.battles_to_compare`; an adapter that is copied is
+            compared on battles only if they are given, and by its files otherwise.
         rewardmodel_only: accept a model that plain transformers does not read as it was trained.
         push_to_hub: owner/name of a repository on the hub; it is made, private, if it does not exist.
         bundle: what a Kaggle bundle is for.
         overrides: keys of the runs' recipes: `{"model.model_name_or_path": "..."}` says where their backbone is now.
 
     Returns:
-        What `exports.parity.check_parity` found; of several runs also `probability_average`, the distance of the
-        export's predictions from the mean of the runs'; and of a run in 8 bits or fp8 `rounded_run`, the distance of
-        its weights in float32 from what the run itself predicts, whose activations are rounded to 8 bits, too.
+        What `exports.parity.check_parity` found, or `check_copy` of an adapter that is copied. Of several runs also
+        `probability_average`, the distance of the export's predictions from the mean of the runs'; and of a run in 8
+        bits or fp8 `rounded_run`, the distance of its weights in float32 from what the run itself predicts, whose
+        activations are rounded to 8 bits, too.
 
     Raises:
         InputError: what was given cannot be exported so; raised before torch is imported wherever no model is needed.
@@ -80,28 +83,23 @@ def export(
         push_to_hub=push_to_hub,
         bundle=bundle,
     )
-    compared = battles_to_compare(trained[0], battles)
+    check_writable(output, "--output")
+    copied = contents == "adapter" and len(trained) == 1 and battles is None  # its predictions are the run's
+    compared = None if copied else battles_to_compare(trained[0], battles)
     if push_to_hub:
         check_repository(push_to_hub, "--push-to-hub")
     import torch
 
     from rewardmodel.exports.card import write_card
-    from rewardmodel.exports.parity import (
-        EXACT,
-        ROUNDED,
-        check_parity,
-        choose_precision,
-        format_parity,
-        measure_differences,
-        predict_in_float32,
-    )
+    from rewardmodel.exports.parity import check_copy, format_parity
     from rewardmodel.exports.soup import average_adapters
     from rewardmodel.model.backbone import saved_backbone_folder
 
     form, weights = EXPORTS[contents], getattr(torch, dtype or trained[0].dtype)
     if form.merged:
         _check_mergeable(trained[0])
-    with tempfile.TemporaryDirectory() as work, atomic_path(output) as folder:
+    alone = lock(lock_file(output), f"--output: {output}")
+    with alone, tempfile.TemporaryDirectory() as work, atomic_path(output) as folder:
         # the model, its recipe and its calibrator
         run = trained[0] if len(trained) == 1 else average_adapters(trained, Path(work))
         model = folder / "model" if bundle else folder
@@ -111,19 +109,13 @@ def export(
         if len(trained) == 1:
             _copy_calibrator(run.folder, model)
 
-        # compare its predictions with the run's
-        expected = predict_in_float32(run, compared)
+        # compare its predictions with the run's, or its files
         plain = run.recipe.model.plain_head and form.merged and not rewardmodel_only
-        precision = choose_precision(run, weights) if form.merged else "float32"
-        limits = EXACT if not form.merged or weights == torch.float32 else ROUNDED
-        checked = check_parity(run, expected, model, compared, precision, None if form.four_bits else limits, plain)
+        if compared is None:
+            checked = check_copy(run.model, model)
+        else:
+            checked = _compare(trained, run, model, compared, weights, form, plain)
         parity = {"kind": kind, **checked}
-        if len(trained) > 1:
-            tables = [predict_in_float32(one, compared) for one in trained]
-            parity["probability_average"] = measure_differences(_average_tables(tables), expected)
-        if run.recipe.model.load_in_8bit or run.recipe.model.load_in_fp8:
-            rounded = predict_in_float32(run, compared, round_activations=True)
-            parity["rounded_run"] = measure_differences(rounded, expected)
 
         # parity.json, the model card, and the other files of a bundle
         write_json(folder / "parity.json", parity)
@@ -139,6 +131,50 @@ def export(
             write_notebook(bundle, folder, backbone, [*bundle.machines], unneeded)
     if push_to_hub:
         upload(output, push_to_hub)
+    return parity
+
+
+def _compare(
+    trained: list[TrainedRun],
+    run: TrainedRun,
+    folder: Path,
+    battles: "Dataset",
+    weights: "torch.dtype",
+    form: "Export",
+    plain: bool,
+) -> dict[str, Any]:
+    """Return how far an export's predictions are from its run's, and those of several runs' mean from theirs.
+
+    Args:
+        trained: the runs.
+        run: that is exported: the only one of them, or their mean.
+        folder: of the exported model.
+        battles: to compare on.
+        weights: dtype of the exported weights.
+        form: of the export.
+        plain: whether plain transformers must read it too.
+    """
+    import torch
+
+    from rewardmodel.exports.parity import (
+        EXACT,
+        ROUNDED,
+        check_parity,
+        choose_precision,
+        measure_differences,
+        predict_in_float32,
+    )
+
+    expected = predict_in_float32(run, battles)
+    precision = choose_precision(run, weights) if form.merged else "float32"
+    limits = EXACT if not form.merged or weights == torch.float32 else ROUNDED
+    parity = check_parity(run, expected, folder, battles, precision, None if form.four_bits else limits, plain)
+    if len(trained) > 1:
+        tables = [predict_in_float32(one, battles) for one in trained]
+        parity["probability_average"] = measure_differences(_average_tables(tables), expected)
+    if run.recipe.model.load_in_8bit or run.recipe.model.load_in_fp8:
+        rounded = predict_in_float32(run, battles, round_activations=True)
+        parity["rounded_run"] = measure_differences(rounded, expected)
     return parity
 
 

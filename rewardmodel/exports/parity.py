@@ -4,6 +4,7 @@ The run's side is computed in float32 from its weights as they were trained. The
 process, first by plain transformers without rewardmodel being imported, then by rewardmodel.
 """
 
+import filecmp
 import json
 import subprocess
 import sys
@@ -189,6 +190,22 @@ def check_parity(
     return parity
 
 
+def check_copy(model: Path, copy: Path) -> Parity:
+    """Return that a copied model has the same files, byte for byte, so that it predicts the same.
+
+    Returns:
+        `files`, their number.
+
+    Raises:
+        FloatingPointError: a file is missing or differs.
+    """
+    names = sorted(path.relative_to(model) for path in model.rglob("*") if path.is_file())
+    for name in names:
+        if not ((copy / name).is_file() and filecmp.cmp(model / name, copy / name, shallow=False)):
+            raise FloatingPointError(f"{name}: the copy in the export differs from {model / name}; export again")
+    return {"files": len(names)}
+
+
 def measure_differences(one: pd.DataFrame, other: pd.DataFrame) -> Parity:
     """Return how far apart two predictions of the same battles are.
 
@@ -222,7 +239,9 @@ def predict_export(job: dict[str, str]) -> None:
 
 
 def format_parity(parity: Parity) -> str:
-    """Return what `check_parity` found as lines for a terminal."""
+    """Return what `check_parity` or `check_copy` found as lines for a terminal."""
+    if "files" in parity:
+        return f"parity: its {parity['files']} files are the run's, byte for byte"
 
     def limit(name: str) -> str:
         return f"   limit {parity['limits'][name]:g}" if parity["limits"] else "   measured, no limit"

@@ -1,22 +1,21 @@
 """What `predict` is given, read and checked before a model is loaded: battles, weights, time limit; needs no torch."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from datasets import Dataset
-
-from rewardmodel.data.formats import SourceReport, read_battles
-from rewardmodel.data.splits import fingerprint_parts, load_battles, split
+from rewardmodel.data.source_checks import OWN_PARTS
 from rewardmodel.errors import InputError
 from rewardmodel.run_folder import check_same_inputs, is_k_fold, load_run_recipe
 
-OWN_PARTS = ("validation", "calibration", "holdout")
-"""Parts of a run's own battles that can be predicted by name."""
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from rewardmodel.data.formats import SourceReport
 
 
-def battles_to_predict(run: Path, battles: Any, reports: list[SourceReport] | None = None) -> Dataset:
+def battles_to_predict(run: Path, battles: Any, reports: "list[SourceReport] | None" = None) -> "Dataset":
     """Return battles of a Dataset, a DataFrame, dicts or a path, or a part of the run's own that it did not train on.
 
     Args:
@@ -28,6 +27,9 @@ def battles_to_predict(run: Path, battles: Any, reports: list[SourceReport] | No
         InputError: battles that cannot be read, a part that is empty, or the run's own battles have changed since
             training.
     """
+    from rewardmodel.data.formats import read_battles  # pandas and datasets from here on
+    from rewardmodel.data.splits import fingerprint_parts, load_battles, split
+
     if not (isinstance(battles, str) and battles in OWN_PARTS):
         return read_battles(battles, role="test", reports=reports)
     data = load_run_recipe(run).data
@@ -48,7 +50,7 @@ def check_weights(weights: Sequence[float] | None, runs: int) -> list[float]:
     shares = [1.0] * runs if weights is None else [float(weight) for weight in weights]
     if len(shares) != runs:
         raise InputError(f"weights: {len(shares)} for {runs} runs; give one for each run")
-    if not all(0 <= share < np.inf for share in shares) or not any(shares):
+    if not all(0 <= share < math.inf for share in shares) or not any(shares):
         raise InputError(
             f"weights: {', '.join(f'{share:g}' for share in shares)}; give numbers from 0, not all of them 0"
         )
@@ -61,5 +63,5 @@ def check_time_limit(seconds: float | None) -> None:
     Raises:
         InputError: it is negative, NaN or infinite.
     """
-    if seconds is not None and not 0 <= seconds < np.inf:
+    if seconds is not None and not 0 <= seconds < math.inf:
         raise InputError(f"time limit: {seconds:g}; give seconds, from 0")

@@ -34,7 +34,8 @@ from rewardmodel.prompt.tokenization import select_sequence
 logger = logging.getLogger(__name__)
 
 BATCHES = 16
-"""Micro-batches of a process in a shard: enough for rows of mixed lengths to fill them, few enough to compute again."""
+"""Micro-batches of a process in a shard: enough for rows of mixed lengths to fill them, few enough to compute again.
+The first shards have 1, 2, 4 and 8."""
 
 WHOLE, FIRST, SECOND = "whole", "first", "second"
 """Kinds of shards: all sequences of their rows, the first only, or the second only."""
@@ -108,7 +109,8 @@ def sharded_logits(
     # the same budget in every process, and after a restart, so that the same rows are in the same shard
     budget = _common_budget(folder, predictor, rows)
     predictor = replace(predictor, budget=budget)
-    tokens = budget * BATCHES * process_state().num_processes if folder or deadline else None
+    first = budget * process_state().num_processes
+    tokens = first * BATCHES if folder or deadline else None
     packed = is_packed(predictor.model)
 
     def compute(rows: Dataset, advance: Callable[[int], Any]) -> np.ndarray:
@@ -118,7 +120,8 @@ def sharded_logits(
 
     def compute_shards(rows: Dataset, kind: str) -> np.ndarray:
         costs, until = np.array(predictor.batching.costs(rows)), deadline if kind == SECOND else None
-        shards = split_by_tokens(costs, _order_rows(costs, packed, ascending=until is not None), tokens)
+        order = _order_rows(costs, packed, ascending=until is not None)
+        shards = split_by_tokens(costs, order, tokens, first if tokens else None)
         return _compute_missing(compute, rows, costs, shards, kind, folder, deadline, until)
 
     # both sequences together, which is quickest; or the second as time allows

@@ -1,18 +1,22 @@
 """Runs and battles in, a file of predictions or a submission out; everything given is checked before torch loads."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from rewardmodel.config.loader import Overrides
-from rewardmodel.data.formats import SourceReport
+from rewardmodel.data.source_checks import OWN_PARTS, announce, check_source
 from rewardmodel.distributed import is_main
 from rewardmodel.errors import InputError
+from rewardmodel.files import check_writable, lock, lock_file
 from rewardmodel.inference.battles import battles_to_predict, check_time_limit, check_weights
-from rewardmodel.predictions import check_sample, read_labels, write_predictions, write_submission
 from rewardmodel.run_folder import as_folders, load_run_recipe, trained_models
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from rewardmodel.data.formats import SourceReport
 
 
 def predict_to_file(
@@ -24,7 +28,7 @@ def predict_to_file(
     weights: Sequence[float] | None = None,
     sample_submission: str | Path | None = None,
     time_limit: float | None = None,
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     """Predict battles with one or several runs and write the predictions to a file.
 
     Finished shards are kept next to the output, in OUTPUT.shards, until it is written: after a crash the same call
@@ -55,11 +59,29 @@ def predict_to_file(
     _check_output(output, sample)
     check_weights(weights, len(folders))
     check_time_limit(time_limit)
-    output.parent.mkdir(parents=True, exist_ok=True)
-
+    check_writable(output, "--output")
     for run in folders:
         trained_models(run)
+    with lock(lock_file(output), f"--output: {output}") if is_main() else nullcontext():
+        return _predict_to(output, folders, battles, overrides, weights, sample, time_limit)
+
+
+def _predict_to(
+    output: Path,
+    folders: list[Path],
+    battles: Any,
+    overrides: Overrides,
+    weights: Sequence[float] | None,
+    sample: Path | None,
+    time_limit: float | None,
+) -> "pd.DataFrame":
+    """Predict, with what needs no pandas checked, and write the file."""
     recipes = [load_run_recipe(run, overrides) for run in folders]
+    if isinstance(battles, str | Path) and str(battles) not in OWN_PARTS:
+        check_source(str(battles))
+    announce([battles if isinstance(battles, str | Path) else f"<{type(battles).__name__}>"])
+    from rewardmodel.predictions import check_sample, read_labels, write_predictions, write_submission  # pandas
+
     reports: list[SourceReport] = []
     read = battles_to_predict(folders[0], battles, reports)
     labels = read_labels(sample) if sample else None

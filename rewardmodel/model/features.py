@@ -24,8 +24,8 @@ from rewardmodel.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-TOKENS_PER_FILE = 2**17
-"""About how many tokens each process computes before the next file of the cache is written."""
+TOKENS_PER_FILE, FIRST_TOKENS = 2**17, 2**13
+"""About how many tokens each process computes before the next file of the cache is written, and before the first."""
 
 
 class LastLayerInput(torch.nn.Module):
@@ -74,7 +74,8 @@ def read_features(predictor: Predictor, rows: Dataset) -> np.ndarray:
         order = np.random.default_rng(0).permutation(len(missing))  # rows of mixed lengths fill batches best
         with Progress(len(missing), "reading features", show=is_main()) as progress:
             done = 0
-            for part in split_by_tokens(costs, order, TOKENS_PER_FILE * process_state().num_processes):
+            processes = process_state().num_processes
+            for part in split_by_tokens(costs, order, TOKENS_PER_FILE * processes, FIRST_TOKENS * processes):
                 part_rows, names = todo.select(part), [keys[number] for number in missing[part]]
                 values = reader.logits(part_rows, on_batch=progress.update)
                 check_finite(values, part_rows, "features of {} battles are NaN or infinite")

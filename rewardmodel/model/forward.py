@@ -145,14 +145,22 @@ def check_finite(values: np.ndarray, rows: Dataset, message: str) -> None:
         raise FloatingPointError(f"{message.format(bad.sum())}; the first ids: {ids}")
 
 
-def split_by_tokens(costs: np.ndarray, order: np.ndarray, tokens: int | None) -> list[np.ndarray]:
+def split_by_tokens(
+    costs: np.ndarray, order: np.ndarray, tokens: int | None, first: int | None = None
+) -> list[np.ndarray]:
     """Return row numbers in an order as parts of about `tokens` tokens, each part ascending; None: one part.
 
     Args:
         costs: (n_rows,) tokens of each row.
         order: (n_rows,) row numbers.
         tokens: of a part.
+        first: of the first part; each has twice as many as the one before, up to `tokens`, so that something is kept
+            soon, however slow the machine is. Default: `tokens`.
     """
     ends = np.cumsum(costs[order])
-    number = (ends - costs[order]) // (tokens or ends[-1])
+    full, size, bounds = tokens or int(ends[-1]), first or tokens or int(ends[-1]), [0]
+    while bounds[-1] < ends[-1]:
+        bounds.append(bounds[-1] + min(size, full))
+        size *= 2
+    number = np.searchsorted(bounds, ends - costs[order], side="right")
     return [np.sort(part) for part in np.split(order, np.flatnonzero(np.diff(number)) + 1)]

@@ -35,6 +35,7 @@ from rewardmodel.prompt.tokenization import measure_row_retention, shared_token_
 from rewardmodel.run_folder import (
     RunFolder,
     add_to_environment,
+    alone,
     check_run,
     check_same_inputs,
     last_checkpoint,
@@ -49,6 +50,7 @@ from rewardmodel.training.training_log import TrainingLog
 logger = logging.getLogger(__name__)
 
 
+@alone
 def train(
     recipe: RecipeLike,
     battles: Any = None,

@@ -17,6 +17,7 @@ from rewardmodel.config.schema import ObjectiveConfig
 from rewardmodel.config.trainer import TOKENS
 from rewardmodel.distributed import is_main, wait_for_all
 from rewardmodel.errors import InputError
+from rewardmodel.files import whole_or_absent
 from rewardmodel.metrics import accuracy, log_loss
 from rewardmodel.model.backbone import Backbone
 from rewardmodel.model.batching import EpochSampler, to_device
@@ -249,7 +250,8 @@ class PreferenceTrainer(RewardTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.guard.check(self.model)
-        super()._save_checkpoint(model, trial)
+        with whole_or_absent(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
 
     def save_to(self, folder: Path, backbone: Backbone) -> None:
         """Write the trained model, gathered from all processes that have parts of it, in the main process.

@@ -5,7 +5,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted((ROOT / "rewardmodel").rglob("*.py"))
-GROUND = {"errors", "files", "hub", "metrics", "progress", "distributed"}
+GROUND = {"errors", "files", "hub", "metrics", "progress", "distributed", "processors"}
 TABLES = {"battles", "config", "objectives", "predictions", "run_folder"}
 
 MAY_IMPORT = {
@@ -15,12 +15,13 @@ MAY_IMPORT = {
     "metrics": set(),
     "progress": set(),
     "distributed": {"errors"},
+    "processors": set(),
     "logs": {"distributed", "progress"},
     "battles": {"errors", "files"},
     "config": {"errors"},
     "objectives": {"errors"},
     "predictions": {"battles", "errors", "files"},
-    "run_folder": {"battles", "config", "errors", "files"},
+    "run_folder": {"battles", "config", "distributed", "errors", "files"},
     "prompt": {"battles", "config", "errors", "files"},
     "data": GROUND | TABLES,
     "evaluation": GROUND | TABLES | {"data"},
@@ -32,7 +33,7 @@ MAY_IMPORT = {
 }
 """What a package, or a module at the root, may import of the others; cli, pipeline and kfold may import all."""
 
-WAYS_IN = {"__init__", "__main__", "cli", "options", "pipeline", "kfold"}
+WAYS_IN = {"__init__", "__main__", "cli", "interruption", "options", "preflight", "pipeline", "kfold"}
 
 
 def room(path: Path) -> str:

@@ -67,6 +67,20 @@ def plan_of(script, tmp_path, monkeypatch):
     return plan
 
 
+def test_passes_beside_a_neighbour_are_compared_in_turns(script, monkeypatch, capsys):
+    module = script("bench_neighbour")
+    monkeypatch.setattr(module, "SETTINGS", {"default": {}, "one thread": {"OMP_NUM_THREADS": "1"}})
+    answering = "import os, sys\nfor _ in sys.stdin: print(200 if 'OMP_NUM_THREADS' in os.environ else 100, flush=True)"
+    found = module.measure([sys.executable, "-c", answering], rounds=2, neighbours=1)
+    assert found.keys() == {"alone", "beside"}
+    for one in found.values():
+        assert one["default"] == {"milliseconds": 100, "fastest": 100, "ratio": 1.0}
+        assert one["one thread"] == {"milliseconds": 200, "fastest": 200, "ratio": 2.0}
+    monkeypatch.setattr(sys, "stdin", ["\n"])
+    module.answer_passes(layers=1, tokens=4)
+    assert float(capsys.readouterr().out) > 0
+
+
 # transformers' and TRL's own trainers, as users of the release see them
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(

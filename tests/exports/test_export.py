@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import battle_frame
+from builders import battle_frame, write_csv
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file, save_file
 
@@ -19,6 +19,7 @@ from rewardmodel.data.formats import read_battles
 from rewardmodel.errors import InputError
 from rewardmodel.evaluation.calibration import Calibrator, save_calibrator
 from rewardmodel.exports import export as exports
+from rewardmodel.exports import parity
 from rewardmodel.exports.checks import battles_to_compare, load_trained_run
 from rewardmodel.exports.merge import merge_run
 from rewardmodel.inference.predict import predict
@@ -28,19 +29,41 @@ from rewardmodel.predictions import predicted, read_predictions
 from rewardmodel.run_folder import RunFolder
 
 
+@pytest.fixture
+def held_out(tmp_path_factory):
+    """Return a file of 64 battles; an adapter is compared on battles only if some are given."""
+    return write_csv(battle_frame(16, seed=8), tmp_path_factory.mktemp("battles") / "held_out.csv")
+
+
+def test_an_adapter_is_a_copy_and_its_files_are_compared_without_a_prediction(run_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(parity, "predict_in_float32", None)
+    facts = export(run_folder, tmp_path / "export", "adapter")
+    model = RunFolder(run_folder).model
+    assert facts == {"kind": "adapter", "files": len(list(model.iterdir()))}
+    assert facts == json.loads((tmp_path / "export" / "parity.json").read_text())
+    assert "byte for byte" in parity.format_parity(facts)
+    assert "byte for byte" in (tmp_path / "export" / "README.md").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    name, copy = "adapter_model.safetensors", shutil.copytree(model, tmp_path / "copy")
+    for content in (b"", (model / name).read_bytes()[:-1] + b"x"):
+        (copy / name).write_bytes(content)
+        with pytest.raises(FloatingPointError, match=name):
+            parity.check_copy(model, copy)
+
+
 @pytest.mark.parametrize(("kind", "dtype", "limit"), [("merged", "float32", 1e-4), ("adapter", None, 1e-4)])
-def test_an_export_is_compared_with_its_run(kind, dtype, limit, run_folder, tmp_path, in_this_process):
-    check_export(kind, dtype, limit, run_folder, tmp_path)
+def test_an_export_is_compared_with_its_run(kind, dtype, limit, run_folder, tmp_path, in_this_process, held_out):
+    check_export(kind, dtype, limit, run_folder, tmp_path, held_out if kind == "adapter" else None)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "dtype", "limit"), [("merged", "float32", 1e-4), ("adapter", None, 1e-4)])
-def test_an_export_is_read_back_in_a_fresh_process(kind, dtype, limit, run_folder, tmp_path):
-    check_export(kind, dtype, limit, run_folder, tmp_path)
+def test_an_export_is_read_back_in_a_fresh_process(kind, dtype, limit, run_folder, tmp_path, held_out):
+    check_export(kind, dtype, limit, run_folder, tmp_path, held_out if kind == "adapter" else None)
 
 
-def check_export(kind, dtype, limit, run_folder, tmp_path):
-    facts = export(run_folder, tmp_path / "export", kind, dtype=dtype)
+def check_export(kind, dtype, limit, run_folder, tmp_path, battles):
+    facts = export(run_folder, tmp_path / "export", kind, dtype=dtype, battles=battles)
     assert facts["battles"] == 64
     assert facts["max_abs_dp"] <= limit
     assert facts == json.loads((tmp_path / "export" / "parity.json").read_text())
@@ -96,9 +119,9 @@ def test_other_runs_are_merged(changes, untrained_run, tmp_path, in_this_process
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adapter", "merged_4bit"])
-def test_other_exports_of_a_run_in_fp8(kind, untrained_run, tmp_path, in_this_process):
+def test_other_exports_of_a_run_in_fp8(kind, untrained_run, tmp_path, in_this_process, held_out):
     folder = untrained_run("other", load_in_fp8=True)
-    facts = export(folder, tmp_path / "export", kind)
+    facts = export(folder, tmp_path / "export", kind, battles=held_out)
     assert load_recipe(tmp_path / "export" / "recipe.yaml").model.load_in_fp8 == (kind == "adapter")
     assert facts["max_abs_dp"] < (1e-4 if kind == "adapter" else 0.5)
     battles = battle_frame(3, seed=5)
@@ -173,9 +196,7 @@ def test_a_run_with_pair_ties_is_exported_as_an_adapter(untrained_run, tmp_path,
     folder = untrained_run("pairs", "davidson", "response", pair_ties=True)
     with pytest.raises(InputError, match="a head that plain transformers does not have"):
         export(folder, tmp_path / "export")
-    facts = export(folder, tmp_path / "export", "adapter")
-    assert facts["max_abs_dp"] <= 1e-4
-    assert facts["plain"] is None
+    assert export(folder, tmp_path / "export", "adapter")["files"]
 
 
 @pytest.mark.slow

@@ -355,3 +355,13 @@ def test_shards_have_each_row_once_and_about_as_many_tokens(costs, least, random
     else:
         assert all(costs[shard].sum() < least + costs.max() for shard in found)
         assert len(found) <= 1 + costs.sum() / min(least, costs.sum())
+
+
+@given(st.lists(st.integers(1, 50), min_size=1), st.integers(1, 20))
+def test_the_first_shards_are_smaller_and_each_twice_as_large_as_the_one_before(costs, first):
+    costs, order = np.array(costs), np.arange(len(costs))
+    found = split_by_tokens(costs, order, 8 * first, first)
+    assert np.concatenate(found).tolist() == order.tolist()
+    starts = np.cumsum(costs) - costs
+    bounds = first * np.array([1, 3, 7, *range(15, 16 + costs.sum(), 8)])
+    assert [len(set(np.searchsorted(bounds, starts[shard], side="right"))) for shard in found] == [1] * len(found)

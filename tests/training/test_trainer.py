@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -70,6 +71,27 @@ def test_the_same_seed_trains_the_same_weights(recipe, tmp_path):
     other, _ = train(with_trainer(recipe, output_dir=str(tmp_path / "other"), seed=4))
     assert_same_weights(adapter(one), adapter(two))
     assert any(not torch.equal(weight, adapter(other)[name]) for name, weight in adapter(one).items())
+
+
+def test_a_disk_that_is_full_leaves_the_checkpoint_before_and_the_run_goes_on_from_there(recipe, monkeypatch):
+    recipe = with_trainer(recipe, max_steps=4, save_strategy="steps", save_steps=2, eval_strategy="no")
+    recipe = with_trainer(recipe, load_best_model_at_end=False)
+    save = PreferenceTrainer._save_optimizer_and_scheduler
+
+    def fill(self, folder):
+        if self.state.global_step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreferenceTrainer, "_save_optimizer_and_scheduler", fill)
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            train(recipe)
+    assert caught.value.filename == str(recipe.run_folder / "checkpoint-4")
+    assert [path.name for path in recipe.run_folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not (recipe.run_folder / "model").exists()
+    run, _ = train(recipe, resume=True)
+    assert adapter(run)
 
 
 TRAIN = """
