@@ -61,6 +61,9 @@ def _doctor(options: Namespace) -> int:
     """Estimate memory, precision and time of a recipe and list incompatible settings; nothing is trained."""
     if options.gpus is not None and options.gpus < 1:
         raise InputError(f"--gpus: {options.gpus}; give at least 1")
+    limit = _numbers("--hours", options.hours)
+    if limit and not limit[0] > 0:
+        raise InputError(f"--hours: {limit[0]:g}; give more than 0")
     from rewardmodel.config.loader import load_recipe
     from rewardmodel.distributed import Launch, read_launch
 
@@ -74,6 +77,10 @@ def _doctor(options: Namespace) -> int:
 
     diagnosis = doctor(recipe, options.device, launched)
     print(format_doctor(diagnosis))
+    if limit and diagnosis.estimate:
+        from rewardmodel.planning.prediction_time import describe_training_time
+
+        print(f"\n{describe_training_time(diagnosis, limit[0])}")
     for problem in diagnosis.problems:
         print(f"error: {problem}", file=sys.stderr)
     return 2 if diagnosis.problems else 0
