@@ -755,6 +755,8 @@ def test_training_refuses_what_doctor_refuses_before_weights_are_read(refusal, r
     [
         (["--device", "T5"], "--device: no 'T5'; did you mean 'T4'?"),
         (["--gpus", "0"], "--gpus: 0; give at least 1"),
+        (["--hours", "0"], "--hours: 0; give more than 0"),
+        (["--hours", "nine"], "--hours: nine: not all are numbers"),
         (["--launch", "nowhere.yaml"], "nowhere.yaml: not a configuration of accelerate"),
     ],
 )

@@ -82,6 +82,8 @@ def run_notebook(root: Path, work: Path, monkeypatch, commands=("doctor", "run",
     monkeypatch.setattr(kaggle_training, "run_command", here)
     monkeypatch.setattr(kaggle_training, "remove_rejected", lambda: None)
     monkeypatch.setattr(kaggle_training, "read_gpus", list)
+    monkeypatch.setattr("rewardmodel.evaluation.report.report", lambda *_, **__: None)  # charts take seconds
+    monkeypatch.setattr("rewardmodel.cli._print_kaggle_time", lambda *_: None)
     work.mkdir()
     names: dict = {}
     with chdir(work):
