@@ -22,7 +22,7 @@ import rewardmodel
 from rewardmodel import export
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.cli import main
-from rewardmodel.config.loader import load_recipe
+from rewardmodel.config.loader import dump_recipe, load_recipe
 from rewardmodel.errors import InputError
 from rewardmodel.exports.kaggle import Bundle, copy_source
 from rewardmodel.exports.kaggle_inputs import check_bundle
@@ -147,7 +147,10 @@ def test_of_several_runs_the_mean_is_bundled(k_fold, untrained_run, installed, t
     if k_fold:
         for number, run in enumerate(runs):
             shutil.copytree(run, tmp_path / "folds" / f"fold-{number}")
-        (tmp_path / "folds" / "metrics.json").write_text("{}")  # the folds are complete
+        recipe = load_recipe(runs[0] / "recipe.yaml")
+        recipe = replace(recipe, data=replace(recipe.data, folds=2))
+        (tmp_path / "folds" / "recipe.yaml").write_text(dump_recipe(recipe))
+        (tmp_path / "folds" / "metrics.json").write_text("{}")
     asked = Bundle("me/my-reward-model", installed, base=load_recipe(runs[0] / "recipe.yaml").model.model_name_or_path)
     facts = export(tmp_path / "folds" if k_fold else runs, tmp_path / "bundle", "kaggle", bundle=asked)
     assert facts["max_abs_dp"] <= 1e-5

@@ -1,9 +1,11 @@
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
 from rewardmodel.planning import prediction_time
 from rewardmodel.planning.doctor import doctor
+from rewardmodel.planning.estimate import Hours
 from rewardmodel.planning.prediction_time import describe_prediction_time, describe_training_time
 
 
@@ -84,15 +86,13 @@ def test_what_does_not_work_there_is_said(swapped, hours):
     assert "not possible: prediction needs " in describe_prediction_time(swapped, "T4", 2, 25_000, 8.5)
 
 
-def test_training_that_takes_too_long_is_shared_out_or_shortened(swapped):
-    found = doctor(swapped, "T4")
-    hours = dataclasses.replace(found.estimate.hours, training=15, evaluation=3, prediction=2, head_fit=None)
-    workload = dataclasses.replace(found.estimate.workload, training=54_603, validation=2_874)
-    found = dataclasses.replace(found, estimate=dataclasses.replace(found.estimate, hours=hours, workload=workload))
-    assert describe_training_time(found, 20) == "limit      fits: about 20.0 of 20.0 h"
-    assert describe_training_time(found, 8.5) == (
+def test_training_that_takes_too_long_is_shared_out_or_shortened():
+    workload = SimpleNamespace(training=54_603, validation=2_874)
+    estimate = SimpleNamespace(hours=Hours(training=15, evaluation=3, prediction=1.5, head_fit=0.5), workload=workload)
+    assert describe_training_time(SimpleNamespace(estimate=estimate), 20) == "limit      fits: about 20.0 of 20.0 h"
+    assert describe_training_time(SimpleNamespace(estimate=estimate), 8.5) == (
         "limit      too long: about 20.0 h, and there are 8.5; continue it with --resume, in 3 sessions, or train on "
         "fewer battles: data.limit 24000"
     )
     with pytest.raises(ValueError, match="no estimate"):
-        describe_training_time(dataclasses.replace(found, estimate=None), 1)
+        describe_training_time(SimpleNamespace(estimate=None), 1)
