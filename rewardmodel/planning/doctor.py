@@ -296,12 +296,12 @@ def _memory_table(device: Device, estimate: Estimate) -> list[str]:
 def _time_lines(device: Device, estimate: Estimate) -> list[str]:
     workload, hours = estimate.workload, estimate.hours
     launch = f", and {1e6 * LAUNCH_SECONDS:.0f} µs or more per operation" if device.kind == "cuda" else ""
-    fit = "" if hours.head_fit is None else f"fitting the head {_format_duration(hours.head_fit)}, "
+    fit = "" if hours.head_fit is None else f"fitting the head {format_duration(hours.head_fit)}, "
     return [
         f"battles    {workload.training:,} to train on, {workload.validation:,} for validation; {workload.source}",
-        f"time       {fit}training {_format_duration(hours.training)}, its evaluations "
-        f"{_format_duration(hours.evaluation)}, prediction of the validation battles "
-        f"{_format_duration(hours.prediction)}; assuming {UTILISATION[device.kind]:.0%} of the device's speed{launch}",
+        f"time       {fit}training {format_duration(hours.training)}, its evaluations "
+        f"{format_duration(hours.evaluation)}, prediction of the validation battles "
+        f"{format_duration(hours.prediction)}; assuming {UTILISATION[device.kind]:.0%} of the device's speed{launch}",
     ]
 
 
@@ -313,12 +313,13 @@ def _others_table(estimate: Estimate) -> list[str]:
             continue
         least = f"{other.training.least / GIB:.1f} of {other.device.memory / GIB:.1f} GiB"
         tokens = f"{other.training.tokens_that_fit:,}" if other.training.fits else "too large"
-        time = _format_duration(other.hours.total) if other.training.fits else ""
+        time = format_duration(other.hours.total) if other.training.fits else ""
         lines.append(f"  {other.device.name:<13}{other.precision:<10}{least:>19}{tokens:>18}{time:>11}")
     return lines
 
 
-def _format_duration(hours: float) -> str:
+def format_duration(hours: float) -> str:
+    """Return hours as text in a fitting unit, like `43 min`."""
     if hours < 1 / 60:
         return f"{3600 * hours:.0f} s"
     return f"{60 * hours:.0f} min" if hours < 1 else f"{hours:.1f} h"

@@ -6,7 +6,7 @@ from dataclasses import replace
 from rewardmodel.config.schema import Recipe
 from rewardmodel.distributed import Launch
 from rewardmodel.planning.devices import GIB
-from rewardmodel.planning.doctor import Diagnosis, doctor
+from rewardmodel.planning.doctor import Diagnosis, doctor, format_duration
 from rewardmodel.planning.estimate import UTILISATION
 
 
@@ -63,7 +63,7 @@ def describe_training_time(found: Diagnosis, limit: float) -> str:
         raise ValueError("no estimate: settings are incompatible")
     total, workload = found.estimate.hours.total, found.estimate.workload
     if total <= limit:
-        return f"limit      fits: about {total:.1f} of {limit:.1f} h"
+        return f"limit      fits: about {format_duration(total)} of {limit:.1f} h"
     battles = (workload.training + workload.validation) * limit / total
     rounded = math.floor(battles / 10 ** (digits := max(0, int(math.log10(battles)) - 1))) * 10**digits
     return (

@@ -89,7 +89,7 @@ def test_what_does_not_work_there_is_said(swapped, hours):
 def test_training_that_takes_too_long_is_shared_out_or_shortened():
     workload = SimpleNamespace(training=54_603, validation=2_874)
     estimate = SimpleNamespace(hours=Hours(training=15, evaluation=3, prediction=1.5, head_fit=0.5), workload=workload)
-    assert describe_training_time(SimpleNamespace(estimate=estimate), 20) == "limit      fits: about 20.0 of 20.0 h"
+    assert describe_training_time(SimpleNamespace(estimate=estimate), 20) == "limit      fits: about 20.0 h of 20.0 h"
     assert describe_training_time(SimpleNamespace(estimate=estimate), 8.5) == (
         "limit      too long: about 20.0 h, and there are 8.5; continue it with --resume, in 3 sessions, or train on "
         "fewer battles: data.limit 24000"
