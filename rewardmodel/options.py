@@ -46,6 +46,9 @@ def _doctor(parser: ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, or a GPU by name, like T4, A100-80GB, H100; default: this machine's")
     parser.add_argument("--gpus", type=int, help="number of GPUs, one process each; default: 1, or that of --launch")
     parser.add_argument("--launch", type=Path, help="a configuration of accelerate, like recipes/accelerate/fsdp2.yaml")
+    parser.add_argument(
+        "--hours", nargs=1, metavar="HOURS", help="that there are: say whether it fits into them, or what to change"
+    )
 
 
 def _train(parser: ArgumentParser) -> None:

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 import rewardmodel
 from rewardmodel.battles import OUTCOMES
-from rewardmodel.cli import VERBS, main
+from rewardmodel.cli import main
+from rewardmodel.commands import VERBS
 from rewardmodel.config.json_schema import recipe_schema
 from rewardmodel.config.loader import dump_recipe, load_recipe
 from rewardmodel.config.schema import DataConfig, ModelConfig, ObjectiveConfig, PromptConfig, Recipe
@@ -206,7 +207,7 @@ def test_quiet_leaves_results_and_warnings_only(place, tmp_path, capsys):
     assert capsys.readouterr() == (plain.out, "")
     assert logging.getLogger("rewardmodel").level == logging.WARNING
     assert main(loud["-v"]) == 0
-    assert re.search(r"^20..-.* rewardmodel\.data\.formats: .*no column 'id'", capsys.readouterr().err, re.MULTILINE)
+    assert re.search(r"^20..-.* rewardmodel\.data\.\w+: .*no column 'id'", capsys.readouterr().err, re.MULTILINE)
 
 
 def test_verbose_prints_where_an_error_comes_from(capsys):
@@ -756,6 +757,8 @@ def test_training_refuses_what_doctor_refuses_before_weights_are_read(refusal, r
     [
         (["--device", "T5"], "--device: no 'T5'; did you mean 'T4'?"),
         (["--gpus", "0"], "--gpus: 0; give at least 1"),
+        (["--hours", "0"], "--hours: 0; give more than 0"),
+        (["--hours", "nine"], "--hours: nine: not all are numbers"),
         (["--launch", "nowhere.yaml"], "nowhere.yaml: not a configuration of accelerate"),
     ],
 )

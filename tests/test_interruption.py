@@ -9,7 +9,8 @@ import time
 import pytest
 
 from rewardmodel import interruption
-from rewardmodel.cli import VERBS, main
+from rewardmodel.cli import main
+from rewardmodel.commands import VERBS
 from rewardmodel.interruption import GO_ON, NOTHING_KEPT, describe_failure, how_to_go_on, stoppable
 
 STUBBORN = """

@@ -1,7 +1,7 @@
 """A raw row with two responses in, a battle out: the competition's columns, two conversations, chosen and rejected.
 
 Where the prompt is, and how a response is given, is decided by row: a text, a list of turns, or messages; the prompt in
-a column of its own, at the beginning of a conversation, or both.
+a separate column, at the beginning of a conversation, or both.
 """
 
 import hashlib

@@ -183,7 +183,7 @@ def _read_json(file: IO[bytes], request: ReadRequest) -> RawRows:
             raise InputError(f"{where}: not a JSON list; give a list of objects, one per battle")
         return number_rows(rows, where, None)
 
-    # The first line is an object of its own, and others follow.
+    # The first line is a whole object, and others follow.
     first, _, rest = text.partition("\n")
     if rest.lstrip().startswith("{") and first.rstrip().endswith("}"):
         return _read_json_lines(io.BytesIO(content), request)

@@ -63,6 +63,13 @@ def read_gpus() -> list[Gpu]:
     return [Gpu(name.strip(), read_version(capability)) for name, _, capability in split]
 
 
+def launcher(processes: int) -> list[str]:
+    """Return the words after `python` that start a module in several processes, a GPU each; for one, none."""
+    words = ["-m", "accelerate.commands.launch", "--quiet", "--multi_gpu", "--num_machines", "1", "--num_processes"]
+    words += [str(processes), "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    return words if processes > 1 else []
+
+
 def check_gpus(gpus: list[Gpu], wanted: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with the GPUs, and print them with the precision that each computes in.
 
@@ -139,7 +146,7 @@ def check_packages(wanted: Mapping[str, Any], wheels: Mapping[str, Path], unfit:
 
     Args:
         wanted: `python`, like >=3.11; `pythons`, like ["3.12"], that the wheels are for; and `requires`, like
-            {"torch": ">=2.11"}.
+            {"torch": ">=2.10"}.
         wheels: those that fit, by package.
         unfit: packages whose wheels are all for another Python or machine.
     """

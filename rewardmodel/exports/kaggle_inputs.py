@@ -76,37 +76,45 @@ def find_bundle(files: list[Path], wanted: Mapping[str, Any]) -> Match:
     ids = {path.parent: _read_json(path).get("id") for path in files if path.name == MARKER}
     right = [folder for folder, found in ids.items() if found == wanted["id"]]
     if right:
-        return _choose(right, {})
+        return choose_match(right, {})
     others = "; ".join(
         f"{folder} is of another export ({found}), with its own inference.ipynb" for folder, found in ids.items()
     )
     return Match(None, f"no {MARKER} with id {wanted['id']}{': ' * bool(others)}{others}")
 
 
-def find_battles(files: list[Path], competition: str) -> Match:
-    """Return the file of the battles to predict: by its columns, whatever its name and its rows are.
+def find_battles(files: list[Path], competition: str, labelled: bool = False) -> Match:
+    """Return the file of the battles to predict, or to train on: by its columns, whatever its name and its rows are.
 
     Args:
         files: of all inputs.
         competition: the competition's name in addresses.
+        labelled: whether it has the outcomes as well.
     """
     headers = {path: _read_header(path) for path in files if path.suffix == ".csv"}
-    battles = [path for path, header in headers.items() if set(header) >= TEXTS and not set(header) & set(ANSWERS[1:])]
+    outcomes = set(ANSWERS[1:])
+    battles = [
+        path
+        for path, header in headers.items()
+        if set(header) >= TEXTS and (set(header) >= outcomes if labelled else not set(header) & outcomes)
+    ]
     samples = {path.parent for path, header in headers.items() if header == ANSWERS}
+    name = "train.csv" if labelled else "test.csv"
     reasons: dict[str, Callable[[Path], bool]] = {
         "the competition's folder, not a data set": lambda path: "datasets" not in path.parts,
         "in a folder of the competition's name": lambda path: competition in path.parts,
         "next to a sample submission": lambda path: path.parent in samples,
-        "called test.csv": lambda path: path.name == "test.csv",
+        f"called {name}": lambda path: path.name == name,
     }
-    return _choose(battles, reasons) if battles else Match(None, f"no .csv with the columns {', '.join(sorted(TEXTS))}")
+    columns = ", ".join([*sorted(TEXTS), *(ANSWERS[1:] if labelled else [])])
+    return choose_match(battles, reasons) if battles else Match(None, f"no .csv with the columns {columns}")
 
 
 def find_sample(files: list[Path], battles: Path) -> Match:
     """Return the sample submission, by its columns: that in the folder of the battles, or another."""
     samples = [path for path in files if path.suffix == ".csv" and _read_header(path) == ANSWERS]
     near = {"next to the battles": lambda path: path.parent == battles.parent}
-    return _choose(samples, near) if samples else Match(None, f"no .csv with the columns {', '.join(ANSWERS)}")
+    return choose_match(samples, near) if samples else Match(None, f"no .csv with the columns {', '.join(ANSWERS)}")
 
 
 def find_backbone(files: list[Path], wanted: Mapping[str, Any], fingerprint: Callable[[Path], str]) -> Match:
@@ -127,7 +135,7 @@ def find_backbone(files: list[Path], wanted: Mapping[str, Any], fingerprint: Cal
     for folders, note in ((alike, ""), (models, "its config.json differs from that of training, its weights do not")):
         right = [folder for folder in folders if fingerprint(folder) == wanted["fingerprint"]]
         if right:
-            match = _choose(right, {"where it was expected": lambda folder: folder == expected.parent})
+            match = choose_match(right, {"where it was expected": lambda folder: folder == expected.parent})
             return Match(match.path, f"{match.why} {note}".strip())
     if alike:
         return Match(None, f"{alike[0]} has its configuration, but other weights (another variation, or not whole)")
@@ -251,7 +259,7 @@ def _take_given(name: str, path: str) -> Match:
     return Match(Path(path), why) if os.path.exists(path) else Match(None, f"{path}, {why}, does not exist")
 
 
-def _choose(paths: list[Path], reasons: Mapping[str, Callable[[Path], bool]]) -> Match:
+def choose_match(paths: list[Path], reasons: Mapping[str, Callable[[Path], bool]]) -> Match:
     """Return the best of several paths, and why: the first reason counts most, then the shorter path, then its name."""
     rank: Callable[[Path], Any] = lambda path: (  # noqa: E731
         [not holds(path) for holds in reasons.values()],

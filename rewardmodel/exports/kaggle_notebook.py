@@ -97,7 +97,7 @@ def describe(bundle: Bundle, model: Path, backbone: Path | None, files: dict[str
 
 
 def read_requirements(unneeded: Collection[str] = ()) -> dict[str, str]:
-    """Return the versions that rewardmodel needs by package, like `{"torch": ">=2.11"}`, without unneeded packages."""
+    """Return the versions that rewardmodel needs by package, like `{"torch": ">=2.10"}`, without unneeded packages."""
     required = [Requirement(text) for text in metadata.requires("rewardmodel") or []]
     named = {canonicalize_name(one.name): str(one.specifier) for one in required if one.marker is None}
     return {name: versions for name, versions in named.items() if name not in unneeded}

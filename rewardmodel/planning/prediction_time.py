@@ -1,11 +1,13 @@
-"""A run's recipe and GPUs -> how long they take to predict many battles, and what to change if that is too long."""
+"""A recipe and GPUs -> whether training, or predicting many battles, fits into some hours, and what to change."""
 
+import math
 from dataclasses import replace
 
 from rewardmodel.config.schema import Recipe
 from rewardmodel.distributed import Launch
 from rewardmodel.planning.devices import GIB
-from rewardmodel.planning.doctor import Diagnosis, doctor
+from rewardmodel.planning.diagnosis import Diagnosis, format_duration
+from rewardmodel.planning.doctor import doctor
 from rewardmodel.planning.estimate import UTILISATION
 
 
@@ -48,6 +50,26 @@ def describe_prediction_time(recipe: Recipe, device: str, gpus: int, battles: in
     share = min(1.0, (limit - one_order) / one_order)
     return (
         f"{text}: one order takes {one_order:.1f} h, which leaves time for {share:.0%} of the other; for all, {smaller}"
+    )
+
+
+def describe_training_time(found: Diagnosis, limit: float) -> str:
+    """Return as text whether a recipe's training fits into a number of hours, and else what to change.
+
+    Args:
+        found: what `planning.doctor.doctor` says of the recipe, with an estimate.
+        limit: hours that there are for training, its evaluations and the prediction of the validation battles.
+    """
+    if found.estimate is None:
+        raise ValueError("no estimate: settings are incompatible")
+    total, workload = found.estimate.hours.total, found.estimate.workload
+    if total <= limit:
+        return f"limit      fits: about {format_duration(total)} of {limit:.1f} h"
+    battles = (workload.training + workload.validation) * limit / total
+    rounded = math.floor(battles / 10 ** (digits := max(0, int(math.log10(battles)) - 1))) * 10**digits
+    return (
+        f"limit      too long: about {total:.1f} h, and there are {limit:.1f}; continue it with --resume, in "
+        f"{math.ceil(total / limit)} sessions, or train on fewer battles: data.limit {rounded}"
     )
 
 

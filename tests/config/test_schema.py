@@ -33,6 +33,7 @@ MODEL_TYPES = {
     "google/gemma-2-9b-it": "gemma2",
     "google/gemma-2-2b-it": "gemma2",
     "meta-llama/Meta-Llama-3-8B-Instruct": "llama",
+    "Qwen/Qwen3-1.7B": "qwen3",
     "Qwen/Qwen3-4B-Instruct-2507": "qwen3",
     "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2": "llama",
     "microsoft/deberta-v3-base": "deberta-v2",

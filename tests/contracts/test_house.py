@@ -33,7 +33,7 @@ MAY_IMPORT = {
 }
 """What a package, or a module at the root, may import of the others; cli, pipeline and kfold may import all."""
 
-WAYS_IN = {"__init__", "__main__", "cli", "interruption", "options", "preflight", "pipeline", "kfold"}
+WAYS_IN = {"__init__", "__main__", "cli", "commands", "interruption", "options", "preflight", "pipeline", "kfold"}
 
 
 def room(path: Path) -> str:

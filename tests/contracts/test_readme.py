@@ -121,10 +121,10 @@ def test_every_launch_configuration_is_in_the_table():
 
 @each_document
 def test_every_command_is_there(name):
-    from rewardmodel.cli import VERBS
+    from rewardmodel.commands import VERBS
 
     verbs = set(re.findall(r"(?<!from )(?<![\w.])rewardmodel ([a-z]+)\b", code(name)))
-    assert verbs <= VERBS.keys()
+    assert verbs <= {*VERBS, "help"}
     assert name != "README.md" or {"run", "predict", "evaluate", "export"} <= verbs
 
 
@@ -228,4 +228,6 @@ def test_continuous_integration_runs_the_script_of_the_repository():
     job = yaml.safe_load(text_of(".github/workflows/ci.yml"))["jobs"]["test"]
     assert job["steps"][-1] == {"run": "bash .ci/run"}
     version = next(step["with"]["python-version"] for step in job["steps"] if "with" in step)
-    assert tuple(map(int, version.split("."))) >= (3, 11)
+    assert version == "${{ matrix.python }}"
+    classified = re.findall(r"Programming Language :: Python :: (3\.\d+)", text_of("pyproject.toml"))
+    assert job["strategy"]["matrix"]["python"] == classified

@@ -16,14 +16,16 @@ import pandas as pd
 import pytest
 from builders import battle_frame, write_csv
 from kaggle_trees import SLUG, make_competition
+from safetensors.torch import load_file, save_file
 
 import rewardmodel
 from rewardmodel import export
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.cli import main
-from rewardmodel.config.loader import load_recipe
+from rewardmodel.config.loader import dump_recipe, load_recipe
 from rewardmodel.errors import InputError
 from rewardmodel.exports.kaggle import Bundle, copy_source
+from rewardmodel.exports.kaggle_inputs import check_bundle
 from rewardmodel.exports.wheels import BLENDING, TRAINING_ONLY
 from rewardmodel.inference.predict import predict
 from rewardmodel.predictions import predicted
@@ -83,8 +85,14 @@ def notebook_code(path: Path) -> str:
 
 
 def without_network() -> list[str]:
-    allowed = subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode == 0
-    return ["unshare", "-rn"] if allowed else []
+    """Return the words before a command that give it a network namespace without a network, if the kernel allows it."""
+    for words in (["unshare", "-rn"], ["unshare", "-n"]):
+        if (
+            shutil.which("unshare")
+            and subprocess.run([*words, "true"], capture_output=True, check=False).returncode == 0
+        ):
+            return words
+    return []
 
 
 def run_offline(python: Path, code: Path, bundle: Path, battles: Path, work: Path) -> subprocess.CompletedProcess:
@@ -128,6 +136,28 @@ def test_a_merged_model_can_be_bundled(run_folder, installed, tmp_path, in_this_
         "licenses": [{"name": "other"}],
     }
     assert load_recipe(tmp_path / "bundle" / "model" / "recipe.yaml").model.model_name_or_path
+
+
+@pytest.mark.parametrize("k_fold", [False, True], ids=["two runs", "folds"])
+def test_of_several_runs_the_mean_is_bundled(k_fold, untrained_run, installed, tmp_path, in_this_process):
+    runs = [untrained_run("mean"), tmp_path / "other"]
+    shutil.copytree(runs[0], runs[1])
+    weights = load_file(runs[1] / "model" / "adapter_model.safetensors")
+    save_file({name: -value for name, value in weights.items()}, runs[1] / "model" / "adapter_model.safetensors")
+    if k_fold:
+        for number, run in enumerate(runs):
+            shutil.copytree(run, tmp_path / "folds" / f"fold-{number}")
+        recipe = load_recipe(runs[0] / "recipe.yaml")
+        recipe = replace(recipe, data=replace(recipe.data, folds=2))
+        (tmp_path / "folds" / "recipe.yaml").write_text(dump_recipe(recipe))
+        (tmp_path / "folds" / "metrics.json").write_text("{}")
+    asked = Bundle("me/my-reward-model", installed, base=load_recipe(runs[0] / "recipe.yaml").model.model_name_or_path)
+    facts = export(tmp_path / "folds" if k_fold else runs, tmp_path / "bundle", "kaggle", bundle=asked)
+    assert facts["max_abs_dp"] <= 1e-5
+    assert facts["probability_average"]["max_abs_dp"] > 1e-4
+    mean = predicted(predict(tmp_path / "bundle" / "model", battle_frame(2)))
+    assert np.ptp(mean, axis=0).max() <= 1e-6  # heads that cancel out predict the same of every battle
+    assert check_bundle(tmp_path / "bundle") == []
 
 
 def test_the_command_line_takes_several_lists_and_versions(run_folder, tmp_path, capsys):

@@ -109,6 +109,19 @@ def test_the_hidden_battles_are_found_by_their_columns(bundle, mounted, capsys):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_labelled_battles_are_found_by_their_columns(layout, mounted):
+    root, places = mounted(layout), LAYOUTS[layout]
+    assert find_battles(list_files(root), SLUG, labelled=True).why.startswith("no .csv with the columns id, prompt")
+    train = root / places["competition"] / "train.csv"
+    header = "id,model_a,model_b,prompt,response_a,response_b,winner_model_a,winner_model_b,winner_tie\n"
+    train.write_text(header)
+    make_folder(root / "datasets" / "a" / "other").joinpath("train.csv").write_text(header)
+    found = find_battles(list_files(root), SLUG, labelled=True)
+    assert found.path == train
+    assert "taken because it is the competition's folder, not a data set" in found.why
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_another_data_set_with_the_same_file_names_confuses_nothing(layout, bundle, mounted, capsys):
     root, places = mounted(layout), LAYOUTS[layout]
     other = root / "datasets" / "a" / SLUG  # sorts before all others
@@ -213,6 +226,17 @@ def test_a_damaged_bundle_is_one_sentence(damage, sentence, bundle, mounted):
     assert sentence in line
     assert line.endswith("attach that with Add Input")
     assert list((root.parent / "work").iterdir()) == []
+
+
+def test_a_truncated_wheel_stops_the_notebook_before_pip(tmp_path):
+    wheel = tmp_path / "bundle" / "wheels" / "one-1.0-py3-none-any.whl"
+    wheel.parent.mkdir(parents=True)
+    wheel.write_bytes(b"wheel")
+    whole = make_bundle(tmp_path, whole=True)
+    make_competition(tmp_path / "input" / SLUG)
+    wheel.write_bytes(b"w")
+    with pytest.raises(SystemExit, match=rf"^{wheel} has 1 bytes, not 5: upload the bundle again"):
+        run_cells(whole, tmp_path / "input", BUNDLE=str(whole.folder))
 
 
 def test_inputs_are_only_read(bundle, mounted):

@@ -321,11 +321,11 @@ def test_what_other_packages_are_built_for_is_refused_not_bundled(name, version)
         find_missing(there, "3.12")
 
 
-def tiny_wheel(name: str, version: str, folder):
+def tiny_wheel(name: str, version: str, folder, tag="py3-none-any"):
     about = f"{name}-{version}.dist-info"
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+    with zipfile.ZipFile(folder / f"{name}-{version}-{tag}.whl", "w") as archive:
         archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{about}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
         archive.writestr(f"{about}/RECORD", "")
 
 
@@ -347,6 +347,28 @@ def test_missing_wheels_are_downloaded_for_each_python(images, tmp_path, monkeyp
     del there["peft"]
     with pytest.raises(InputError, match="pip cannot download"):
         download_wheels({"3.12": written(there, tmp_path / "list")}, (), tmp_path / "again")
+
+
+BUILDS = ("manylinux_2_28_x86_64", "musllinux_1_2_x86_64", "manylinux_2_17_aarch64", "macosx_11_0_arm64", "win_amd64")
+
+
+def test_of_many_builds_the_one_for_each_python_on_linux_is_downloaded(tmp_path, monkeypatch):
+    (tmp_path / "index").mkdir()
+    versions = {name: metadata.version(name) for name in ("pyyaml", "filelock")}
+    for build in (*BUILDS, "manylinux_2_39_x86_64"):  # the last is for a glibc that Kaggle does not have
+        for python in ("cp311-cp311", "cp312-cp312", "cp313-cp313", "cp313-cp313t"):
+            tiny_wheel("pyyaml", versions["pyyaml"], tmp_path / "index", f"{python}-{build}")
+        tiny_wheel("filelock", versions["filelock"], tmp_path / "index", f"cp38-abi3-{build}")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    there = {name: version for name, version in installed_here().items() if name not in versions}
+    lists = {python: written(there, tmp_path / python) for python in ("3.12", "3.13")}
+    download_wheels(lists, (), tmp_path / "wheels")
+    for python, tag in (("3.12", "cp312-cp312"), ("3.13", "cp313-cp313")):
+        assert {path.name for path in (tmp_path / "wheels" / python).glob("*.whl")} == {
+            f"pyyaml-{versions['pyyaml']}-{tag}-{BUILDS[0]}.whl",
+            f"filelock-{versions['filelock']}-cp38-abi3-{BUILDS[0]}.whl",
+        }
 
 
 def test_of_bitsandbytes_only_the_libraries_for_that_cuda_are_kept(tmp_path):

@@ -1,10 +1,12 @@
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
 from rewardmodel.planning import prediction_time
 from rewardmodel.planning.doctor import doctor
-from rewardmodel.planning.prediction_time import describe_prediction_time
+from rewardmodel.planning.estimate import Hours
+from rewardmodel.planning.prediction_time import describe_prediction_time, describe_training_time
 
 
 @pytest.fixture
@@ -82,3 +84,15 @@ def test_what_does_not_work_there_is_said(swapped, hours):
     assert text == "25,000 battles on 2 x T4: not possible: model.dtype: bfloat16 is emulated; set auto"
     hours(1, 1, fits=False)
     assert "not possible: prediction needs " in describe_prediction_time(swapped, "T4", 2, 25_000, 8.5)
+
+
+def test_training_that_takes_too_long_is_shared_out_or_shortened():
+    workload = SimpleNamespace(training=54_603, validation=2_874)
+    estimate = SimpleNamespace(hours=Hours(training=15, evaluation=3, prediction=1.5, head_fit=0.5), workload=workload)
+    assert describe_training_time(SimpleNamespace(estimate=estimate), 20) == "limit      fits: about 20.0 h of 20.0 h"
+    assert describe_training_time(SimpleNamespace(estimate=estimate), 8.5) == (
+        "limit      too long: about 20.0 h, and there are 8.5; continue it with --resume, in 3 sessions, or train on "
+        "fewer battles: data.limit 24000"
+    )
+    with pytest.raises(ValueError, match="no estimate"):
+        describe_training_time(SimpleNamespace(estimate=None), 1)
