@@ -94,6 +94,10 @@ class RunFolder:
         """The same as a page for people."""
         return self.path / "report.html"
 
+    def benchmark(self, name: str) -> Path:
+        """The folder of what a benchmark found, by its name."""
+        return self.path / "benchmarks" / name
+
     @property
     def calibrated_on(self) -> Path:
         """The predictions that the calibrator was fitted on: the calibration part if there is one."""
