@@ -4,6 +4,7 @@ A model that scores each response alone computes every response once, after a pr
 them. A model that compares two responses plays all pairs in both orders.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -27,6 +28,8 @@ from rewardmodel.prompt.encoder import PromptEncoder
 from rewardmodel.prompt.template import ENCODINGS
 from rewardmodel.prompt.tokenization import TOKEN_ROW_FEATURES, pack_sequences
 from rewardmodel.run_folder import model_folder, trained_models
+
+logger = logging.getLogger(__name__)
 
 ROW_RESPONSES = 8
 """Responses of a question that are computed in one row; a question with more of them takes several rows."""
@@ -84,13 +87,18 @@ def _question_rows(
     """
     encoder = PromptEncoder(predictor.tokenizer, recipe.prompt, "separate")
     unknown = {"labels": [np.nan] * 3, "teacher": [np.nan] * 3, "full": [], "kept": [], "weight": 1.0}
-    rows = defaultdict(list)
+    rows, cut = defaultdict(list), 0
     for place, one in enumerate(questions):
         for start in range(0, len(one.responses), ROW_RESPONSES):
             responses = [[text] for text in one.responses[start : start + ROW_RESPONSES]]
-            packed = pack_sequences(list(encoder([[one.prompt]] * len(responses), responses)))
+            sequences = list(encoder([[one.prompt]] * len(responses), responses))
+            cut += sum(each.kept != each.full for each in sequences)
+            packed = pack_sequences(sequences)
             row = {"id": f"{place}:{start}", "length": len(packed.input_ids), **packed._asdict(), **unknown}
             rows[len(responses)].append(row)
+    if cut:
+        count = sum(len(one.responses) for one in questions)
+        logger.warning("%d of %d responses are cut: prompt.max_length is %d", cut, count, encoder.max_length)
     return rows
 
 

@@ -69,7 +69,7 @@ def read_questions(
     """
     questions = [one for source in sources for one in _read_source(source, columns, parse, optional)]
     if not questions:
-        raise InputError(f"{sources[0].path}: no rows; give a file with at least one question")
+        raise InputError(f"{sources[0].path}: the file is empty; give one with at least one row")
     _check_ties(questions, sources[0].path)
     return questions
 
@@ -92,7 +92,7 @@ def _read_source(
 
 
 def _check_columns(raw: RawRows, columns: Sequence[str]) -> None:
-    for column in columns:
+    for column in columns if raw.columns else ():
         if column not in raw.columns:
             raise InputError(
                 f"{raw.where}: column '{column}' is missing{nearest(column, raw.columns) or ';'} this benchmark has: "
