@@ -10,8 +10,8 @@ from rewardmodel.evaluation import charts
 from rewardmodel.evaluation.charts import ChartRow
 from rewardmodel.evaluation.page import fill_template
 
-MOST_ROWS = 30
-"""Figures of one chart; a benchmark with more shows those that summarise."""
+MOST_FIGURES = 8
+"""Of one chart; a benchmark with more shows the first of those that summarise."""
 
 
 def render_benchmark(result: BenchmarkResult) -> str:
@@ -35,8 +35,8 @@ def render_benchmark(result: BenchmarkResult) -> str:
 def _chart_rows(result: BenchmarkResult, percent: bool) -> list[ChartRow]:
     """Return the figures under headings, one a run, with the baselines of the first run's."""
     names = [one.name for one in result.runs[0].scores if one.percent == percent]
-    if len(names) > MOST_ROWS:
-        names = [one.name for one in result.runs[0].scores if one.percent == percent and one.summary]
+    if len(names) > MOST_FIGURES:
+        names = [one.name for one in result.runs[0].scores if one.percent == percent and one.summary][:MOST_FIGURES]
     scale, rows = 100 if percent else 1, []
     for name in names:
         scores = [(run.run, _find(run.scores, name)) for run in result.runs]
