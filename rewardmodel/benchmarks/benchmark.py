@@ -121,7 +121,7 @@ def _read(name: str, chosen: Benchmark, run: Path, data: str | Path | None) -> l
 
 
 def _run_names(folders: Sequence[Path]) -> list[str]:
-    """Return the names of the runs: of their folders, or their paths where these are equal."""
+    """Return the names of the runs: of their folders, numbered where these are equal."""
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [f"{name}-{place}" for place, name in enumerate(names, start=1)]
 
@@ -137,7 +137,8 @@ def _measure_responses(
 
     work = target / "shards"
     scored = play(run, recipe, questions, pairs, scoring.across, work)
-    remove_shards(work)
+    if is_main():
+        remove_shards(work)
 
     # the same terms and figures of the run and of the baselines
     terms = scoring.terms(questions, scored)
@@ -200,7 +201,8 @@ def _measure_probabilities(run: Path, recipe: Recipe, battles: Dataset, target: 
 
     work = target / "shards"
     table = predict(run, battles, recipe, work=work)
-    remove_shards(work)
+    if is_main():
+        remove_shards(work)
     seen = int(table[SEEN_COLUMN].sum()) if SEEN_COLUMN in table else None
     texts = [name for name in ("prompt", "response_a", "response_b") if name in table]
     return Measured(

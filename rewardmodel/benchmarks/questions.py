@@ -43,7 +43,7 @@ class Question(NamedTuple):
     group: str
 
 
-class Parts(NamedTuple):
+class QuestionParts(NamedTuple):
     """What a parser takes from a row: the fields of `Question` that benchmarks write differently."""
 
     prompt: str
@@ -53,7 +53,10 @@ class Parts(NamedTuple):
 
 
 def read_questions(
-    sources: Sequence[Source], columns: Sequence[str], parse: Callable[[RawRow], Parts], optional: Sequence[str] = ()
+    sources: Sequence[Source],
+    columns: Sequence[str],
+    parse: Callable[[RawRow], QuestionParts],
+    optional: Sequence[str] = (),
 ) -> list[Question]:
     """Return the questions of a benchmark, in the order of its rows.
 
@@ -75,7 +78,7 @@ def read_questions(
 
 
 def _read_source(
-    source: Source, columns: Sequence[str], parse: Callable[[RawRow], Parts], optional: Sequence[str]
+    source: Source, columns: Sequence[str], parse: Callable[[RawRow], QuestionParts], optional: Sequence[str]
 ) -> Iterable[Question]:
     with open_rows(source, "test", {*columns, *optional, "subset"}) as raw:
         _check_columns(raw, columns)
@@ -100,7 +103,7 @@ def _check_columns(raw: RawRows, columns: Sequence[str]) -> None:
             )
 
 
-def parse_best_of_n(row: RawRow, subsets: Sequence[str]) -> Parts:
+def parse_best_of_n(row: RawRow, subsets: Sequence[str]) -> QuestionParts:
     """Parse RewardBench 2: lists chosen and rejected, their numbers in num_correct and total_completions."""
     chosen, rejected = (_read_texts(row, column) for column in ("chosen", "rejected"))
     counts = {"num_correct": len(chosen), "total_completions": len(chosen) + len(rejected)}
@@ -113,16 +116,16 @@ def parse_best_of_n(row: RawRow, subsets: Sequence[str]) -> Parts:
     if subset == TIES and row.read_text("id").startswith("tied:") and len(chosen) < 2:
         raise row.error("chosen", "one response; a question with tied answers has two or more right ones")
     correct = [True] * len(chosen) + [False] * len(rejected)
-    return Parts(_read_prompt(row, "prompt"), chosen + rejected, correct, subset)
+    return QuestionParts(_read_prompt(row, "prompt"), chosen + rejected, correct, subset)
 
 
-def parse_pair(row: RawRow, subsets: Sequence[str]) -> Parts:
+def parse_pair(row: RawRow, subsets: Sequence[str]) -> QuestionParts:
     """Parse RewardBench: texts chosen and rejected."""
     responses = [_read_response(row, column) for column in ("chosen", "rejected")]
-    return Parts(_read_prompt(row, "prompt"), responses, [True, False], _read_subset(row, "subset", subsets))
+    return QuestionParts(_read_prompt(row, "prompt"), responses, [True, False], _read_subset(row, "subset", subsets))
 
 
-def parse_styles(row: RawRow, domains: Sequence[str]) -> Parts:
+def parse_styles(row: RawRow, domains: Sequence[str]) -> QuestionParts:
     """Parse RM-Bench: three chosen and three rejected responses, by style; `safety-refuse` and others by their kind."""
     chosen, rejected = (_read_texts(row, column) for column in ("chosen", "rejected"))
     for column, texts in (("chosen", chosen), ("rejected", rejected)):
@@ -131,10 +134,10 @@ def parse_styles(row: RawRow, domains: Sequence[str]) -> Parts:
     domain = row.read_text("domain").partition("-")[0]
     if domain not in domains:
         _read_subset(row, "domain", domains)
-    return Parts(_read_prompt(row, "prompt"), chosen + rejected, [True] * 3 + [False] * 3, domain)
+    return QuestionParts(_read_prompt(row, "prompt"), chosen + rejected, [True] * 3 + [False] * 3, domain)
 
 
-def parse_judgement(row: RawRow, sources: dict[str, str]) -> Parts:
+def parse_judgement(row: RawRow, sources: dict[str, str]) -> QuestionParts:
     """Parse JudgeBench: response_A, response_B and a label, `A>B` or `B>A`; `mmlu-pro-law` counts as `mmlu-pro`."""
     label = row.read_text("label")
     if label not in ("A>B", "B>A"):
@@ -144,17 +147,17 @@ def parse_judgement(row: RawRow, sources: dict[str, str]) -> Parts:
     if not found:
         raise row.error("source", f"{shorten(name)} is unknown; known: {', '.join(sources)}")
     responses = [_read_response(row, column) for column in ("response_A", "response_B")]
-    return Parts(_read_prompt(row, "question"), responses, [label == "A>B", label == "B>A"], found[0])
+    return QuestionParts(_read_prompt(row, "question"), responses, [label == "A>B", label == "B>A"], found[0])
 
 
-def parse_instruction(row: RawRow, subsets: Sequence[str]) -> Parts:
+def parse_instruction(row: RawRow, subsets: Sequence[str]) -> QuestionParts:
     """Parse LLMBar: output_1, output_2 and a label, 1 or 2; without a subset it counts towards the whole only."""
     label = row.read_number("label", "give 1 or 2")
     if label not in (1, 2):
         raise row.error("label", f"{shorten(row.values.get('label'))} is neither 1 nor 2; correct it")
     responses = [_read_response(row, column) for column in ("output_1", "output_2")]
     subset = _read_subset(row, "subset", subsets) if row.read_text("subset") else ""
-    return Parts(_read_prompt(row, "input"), responses, [label == 1, label == 2], subset)
+    return QuestionParts(_read_prompt(row, "input"), responses, [label == 1, label == 2], subset)
 
 
 def _read_response(row: RawRow, column: str) -> str:

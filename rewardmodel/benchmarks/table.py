@@ -11,7 +11,7 @@ from functools import partial
 from rewardmodel.benchmarks import questions as read
 from rewardmodel.benchmarks import scoring
 from rewardmodel.benchmarks.figures import Figure
-from rewardmodel.benchmarks.questions import Parts, Question
+from rewardmodel.benchmarks.questions import Question, QuestionParts
 from rewardmodel.benchmarks.scoring import Scored, Terms
 from rewardmodel.config.schema import Source
 from rewardmodel.data.raw_row import RawRow
@@ -78,7 +78,7 @@ class Scoring:
     """
 
     columns: tuple[str, ...]
-    parse: Callable[[RawRow], Parts]
+    parse: Callable[[RawRow], QuestionParts]
     terms: Callable[[Sequence[Question], Sequence[Scored]], Terms]
     chance: Callable[[Sequence[Question]], Terms]
     figures: Callable[[Sequence[Question], Terms], list[Figure]]
