@@ -81,6 +81,15 @@ def test_a_reward_is_the_same_alone_and_beside_others(separate, tmp_path):
         assert np.ptp(one.scores) > 0
 
 
+def test_folds_give_the_mean_of_their_rewards(separate, tmp_path, monkeypatch):
+    folds = iter([[np.array([1.0, 5.0])], [np.array([2.0, 3.0])]])
+    monkeypatch.setattr("rewardmodel.benchmarks.play.trained_models", lambda run: [run / "fold-0", run / "fold-1"])
+    monkeypatch.setattr("rewardmodel.benchmarks.play._reward_responses", lambda *_: next(folds))
+    pairs = pair_battles(QUESTIONS[:1], across=False, where="here")
+    (scored,) = play(separate, load_run_recipe(separate), QUESTIONS[:1], pairs, False, tmp_path)
+    assert scored.scores.tolist() == [1.5, 4]
+
+
 @pytest.mark.parametrize("across", [False, True])
 def test_pairs_are_played_in_both_orders(joint, tmp_path, across):
     questions = QUESTIONS[:2]
