@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 
-from rewardmodel.errors import InputError
+from rewardmodel.errors import InputError, plural
 from rewardmodel.files import cache_folder
 
 OUTCOMES = ("winner_model_a", "winner_model_b", "winner_tie")
@@ -188,8 +188,8 @@ def _check_turns(table: pa.Table, where: str) -> None:
         row = _first_true(pc.not_equal(turns["prompt"], turns[name]))
         if row is not None:
             raise InputError(
-                f"{where}: row {row + 1}, column '{name}': {turns[name][row]} turns, but the prompt has "
-                f"{turns['prompt'][row]}; give one response turn for each prompt turn (null for an empty one)"
+                f"{where}: row {row + 1}, column '{name}': {plural(turns[name][row].as_py(), 'turn')}, but the prompt "
+                f"has {turns['prompt'][row]}; give one response turn for each prompt turn (null for an empty one)"
             )
 
 

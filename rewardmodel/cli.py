@@ -7,16 +7,15 @@ reported within seconds.
 import contextlib
 import io
 import json
-import logging
 import os
+import shutil
 import sys
-import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from rewardmodel.distributed import is_main
-from rewardmodel.errors import InputError, nearest
+from rewardmodel.errors import InputError, nearest, plural
 
 if TYPE_CHECKING:
     from rewardmodel.config.schema import Recipe
@@ -125,25 +124,28 @@ def _predict(options: Namespace) -> None:
         sample_submission=options.sample_submission,
         time_limit=limit[0] if limit else None,
     )
-    print(f"{len(table)} battles: {options.output}")
+    print(f"{plural(len(table), 'battle')}: {options.output}")
 
 
 def _evaluate(options: Namespace) -> None:
     """Measure predictions of battles whose outcomes are known, or compare two of them."""
     given = [options.predictions, *([options.against] if options.against else [])]
+    if options.overrides and not options.data:
+        raise InputError(f"{options.overrides[0]}: only with --data, whose battles are predicted; leave it out")
     if options.data:
         from rewardmodel.battles import is_labelled
         from rewardmodel.inference.battles import battles_to_predict
-        from rewardmodel.run_folder import trained_models
+        from rewardmodel.run_folder import load_run_recipe, trained_models
 
         for run in given:
             trained_models(run)
+        recipes = [load_run_recipe(run, options.overrides) for run in given]
         battles = battles_to_predict(given[0], options.data)
         if not is_labelled(battles):
             raise InputError(f"--data: {options.data}: the outcomes of these battles are not known; label them all")
         from rewardmodel.inference.predict import predict
 
-        given = [predict(run, battles) for run in given]
+        given = [predict(run, battles, recipe) for run, recipe in zip(given, recipes, strict=True)]
     from rewardmodel.evaluation.evaluate import (
         compare,
         evaluate,
@@ -189,6 +191,7 @@ def _export(options: Namespace) -> None:
         rewardmodel_only=options.rewardmodel_only,
         push_to_hub=options.push_to_hub,
         bundle=bundle,
+        overrides=options.overrides,
     )
     from rewardmodel.exports.parity import format_parity  # after the checks of export, because it imports torch
 
@@ -242,6 +245,13 @@ def _benchmark(options: Namespace) -> None:
     print(f"{format_benchmark(result)}\n\n{options.output or RunFolder(options.runs[0]).benchmark(options.name)}")
 
 
+def _recipes(options: Namespace) -> None:
+    """List the recipes of the package, which every command takes by name: rewardmodel run quickstart."""
+    from rewardmodel.config.recipes import format_recipes
+
+    print(format_recipes(shutil.get_terminal_size().columns))
+
+
 def _schema(options: Namespace) -> None:
     """Print the JSON schema of a recipe, with which editors complete and check recipes."""
     from rewardmodel.config.json_schema import recipe_schema
@@ -260,6 +270,7 @@ VERBS: dict[str, Callable[[Namespace], int | None]] = {
     "export": _export,
     "baseline": _baseline,
     "benchmark": _benchmark,
+    "recipes": _recipes,
     "schema": _schema,
 }
 """Commands by name; each docstring is the command's help."""
@@ -271,9 +282,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0; 2 for wrong input; 1 for NaN or infinite predictions; 130 if interrupted.
     """
-    from rewardmodel.options import build_parser, parse
+    from rewardmodel.options import build_parser, parse, reorder
 
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = reorder(sys.argv[1:] if arguments is None else arguments)
     completing = "_ARGCOMPLETE" in os.environ
     parser = build_parser(
         {name: command.__doc__ or "" for name, command in VERBS.items()},
@@ -291,10 +302,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             known = ", ".join(VERBS)
             raise InputError(f"rewardmodel: no command '{arguments[0]}'{nearest(arguments[0], VERBS)}; known: {known}")
         options = parse(parser, arguments)
+        from rewardmodel.logs import set_up_logging, traced
+
         # oneDNN keeps a kernel for each shape it has seen, and every batch has another: gigabytes, and no faster.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
-        _set_up_logging()
-        with contextlib.nullcontext() if is_main() else contextlib.redirect_stdout(io.StringIO()):
+        set_up_logging(options.quiet, options.verbose)
+        with (
+            traced(options.verbose),
+            contextlib.nullcontext() if is_main() else contextlib.redirect_stdout(io.StringIO()),
+        ):
             return VERBS[options.command](options) or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -324,21 +340,6 @@ def _read_parts(recipe: "Recipe", options: Namespace) -> "Parts":
 
     check_run(recipe, options.resume, options.overwrite)
     return split(load_battles(recipe.data), recipe.data.fold)
-
-
-def _set_up_logging() -> None:
-    from rewardmodel.progress import quiet_libraries
-
-    quiet_libraries()
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    ours = logging.getLogger("rewardmodel")
-    ours.setLevel(logging.INFO if is_main() else logging.WARNING)
-    ours.handlers = [handler]
-    ours.propagate = False
-    # Noise that a user can do nothing about: an optional kernel, and an old name that peft asks transformers by.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 if __name__ == "__main__":

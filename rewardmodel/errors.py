@@ -1,4 +1,4 @@
-"""The one error for wrong input: the command line prints its message and exits with code 2."""
+"""The one error for wrong input, whose message the command line prints with exit code 2; and words of messages."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -15,3 +15,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the known name closest to `name`, or an empty string."""
     close = get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def plural(number: int, noun: str) -> str:
+    """Return a number with its noun: `1 battle`, `2,000 battles`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 from datasets import Dataset
 
-from rewardmodel.config.loader import dump_recipe
+from rewardmodel.config.loader import RecipeLike, as_recipe, dump_recipe
 from rewardmodel.config.schema import Recipe
 from rewardmodel.data.splits import fingerprint_parts, load_battles, split
 from rewardmodel.distributed import is_main, wait_for_all
@@ -33,13 +33,14 @@ one by which a run counts as gathered."""
 
 
 def train_folds(
-    recipe: Recipe, battles: Any = None, *, resume: bool = False, overwrite: bool = False
+    recipe: RecipeLike, battles: Any = None, *, resume: bool = False, overwrite: bool = False
 ) -> tuple[Path, Evaluation]:
     """Train a model for each fold on the others, and gather what each predicts of the battles it held out.
 
     Args:
-        recipe: what to do; `recipe.run_folder` is written, and in it fold-0, fold-1, ...; `data.fold` does not count.
-        battles: a Dataset, a DataFrame or a path in the place of `recipe.data.train`.
+        recipe: what to do, or the path or sections of a recipe; `recipe.run_folder` is written, and in it fold-0,
+            fold-1, ...; `data.fold` does not count.
+        battles: a Dataset, a DataFrame, a list of dicts or a path in the place of `recipe.data.train`.
         resume: continue an existing run; finished folds stay as they are.
         overwrite: replace an existing run.
 
@@ -63,7 +64,7 @@ def train_folds(
 
 
 def train_fold(
-    recipe: Recipe, fold: int, battles: Any = None, *, resume: bool = False, overwrite: bool = False
+    recipe: RecipeLike, fold: int, battles: Any = None, *, resume: bool = False, overwrite: bool = False
 ) -> Path:
     """Train and evaluate one fold of a k-fold run, for machines that share the folds; `train_folds` then gathers them.
 
@@ -86,8 +87,9 @@ def train_fold(
     return _train(whole, battles, fold, resume=resume, overwrite=overwrite)
 
 
-def _of_all_folds(recipe: Recipe, battles: Any) -> Recipe:
+def _of_all_folds(recipe: RecipeLike, battles: Any) -> Recipe:
     """Return the recipe of the k-fold run, below `whole`: it names the battles, and does not depend on `data.fold`."""
+    recipe = as_recipe(recipe)
     if battles is not None:
         from rewardmodel.training.train import with_source
 

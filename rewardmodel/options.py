@@ -9,16 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from rewardmodel import __version__
-from rewardmodel.errors import InputError
+from rewardmodel.errors import InputError, nearest
 
 ALL_KEYS = ("--",)
 """How every recipe key begins."""
 
+MOVED_BACKBONE = ("--model.model_name_or_path",)
+"""The key that says where the backbone of a run is now."""
+
+PREDICTION_KEYS = ("--inference.", "--model.device", "--model.dtype", *MOVED_BACKBONE)
+"""The keys that change how a trained run predicts."""
+
+LOUDNESS = ("-q", "--quiet", "-v", "--verbose")
+"""Options of every command, which may stand before it too."""
+
 KEYS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("run", "doctor", "prepare", "train"), ALL_KEYS),
-    **dict.fromkeys(
-        ("predict", "benchmark"), ("--inference.", "--model.device", "--model.dtype", "--model.model_name_or_path")
-    ),
+    **dict.fromkeys(("predict", "evaluate", "benchmark"), PREDICTION_KEYS),
+    "export": MOVED_BACKBONE,
 }
 """How the recipe keys begin that a command takes; the others take none."""
 
@@ -135,17 +143,33 @@ def _benchmark(parser: ArgumentParser) -> None:
 
 
 def _add_recipe(parser: ArgumentParser, resume: bool = False) -> None:
-    recipe: Any = parser.add_argument("recipe", help="YAML file of the recipe")
-    recipe.completer = _yaml_files
+    recipe: Any = parser.add_argument(
+        "recipe", help="YAML file of the recipe, or the name of one of the package, which `rewardmodel recipes` lists"
+    )
+    recipe.completer = _complete_recipe
     if resume:
         parser.add_argument("--resume", action="store_true", help="continue the run in trainer.output_dir")
         parser.add_argument("--overwrite", action="store_true", help="replace the run in trainer.output_dir")
 
 
-def _yaml_files(prefix: str, **_: Any) -> list[str]:
+def _complete_recipe(prefix: str, **_: Any) -> list[str]:
     from argcomplete.completers import FilesCompleter
 
-    return list(FilesCompleter(["yaml", "yml"])(prefix))
+    from rewardmodel.config.recipes import packaged_recipes
+
+    names = [name for name in packaged_recipes() if name.startswith(prefix)]
+    return [*FilesCompleter(["yaml", "yml"])(prefix), *names]
+
+
+def _add_loudness(parser: ArgumentParser) -> None:
+    loudness = parser.add_mutually_exclusive_group()
+    loudness.add_argument("-q", "--quiet", action="store_true", help="report results, warnings and errors only")
+    loudness.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="also report what libraries do, the time of each line, and the traceback of an error",
+    )
 
 
 OPTIONS = {
@@ -172,7 +196,7 @@ def build_parser(commands: Mapping[str, str], with_keys: bool) -> ArgumentParser
     """
     parser = ArgumentParser(
         "rewardmodel",
-        description="Reward models from human preference battles. `rewardmodel COMMAND --help` lists its options.",
+        description="Reward models from human preference battles. `rewardmodel help COMMAND` lists its options.",
         epilog="Tab completion of commands, options, recipe keys and files in bash and zsh: "
         'eval "$(register-python-argcomplete rewardmodel)"',
         allow_abbrev=False,
@@ -186,6 +210,7 @@ def build_parser(commands: Mapping[str, str], with_keys: bool) -> ArgumentParser
         command.set_defaults(parser=command)
         if name in OPTIONS:
             OPTIONS[name](command)
+        _add_loudness(command)
         if name in KEYS:
             usage = command.format_usage().removeprefix("usage: ").rstrip()
             command.usage = f"{usage} [--SECTION.KEY VALUE ...]"  # instead of 150 keys
@@ -208,6 +233,15 @@ def _add_keys(parser: ArgumentParser, taken: tuple[str, ...]) -> None:
                 group.add_argument(name, metavar=type_name(schema), choices=choices(schema), help=text)
 
 
+def reorder(arguments: Sequence[str]) -> list[str]:
+    """Return `help COMMAND` as `COMMAND --help`, and options before the command, like --quiet, behind it."""
+    first = next((place for place, word in enumerate(arguments) if word not in LOUDNESS), len(arguments))
+    before, words = list(arguments[:first]), list(arguments[first:])
+    if words[:1] == ["help"]:
+        return [*words[1:], "--help"]
+    return words + before if words else before
+
+
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     """Return a command's options, with `command`, its name, and `overrides`, recipe keys and values as typed.
 
@@ -216,14 +250,15 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
         SystemExit: the command is used in another way than its usage says, which is printed.
     """
     options, overrides = parser.parse_known_args(arguments)
-    taken = KEYS.get(options.command, ())
+    command, taken = f"rewardmodel {options.command}", KEYS.get(options.command, ())
+    if overrides and "recipe" in options and arguments.index(options.recipe) > arguments.index(overrides[0]):
+        raise InputError(f"{command}: the recipe comes before its keys: RECIPE --section.key VALUE")
+    for word in overrides:
+        name = word.partition("=")[0]
+        if word.startswith("--") and not (name.startswith(taken) and "." in name):
+            close = nearest(name, options.parser._option_string_actions)
+            raise InputError(f"{command}: unknown option {name}{close or ';'} see {command} --help")
     if overrides and not taken:
         options.parser.error(f"unrecognized arguments: {' '.join(overrides)}")
-    if overrides and "recipe" in options and arguments.index(options.recipe) > arguments.index(overrides[0]):
-        raise InputError(f"rewardmodel {options.command}: the recipe comes before its keys: RECIPE --section.key VALUE")
-    for word in overrides:
-        if word.startswith("--") and not word.startswith(taken):
-            name = f"rewardmodel {options.command}"
-            raise InputError(f"{name}: unknown option {word}; see {name} --help")
     options.overrides = overrides
     return options

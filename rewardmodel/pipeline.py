@@ -12,6 +12,7 @@ import pandas as pd
 from datasets import Dataset
 
 from rewardmodel.battles import write_parquet
+from rewardmodel.config.loader import RecipeLike, as_recipe
 from rewardmodel.config.schema import DataConfig, Recipe
 from rewardmodel.data.formats import read_battles
 from rewardmodel.data.splits import Parts, load_battles, split
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(
-    recipe: Recipe,
+    recipe: RecipeLike,
     *,
     parts: Parts | None = None,
     resume: bool = False,
@@ -41,7 +42,7 @@ def run(
     The model that predicts is loaded from disk, so that what is evaluated is what was saved.
 
     Args:
-        recipe: what to do; `recipe.run_folder` is written.
+        recipe: what to do, or the path or sections of a recipe; `recipe.run_folder` is written.
         parts: its battles, if they were read before.
         resume: continue an existing run.
         overwrite: replace an existing run.
@@ -54,6 +55,7 @@ def run(
         InputError: the recipe or its files cannot be used; nothing was written then.
         FloatingPointError: a loss, a weight or a prediction is NaN or infinite.
     """
+    recipe = as_recipe(recipe)
     check_run(recipe, resume, overwrite)
     test = read_test(recipe.data)
     parts = parts or split(load_battles(recipe.data), recipe.data.fold)
@@ -144,11 +146,11 @@ def _write_submission(
     write_submission(table, files.submission)
 
 
-def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
+def prepare(recipe: RecipeLike, folder: str | Path) -> dict[str, Any]:
     """Read, group and split the recipe's battles, audit them, and write battles.parquet and audit.json.
 
     Args:
-        recipe: its sections data, prompt and model (for the tokenizer) are read.
+        recipe: its sections data, prompt and model (for the tokenizer) are read; or its path, or its sections.
         folder: where both files go.
 
     Returns:
@@ -157,6 +159,7 @@ def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
     Raises:
         InputError: the recipe or its battles cannot be used; nothing was written then.
     """
+    recipe, folder = as_recipe(recipe), Path(folder)
     battles = load_battles(recipe.data)
 
     from rewardmodel.data.audit import audit

@@ -12,8 +12,8 @@ logger = logging.getLogger(__name__)
 
 
 def in_terminal() -> bool:
-    """Return whether standard error is a terminal, where a bar can be redrawn."""
-    return sys.stderr.isatty()
+    """Return whether standard error is a terminal, where a bar can be redrawn, and --quiet does not ask for none."""
+    return sys.stderr.isatty() and logging.getLogger("rewardmodel").level < logging.WARNING
 
 
 def quiet_libraries() -> None:

@@ -6,14 +6,14 @@ fold-0/, fold-1/, ...: the run of each fold, next to the out-of-fold predictions
 
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import rewardmodel
-from rewardmodel.config.loader import dump_recipe, load_recipe
+from rewardmodel.config.loader import Overrides, dump_recipe, load_recipe
 from rewardmodel.config.schema import Recipe
 from rewardmodel.config.trainer import trainer_default
 from rewardmodel.errors import InputError
@@ -197,15 +197,31 @@ def model_folder(run: Path) -> Path:
     return run if (run / BACKBONE_FILE).is_file() else RunFolder(run).model
 
 
-def load_run_recipe(folder: Path) -> Recipe:
-    """Return the recipe that a run carries.
+def as_folders(runs: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Return run folders that a function was given, one or several, as a list.
+
+    Raises:
+        InputError: an empty list.
+        TypeError: something else than paths.
+    """
+    given = [runs] if isinstance(runs, str | Path) else runs
+    for one in given if isinstance(given, list | tuple) else [given]:
+        if not isinstance(one, str | Path):
+            raise TypeError(f"a run is given as the path of its folder, or several as a list, not {type(one).__name__}")
+    if not given:
+        raise InputError("runs: an empty list; give at least one run folder")
+    return [Path(run) for run in given]
+
+
+def load_run_recipe(folder: Path, overrides: Overrides = ()) -> Recipe:
+    """Return the recipe that a run carries, with overrides for this call on top.
 
     Raises:
         InputError: the folder is not a run.
     """
     if not RunFolder(folder).recipe.is_file():
         raise InputError(f"{folder}: no recipe.yaml there; give the folder of a run")
-    return load_recipe(RunFolder(folder).recipe, of_run=True)
+    return load_recipe(RunFolder(folder).recipe, overrides, of_run=True)
 
 
 def is_k_fold(run: Path) -> bool:
@@ -264,6 +280,12 @@ def check_same_inputs(folder: Path, facts: dict[str, Any]) -> None:
             raise InputError(
                 f"{folder}: the run there was started with another {what}; give the same, or use --overwrite"
             )
+
+
+def add_to_environment(folder: Path, facts: dict[str, Any]) -> None:
+    """Add facts to a run's environment.json, like `{"training": {"battles": 800, "seconds": 163.2}}`."""
+    file = RunFolder(folder).environment
+    write_json(file, {**json.loads(file.read_text(encoding="utf-8")), **facts})
 
 
 def write_environment(folder: Path, facts: dict[str, Any]) -> None:

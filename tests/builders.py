@@ -3,14 +3,13 @@
 import dataclasses
 import itertools
 import json
-import subprocess
-import sys
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fresh import run_fresh
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text")
 ENCODERS = ("deberta-v2", "roberta", "distilbert", "modernbert")
@@ -299,7 +298,7 @@ def reload_in_fresh_process(cases, folder: Path):
         torch.save(batch, folder / f"{name}.pt")
     described = {name: (dataclasses.asdict(config), str(saved)) for name, (config, saved, _) in cases.items()}
     (folder / "cases.json").write_text(json.dumps(described))
-    subprocess.run([sys.executable, "-c", RELOAD, str(folder)], check=True, capture_output=True)
+    run_fresh(RELOAD, folder)
     return torch.load(folder / "logits.pt")
 
 

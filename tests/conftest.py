@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["REWARDMODEL_USER_CACHE"] = os.environ.get("REWARDMODEL_CACHE", "")
 os.environ["REWARDMODEL_CACHE"] = tempfile.mkdtemp(prefix="rewardmodel-tests-")
@@ -17,6 +18,7 @@ os.environ["REWARDMODEL_CACHE"] = tempfile.mkdtemp(prefix="rewardmodel-tests-")
 import pandas as pd
 import pytest
 from builders import battle_frame, make_backbone, make_tokenizer, small_recipe
+from fresh import run_command
 
 
 def pytest_collection_finish():
@@ -65,6 +67,12 @@ def frame() -> pd.DataFrame:
 def recipe(backbone, tmp_path):
     """Return a recipe that trains a tiny Llama in a second, in float32 on the CPU."""
     return small_recipe(backbone("llama"), tmp_path)
+
+
+@pytest.fixture
+def read_back_in_a_fork(monkeypatch):
+    """Read exports back in a fork in the place of a new interpreter."""
+    monkeypatch.setattr("rewardmodel.exports.parity.subprocess", SimpleNamespace(run=run_command))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -172,13 +173,68 @@ def test_commands_options_keys_values_and_recipes_are_completed(tmp_path):
     assert completions("rewardmodel predict mine.csv --model.d", tmp_path) == {"--model.device", "--model.dtype"}
 
 
+@pytest.mark.parametrize("name", VERBS)
+def test_help_is_a_command_too(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["help", name])
+    assert caught.value.code == 0
+    assert f"usage: rewardmodel {name} " in capsys.readouterr().out
+
+
+def test_help_alone_lists_the_commands_and_of_an_unknown_one_names_the_nearest(capsys, refusal):
+    assert main(["help"]) == 0
+    assert "usage: rewardmodel [-h]" in capsys.readouterr().out
+    assert "no command 'trian'; did you mean 'train'?" in refusal("help", "trian")
+
+
+def test_the_recipes_of_the_package_are_listed_and_taken_by_name(capsys):
+    assert main(["recipes"]) == 0
+    assert "\nquickstart " in capsys.readouterr().out
+    assert main(["run", "quickstart", "--print-config"]) == 0
+    assert "output_dir: runs/quickstart\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_quiet_leaves_results_and_warnings_only(place, tmp_path, capsys):
+    path = write_csv(battle_frame().drop(columns="id").assign(note="x"), tmp_path / "train.csv")
+    command = ["baseline", str(path)]
+    loud = {word: [word, *command] if place == "before" else [*command, word] for word in ("-q", "-v")}
+    assert main(command) == 0
+    plain = capsys.readouterr()
+    assert "no column 'id': battles are numbered" in plain.err
+    assert main(loud["-q"]) == 0
+    assert capsys.readouterr() == (plain.out, "")
+    assert logging.getLogger("rewardmodel").level == logging.WARNING
+    assert main(loud["-v"]) == 0
+    assert re.search(r"^20..-.* rewardmodel\.data\.formats: .*no column 'id'", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_verbose_prints_where_an_error_comes_from(capsys):
+    assert main(["baseline", "nowhere.csv", "-v"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1].startswith("error: nowhere.csv: no such file")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "near"),
+    [
+        (["predict", "run", "b.csv", "--outptu", "x.csv", "--output", "x.csv"], "--output"),
+        (["export", "run", "--output", "x", "--knd=merged"], "--kind"),
+        (["baseline", "sample", "--fold", "3"], "--folds"),
+    ],
+)
+def test_an_unknown_option_names_the_nearest(arguments, near, refusal):
+    assert f"; did you mean '{near}'? see rewardmodel {arguments[0]} --help" in refusal(*arguments)
+
+
 def test_an_unknown_command_names_those_there_are(refusal):
     message = refusal("trian", "recipe.yaml")
     assert "no command 'trian'; did you mean 'train'?" in message
     assert all(name in message for name in VERBS)
 
 
-@pytest.mark.parametrize("name", [name for name in VERBS if name != "schema"])
+@pytest.mark.parametrize("name", [name for name in VERBS if name not in ("recipes", "schema")])
 def test_a_command_without_its_arguments_shows_its_usage(name, capsys):
     with pytest.raises(SystemExit) as caught:
         main([name])
@@ -397,9 +453,9 @@ def test_a_recipe_that_cannot_be_read_is_refused_by_file_and_key(text, expected,
 
 
 def test_a_recipe_that_is_not_there_is_refused(refusal, tmp_path):
-    assert refusal("run", tmp_path / "nowhere.yaml").startswith(
-        f"{tmp_path / 'nowhere.yaml'}: cannot read a recipe there"
-    )
+    path = tmp_path / "nowhere.yaml"
+    assert refusal("run", path).startswith(f"{path}: no such file, and no recipe of that name")
+    assert refusal("run", tmp_path).startswith(f"{tmp_path}: cannot read a recipe there")
 
 
 @pytest.mark.parametrize(
@@ -408,7 +464,7 @@ def test_a_recipe_that_is_not_there_is_refused(refusal, tmp_path):
         (["--prompt.maxlength", "300"], "did you mean 'prompt.max_length'?"),
         (["--prompt.max_length", "long"], "prompt.max_length"),
         (["--prompt.max_length=1.5"], "prompt.max_length"),
-        (["--overwrit"], "unknown key 'overwrit'"),
+        (["--overwrit"], "unknown option --overwrit; did you mean '--overwrite'?"),
         (["--model.lora_init=pissa"], "model.lora_init does not exist any more"),
         (["stray"], "stray"),
     ],
@@ -658,6 +714,8 @@ def test_a_run_is_predicted_with_its_backbone_moved(run_folder, backbone, tmp_pa
     path = write_csv(battle_frame(2, seed=4), tmp_path / "new.csv")
     command = ["predict", str(run_folder), str(path), "--output", str(tmp_path / "x.csv")]
     assert main([*command, "--model.model_name_or_path", str(moved)]) == 0
+    evaluated = ["evaluate", str(run_folder), "--data", str(path), "--model.model_name_or_path", str(moved)]
+    assert main(evaluated) == 0
     assert main([*command, "--model.model_name_or_path", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
 

@@ -2,13 +2,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fresh import FreshProcess, launch_fresh
 from safetensors.torch import load_file
 
 from rewardmodel import distributed as processes
@@ -75,12 +75,12 @@ def exact(recipe):
     return replace(recipe, model=replace(recipe.model, lora_dropout=0.0), trainer=trainer)
 
 
-def launch(config: str, *command: str) -> subprocess.Popen:
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_cpu_threads_per_process", "1"]
-    return subprocess.Popen(
-        [*launcher, "--config_file", str(CONFIGS / f"{config}.yaml"), *command],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+def launch(config: str, *command: str) -> FreshProcess:
+    return launch_fresh(CONFIGS / f"{config}.yaml", *command)
+
+
+def said_by(process: FreshProcess) -> str:
+    return "".join(process.communicate())
 
 
 def with_folder(recipe, folder: Path, **trainer):
@@ -105,7 +105,7 @@ def test_two_processes_train_and_predict_as_one_does(exact, tmp_path):
     one, _ = train(with_folder(exact, tmp_path / "one"))
     two = with_folder(exact, tmp_path / "two")
     process = launch("cpu_ddp", "-m", "rewardmodel.cli", "run", written(two, tmp_path / "two.yaml"))
-    said = process.communicate(timeout=120)[0]
+    said = said_by(process)
     assert process.returncode == 0, said
     assert_same_weights(one, two.run_folder)
     assert said.count("battles to train on") == said.count("held-out prompts") == 1  # one process talks
@@ -130,7 +130,7 @@ def test_sharded_models_are_trained_saved_and_reloaded(exact, tmp_path):
     files = [written(recipe, tmp_path / f"{kind}.yaml") for kind, recipe in sharded.items()]
     (tmp_path / "sharded.py").write_text(SHARDED)
     process = launch("cpu_fsdp2", str(tmp_path / "sharded.py"), *files)
-    said = process.communicate(timeout=120)[0]
+    said = said_by(process)
     assert process.returncode == 0, said
     for kind, recipe in kinds.items():
         one, _ = train(with_folder(recipe, tmp_path / f"{kind}, alone"))
@@ -153,7 +153,7 @@ def test_processes_without_a_cache_in_common_train_from_the_same_features(exact,
     files = [written(recipe, tmp_path / f"{number}.yaml") for number, recipe in enumerate(runs)]
     (tmp_path / "apart.py").write_text(APART)
     process = launch("cpu_ddp", str(tmp_path / "apart.py"), *files)
-    said = process.communicate(timeout=120)[0]
+    said = said_by(process)
     assert process.returncode == 0, said
     assert "features of 36 of 36 battles" in said  # the second run has what the first has read
     for recipe, two in zip((frozen, fitted, in_fp8), runs, strict=True):
@@ -171,18 +171,18 @@ def test_a_killed_process_ends_all_and_the_run_resumes(exact, tmp_path):
     command = ["-m", "rewardmodel.cli", "train", written(killed, tmp_path / "killed.yaml")]
     process = launch("cpu_ddp", *command)
     while not list(killed.run_folder.glob("checkpoint-*/trainer_state.json")):
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, said_by(process)
         time.sleep(0.02)
     workers = subprocess.run(
         ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
     ).stdout.split()
     os.kill(int(workers[-1]), signal.SIGKILL)
-    said = process.communicate(timeout=60)[0]
+    said = said_by(process)
     assert process.returncode != 0
     assert "SIGKILL" in said
     assert not RunFolder(killed.run_folder).model.exists()
     again = launch("cpu_ddp", *command, "--resume")
-    said = again.communicate(timeout=120)[0]
+    said = said_by(again)
     assert again.returncode == 0, said
     assert_same_weights(whole, killed.run_folder)
 

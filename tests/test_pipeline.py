@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import platform
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,9 @@ def test_the_environment_tells_the_machine_the_backbone_and_the_data(finished):
     assert environment["backbone"]["name"] == recipe.model.model_name_or_path
     assert environment["compute"]["dtype"] == "float32"
     assert environment["compute"]["device"] == platform.machine()
+    assert environment["training"]["battles"] == len(parts.training)
+    assert environment["training"]["seconds"] > 0
+    assert datetime.fromisoformat(environment["training"]["started"]).tzinfo is not None
     assert {"torch", "transformers", "trl", "peft"} <= set(environment["packages"])
 
 

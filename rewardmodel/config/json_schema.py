@@ -83,7 +83,7 @@ def type_name(schema: Schema) -> str:
     if "anyOf" in schema:
         return "|".join(map(type_name, schema["anyOf"]))
     if "enum" in schema:
-        return "CHOICE"
+        return "CHOICE" if len(schema["enum"]) > 1 else str(schema["enum"][0])
     kinds = schema.get("type", "object")
     return "|".join(TYPE_NAMES[kind] for kind in ([kinds] if isinstance(kinds, str) else kinds))
 
@@ -99,7 +99,8 @@ def choices(schema: Schema) -> list[str] | None:
 def help_text(schema: Schema) -> str:
     """Return the text of a key, its choices and its default, for help."""
     known, default = choices(schema), schema.get("default")
-    notes = [f"one of {', '.join(known)}"] if known and schema.get("type") != "boolean" else []
+    listed = known and len(known) > 1 and schema.get("type") != "boolean"
+    notes = [f"one of {', '.join(known or ())}"] if listed else []
     if default is not None:
         notes.append(f"default: {default if isinstance(default, str) else json.dumps(default)}")
     return schema["description"] + (f" ({'; '.join(notes)})" if notes else "")

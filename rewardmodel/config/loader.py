@@ -7,30 +7,43 @@ from typing import Any
 
 import yaml
 
+from rewardmodel.config.ranges import check_ranges
+from rewardmodel.config.recipes import find_recipe
 from rewardmodel.config.schema import REMOVED_KEYS, SECTIONS, Recipe, Source
 from rewardmodel.config.trainer import TRAINER_REFUSED, trainer_keys
 from rewardmodel.config.types import schema_to_type
 from rewardmodel.config.values import convert, convert_text, read_yaml
 from rewardmodel.errors import InputError, nearest
 
+Overrides = Sequence[str] | Mapping[str, Any]
+"""Keys on top of a recipe: as typed, `["--trainer.learning_rate", "1e-4"]`, or `{"trainer.learning_rate": 1e-4}`."""
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, of_run: bool = False) -> Recipe:
-    """Return the recipe of a YAML file with command-line overrides on top.
+
+def load_recipe(path: str | Path | Mapping[str, Any], overrides: Overrides = (), *, of_run: bool = False) -> Recipe:
+    """Return a recipe with overrides on top.
 
     Args:
-        path: the recipe; `trainer.output_dir` defaults to runs/ and the file's name.
-        overrides: as typed: `["--trainer.learning_rate", "1e-4"]` or `["--trainer.learning_rate=1e-4"]`.
+        path: a YAML file, the name of a packaged recipe like `quickstart`, or its sections as a dict:
+            `{"data": {"train": "train.csv"}}`. `trainer.output_dir` defaults to runs/ and the file's name.
+        overrides: as typed on the command line, `["--trainer.learning_rate", "1e-4"]` or
+            `["--trainer.learning_rate=1e-4"]`; or a dict, `{"trainer.learning_rate": 1e-4}`.
         of_run: whether the file is the recipe of a saved run, in which `REMOVED_KEYS` are ignored, and `trainer` may
             have keys of a trl that is not installed here.
 
     Raises:
         InputError: no such file, not a mapping of sections, an unknown key (the nearest is named), or a value of the
-            wrong type.
+            wrong type or out of range.
+        TypeError: `path` or `overrides` is neither of these.
     """
-    path = Path(path)
-    given = _read_mapping(path)
-    _check_sources(given.get("data", {}), path)
-    typed = _split_overrides(overrides, path)
+    if isinstance(path, Mapping):
+        where, given = Path("recipe"), _check_sections(_plain(path), Path("recipe"))
+    elif isinstance(path, str | Path):
+        where = Path(path) if of_run else find_recipe(path)
+        given = _read_mapping(where)
+    else:
+        raise TypeError(f"a recipe is a path, the name of a packaged recipe or a dict, not {_kind(path)}")
+    _check_sources(given.get("data", {}), where)
+    typed = _read_overrides(overrides, where)
 
     # the type of every key: {"model.lora_r": int, "trainer.seed": int, ...}; an unknown key is an error
     trainer_names = {*given.get("trainer", {}), *(key.removeprefix("trainer.") for key in typed)}
@@ -41,28 +54,81 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, of_run: bool
     types |= dict.fromkeys(REMOVED_KEYS, Any) if of_run else {}
     written = dict(_leaves(given, types))
     for key in (*written, *typed):
-        _check_key(key, types, path)
+        _check_key(key, types, where)
 
     # the values, and the defaults of the file
     sections: dict[str, dict[str, Any]] = {name: {} for name in (*SECTIONS, "trainer")}
-    for values, read in ((written, convert), (typed, _read_override)):
+    read_typed = convert if isinstance(overrides, Mapping) else _read_override
+    for values, read in ((written, convert), (typed, read_typed)):
         for key, value in values.items():
             section, _, name = key.partition(".")
             try:
                 sections[section][name] = read(value, types[key])
             except ValueError as error:
-                raise InputError(f"{path}: {key}: {error}") from error
+                raise InputError(f"{where}: {key}: {error}") from error
     for section, name in (key.split(".") for key in REMOVED_KEYS):
         sections[section].pop(name, None)
     if "template" in sections["prompt"]:
-        sections["prompt"]["template"] = _template_text(sections["prompt"]["template"], path)
-    trainer = {"output_dir": str(Path("runs") / path.stem), **dict(sorted(sections["trainer"].items()))}
+        sections["prompt"]["template"] = _template_text(sections["prompt"]["template"], where)
+    if not of_run:
+        check_ranges(sections, where)
+    default = {} if isinstance(path, Mapping) else {"output_dir": str(Path("runs") / where.stem)}
+    trainer = {**default, **dict(sorted(sections["trainer"].items()))}
     return Recipe(trainer=trainer, **{name: section(**sections[name]) for name, section in SECTIONS.items()})
+
+
+RecipeLike = Recipe | str | Path | Mapping[str, Any]
+"""What stands for a recipe: a `Recipe`, a path, the name of a packaged one, or its sections as a dict."""
+
+
+def as_recipe(given: RecipeLike) -> Recipe:
+    """Return the recipe that a function was given: a `Recipe`, or what `load_recipe` reads.
+
+    Raises:
+        InputError: as `load_recipe`.
+        TypeError: it is something else.
+    """
+    if isinstance(given, Recipe):
+        check_ranges(asdict(given), "recipe")
+        return given
+    if not isinstance(given, str | Path | Mapping):
+        raise TypeError(f"the recipe is a Recipe, a path, the name of a packaged recipe or a dict, not {_kind(given)}")
+    return load_recipe(given)
+
+
+def _kind(value: Any) -> str:
+    """Return the type of a value in words: `int`, `DataFrame`."""
+    return type(value).__name__
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with mappings as dicts and paths as texts, as a YAML file has them."""
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML that `load_recipe` reads back to an equal one."""
     return yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def _read_overrides(overrides: Overrides, where: Path) -> dict[str, Any]:
+    """Return overrides by key: of a dict the values, else the texts as of `_split_overrides`."""
+    if isinstance(overrides, Mapping):
+        found: dict[str, Any] = {}
+        for key, value in _plain(overrides).items():
+            section = isinstance(value, dict) and "." not in str(key)  # {"trainer": {"max_steps": 3}}
+            found |= {f"{key}.{name}": one for name, one in value.items()} if section else {str(key): value}
+        return found
+    if isinstance(overrides, str) or not isinstance(overrides, Sequence):
+        raise TypeError(
+            "overrides are a dict, like {'trainer.max_steps': 3}, or a list of words, like ['--trainer.max_steps', "
+            f"'3'], not {_kind(overrides)}"
+        )
+    return _split_overrides(overrides, where)
 
 
 def _split_overrides(words: Sequence[str], where: Path) -> dict[str, str | None]:
@@ -94,8 +160,11 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         content = read_yaml(text)
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML ({' '.join(str(error).split())}); fix that line") from error
-    if content is None:
-        return {}
+    return _check_sections({} if content is None else content, path)
+
+
+def _check_sections(content: Any, path: Path) -> dict[str, Any]:
+    """Return what a recipe holds, or raise if it is not a mapping of sections, each of which is a mapping."""
     values = content if isinstance(content, dict) else {"the file": content}
     wrong = [name for name, value in values.items() if not isinstance(value, dict)]
     if wrong:

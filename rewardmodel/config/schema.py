@@ -19,7 +19,7 @@ class Source:
     path: str
     """A file (.csv, .jsonl, .json, .parquet, .zip), a data set's id on the hub, or `sample`."""
     format: str | None = None
-    """A key of rewardmodel.data.formats.FORMATS; default: detected from the column names."""
+    """competition, conversations or preference; default: detected from the column names."""
     columns: dict[str, str | None] = field(default_factory=dict)
     """Our column name -> the file's, like {prompt: question}; null ignores the file's column of that name."""
     weight: float = 1.0
@@ -81,9 +81,10 @@ class PromptConfig:
     """How a battle becomes text, and text a limited number of tokens."""
 
     template: str | None = None
-    """Text around the turns: a key of rewardmodel.prompt.template.TEMPLATES, `chat` for the tokenizer's chat template,
-    a .jinja file, or Jinja source. Default: `instruction` for joint objectives (both responses in one sequence) and
-    `chat` for separate ones; for encoders `encoder` and `encoder_response`."""
+    """Text around the turns: `instruction` or `encoder` (both responses in one sequence), `response`,
+    `encoder_response` or `chat` (one response; `chat` is the tokenizer's chat template), a .jinja file, or Jinja
+    source. Default: `instruction` for joint objectives and `chat` for separate ones; for encoders `encoder` and
+    `encoder_response`."""
     max_length: int = 1024
     """Maximum tokens of a sequence. Longer battles are truncated, never dropped."""
     truncation: Literal["balanced", "head", "tail", "head_tail"] = "balanced"
@@ -96,7 +97,8 @@ class ModelConfig:
     """Backbone, quantisation and LoRA; names as in TRL's ModelConfig."""
 
     model_name_or_path: str = "smollm2-135m-instruct"
-    """A model's id on the hub, a local folder, a .gguf file, or a key of rewardmodel.model.weights.PACKAGED."""
+    """A model's id on the hub, a local folder, a .gguf file, or a model in a pip package: smollm2-135m-instruct or
+    gemma3-270m."""
     model_revision: str = "main"
     """Branch, tag or commit of a model on the hub."""
     num_hidden_layers: int | None = None
@@ -106,8 +108,8 @@ class ModelConfig:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute precision; `auto` chooses by hardware. The head and all trainable weights are float32 in any case."""
     attn_implementation: str | None = None
-    """Attention implementation: `varlen`, which is torch's, or a name of transformers'; default: the first of the
-    backbone's family that works on the device."""
+    """Attention implementation: varlen (torch's), sdpa, flash_attention_2, flex_attention or eager; default: the first
+    of them that computes the backbone's family and works on the device."""
     pooling: Literal["last", "responses", "last_and_responses"] = "last"
     """What a decoder's head reads: the hidden state of the last token, as in plain transformers; the mean over each
     response, concatenated, from which small backbones learn much faster; or both. Only rewardmodel loads heads with the
@@ -145,8 +147,9 @@ class ModelConfig:
     """Scale of LoRA: updates are multiplied by lora_alpha / lora_r."""
     lora_dropout: float = 0.05
     """Dropout on the input of LoRA."""
-    lora_target_modules: list[str] | None = None
-    """Names of the linear layers that get LoRA; default: all of attention and MLP, by the backbone's family."""
+    lora_target_modules: list[str] | Literal["all-linear"] | None = None
+    """Names of the linear layers that get LoRA, or `all-linear`; default: all of attention and MLP, by the backbone's
+    family."""
     lora_first_layer: int = 0
     """Index of the first layer with LoRA. Backpropagation stops there."""
     use_rslora: bool = False
@@ -165,8 +168,8 @@ class ObjectiveConfig:
     """The loss, and how outputs become probabilities."""
 
     name: str = "cross_entropy"
-    """A key of rewardmodel.objectives.OBJECTIVES: cross_entropy and distillation are joint; bradley_terry, rao_kupper
-    and davidson are separate (one reward per response)."""
+    """cross_entropy or distillation (joint: both responses in one sequence); bradley_terry, rao_kupper or davidson
+    (separate: one reward per response)."""
     label_smoothing: float = 0.0
     """Share of the outcome's probability spread evenly over all outcomes, in training only."""
     margin: float = 0.0

@@ -24,6 +24,7 @@ from rewardmodel.config.schema import Source
 from rewardmodel.data.folds import TRAIN_ONLY, assign_groups, limit_battles
 from rewardmodel.data.raw_row import RawRow, is_json_list, shorten
 from rewardmodel.data.readers import PEEKED_ROWS, READERS, RawRows, open_rows
+from rewardmodel.data.tables import rows_as_table
 from rewardmodel.data.teacher import with_teacher
 from rewardmodel.errors import InputError, nearest
 
@@ -41,7 +42,7 @@ def read_battles(source: BattleSource | Sequence[BattleSource], role: str = "tra
 
     Args:
         source: a path, the id of a hub data set, `sample` for the packaged demonstration set, a `Source` with options,
-            or a table; or a list of these, whose battles' ids then get the source's name as prefix.
+            a table, a dict or a list of dicts; or a list of these, whose battles' ids get the source's name as prefix.
         role: `train` or `test`: which file of `sample` or of an archive, and which split of a hub data set.
         seed: for limits, and to choose which response is A in preference data.
 
@@ -49,6 +50,7 @@ def read_battles(source: BattleSource | Sequence[BattleSource], role: str = "tra
         InputError: a source cannot be read, has no known format, or has a row that is not a battle; the message names
             file, row and column.
     """
+    source = rows_as_table(source)
     if not isinstance(source, Sequence) or isinstance(source, str):
         return _read_source(source, role, seed)
     if not source:
@@ -88,7 +90,6 @@ def _read_source(given: BattleSource, role: str, seed: int, prefix: str = "") ->
     if source.teacher is not None and role != "train":
         raise InputError(f"{source.path}: teacher: used in training only; leave it out")
 
-    # Read the raw rows, parse them into battles, and store these in the cache.
     wanted = {*KNOWN_COLUMNS, *(name for name in source.columns.values() if name)}
     with open_rows(given if isinstance(given, pd.DataFrame | Dataset) else source, role, wanted) as opened:
         raw = _rename_columns(opened, source.columns)
@@ -97,7 +98,6 @@ def _read_source(given: BattleSource, role: str, seed: int, prefix: str = "") ->
     if unread := [name for name in opened.columns if name not in wanted]:
         logger.info("%s: columns that are not read: %s", raw.where, ", ".join(unread))
 
-    # Add the teacher's probabilities, and cut to the limit.
     if source.teacher is not None:
         battles = with_teacher(battles, Path(source.teacher), prefix)
     for what, count in sorted(raw.notes.items()):
@@ -243,8 +243,8 @@ def _parse_competition(row: RawRow) -> dict[str, Any]:
 
 def _parse_conversations(row: RawRow) -> dict[str, Any]:
     """Parse two whole conversations with the same user turns, in columns conversation_a and conversation_b."""
-    prompt, response_a = _split_turns(row.read_dialogue("conversation_a", "user"))
-    other, response_b = _split_turns(row.read_dialogue("conversation_b", "user"))
+    prompt, response_a = split_turns(row.read_dialogue("conversation_a", "user"))
+    other, response_b = split_turns(row.read_dialogue("conversation_b", "user"))
     if not prompt:
         raise row.error("conversation_a", "empty; give its messages")
     if prompt != other:
@@ -257,7 +257,7 @@ def _parse_preference(row: RawRow) -> dict[str, Any]:
     """Parse columns chosen and rejected; a hash of the texts and the seed decides which of them becomes A."""
     shared = [] if row.values.get("prompt") is None else row.read_dialogue("prompt", "user")
     chosen, rejected = (_conversation(row, name, shared) for name in ("chosen", "rejected"))
-    (prompt, better), (other, worse) = _split_turns(chosen), _split_turns(rejected)
+    (prompt, better), (other, worse) = split_turns(chosen), split_turns(rejected)
     if prompt != other:
         raise row.error("rejected", "its user turns differ from those of chosen; give both the same prompt")
     key = json.dumps([row.seed, prompt, better, worse]).encode()
@@ -285,7 +285,7 @@ def _conversation(row: RawRow, column: str, prompt: list[tuple[str, str]]) -> li
     return prompt + messages
 
 
-def _split_turns(messages: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
+def split_turns(messages: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
     """Return the prompt turns and the response turns of a conversation, as many of each.
 
     Consecutive messages of one side are joined by a blank line, and a system message is part of the prompt turn where

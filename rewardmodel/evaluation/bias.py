@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from rewardmodel.errors import plural
 from rewardmodel.evaluation.bootstrap import MAX_SLOPE, Draws, divide, draw_groups, fit_slopes, interval_of
 from rewardmodel.evaluation.findings import join_names, list_findings
 from rewardmodel.evaluation.results import (
@@ -295,7 +296,7 @@ def _verbosity_lines(bias: VerbosityBias | None) -> list[str]:
         lines.append(f"  {'the longer response wins':<42}{shares}")
     if matched := bias.matched:
         loss = f"log_loss {matched.log_loss.value:.4f}, their own prior {matched.prior:.4f}"
-        lines.append(f"  {'lengths within 10 %':<42}{matched.battles:,} battles: {loss}")
+        lines.append(f"  {'lengths within 10 %':<42}{plural(matched.battles, 'battle')}: {loss}")
     return lines
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 import yaml
 
 from rewardmodel.config.schema import InferenceConfig
-from rewardmodel.errors import InputError
+from rewardmodel.errors import InputError, plural
 from rewardmodel.evaluation.bias import audit_bias, format_bias
 from rewardmodel.evaluation.bootstrap import paired_difference, summarise
 from rewardmodel.evaluation.calibration import (
@@ -55,7 +55,7 @@ def evaluate(predictions: str | Path | pd.DataFrame) -> Evaluation:
     """
     if isinstance(predictions, pd.DataFrame):
         return _measure(check_columns(predictions, "predictions"), "predictions")
-    path = Path(predictions)
+    path = _as_path(predictions)
     if path.is_dir():
         return _evaluate_folder(RunFolder(path))[0]
     return _measure(read_predictions(path), str(path))
@@ -107,6 +107,18 @@ def compare(first: str | Path | pd.DataFrame, second: str | Path | pd.DataFrame)
     return paired_difference(predicted(one), predicted(other), true, one["group"].to_numpy())
 
 
+def _as_path(given: str | Path) -> Path:
+    """Return the path of predictions.
+
+    Raises:
+        TypeError: something else was given.
+    """
+    if not isinstance(given, str | Path):
+        kind = type(given).__name__
+        raise TypeError(f"predictions are a run folder, a predictions file or a DataFrame, not {kind}")
+    return Path(given)
+
+
 def _name(given: str | Path | pd.DataFrame) -> str:
     return "a table" if isinstance(given, pd.DataFrame) else str(given)
 
@@ -117,7 +129,7 @@ def _predictions_of(given: str | Path | pd.DataFrame) -> pd.DataFrame:
         table = check_columns(given, "predictions")
         require_outcomes(table)
         return table
-    path = Path(given)
+    path = _as_path(given)
     table = read_predictions(RunFolder(path).validation if path.is_dir() else path)
     require_outcomes(table, str(path))
     return _with_probabilities(table, _calibrate(RunFolder(path), table)[0].cross_fitted) if path.is_dir() else table
@@ -239,7 +251,8 @@ def _read_baselines(path: Path) -> pd.DataFrame:
 
 def format_metrics(evaluation: Evaluation) -> str:
     """Return the metrics of an evaluation, compared with the baselines, as lines for a terminal."""
-    lines, metrics = [f"{evaluation.battles} battles of {evaluation.groups} prompts"], evaluation.metrics or {}
+    lines = [f"{plural(evaluation.battles, 'battle')} of {plural(evaluation.groups, 'prompt')}"]
+    metrics = evaluation.metrics or {}
     lines += [_line(name, str(metric)) for name, metric in metrics.items()]
     if evaluation.baselines is None and evaluation.prior is not None and "log_loss" in metrics:
         loss = metrics["log_loss"]
@@ -277,7 +290,7 @@ def _format_sources(evaluation: Evaluation) -> list[str]:
     if ties or not sources:
         return []
     lines = ["accuracy (the chosen response is the likelier one) by source"]
-    lines += [_line(one.name, f"{one.accuracy_decided}   {one.battles} battles") for one in sources]
+    lines += [_line(one.name, f"{one.accuracy_decided}   {plural(one.battles, 'battle')}") for one in sources]
     return ["\n".join(lines)]
 
 

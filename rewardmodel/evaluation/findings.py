@@ -7,6 +7,7 @@ matters; so does skill that is not beyond chance. What was not measured is skipp
 import math
 from collections.abc import Iterator, Sequence
 
+from rewardmodel.errors import plural
 from rewardmodel.evaluation.bootstrap import FEWEST_GROUPS
 from rewardmodel.evaluation.results import Evaluation, Interval
 from rewardmodel.metrics import wilson_interval
@@ -41,7 +42,7 @@ def list_findings(evaluation: Evaluation, training: Sequence[tuple[float, float]
     rules = (_skill, _confidence, _shares, _order, _length, _models, _slices)
     found = [sentence for rule in rules for sentence in rule(evaluation)]
     broken = sum(not math.isfinite(loss) for _, loss in training)
-    return [*found, f"The training loss was NaN or infinite at {broken} logged steps."] if broken else found
+    return [*found, f"The training loss was NaN or infinite at {plural(broken, 'logged step')}."] if broken else found
 
 
 def join_names(names: Sequence[str]) -> str:

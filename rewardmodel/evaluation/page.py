@@ -1,10 +1,9 @@
 """An evaluation and the predictions that it measured in, one self-contained HTML page out, for people to read.
 
 The page loads nothing from a network and runs no script. Text of battles is escaped by the template, and only there.
-Each part that was not measured is named on the page in one line.
+Sections with nothing to show are left out.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,14 +17,17 @@ from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup
 
 from rewardmodel.battles import OUTCOMES, TEXT_COLUMNS
+from rewardmodel.errors import plural
 from rewardmodel.evaluation import charts
 from rewardmodel.evaluation.charts import ChartRow
 from rewardmodel.evaluation.findings import UNIFORM_LOG_LOSS, list_findings
-from rewardmodel.evaluation.results import CalibrationResult, Difference, Evaluation, Interval
+from rewardmodel.evaluation.results import CalibrationResult, Difference, Evaluation, Interval, Slice
+from rewardmodel.evaluation.run_facts import Losses, describe_run, learning_curve, read_text
 from rewardmodel.evaluation.slices import LENGTH_COLUMNS, response_lengths
+from rewardmodel.evaluation.verdict import BASELINE_NAMES, compare_with_first, judge_baselines
 from rewardmodel.metrics import log_loss_terms
 from rewardmodel.predictions import PROBABILITIES, predicted, true_outcomes
-from rewardmodel.run_folder import RunFolder, last_checkpoint
+from rewardmodel.run_folder import RunFolder
 
 PUBLISHED_LOG_LOSSES = (
     ("DeBERTa-v3-base, QLoRA", 1.02),
@@ -38,8 +40,37 @@ PUBLISHED_LOG_LOSSES = (
 )
 """What others published on other splits of the competition's 57,477 battles, to be read to ±.01."""
 
-BASELINE_NAMES = {"prior": "class prior", "length": "length only", "tfidf": "TF-IDF + length"}
-"""Display names of the baselines."""
+ARENA_MODELS = {
+    "claude-1",
+    "claude-2.0",
+    "claude-2.1",
+    "claude-instant-1",
+    "gpt-3.5-turbo-0314",
+    "gpt-3.5-turbo-0613",
+    "gpt-3.5-turbo-1106",
+    "gpt-4-0125-preview",
+    "gpt-4-0314",
+    "gpt-4-0613",
+    "gpt-4-1106-preview",
+    "mistral-medium",
+    "mixtral-8x7b-instruct-v0.1",
+    "vicuna-13b",
+    "vicuna-33b",
+}
+"""Names of models that most battles of the competition have at least one of."""
+
+SECTIONS = {
+    "metrics": "Metrics",
+    "calibration": "Calibration",
+    "position": "Position",
+    "length": "Length",
+    "models": "Models",
+    "slices": "Slices",
+    "learning": "Learning curve",
+    "battles": "Battles",
+    "run": "Recipe",
+}
+"""Sections of the page of a run by id, with the names of the links to them."""
 
 DIMENSION_NAMES = {
     "outcome": "true outcome",
@@ -52,9 +83,6 @@ DIMENSION_NAMES = {
 }
 """Display names of the dimensions of slices."""
 
-Losses = list[tuple[float, float]]
-"""Steps and their loss: [(10, 1.1), (20, 1.0)]."""
-
 
 def render_run(evaluation: Evaluation, table: pd.DataFrame, run: Path | None) -> str:
     """Return the page of one run, or of predictions without a run; the same input gives the same bytes.
@@ -65,8 +93,26 @@ def render_run(evaluation: Evaluation, table: pd.DataFrame, run: Path | None) ->
             are shown where it has them.
         run: the run folder, for its learning curve, recipe and environment.
     """
-    training, validation = _learning_curve(run)
+    training, validation = learning_curve(run)
     state, sentence = judge_baselines(evaluation)
+    drawn = _charts(evaluation, table, training, validation)
+    slices, lists = _informative_slices(evaluation), _list_battles(table)
+    files = (
+        [(path.name, read_text(path)) for path in (RunFolder(run).recipe, RunFolder(run).environment)] if run else []
+    )
+    files = [(name, text) for name, text in files if text]
+    models = evaluation.models
+    content = {
+        "metrics": evaluation.metrics or evaluation.confusion,
+        "calibration": evaluation.calibration or "reliability_before" in drawn,
+        "position": evaluation.position,
+        "length": evaluation.verbosity,
+        "models": models and (models.families or models.names),
+        "slices": slices,
+        "learning": "learning" in drawn,
+        "battles": len(table),
+        "run": files,
+    }
     return fill_template(
         title=run.resolve().name if run else "predictions",
         evaluation=evaluation,
@@ -76,14 +122,16 @@ def render_run(evaluation: Evaluation, table: pd.DataFrame, run: Path | None) ->
         baseline_names=BASELINE_NAMES,
         dimension_names=DIMENSION_NAMES,
         parameters=_parameters(evaluation.calibration),
-        charts=_charts(evaluation, table, training, validation),
+        charts=drawn,
+        shown={name: title for name, title in SECTIONS.items() if content[name]},
+        slices=slices,
+        arena=is_arena(table),
+        about_run=describe_run(run, evaluation) if run else None,
         training=training,
         validation=validation,
         best=min(validation, key=_finite_loss, default=None),
-        lists=_list_battles(table),
-        files=[(path.name, _read_text(path)) for path in (RunFolder(run).recipe, RunFolder(run).environment)]
-        if run
-        else [],
+        lists=lists,
+        files=files,
     )
 
 
@@ -95,11 +143,13 @@ class ComparedRun:
         name: of the run.
         evaluation: what `evaluate` returns.
         difference: its log loss minus the first run's on the same battles; None for the first.
+        about: what it is, in one line.
     """
 
     name: str
     evaluation: Evaluation
     difference: Difference | None
+    about: str = ""
 
 
 def render_comparison(runs: Sequence[ComparedRun]) -> str:
@@ -112,67 +162,18 @@ def render_comparison(runs: Sequence[ComparedRun]) -> str:
     return fill_template(
         title=f"{len(runs)} runs compared",
         runs=runs,
-        sentence=_compare_with_first(runs),
+        sentence=compare_with_first(runs[0].name, [(run.name, run.difference) for run in runs[1:] if run.difference]),
         same=same,
         charts={"runs": Markup(charts.draw_intervals(rows, "log loss (lower is better)", "runs"))},
     )
 
 
-def judge_baselines(evaluation: Evaluation) -> tuple[str, str]:
-    """Return whether the model beats its baselines beyond noise, and a sentence about it.
-
-    The first is `good`, `mixed`, `even`, `bad`, `few` (too few prompts for intervals) or `unknown`.
-    """
-    loss = (evaluation.metrics or {}).get("log_loss")
-    if not loss:
-        return "unknown", "The log loss was not measured."
-    differences = {name: one.difference for name, one in (evaluation.baselines or {}).items()}
-    if not differences:
-        return _judge_prior(loss, evaluation.prior)
-    beaten = [name for name, difference in differences.items() if difference.below()]
-    others = [_describe_loss_to(name, differences[name]) for name in differences if name not in beaten]
-    gains = _join([f"{BASELINE_NAMES.get(name, name)} by {-differences[name].value:.3f}" for name in beaten])
-    if not others:
-        return "good", f"It beats every baseline beyond noise: {gains}."
-    if all(difference.low is None for difference in differences.values()):
-        return "few", "There are too few prompts to tell whether it beats its baselines."
-    if not beaten or ("prior" in differences and "prior" not in beaten):
-        rest = f" It does beat {gains}." if beaten else ""
-        worse = any(difference.above() for difference in differences.values())
-        state = "bad" if worse else "mixed" if beaten else "even"
-        return state, f"It does not beat its baselines: it is {_join(others)}.{rest}"
-    return "mixed", f"It beats {gains} beyond noise, but is {_join(others)}."
-
-
-def _judge_prior(loss: Interval, prior: float | None) -> tuple[str, str]:
-    if prior is None:
-        return "unknown", "No baseline was measured on these battles."
-    if loss.low is None:
-        return "few", f"There are too few prompts to tell whether it beats the class prior ({prior:.4f})."
-    if loss.below(prior):
-        return "mixed", f"It beats the class prior ({prior:.4f}) beyond noise. The other baselines were not measured."
-    if loss.above(prior):
-        return "bad", f"It is worse than the class prior ({prior:.4f}), which ignores its input, beyond noise."
-    return "even", f"It is not different, beyond noise, from the class prior ({prior:.4f}), which ignores its input."
-
-
-def _describe_loss_to(name: str, difference: Difference) -> str:
-    baseline = BASELINE_NAMES.get(name, name)
-    if difference.low is None:
-        return f"on too few prompts to compare with {baseline}"
-    if difference.above():
-        return f"worse than {baseline} by {difference.value:.3f}, beyond noise"
-    return f"within noise of {baseline}"
-
-
-def _join(parts: Sequence[str]) -> str:
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
-
-
 def _charts(evaluation: Evaluation, table: pd.DataFrame, training: Losses, validation: Losses) -> dict[str, Markup]:
     """Return the charts by name, as far as there is something to draw."""
     axis, loss = "log loss (lower is better)", (evaluation.metrics or {}).get("log_loss")
-    drawn = {"log_loss": charts.draw_intervals(_headline_rows(evaluation), axis, "loss", UNIFORM_LOG_LOSS)}
+    drawn = {
+        "log_loss": charts.draw_intervals(_headline_rows(evaluation, is_arena(table)), axis, "loss", UNIFORM_LOG_LOSS)
+    }
     if evaluation.reliability:
         for name, bins in (("before", evaluation.reliability.before), ("after", evaluation.reliability.after)):
             if bins:
@@ -184,8 +185,8 @@ def _charts(evaluation: Evaluation, table: pd.DataFrame, training: Losses, valid
         humans, model = (shares[:, 0] + shares[:, 2] / 2 for shares in (true_outcomes(table), predicted(table)))
         groups = table["group"].to_numpy()
         drawn["lengths"] = charts.draw_win_rates(np.log2(a / b), humans, model, groups, "lengths")
-    if families := evaluation.models and evaluation.models.families:
-        rows = [_interval_row(one.name, one.difference, scale=100) for one in families[:25]]
+    if named := evaluation.models and (evaluation.models.families or evaluation.models.names):
+        rows = [_interval_row(one.name, one.difference, scale=100) for one in named[:25]]
         drawn["families"] = charts.draw_intervals(rows, "model − people, points", "families", 0.0, digits=1)
     if rows := _slice_rows(evaluation):
         drawn["slices"] = charts.draw_intervals(rows, axis, "slices", loss.value if loss else math.nan)
@@ -194,14 +195,25 @@ def _charts(evaluation: Evaluation, table: pd.DataFrame, training: Losses, valid
     return {name: Markup(svg) for name, svg in drawn.items()}
 
 
-def _headline_rows(evaluation: Evaluation) -> list[ChartRow]:
+def is_arena(table: pd.DataFrame) -> bool:
+    """Return whether battles are the competition's, as the names of their models say: half of them have a known one."""
+    if not {"model_a", "model_b"} <= set(table) or not len(table):
+        return False
+    return bool((table["model_a"].isin(ARENA_MODELS) | table["model_b"].isin(ARENA_MODELS)).mean() >= 0.5)
+
+
+def _headline_rows(evaluation: Evaluation, arena: bool) -> list[ChartRow]:
+    """Return the model and its baselines; of the arena's battles also what others published."""
     here, elsewhere = (ChartRow(where, kind="heading") for where in ("on these battles", "published, elsewhere"))
-    rows = [here, _interval_row("this model", (evaluation.metrics or {}).get("log_loss"))]
+    rows = [here] if arena else []
+    rows += [_interval_row("this model", (evaluation.metrics or {}).get("log_loss"))]
     if evaluation.baselines:
         for name, one in evaluation.baselines.items():
             rows.append(_interval_row(BASELINE_NAMES.get(name, name), one.log_loss, "baseline"))
     elif evaluation.prior is not None:
         rows.append(ChartRow(BASELINE_NAMES["prior"], evaluation.prior, kind="baseline"))
+    if not arena:
+        return rows
     ranked = sorted(PUBLISHED_LOG_LOSSES, key=lambda one: -one[1])
     return [*rows, elsewhere, *(ChartRow(label, value, kind="published") for label, value in ranked)]
 
@@ -213,11 +225,16 @@ def _interval_row(label: str, found: Interval | None, kind: charts.RowKind = "ru
     return ChartRow(label, scale * found.value, low, high, kind)
 
 
+def _informative_slices(evaluation: Evaluation) -> dict[str, list[Slice]]:
+    """Return the slices by dimension, without dimensions of one slice only, which is all battles."""
+    return {name: rows for name, rows in (evaluation.slices or {}).items() if rows and len(rows) > 1}
+
+
 def _slice_rows(evaluation: Evaluation) -> list[ChartRow]:
-    """Return the slices under headings, without the true outcomes and dimensions of one slice only."""
+    """Return the slices under headings, without the true outcomes."""
     rows = []
-    for dimension, slices in (evaluation.slices or {}).items():
-        if dimension != "outcome" and slices and len(slices) > 1:
+    for dimension, slices in _informative_slices(evaluation).items():
+        if dimension != "outcome":
             rows.append(ChartRow(DIMENSION_NAMES.get(dimension, dimension), kind="heading"))
             rows += [_interval_row(one.name, one.log_loss) for one in slices[:12]]
     return rows
@@ -247,6 +264,7 @@ def _show_battle(table: pd.DataFrame, row: int, loss: float) -> dict[str, Any]:
     soft = ", ".join(f"{name} {share:.2f}" for name, share in zip(("A", "B", "tie"), true, strict=True))
     return {
         "id": battle["id"],
+        "opening": _shorten(_join_turns(battle.get("prompt"))),
         "loss": float(loss),
         "outcome": ("A won", "B won", "tie")[true.index(1)] if 1 in true else soft,
         "probabilities": [float(battle[name]) for name in PROBABILITIES],
@@ -259,25 +277,17 @@ def _show_battle(table: pd.DataFrame, row: int, loss: float) -> dict[str, Any]:
     }
 
 
+def _shorten(text: str, length: int = 90) -> str:
+    """Return the first words of a text, on one line; of a text without spaces its first characters."""
+    line = " ".join(text[: 2 * length].split())
+    return line if len(line) <= length else f"{line[:length].rpartition(' ')[0] or line[:length]} …"
+
+
 def _join_turns(value: Any) -> str:
     """Return a cell of the table as text, turns as paragraphs; an empty string for a missing value."""
     if isinstance(value, (list, tuple, np.ndarray)):
         return "\n\n".join(map(_join_turns, value))
     return "" if pd.isna(value) else str(value)
-
-
-def _learning_curve(run: Path | None) -> tuple[Losses, Losses]:
-    """Return the training loss and the validation log loss by step, as the run's trainer logged them."""
-    for folder in filter(None, (last_checkpoint(run), run) if run else ()):
-        try:
-            log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-        except (OSError, ValueError, KeyError):
-            continue
-        training, validation = (
-            [(one["step"], float(one[key])) for one in log if key in one] for key in ("loss", "eval_log_loss")
-        )
-        return training, validation
-    return [], []
 
 
 def _finite_loss(entry: tuple[float, float]) -> float:
@@ -299,23 +309,6 @@ def _parameters(calibration: CalibrationResult | None) -> list[tuple[str, float]
         (name, math.exp(-value) if temperature in name else value)
         for name, value in zip(names, calibration.parameters, strict=True)
     ]
-
-
-def _read_text(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
-
-
-def _compare_with_first(runs: Sequence[ComparedRun]) -> str:
-    """Return which runs are better than the first, and which worse: "Worse than a beyond noise: b, c."."""
-    first, compared = runs[0].name, [(run.name, run.difference) for run in runs[1:] if run.difference]
-    groups = {
-        f"Better than {first} beyond noise": [name for name, one in compared if one.below()],
-        f"Worse than {first} beyond noise": [name for name, one in compared if one.above()],
-        f"Within noise of {first}": [name for name, one in compared if one.judge() == "within noise"],
-        f"No different from {first}": [name for name, one in compared if one.judge() == "no difference"],
-        f"Too few prompts to compare with {first}": [name for name, one in compared if "too few" in one.judge()],
-    }
-    return " ".join(f"{words}: {', '.join(names)}." for words, names in groups.items() if names)
 
 
 def format_number(value: Any, digits: int = 4, scale: float = 1, sign: str = "") -> str:
@@ -344,4 +337,5 @@ def fill_template(**content: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["number"] = format_number
+    environment.filters["count"] = plural
     return charts.make_legible(environment.get_template("page.html.jinja").render(**content))

@@ -6,8 +6,9 @@ from pathlib import Path
 from rewardmodel.evaluation.evaluate import compare, evaluate, evaluated_predictions
 from rewardmodel.evaluation.page import ComparedRun, render_comparison, render_run
 from rewardmodel.evaluation.results import Evaluation
+from rewardmodel.evaluation.run_facts import describe_run
 from rewardmodel.files import write_text
-from rewardmodel.run_folder import RunFolder
+from rewardmodel.run_folder import RunFolder, as_folders
 
 
 def report(
@@ -30,7 +31,7 @@ def report(
     Raises:
         InputError: no such run, or runs that were validated on different battles.
     """
-    folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(one) for one in runs]
+    folders = as_folders(runs)
     found = [evaluate(folder) for folder in folders] if evaluations is None else list(evaluations)
     if len(folders) == 1:
         path = Path(output or RunFolder(folders[0]).report)
@@ -38,7 +39,10 @@ def report(
     else:
         path = Path(output or folders[0] / "comparison.html")
         differences = [None, *(compare(folder, folders[0]) for folder in folders[1:])]
-        rows = zip((folder.name for folder in folders), found, differences, strict=True)
+        names = [folder.resolve().name for folder in folders]
+        names = [str(folder) if names.count(name) > 1 else name for folder, name in zip(folders, names, strict=True)]
+        about = [describe_run(*one) for one in zip(folders, found, strict=True)]
+        rows = zip(names, found, differences, about, strict=True)
         page = render_comparison([ComparedRun(*row) for row in rows])
     write_text(path, page)
     return path

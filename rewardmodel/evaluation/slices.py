@@ -28,7 +28,7 @@ def measure_slices(table: pd.DataFrame, least: int = 30) -> dict[str, list[Slice
 
     Args:
         table: predictions with known outcomes.
-        least: slices of fewer battles become one, `others (their number)`.
+        least: slices of fewer battles, if there are several, become one, `others (their number)`.
 
     Returns:
         The slices of `outcome` (the likeliest true one), `source`, `script`, `turns`, `length` (of the longer response)
@@ -135,9 +135,11 @@ def _quarters(values: np.ndarray) -> Partition:
 
 
 def _pool(codes: np.ndarray, names: list[str], least: int) -> Partition:
-    """Return the partition without empty slices, those of fewer than `least` battles merged into one."""
+    """Return the partition without empty slices, those of fewer than `least` battles merged if there are several."""
     counts = np.bincount(codes, minlength=len(names))
     large, small = np.flatnonzero(counts >= least), np.flatnonzero((counts > 0) & (counts < least))
+    if len(small) == 1:
+        large, small = np.flatnonzero(counts > 0), small[:0]
     new_code = np.full(len(names), len(large))
     new_code[large] = np.arange(len(large))
     return new_code[codes], [names[code] for code in large] + [f"others ({len(small)})"] * (len(small) > 0)

@@ -35,7 +35,9 @@ LINK_FORMULAS = {
 """How the reward difference d and the tie parameter t become probabilities, by objective."""
 
 
-def write_card(runs: Sequence[Path], model: Path, parity: dict[str, Any], parity_text: str) -> None:
+def write_card(
+    runs: Sequence[Path], model: Path, parity: dict[str, Any], parity_text: str, recipe: Recipe | None = None
+) -> None:
     """Write README.md, the card of an export, next to its model.
 
     Args:
@@ -43,17 +45,20 @@ def write_card(runs: Sequence[Path], model: Path, parity: dict[str, Any], parity
         model: folder of the export's model, with its recipe.
         parity: as of `exports.parity.check_parity`, with `kind`.
         parity_text: the same as lines of text.
+        recipe: of the first run, if its backbone was moved; default: the one that the run carries.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True
     )
-    facts = collect_card_facts(runs, model, parity, parity_text)
+    facts = collect_card_facts(runs, model, parity, parity_text, recipe)
     write_text(model / "README.md", environment.get_template("card.md.jinja").render(**facts))
 
 
-def collect_card_facts(runs: Sequence[Path], model: Path, parity: dict[str, Any], parity_text: str) -> dict[str, Any]:
+def collect_card_facts(
+    runs: Sequence[Path], model: Path, parity: dict[str, Any], parity_text: str, recipe: Recipe | None = None
+) -> dict[str, Any]:
     """Return what the card's template prints; arguments as of `write_card`."""
-    recipe, about = load_run_recipe(runs[0]), read_about(model)
+    recipe, about = recipe or load_run_recipe(runs[0]), read_about(model)
     objective = find_objective(recipe.objective)
     merged = about.get("merged", {})
     bits = quantization_name(recipe.model)

@@ -8,14 +8,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import Dataset
 
+from rewardmodel.config.loader import Overrides
 from rewardmodel.config.schema import Recipe
 from rewardmodel.data.formats import read_battles
-from rewardmodel.errors import InputError, nearest
+from rewardmodel.errors import InputError, nearest, plural
 from rewardmodel.exports.kaggle import Bundle
 from rewardmodel.exports.wheels import check_machines, unneeded_packages
 from rewardmodel.inference.battles import battles_to_predict
 from rewardmodel.model.saved_model import is_adapter, read_about
-from rewardmodel.run_folder import RunFolder, load_run_recipe, model_folder, trained_models
+from rewardmodel.run_folder import (
+    BACKBONE_FILE,
+    RunFolder,
+    as_folders,
+    load_run_recipe,
+    model_folder,
+    trained_models,
+)
 
 DTYPES = ("bfloat16", "float16", "float32")
 """Precisions of merged weights."""
@@ -43,13 +51,15 @@ class TrainedRun(NamedTuple):
         return model_folder(self.folder)
 
 
-def load_trained_run(folder: Path) -> TrainedRun:
-    """Return a run that has finished training.
+def load_trained_run(folder: Path, overrides: Overrides = ()) -> TrainedRun:
+    """Return a run that has finished training, with overrides on its recipe.
 
     Raises:
-        InputError: no run, no model in it, or no precision in its environment.json.
+        InputError: no run, an export of one, no model in it, or no precision in its environment.json.
     """
-    recipe = load_run_recipe(folder)
+    recipe = load_run_recipe(folder, overrides)
+    if (folder / BACKBONE_FILE).is_file():
+        raise InputError(f"{folder}: is an export already; give the run folder that it was exported from")
     read_about(RunFolder(folder).model)
     environment = RunFolder(folder).environment
     try:
@@ -61,17 +71,17 @@ def load_trained_run(folder: Path) -> TrainedRun:
     return TrainedRun(folder, recipe, dtype if recipe.model.use_peft else "float32")
 
 
-def load_trained_runs(runs: str | Path | Sequence[str | Path]) -> list[TrainedRun]:
+def load_trained_runs(runs: str | Path | Sequence[str | Path], overrides: Overrides = ()) -> list[TrainedRun]:
     """Return runs that have finished training; a k-fold run is replaced by its folds.
 
     Args:
         runs: a run folder, or several.
+        overrides: on their recipes.
 
     Raises:
         InputError: one is not a run, or has not finished training.
     """
-    folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
-    return [load_trained_run(model) for folder in folders for model in trained_models(folder)]
+    return [load_trained_run(model, overrides) for folder in as_folders(runs) for model in trained_models(folder)]
 
 
 def check_options(
@@ -155,7 +165,7 @@ def battles_to_compare(run: TrainedRun, battles: Any = None) -> Dataset:
         given = battles_to_predict(run.folder, battles)
         if len(given) < COMPARED_BATTLES:
             raise InputError(
-                f"--battles: {len(given)} battles; give at least {COMPARED_BATTLES} to compare export and run on"
+                f"--battles: {plural(len(given), 'battle')}; give {COMPARED_BATTLES} or more to compare them on"
             )
         return given
     try:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from rewardmodel.battles import TEXT_COLUMNS
-from rewardmodel.config.loader import dump_recipe
+from rewardmodel.config.loader import Overrides, dump_recipe
 from rewardmodel.config.schema import Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.exports.checks import TrainedRun, battles_to_compare, check_options, load_trained_runs
@@ -23,6 +23,7 @@ from rewardmodel.exports.kaggle import Bundle, write_bundle
 from rewardmodel.exports.kaggle_notebook import write_notebook
 from rewardmodel.exports.wheels import unneeded_packages
 from rewardmodel.files import atomic_path, write_json, write_text
+from rewardmodel.hub import check_repository, upload
 from rewardmodel.predictions import PROBABILITIES, predicted, read_predictions, write_predictions
 from rewardmodel.run_folder import RunFolder
 
@@ -40,6 +41,7 @@ def export(
     rewardmodel_only: bool = False,
     push_to_hub: str | None = None,
     bundle: Bundle | None = None,
+    overrides: Overrides = (),
 ) -> dict[str, Any]:
     """Write a run, or the mean of several, in a form that other machines load; whole and checked, or not at all.
 
@@ -54,6 +56,7 @@ def export(
         rewardmodel_only: accept a model that plain transformers does not read as it was trained.
         push_to_hub: owner/name of a repository on the hub; it is made, private, if it does not exist.
         bundle: what a Kaggle bundle is for.
+        overrides: keys of the runs' recipes: `{"model.model_name_or_path": "..."}` says where their backbone is now.
 
     Returns:
         What `exports.parity.check_parity` found; of several runs also `probability_average`, the distance of the
@@ -66,7 +69,7 @@ def export(
     """
     # check options, runs and battles, which needs no model
     output = Path(output)
-    trained = load_trained_runs(runs)
+    trained = load_trained_runs(runs, overrides)
     contents = check_options(
         trained,
         output,
@@ -78,6 +81,8 @@ def export(
         bundle=bundle,
     )
     compared = battles_to_compare(trained[0], battles)
+    if push_to_hub:
+        check_repository(push_to_hub, "--push-to-hub")
     import torch
 
     from rewardmodel.exports.card import write_card
@@ -122,7 +127,7 @@ def export(
 
         # parity.json, the model card, and the other files of a bundle
         write_json(folder / "parity.json", parity)
-        write_card([one.folder for one in trained], model, parity, format_parity(parity))
+        write_card([one.folder for one in trained], model, parity, format_parity(parity), trained[0].recipe)
         if bundle:
             backbone = None
             if bundle.base_folder:  # the backbone is elsewhere on the other machine
@@ -133,27 +138,8 @@ def export(
             write_bundle(bundle, unneeded, folder)
             write_notebook(bundle, folder, backbone, [*bundle.machines], unneeded)
     if push_to_hub:
-        upload_export(output, push_to_hub)
+        upload(output, push_to_hub)
     return parity
-
-
-def upload_export(folder: Path, repository: str) -> None:
-    """Upload an export to a model repository on the hub; it is made, private, if it does not exist.
-
-    Raises:
-        InputError: the hub refuses, or cannot be reached.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        api.create_repo(repository, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder)
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"--push-to-hub: {repository}: {reason}; the export in {folder} is complete, upload it again"
-        ) from error
 
 
 def _check_mergeable(run: TrainedRun) -> None:

@@ -17,7 +17,7 @@ OWN_PARTS = ("validation", "calibration", "holdout")
 
 
 def battles_to_predict(run: Path, battles: Any) -> Dataset:
-    """Return the battles of a Dataset, a DataFrame or a path, or a part of the run's own that it did not train on.
+    """Return battles of a Dataset, a DataFrame, dicts or a path, or a part of the run's own that it did not train on.
 
     Args:
         run: the run folder.

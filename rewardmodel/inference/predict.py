@@ -15,6 +15,7 @@ from datasets import Dataset
 from rewardmodel.config.schema import Recipe
 from rewardmodel.data.folds import assign_groups
 from rewardmodel.data.splits import find_seen_battles
+from rewardmodel.errors import plural
 from rewardmodel.evaluation.calibration import BLEND, NO_CALIBRATION, Calibrator, load_calibrator
 from rewardmodel.inference.battles import battles_to_predict, check_time_limit, check_weights
 from rewardmodel.inference.shards import Deadline, shard_folder, sharded_logits
@@ -37,7 +38,7 @@ from rewardmodel.predictions import (
     with_baseline,
 )
 from rewardmodel.prompt.tokenization import tokenize
-from rewardmodel.run_folder import RunFolder, load_run_recipe, model_folder, trained_models
+from rewardmodel.run_folder import RunFolder, as_folders, load_run_recipe, model_folder, trained_models
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,8 @@ def predict(
 
     Args:
         runs: a run folder, or an export (`exports`); or several.
-        battles: as for `battles_to_predict`, of the first run; labelled or not.
+        battles: as for `battles_to_predict`, of the first run; labelled or not. One battle may be a dict, several a
+            list of dicts.
         recipe: overrides the run's own, for another device, precision or way to predict; one for each run.
         weights: of each run in the mean; default: equal.
         work: a folder for intermediate results, shard by shard, so that the same call continues after a kill; remove
@@ -78,7 +80,7 @@ def predict(
     # check everything that was given before a model is loaded
     check_time_limit(time_limit)
     deadline = None if time_limit is None else Deadline(time_limit)
-    folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
+    folders = as_folders(runs)
     models = [trained_models(run) for run in folders]
     shares = check_weights(weights, len(folders))
     given = [recipe] * len(folders) if isinstance(recipe, Recipe) else recipe
@@ -241,11 +243,13 @@ class RunCalibration(NamedTuple):
             logger.warning("not calibrated: the run's calibrator was fitted with another inference.swap_tta")
             return table
         if not alike.all():
-            logger.warning("%d battles stay uncalibrated: the calibrator was fitted on both orders", (~alike).sum())
+            logger.warning(
+                "left uncalibrated: %s, as the calibrator was fitted on both orders", plural((~alike).sum(), "battle")
+            )
         here, fitted = (pd.MultiIndex.from_frame(one[list(IDENTITY_COLUMNS)]) for one in (table, self.fitted_on))
         new = ~here.isin(fitted)
         if not new.all():
-            logger.info("%d battles stay uncalibrated: the calibrator was fitted on them", (~new).sum())
+            logger.info("left uncalibrated: %s that the calibrator was fitted on", plural((~new).sum(), "battle"))
         rows = new & alike
         calibrated = table.copy()
         inputs = stack_baseline(table) if self.blends else predicted(table)

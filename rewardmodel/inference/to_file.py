@@ -6,12 +6,12 @@ from typing import Any
 
 import pandas as pd
 
-from rewardmodel.config.loader import load_recipe
+from rewardmodel.config.loader import Overrides
 from rewardmodel.distributed import is_main
 from rewardmodel.errors import InputError
 from rewardmodel.inference.battles import battles_to_predict, check_time_limit, check_weights
 from rewardmodel.predictions import check_sample, write_predictions, write_submission
-from rewardmodel.run_folder import RunFolder, trained_models
+from rewardmodel.run_folder import as_folders, load_run_recipe, trained_models
 
 
 def predict_to_file(
@@ -19,7 +19,7 @@ def predict_to_file(
     battles: Any,
     output: str | Path,
     *,
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
     weights: Sequence[float] | None = None,
     sample_submission: str | Path | None = None,
     time_limit: float | None = None,
@@ -34,7 +34,8 @@ def predict_to_file(
         runs: one or several run folders, as for `predict`.
         battles: as for `predict`.
         output: .parquet for the predictions table, .csv for a submission; written completely or not at all.
-        overrides: keys of the runs' recipes for this call, as typed: `["--inference.swap_tta", "none"]`.
+        overrides: keys of the runs' recipes for this call: `{"inference.swap_tta": "none"}`, or as typed:
+            `["--inference.swap_tta", "none"]`.
         weights: of each run in the mean; default: equal.
         sample_submission: a submission with the columns and ids that the output, a .csv, must have.
         time_limit: seconds, as for `predict`.
@@ -46,7 +47,7 @@ def predict_to_file(
         InputError: something given cannot be used; nothing was written.
         FloatingPointError: a prediction is NaN or infinite; the battles are named.
     """
-    folders, output = [Path(run) for run in ([runs] if isinstance(runs, str | Path) else runs)], Path(output)
+    folders, output = as_folders(runs), Path(output)
     sample = Path(sample_submission) if sample_submission else None
     _check_output(output, sample)
     check_weights(weights, len(folders))
@@ -55,7 +56,7 @@ def predict_to_file(
 
     for run in folders:
         trained_models(run)
-    recipes = [load_recipe(RunFolder(run).recipe, overrides, of_run=True) for run in folders]
+    recipes = [load_run_recipe(run, overrides) for run in folders]
     read = battles_to_predict(folders[0], battles)
     if sample:
         check_sample(sample, read["id"])

@@ -153,7 +153,12 @@ def saved_backbone_folder(model: ModelConfig, folder: Path) -> Path:
     about = read_about(folder)
     if not is_adapter(folder):
         return folder
-    below = fetch_backbone(model.model_name_or_path, model.model_revision)
+    try:
+        below = fetch_backbone(model.model_name_or_path, model.model_revision)
+    except InputError as error:
+        raise InputError(
+            f"{error}; {folder} was trained on it: if it is elsewhere now, say where with --model.model_name_or_path"
+        ) from error
     if fingerprint(below) != about["fingerprint"]:
         raise InputError(
             f"{folder}: trained on other weights of {about['model_name_or_path']} than those in {below}; "

@@ -44,12 +44,15 @@ def _lora_config(model: PreTrainedModel, config: ModelConfig) -> LoraConfig:
     backbone = getattr(model, model.base_model_prefix)
     linear = {name: part for name, part in backbone.named_modules() if isinstance(part, torch.nn.Linear | Conv1D)}
     excluded = {part for name in linear for part in name.split(".")} & {*HEADS, *OTHER_MODALITIES}
+    targets = config.lora_target_modules
+    if not targets or targets == "all-linear":
+        targets = _lora_targets(model, [*linear], excluded, everything=targets == "all-linear")
     return LoraConfig(
         task_type="SEQ_CLS",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules or _lora_targets(model, [*linear], excluded),
+        target_modules=targets,
         exclude_modules=rf"(.*\.)?({'|'.join(sorted(excluded))})(\..*)?" if excluded else None,
         fan_in_fan_out=any(isinstance(part, Conv1D) for part in linear.values()),
         layers_to_transform=list(range(config.lora_first_layer, layers)) if config.lora_first_layer else None,
@@ -59,10 +62,17 @@ def _lora_config(model: PreTrainedModel, config: ModelConfig) -> LoraConfig:
     )
 
 
-def _lora_targets(model: PreTrainedModel, linear: list[str], excluded: set[str]) -> list[str]:
-    """Return the layers that get LoRA by default: the family's, or all linear ones that are not excluded."""
+def _lora_targets(model: PreTrainedModel, linear: list[str], excluded: set[str], everything: bool) -> list[str]:
+    """Return the layers that get LoRA by default: the family's, or else all linear ones that are not excluded.
+
+    Args:
+        model: the classifier.
+        linear: names of the backbone's linear layers.
+        excluded: parts of names that get none.
+        everything: take all linear layers of any family.
+    """
     known = find_family(model.config.model_type).lora_targets
-    if known:
+    if known and not everything:
         return list(known)
     targets = sorted({name.rpartition(".")[2] for name in linear if not excluded & {*name.split(".")}})
     logger.info("LoRA on: %s", ", ".join(targets))

@@ -93,7 +93,7 @@ def fetch_backbone(name: str, revision: str = "main", weights: bool = True) -> P
         return _convert_once(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise InputError(f"model.model_name_or_path: {path} has no config.json; give a folder of save_pretrained")
+            raise InputError(f"model.model_name_or_path: {path} {_describe_folder(path)}")
         return path
     if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(
@@ -101,6 +101,18 @@ def fetch_backbone(name: str, revision: str = "main", weights: bool = True) -> P
             f"(owner/name), a local folder, a .gguf file, or one of: {', '.join(PACKAGED)}"
         )
     return _from_hub(name, revision, weights)
+
+
+def _describe_folder(folder: Path) -> str:
+    """Return what a folder without config.json is, and what to give in its place."""
+    if (folder / "adapter_config.json").is_file():
+        return (
+            "is an adapter, not a backbone; merge it into its backbone first (PEFT's merge_and_unload, or of a run "
+            "`rewardmodel export RUN --kind merged`), and give the merged folder"
+        )
+    if (folder / "recipe.yaml").is_file():
+        return "is a run; export it (`rewardmodel export RUN --kind merged`), and give the folder of the export"
+    return "has no config.json; give a folder of save_pretrained"
 
 
 def fingerprint(folder: Path) -> str:
@@ -178,6 +190,8 @@ def _from_hub(name: str, revision: str, weights: bool) -> Path:
     except Exception as error:
         fix = next(text for kind, text in fixes.items() if isinstance(error, kind))
         raise InputError(f"model.model_name_or_path: hub id '{name}': {fix}") from error
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise InputError(f"model.model_name_or_path: hub id '{name}' {_describe_folder(folder)}")
     if weights and not any(path for pattern in ("*.safetensors", *HUB_OLDER) for path in folder.glob(pattern)):
         raise InputError(f"model.model_name_or_path: hub id '{name}' has no weights; give a repository that has")
     return folder

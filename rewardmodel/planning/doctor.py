@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from rewardmodel.config.loader import RecipeLike, as_recipe
 from rewardmodel.config.schema import ModelConfig, Recipe
 from rewardmodel.distributed import Launch, current_launch
-from rewardmodel.errors import InputError
+from rewardmodel.errors import InputError, plural
 from rewardmodel.model.compatibility import check_ties, incompatibilities
 from rewardmodel.model.configuration import Configuration, usable_attention
 from rewardmodel.model.families import check_length, find_family, lowest_layers, stored_bits
@@ -26,6 +27,7 @@ from rewardmodel.planning.estimate import (
 )
 from rewardmodel.planning.scenario import Scenario, measure_peaks
 from rewardmodel.planning.workload import Workload, read_workload
+from rewardmodel.training.arguments import training_arguments
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,13 @@ class Diagnosis:
     estimate: Estimate | None
 
 
-def doctor(recipe: Recipe, device: str | None = None, launched: Launch | None = None) -> Diagnosis:
+def doctor(recipe: RecipeLike, device: str | None = None, launched: Launch | None = None) -> Diagnosis:
     """Estimate memory, precision and time of a recipe on a device, and list incompatible settings.
 
     Configuration and tokenizer of the backbone and the battles are read; no weights are.
 
     Args:
-        recipe: what would be run.
+        recipe: what would be run, or the path or sections of a recipe.
         device: a name from `planning.devices.DEVICES`, or `cpu`; default: the GPU of this machine, or else its CPU.
         launched: how it would be spread over processes; default: as this process is.
 
@@ -108,6 +110,7 @@ def doctor(recipe: Recipe, device: str | None = None, launched: Launch | None = 
             tokens than the backbone has positions for, or folds that the battles cannot be split into.
     """
     # the backbone's configuration, its precision on the device, and incompatible settings
+    recipe = as_recipe(recipe)
     check_ties(recipe.model, recipe.objective)
     folder = fetch_backbone(recipe.model.model_name_or_path, recipe.model.model_revision, weights=False)
     backbone = lowest_layers(AutoConfig.from_pretrained(folder), recipe.model.num_hidden_layers)
@@ -126,6 +129,11 @@ def doctor(recipe: Recipe, device: str | None = None, launched: Launch | None = 
         problems,
         None,
     )
+    try:
+        training_arguments(recipe, torch.float32, torch.device("cpu"))  # what transformers and TRL refuse anywhere
+    except InputError as error:
+        key = str(error).partition(":")[0]
+        problems += [str(error)] * (not any(problem.startswith(f"{key}:") for problem in problems))
     if problems:
         return diagnosis
 
@@ -143,7 +151,7 @@ def doctor(recipe: Recipe, device: str | None = None, launched: Launch | None = 
         problems = [_describe_shortage("training", training, target, fix)]
     elif not inference.fits:
         problems = [_describe_shortage("inference", inference, target, fix)]
-    size = f"{measure_peaks(scenario).size.parameters:,} weights in {scenario.layers} layers"
+    size = f"{measure_peaks(scenario).size.parameters:,} weights in {plural(scenario.layers, 'layer')}"
     return replace(
         diagnosis,
         backbone=f"{diagnosis.backbone}, {size}",

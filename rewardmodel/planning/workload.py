@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from transformers import AutoConfig
 
 from rewardmodel.config.schema import Recipe
 from rewardmodel.data.folds import plan_parts
@@ -11,6 +12,7 @@ from rewardmodel.data.formats import read_battles
 from rewardmodel.data.splits import load_battles, split
 from rewardmodel.errors import InputError
 from rewardmodel.model.loading import load_tokenizer
+from rewardmodel.model.vocabulary import check_vocabulary
 from rewardmodel.objectives import find_objective
 from rewardmodel.prompt.tokenization import tokenize
 
@@ -58,7 +60,7 @@ def read_workload(recipe: Recipe, folder: Path) -> Workload:
         folder: of the backbone, for its tokenizer.
 
     Raises:
-        InputError: a template that cannot be used, or folds that these battles cannot be split into.
+        InputError: a template or a tokenizer that cannot be used, or folds that these battles cannot be split into.
     """
     data, longest = recipe.data, recipe.prompt.max_length
     try:
@@ -77,6 +79,7 @@ def read_workload(recipe: Recipe, folder: Path) -> Workload:
         training, validation = len(parts.training), len(parts.validation)
         chosen = np.linspace(0, len(battles) - 1, min(len(battles), MEASURED_BATTLES)).astype(int)
         sample, tokenizer = battles.select(chosen), load_tokenizer(folder)
+        check_vocabulary(tokenizer, AutoConfig.from_pretrained(folder))
         encoding = find_objective(recipe.objective).encoding
         branches, predicted = (
             tokenize(sample, tokenizer, recipe.prompt, encoding=encoding, both_orders=count == 2)["branches"][:]

@@ -2,14 +2,18 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers import Trainer, get_scheduler
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from trl import RewardConfig
 
 from rewardmodel.config.schema import Recipe
 from rewardmodel.config.trainer import BATTLES, EARLY_STOPPING, HEAD_RATE, LORAPLUS, OWN_KEYS, TOKENS
-from rewardmodel.errors import InputError
+from rewardmodel.errors import InputError, nearest
+from rewardmodel.hub import check_repository
 from rewardmodel.progress import in_terminal
 
 RENAMED_KEYS = {
@@ -76,6 +80,12 @@ def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device)
             "scripts/launch.sh, or show it one with CUDA_VISIBLE_DEVICES=0"
         )
     _check_own_keys(recipe, args)
+    _check_trackers(args)
+    _check_scheduler(args)
+    _check_optimizer(args)
+    if args.push_to_hub:
+        name = args.hub_model_id or Path(args.output_dir).absolute().name
+        check_repository(name, "trainer.push_to_hub", args.hub_token)
     return args
 
 
@@ -92,6 +102,49 @@ def _check_own_keys(recipe: Recipe, args: RewardConfig) -> None:
             raise InputError(f"trainer.{key}: {recipe.trainer[key]}; give a number above 0, or leave it out")
     if recipe.trainer[LORAPLUS] is not None and not recipe.model.use_peft:
         raise InputError(f"trainer.{LORAPLUS}: there is no LoRA without model.use_peft; leave it out")
+
+
+def _check_trackers(args: RewardConfig) -> None:
+    """Raise if the run is to be reported to a service that transformers does not know, or whose package is missing."""
+    installed = {*get_available_reporting_integrations(), "flyte"}  # flyte's is inside its own tasks
+    for name in args.report_to or ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise InputError(
+                f"trainer.report_to: transformers does not know '{name}'{nearest(name, INTEGRATION_TO_CALLBACK)}; "
+                f"known: {known}, all, none"
+            )
+        if name not in installed:
+            raise InputError(
+                f"trainer.report_to: the package of {name} is not installed; install it, or set `none` "
+                f"(installed: {', '.join(sorted(installed - {'flyte'})) or 'none of them'})"
+            )
+
+
+def _check_scheduler(args: RewardConfig) -> None:
+    """Raise if transformers cannot make the learning-rate scheduler, tried on one weight."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    keys = args.lr_scheduler_kwargs
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(100), 100, keys)
+    except Exception as error:  # any of its functions' own, all of them about these keys
+        raise InputError(
+            f"trainer.lr_scheduler_type: {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)} with "
+            f"lr_scheduler_kwargs {keys or {}}: {' '.join(str(error).split())}; set them, or another type"
+        ) from error
+
+
+def _check_optimizer(args: RewardConfig) -> None:
+    """Raise if the optimiser's package is missing or its arguments are wrong, as far as that needs no model."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except Exception as error:
+        needs_model = any(name in str(args.optim).lower() for name in ("galore", "apollo", "lomo"))
+        if isinstance(error, ImportError) or not needs_model:
+            name = getattr(args.optim, "value", args.optim)
+            raise InputError(
+                f"trainer.optim: {name}: {' '.join(str(error).split())}; set another, like adamw_torch_fused"
+            ) from error
 
 
 class LearningRates(NamedTuple):

@@ -4,6 +4,7 @@ import logging
 import platform
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,20 +16,31 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Printer
 from trl import RewardConfig
 
 from rewardmodel.battles import AUGMENTATIONS
+from rewardmodel.config.loader import RecipeLike, as_recipe
 from rewardmodel.config.schema import Recipe
 from rewardmodel.config.trainer import EARLY_STOPPING, HEAD_RATE, LORAPLUS, TOKENS
 from rewardmodel.data.splits import Parts, fingerprint_parts, load_battles, split, write_training_keys
 from rewardmodel.data.teacher import check_teacher, with_soft_outcomes
 from rewardmodel.distributed import from_main, is_main, wait_for_all
+from rewardmodel.errors import plural
 from rewardmodel.model.backbone import Backbone, resolve_backbone
 from rewardmodel.model.compatibility import check_ties
 from rewardmodel.model.features import layer_logits, read_features
 from rewardmodel.model.forward import Predictor
 from rewardmodel.model.loading import build_model, compile_blocks, load_tokenizer, save_model, trained_layer
 from rewardmodel.model.precision import dtype_name
+from rewardmodel.model.vocabulary import check_vocabulary
 from rewardmodel.objectives import find_objective, fit_tie
 from rewardmodel.prompt.tokenization import measure_row_retention, shared_token_fraction, tokenize
-from rewardmodel.run_folder import RunFolder, check_run, check_same_inputs, last_checkpoint, open_run, write_environment
+from rewardmodel.run_folder import (
+    RunFolder,
+    add_to_environment,
+    check_run,
+    check_same_inputs,
+    last_checkpoint,
+    open_run,
+    write_environment,
+)
 from rewardmodel.training.arguments import LearningRates, compile_options, training_arguments
 from rewardmodel.training.head_fit import Examples, check_groups, fit_last_layer
 from rewardmodel.training.trainer import PreferenceTrainer
@@ -38,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(
-    recipe: Recipe,
+    recipe: RecipeLike,
     battles: Any = None,
     *,
     parts: Parts | None = None,
@@ -49,8 +61,8 @@ def train(
     """Train a model on labelled battles and save it as a run.
 
     Args:
-        recipe: what to do; `recipe.run_folder` is written.
-        battles: a Dataset, a DataFrame or a path, in the place of `recipe.data.train`.
+        recipe: what to do, or the path or sections of a recipe; `recipe.run_folder` is written.
+        battles: a Dataset, a DataFrame, a list of dicts or a path, in the place of `recipe.data.train`.
         parts: the recipe's battles, if they were read before.
         resume: continue an existing run from its last complete checkpoint; a finished one stays as it is.
         overwrite: replace an existing run.
@@ -64,6 +76,8 @@ def train(
         FloatingPointError: a loss or a weight became NaN or infinite; the last checkpoint is good.
     """
     # check the recipe, the folder and the machine before anything is read or loaded
+    started = datetime.now(UTC)
+    recipe = as_recipe(recipe)
     recipe = recipe if battles is None else with_source(recipe, battles)
     objective, run = find_objective(recipe.objective), RunFolder(recipe.run_folder)
     check_ties(recipe.model, recipe.objective)
@@ -84,7 +98,9 @@ def train(
                 open_run(recipe, resume, overwrite, before_write)
             logger.info("%s: already trained", run.path)
             return run.path, parts
-        rows, validation_rows = _tokenize_parts(parts, load_tokenizer(backbone.folder), recipe)
+        tokenizer = load_tokenizer(backbone.folder)
+        check_vocabulary(tokenizer, backbone.config)
+        rows, validation_rows = _tokenize_parts(parts, tokenizer, recipe)
 
     # fetch the weights; a resumed run must have the same ones
     backbone = backbone.with_weights()
@@ -100,6 +116,10 @@ def train(
     inputs = TrainingInputs(recipe, backbone, model, tokenizer, rows, validation_rows, groups)
     begin = partial(_open, recipe, parts.training, environment, resume, overwrite, before_write)
     (_train_head if recipe.model.freeze_backbone else _train_adapters)(inputs, args, resume, begin)
+    if is_main():
+        seconds = round((datetime.now(UTC) - started).total_seconds(), 1)
+        when = {"started": started.isoformat(timespec="seconds"), "seconds": seconds}
+        add_to_environment(run.path, {"training": {"battles": len(parts.training), **when}})
     return run.path, parts
 
 
@@ -211,9 +231,9 @@ def _tokenize_parts(parts: Parts, tokenizer: PreTrainedTokenizerBase, recipe: Re
     kept = measure_row_retention(rows)
     shares = len(rows[0]["branches"]) > 2
     logger.info(
-        "%d battles to train on, %d for validation; max_length %d cuts %.1f %% of battles and keeps %.1f %% of the "
+        "%s to train on, %d for validation; max_length %d cuts %.1f %% of battles and keeps %.1f %% of the "
         "responses' tokens%s",
-        len(rows),
+        plural(len(rows), "battle"),
         len(validation),
         recipe.prompt.max_length,
         100 * kept["battles_cut"],

@@ -4,9 +4,14 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from rewardmodel.config.json_schema import choices, help_text, recipe_schema, type_name
+from rewardmodel.config.json_schema import choices, help_text, recipe_keys, recipe_schema, type_name
 from rewardmodel.config.loader import dump_recipe
 from rewardmodel.config.schema import Recipe
+from rewardmodel.data.formats import FORMATS
+from rewardmodel.model.families import IMPLEMENTATIONS
+from rewardmodel.model.weights import PACKAGED
+from rewardmodel.objectives import OBJECTIVES
+from rewardmodel.prompt.template import CHAT, TEMPLATES
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 
@@ -74,6 +79,21 @@ def test_types_choices_defaults_and_texts_are_there():
     assert "cosine" in choices(trainer["lr_scheduler_type"])
 
 
+def test_the_text_of_a_key_names_what_its_table_has():
+    keys = recipe_keys()
+    tables = {
+        ("objective", "name"): OBJECTIVES,
+        ("prompt", "template"): [*TEMPLATES, CHAT],
+        ("model", "model_name_or_path"): PACKAGED,
+        ("model", "attn_implementation"): IMPLEMENTATIONS,
+    }
+    texts = {place: keys[place[0]]["properties"][place[1]]["description"] for place in tables}
+    source = recipe_schema()["$defs"]["Source"]["properties"]["format"]["description"]
+    for text, names in [*((texts[place], tables[place]) for place in tables), (source, FORMATS)]:
+        assert [name for name in names if name not in text] == []
+        assert "rewardmodel." not in text
+
+
 def test_a_key_is_described_for_help():
     model = recipe_schema()["properties"]["model"]["properties"]
     assert help_text(model["bnb_4bit_quant_type"]) == "4-bit data type. (one of nf4, fp4; default: nf4)"
@@ -82,6 +102,6 @@ def test_a_key_is_described_for_help():
         "default: all of attention and MLP, by the backbone's family."
     )
     names = ("dtype", "lora_r", "lora_target_modules", "use_dora")
-    assert [type_name(model[name]) for name in names] == ["CHOICE", "INT", "LIST|null", "BOOL"]
+    assert [type_name(model[name]) for name in names] == ["CHOICE", "INT", "LIST|all-linear|null", "BOOL"]
     assert choices(model["use_dora"]) == ["true", "false"]
     assert choices(model["lora_r"]) is None

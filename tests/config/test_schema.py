@@ -75,7 +75,7 @@ def test_there_are_recipes():
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if path.parent.name == "seeds"], ids=lambda path: path.stem)
 def test_a_seeds_recipe_says_in_its_header_what_it_reproduces_and_what_is_known_of_it(path):
-    header = " ".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    header = " ".join(line[2:] for line in path.read_text().splitlines() if line.startswith("#"))
     assert re.search(r"project grew from", header)
     assert re.search(r"[Kk]nown: .*1\.0\d\d|No figure of it is known", header)
     assert f"{load_recipe(path).prompt.max_length} tokens" in header

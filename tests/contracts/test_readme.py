@@ -155,10 +155,10 @@ def test_the_library_snippet_runs(recipe, tmp_path, monkeypatch, capsys):
     battles = battle_frame()
     write_csv(battles, tmp_path / "train.csv")
     write_csv(battles.drop(columns=[column for column in battles if column.startswith("winner")]), tmp_path / "new.csv")
-    assert snippet.count('"recipes/quickstart.yaml"') == 1
+    assert snippet.count('"quickstart"') == 1
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(compile(snippet.replace("recipes/quickstart.yaml", "tiny.yaml"), "README.md", "exec"), names)
+    exec(compile(snippet.replace('"quickstart"', '"tiny.yaml"'), "README.md", "exec"), names)
     assert (tmp_path / "runs" / "mine" / "recipe.yaml").is_file()
     assert 0 < float(re.search(r"\d+\.\d+", capsys.readouterr().out).group()) < 5
     assert len(names["table"]) == 12

@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fresh import run_fresh
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 NAMES = sorted(path.stem for path in SCRIPTS.glob("bench_*.py"))
@@ -91,20 +91,22 @@ def test_inference_is_measured_on_random_weights_and_all_agree(bits, script, pla
         assert figures[name]["largest_difference_from_ours"] < 0.02
 
 
+PROGRAM = """
+import os, runpy, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Run the file named first as `python FILE ARGUMENTS` does."""
+
+
 @pytest.mark.slow  # a fresh process that runs every part of the script
 def test_the_script_for_gpus_runs_every_part_on_a_cpu(script, tmp_path, user_cache):
     module, path = script("bench_gpu"), tmp_path / "gpu.json"
     own = {"PYTHONPATH": str(SCRIPTS.parent), "CUDA_VISIBLE_DEVICES": ""}
     words = ["--seconds", "900", "--json", str(path)]
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "bench_gpu.py"), *words],
-        env=os.environ | own,
-        check=False,
-        text=True,
-        capture_output=True,
-    )
-    assert "failed: " not in done.stdout, done.stderr
-    assert done.returncode == 0
+    out, err = run_fresh(PROGRAM, SCRIPTS / "bench_gpu.py", *words, env=os.environ | own)
+    assert "failed: " not in out, err
     (found,) = json.loads(path.read_text()).values()
     figures = found["figures"]
     todo = module.jobs(list(module.PARTS), ["tiny", "tiny-gemma2"], list(module.PRECISIONS))
@@ -129,7 +131,7 @@ def test_the_script_for_gpus_runs_every_part_on_a_cpu(script, tmp_path, user_cac
         assert figures[f"{name} tiny nf4"]["largest_difference_from_ours"] < 0.02
         assert figures[f"{name} tiny-gemma2 nf4"]["largest_difference_from_ours"] < 0.02
     assert figures["smollm2"]["log_loss_before"] == pytest.approx(1.0986, abs=0.001)
-    table = done.stdout.partition("battles/s")[2]
+    table = out.partition("battles/s")[2]
     assert max(map(len, table.splitlines()[1:])) <= 110
     for name in ("training tiny nf4", "sorted tiny-gemma2 nf4", "smollm2", "profile tiny bf16"):
         assert f"\n{name}" in table

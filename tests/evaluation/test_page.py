@@ -21,11 +21,13 @@ from rewardmodel.evaluation.page import (
     PUBLISHED_LOG_LOSSES,
     ComparedRun,
     format_number,
-    judge_baselines,
+    is_arena,
     render_comparison,
     render_run,
 )
 from rewardmodel.evaluation.results import BaselineResult, CalibrationResult, Difference, Evaluation, Interval
+from rewardmodel.evaluation.run_facts import describe_run
+from rewardmodel.evaluation.verdict import judge_baselines
 from rewardmodel.metrics import log_loss_terms
 from rewardmodel.predictions import PROBABILITIES, average_probabilities, predicted, true_outcomes
 
@@ -188,6 +190,7 @@ def test_page_is_balanced_and_its_references_are_within_it(page):
     assert {link.removeprefix("#") for link in reader.links} <= set(reader.ids)
     assert set(re.findall(r"url\(#([^)]+)\)", page)) <= set(reader.ids)
     assert list(reader.text) == SECTIONS
+    assert [link for link in reader.links if link[1:] in SECTIONS] == [f"#{name}" for name in SECTIONS[1:]]
 
 
 def test_page_asks_for_nothing_and_runs_nothing(page):
@@ -272,7 +275,7 @@ def test_audits_are_shown(page, facts):
         assert row.name in text["models"]
         assert format_number(row.difference, 1, 100) in text["models"]
     for rows in facts.slices.values():
-        for row in rows or []:
+        for row in (rows or []) if len(rows or []) > 1 else []:  # one slice alone is all battles
             assert row.name in text["slices"]
             assert format_number(row.log_loss, 3) in text["slices"]
 
@@ -307,23 +310,26 @@ def test_recipe_and_environment_are_shown_as_text(page):
 @pytest.mark.parametrize(
     "part", ["baselines", "calibration", "reliability", "confusion", "position", "verbosity", "models"]
 )
-def test_a_part_that_is_not_there_is_named_in_a_line(light, facts, table, part):
+def test_a_part_that_is_not_there_is_left_out(light, facts, table, part):
     reader = Reader(render_run(replace(facts, **{part: None}), table, None))
-    assert sum(given.get("class") == "absent" for _, given in reader.tags) == 3  # and no run: no curve, no recipe
-    assert list(reader.text) == SECTIONS
+    missing = {"position": "position", "verbosity": "length", "models": "models"}.get(part)
+    left = [name for name in SECTIONS if name not in (missing, "learning", "run")]  # of no run: no curve, no recipe
+    assert list(reader.text) == left
+    assert [link for link in reader.links if link[1:] in SECTIONS] == [f"#{name}" for name in left[1:]]
 
 
 def test_page_of_nothing_but_a_plain_table_is_whole(table):
     bare = table[["id", "group", *OUTCOMES, *PROBABILITIES]].iloc[:1]
     reader = Reader(render_run(Evaluation(1, 1), bare, None))
-    assert list(reader.text) == SECTIONS
+    assert list(reader.text) == ["summary", "battles"]
+    assert "on 1 held-out battle of 1 prompt" in reader.text["summary"]
     assert "100000" in reader.text["battles"]
     assert not [tag for tag, _ in reader.tags if tag == "details"]
     assert "nan" not in " ".join(reader.text.values())
 
 
 def test_no_battles_make_a_page(table):
-    assert list(Reader(render_run(Evaluation(0, 0), table.iloc[:0], None)).text) == SECTIONS
+    assert list(Reader(render_run(Evaluation(0, 0), table.iloc[:0], None)).text) == ["summary"]
 
 
 def test_half_filled_figures_make_a_page(light, facts, table, tmp_path):
@@ -341,12 +347,11 @@ def test_half_filled_figures_make_a_page(light, facts, table, tmp_path):
         '{"log_history": [{"step": 1, "loss": NaN}, {"step": 2, "loss": 3.0}]}'
     )
     text = Reader(render_run(half, table, tmp_path)).text
-    assert "No family of models" in text["models"]
-    assert "Not in the predictions: source." in text["slices"]
+    assert facts.models.names[0].name in text["models"]
     assert "As predicted." in text["calibration"]
     assert "blended" not in text["calibration"]
-    assert "NaN or infinite at 1 logged steps" in text["summary"]
-    assert "The run has no recipe.yaml." in text["run"]
+    assert "NaN or infinite at 1 logged step." in text["summary"]
+    assert "run" not in text
 
 
 def test_text_of_a_battle_stays_text(facts):
@@ -384,6 +389,42 @@ def test_texts_may_be_lists_of_turns_and_be_missing(light, facts):
     text = Reader(render_run(facts, odd, None)).text["battles"]
     assert "first turn\n\n\n\nsecond turn" in text
     assert "response A" not in text
+
+
+def test_a_battle_is_listed_by_the_first_words_of_its_prompt(light, facts):
+    prompts = ["Why is  the sky\nblue?", "word " * 50, "w" * 300, ""]
+    text = Reader(render_run(facts, table_of(60).assign(prompt=prompts * 15), None)).text["battles"]
+    assert "Why is the sky blue? · id 1000" in " ".join(text.split())
+    assert "word " * 17 + "word …" in text
+    assert "w" * 90 + " …" in text
+
+
+def test_published_results_are_drawn_beside_those_of_the_arena_only(light, facts, table):
+    assert is_arena(table)
+    others = table.assign(model_a="grade-1", model_b="grade-2")
+    for other in (others, table.drop(columns="model_a"), table.iloc[:0]):
+        assert not is_arena(other)
+    assert "published" in render_run(facts, table, None)
+    assert "published" not in render_run(facts, others, None)
+
+
+def test_the_head_says_what_was_trained_and_judged_on_what_where_and_when(light, facts, table, run):
+    reader = Reader(render_run(facts, table, run))
+    assert [given for _, given in reader.tags if given.get("class") == "about"]
+    assert "judged on 400 battles of 200 prompts" in describe_run(run, facts)
+
+
+def test_models_are_listed_by_name_where_there_is_no_family(light, facts, table):
+    grades = [replace(one, name=f"grade-{number}") for number, one in enumerate(facts.models.names)]
+    text = Reader(render_run(replace(facts, models=replace(facts.models, families=[], names=grades)), table, None)).text
+    assert all(one.name in text["models"] for one in grades)
+
+
+def test_a_dimension_of_one_slice_is_left_out(light, facts, table):
+    alone = replace(facts.slices["turns"][0], name="others (3)")
+    text = Reader(render_run(replace(facts, slices=facts.slices | {"turns": [alone]}), table, None)).text["slices"]
+    assert "others (3)" not in text
+    assert "longer response" in text
 
 
 def test_page_of_many_battles_is_small(facts):

@@ -9,6 +9,7 @@ from builders import battle_frame
 from rewardmodel import export
 from rewardmodel.errors import InputError
 from rewardmodel.exports.checks import load_trained_run
+from rewardmodel.exports.export import EXPORTS
 from rewardmodel.exports.kaggle import Bundle
 
 
@@ -24,8 +25,37 @@ def test_a_folder_without_its_precision_is_not_a_trained_run(run_folder, tmp_pat
             load_trained_run(copy)
 
 
+def test_an_export_is_not_exported_again(run_folder, tmp_path):
+    shutil.copytree(run_folder / "model", tmp_path / "export")
+    shutil.copy(run_folder / "recipe.yaml", tmp_path / "export")
+    with pytest.raises(InputError, match="export: is an export already; give the run folder that it was exported from"):
+        export(tmp_path / "export", tmp_path / "again")
+
+
+def test_a_hub_that_cannot_be_written_is_reported_before_anything_is_computed(run_folder, tmp_path, monkeypatch):
+    class Hub:
+        def __init__(self, token=None):
+            pass
+
+        def whoami(self):
+            raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr("rewardmodel.exports.export.EXPORTS", dict.fromkeys(EXPORTS))  # whatever writes would fail
+    with pytest.raises(InputError, match=r"--push-to-hub: me/model: the hub cannot be reached \(no network\)"):
+        export(run_folder, tmp_path / "export", "adapter", push_to_hub="me/model")
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_backbone_that_moved_is_named_for_the_export(run_folder, tmp_path):
+    moved = {"model.model_name_or_path": str(tmp_path / "moved")}
+    assert load_trained_run(run_folder, moved).recipe.model.model_name_or_path == str(tmp_path / "moved")
+    with pytest.raises(InputError, match=r"no backbone '.*moved'.*say where with --model\.model_name_or_path"):
+        export(run_folder, tmp_path / "export", battles=battle_frame(20), overrides=moved)
+
+
 def test_too_few_battles_compare_nothing(run_folder, tmp_path):
-    with pytest.raises(InputError, match="12 battles; give at least 64"):
+    with pytest.raises(InputError, match="12 battles; give 64 or more"):
         export(run_folder, tmp_path / "export", battles=battle_frame(3))
 
 

@@ -224,6 +224,15 @@ def test_without_the_runs_data_the_sample_is_compared(untrained_run, tmp_path, i
 class FakeHub:
     calls: list
 
+    def __init__(self, token=None):
+        self.token = token
+
+    def whoami(self):
+        return {"name": "me"}
+
+    def repo_exists(self, name):
+        return False
+
     def create_repo(self, name, private, exist_ok):
         self.calls.append(("create", name, private))
 
@@ -249,7 +258,7 @@ def test_a_hub_that_refuses_leaves_the_export_and_says_so(run_folder, tmp_path, 
 
     monkeypatch.setattr(FakeHub, "create_repo", refuse)
     monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
-    with pytest.raises(InputError, match=r"401 unauthorised.*is complete"):
+    with pytest.raises(InputError, match=r"401 unauthorised.*is complete, upload it with: hf upload me/model "):
         export(run_folder, tmp_path / "export", "adapter", push_to_hub="me/model")
     assert (tmp_path / "export" / "README.md").is_file()
 

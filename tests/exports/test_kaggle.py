@@ -217,7 +217,9 @@ def test_the_copied_source_runs(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_offline_in_a_clean_environment(run_folder, installed, clean_python, tmp_path):
+def test_the_notebook_runs_offline_in_a_clean_environment(
+    run_folder, installed, clean_python, tmp_path, read_back_in_a_fork
+):
     base = load_recipe(run_folder / "recipe.yaml").model.model_name_or_path
     asked = Bundle("me/my-reward-model", installed, base=base)
     export(run_folder, tmp_path / "bundle", "kaggle", bundle=asked)
@@ -240,7 +242,9 @@ def test_the_notebook_runs_offline_in_a_clean_environment(run_folder, installed,
 
 
 @pytest.mark.slow
-def test_the_notebook_continues_a_killed_session_in_the_layout_of_today(run_folder, installed, tmp_path):
+def test_the_notebook_continues_a_killed_session_in_the_layout_of_today(
+    run_folder, installed, tmp_path, read_back_in_a_fork
+):
     base = Path(load_recipe(run_folder / "recipe.yaml").model.model_name_or_path)
     root, handle = tmp_path / "input", "me/tiny/transformers/llama/1"
     export(run_folder, tmp_path / "bundle", "kaggle", bundle=Bundle("me/my-reward-model", installed, base=handle))

@@ -11,7 +11,7 @@ from rewardmodel.config.schema import ObjectiveConfig
 from rewardmodel.data.formats import read_battles
 from rewardmodel.errors import InputError
 from rewardmodel.inference.predict import predict
-from rewardmodel.inference.reward_function import reward_function, split_turns
+from rewardmodel.inference.reward_function import conversation_turns, reward_function
 from rewardmodel.training.train import train
 
 
@@ -57,15 +57,61 @@ def test_messages_are_read_as_texts_are(separate):
 
 
 def test_conversations_become_turns():
-    system = {"role": "system", "content": "be kind"}
-    assert split_turns("a", "b") == (["a"], ["b"])
-    assert split_turns([system, user("a")], [assistant("b")]) == (["be kind\n\na"], ["b"])
-    assert split_turns([user("a"), assistant("b"), user("c")], "d") == (["a", "c"], ["b", "d"])
-    with pytest.raises(InputError, match="messages of user, user, assistant; give user and assistant in turns"):
-        split_turns([user("a"), user("b")], "c")
-    for message in ({"role": "user"}, {"role": "user", "content": [{"type": "text", "text": "a"}]}):
-        with pytest.raises(InputError, match="give messages like"):
-            split_turns([message], "c")
+    system, developer = ({"role": role, "content": "be kind"} for role in ("system", "developer"))
+    assert conversation_turns("a", "b") == (["a"], ["b"])
+    assert conversation_turns([system, user("a")], [assistant("b")]) == (["be kind\n\na"], ["b"])
+    assert conversation_turns([developer, user("a")], [assistant("b")]) == (["be kind\n\na"], ["b"])
+    assert conversation_turns([user("a"), assistant("b"), user("c")], "d") == (["a", "c"], ["b", "d"])
+    assert conversation_turns([user("a"), user("b")], "c") == (["a\n\nb"], ["c"])
+    parts = {"role": "user", "content": [{"type": "text", "text": "a"}]}
+    assert conversation_turns([parts], "c") == (["a"], ["c"])
+
+
+def test_calls_of_tools_and_their_results_are_turns():
+    call = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+    calls = {"role": "assistant", "content": None, "tool_calls": [call]}
+    prompts, answers = conversation_turns(
+        [user("1 + 1?")], [calls, {"role": "tool", "content": "2"}, assistant("It is 2.")]
+    )
+    assert prompts == ["1 + 1?", "2"]
+    assert '"name": "add"' in answers[0]
+    assert answers[1] == "It is 2."
+    assert conversation_turns([user("a")], [{"role": "assistant", "content": None}]) == (["a"], [""])
+
+
+@pytest.mark.parametrize("text", ['[{"name": "cut off', '[{"role": "user", "content": "x"}]', "\n\nHuman: a", ""])
+def test_a_text_is_a_text_whatever_it_looks_like(text):
+    assert conversation_turns("a", text) == (["a"], [text])
+
+
+def test_a_lone_surrogate_is_replaced():
+    assert conversation_turns("a \ud83d", [assistant("b \ud83d")]) == (["a \ufffd"], ["b \ufffd"])
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([{"role": "user"}], r"rewards: row 3, column 'prompt': the message .* has no text"),
+        ([{"role": "narrator", "content": "a"}], "the role 'narrator' is unknown"),
+        ([3], "3 is not a message"),
+    ],
+)
+def test_messages_that_are_none_are_refused_by_number(messages, reason):
+    with pytest.raises(InputError, match=reason):
+        conversation_turns(messages, "c", 3)
+
+
+def test_no_completions_have_no_rewards_and_nan_is_an_error(separate, monkeypatch):
+    rewards = reward_function(separate[0])
+    assert rewards([], []) == []
+    monkeypatch.setattr(
+        "rewardmodel.model.forward.Predictor.logits",
+        lambda self, rows, **_: np.array([0.5, np.nan])[: len(rows), None, None],
+    )
+    with pytest.raises(
+        FloatingPointError, match="1 of 2 completions have a reward that is NaN or infinite, first number 2"
+    ):
+        rewards(["a", "a"], ["b", "c"])
 
 
 def test_a_run_that_compares_gives_no_rewards(recipe):

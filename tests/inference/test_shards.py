@@ -4,13 +4,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from builders import battle_frame, load_once, small_recipe, with_trainer, write_csv
+from fresh import FreshProcess, launch_fresh
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -28,9 +28,10 @@ from rewardmodel.predictions import has_both_orders, predicted, read_predictions
 from rewardmodel.run_folder import RunFolder, load_run_recipe
 from rewardmodel.training.train import train
 
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_cpu_threads_per_process", "1"]
-LAUNCH += ["--config_file", str(Path(__file__).parents[2] / "recipes" / "accelerate" / "cpu_ddp.yaml")]
-ALONE = [sys.executable]
+ALONE, TWO = 1, 2
+"""How many processes predict."""
+
+TWO_PROCESSES = Path(__file__).parents[2] / "recipes" / "accelerate" / "cpu_ddp.yaml"
 
 SLOW = """
 import sys, time
@@ -100,14 +101,14 @@ def computed(monkeypatch):
 
 @pytest.fixture
 def slow(tmp_path):
-    """Return a function that starts a prediction in another process: slow(launch, seconds a shard, arguments)."""
+    """Return a function that starts a prediction: slow(processes, seconds a shard, arguments)."""
     (tmp_path / "slow.py").write_text(SLOW)
 
-    def start(launch, seconds, *arguments):
-        command = [*launch, str(tmp_path / "slow.py"), str(seconds), "predict", *map(str, arguments)]
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+    def start(processes, seconds, *arguments):
+        command = [seconds, "predict", *arguments]
+        if processes == ALONE:
+            return FreshProcess(SLOW, *command)
+        return launch_fresh(TWO_PROCESSES, tmp_path / "slow.py", *command)
 
     return start
 
@@ -134,19 +135,16 @@ def killed(process, work, count):
 
 
 @pytest.mark.slow  # starts three fresh processes, or as many pairs of them
-@pytest.mark.parametrize(
-    "launch",
-    [pytest.param(ALONE, id="one process"), pytest.param(LAUNCH, id="two", marks=pytest.mark.distributed)],
-)
-def test_a_killed_prediction_goes_on_to_the_same_table(run, slow, tmp_path, launch):
+@pytest.mark.parametrize("processes", [ALONE, pytest.param(TWO, marks=pytest.mark.distributed)])
+def test_a_killed_prediction_goes_on_to_the_same_table(run, slow, tmp_path, processes):
     folder, battles = run
     output = tmp_path / "x.parquet"
-    whole, _ = ended(slow(launch, 0, folder, battles, "--output", tmp_path / "whole.parquet"))
+    whole, _ = ended(slow(processes, 0, folder, battles, "--output", tmp_path / "whole.parquet"))
     work = tmp_path / "x.parquet.shards"
-    done = killed(slow(launch, 0.3, folder, battles, "--output", output), work, 2)
+    done = killed(slow(processes, 0.3, folder, battles, "--output", output), work, 2)
     assert not output.exists()
     assert 0 < len(np.concatenate(done)) < 40
-    names, said = ended(slow(launch, 0, folder, battles, "--output", output))
+    names, said = ended(slow(processes, 0, folder, battles, "--output", output))
     assert f"continues: {len(np.concatenate(done))} of 40 battles are already computed (predicting)" in said
     ids = read_predictions(output)["id"]
     kept = set(ids[np.concatenate(done)])
@@ -164,7 +162,7 @@ def test_one_process_goes_on_where_two_were_killed(run, slow, tmp_path):
     folder, battles = run
     output, work = tmp_path / "x.parquet", tmp_path / "x.parquet.shards"
     command = (folder, battles, "--output", output, "--time-limit", "600")
-    kept = len(np.concatenate(killed(slow(LAUNCH, 0.3, *command), work, 2)))
+    kept = len(np.concatenate(killed(slow(TWO, 0.3, *command), work, 2)))
     names, _ = ended(slow(ALONE, 0, *command))
     assert len(names) == 80 - kept
     table = read_predictions(output)

@@ -181,6 +181,15 @@ def test_a_saved_adapter_stands_on_its_backbone_and_a_whole_model_on_itself_with
     assert (found.folder, found.model.keep_head, found.config.model_type) == (whole, True, "qwen2")
 
 
+def test_a_backbone_that_is_not_where_it_was_is_asked_for_by_key(tmp_path):
+    adapter = saved(tmp_path / "adapter", True, "any")
+    config = ModelConfig(str(tmp_path / "gone"), **CPU)
+    with pytest.raises(
+        InputError, match=r"no backbone '.*gone'.*adapter was trained on it: if it is elsewhere now, say"
+    ):
+        resolve_saved_backbone(config, adapter)
+
+
 def test_weights_are_fetched_when_they_are_asked_for(backbone, monkeypatch):
     asked = []
 

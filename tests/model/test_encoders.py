@@ -3,8 +3,6 @@
 import dataclasses
 import itertools
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -21,6 +19,7 @@ from builders import (
     train_a_little,
     write_csv,
 )
+from fresh import run_fresh
 from safetensors.torch import load_file
 
 from rewardmodel.battles import swap
@@ -190,7 +189,7 @@ def fresh(backbone, tmp_path_factory):
                 config = dataclasses.asdict(config)
                 cases.append({"key": key, "labels": shape.num_labels, "config": config})
     (folder / "cases.json").write_text(json.dumps(cases))
-    subprocess.run([sys.executable, "-c", PLAIN, str(folder)], check=True, capture_output=True)
+    run_fresh(PLAIN, folder)
     return {key: [saved, *torch.load(folder / key / "fresh.pt")] for key, saved in before.items()}
 
 

@@ -147,6 +147,15 @@ def test_lora_is_on_every_linear_layer_but_the_head(backbone):
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
+def test_all_linear_is_another_name_for_the_default(backbone):
+    made = {}
+    for targets in (None, "all-linear"):
+        config = config_of(backbone("llama"), lora_target_modules=targets)
+        model, _ = build_model(resolve_backbone(config), JOINT_HEAD, seed=0)
+        made[targets] = {name for name, _ in model.named_parameters() if "lora_" in name}
+    assert made["all-linear"] == made[None] != set()
+
+
 @pytest.mark.parametrize("key", ["use_rslora", "use_dora"])
 def test_lora_variants_are_saved_and_reloaded(key, backbone, tmp_path):
     config = config_of(backbone("llama"), **{key: True}, load_in_4bit=True)

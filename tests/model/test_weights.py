@@ -131,6 +131,19 @@ def test_a_folder_without_a_configuration_is_refused(tmp_path):
     assert "save_pretrained" in message
 
 
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("adapter_config.json", "adapter, not a backbone; merge it into its backbone first"),
+        ("recipe.yaml", "is a run; export it .* and give the folder of the export"),
+    ],
+)
+def test_a_folder_of_something_else_is_named_as_what_it_is(file, message, tmp_path):
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(InputError, match=message):
+        fetch_backbone(str(tmp_path))
+
+
 @pytest.mark.parametrize("name", PACKAGED)
 def test_a_misspelt_name_names_the_nearest_packaged_one(name):
     misspelt = name.replace("-", "_")

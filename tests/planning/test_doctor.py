@@ -172,6 +172,16 @@ def test_all_that_cannot_work_is_listed(changed, keys, device, launched, starts)
     assert "memory" not in format_doctor(found)
 
 
+def test_what_the_trainer_refuses_is_a_problem_too(changed, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    recipe = changed()
+    recipe.trainer["report_to"] = "wandb"
+    diagnosis = doctor(recipe, "cpu")
+    assert len(diagnosis.problems) == 1
+    assert diagnosis.problems[0].startswith("trainer.report_to: the package of wandb is not installed")
+    assert diagnosis.estimate is None
+
+
 def test_gemma_computes_in_float32_on_a_t4_and_the_reason_is_given(changed, backbone):
     found = doctor(changed(model_name_or_path=str(backbone("gemma2")), lora_r=0), "T4")  # without memory: quick
     assert "float32: no bfloat16 below compute capability 8.0, and gemma2's activations leave" in found.precision

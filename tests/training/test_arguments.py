@@ -104,6 +104,48 @@ def test_what_cannot_work_is_refused_in_one_line(keys, message, arguments):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"report_to": "wandb"}, "trainer.report_to: the package of wandb is not installed; install it, or set `none`"),
+        ({"report_to": ["none", "wandbb"]}, "trainer.report_to: transformers does not know '(none|wandbb)'"),
+        ({"report_to": "wandbb"}, "does not know 'wandbb'; did you mean 'wandb'"),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr"},
+            "trainer.lr_scheduler_type: cosine_with_min_lr with lr_scheduler_kwargs {}: One of min_lr or min_lr_rate",
+        ),
+        (
+            {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 2}},
+            "trainer.lr_scheduler_type: cosine with",
+        ),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "trainer.lr_scheduler_type: warmup_stable_decay with"),
+        ({"optim": "galore_adamw"}, "trainer.optim: galore_adamw: .*set another, like adamw_torch_fused"),
+        ({"optim": "adamw_torch_4bit"}, "trainer.optim: adamw_torch_4bit: "),
+        ({"push_to_hub": True}, "trainer.push_to_hub: .*: (not logged in to the hub|the hub cannot be reached)"),
+    ],
+)
+def test_what_the_trainer_would_refuse_after_loading_is_refused_before(keys, message, arguments, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    with pytest.raises(InputError, match=message) as caught:
+        arguments(**keys)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}},
+        {"lr_scheduler_type": "cosine", "learning_rate": 0.0},
+        {"report_to": "none"},
+        {"report_to": "all"},
+        {"optim": "adafactor"},
+        {"optim": "paged_adamw_8bit"},
+    ],
+)
+def test_what_the_trainer_takes_is_taken(keys, arguments):
+    assert arguments(**keys)
+
+
 def test_the_least_step_and_micro_batch_are_taken(arguments):
     assert arguments(battles_per_step=1, micro_batch_tokens=1).per_device_train_batch_size == 1
 

@@ -1,12 +1,11 @@
 import dataclasses
 import shutil
-import subprocess
-import sys
 from functools import cache, partial
 
 import numpy as np
 import pytest
 from builders import battle_frame, small_recipe
+from fresh import run_fresh
 from safetensors import safe_open
 
 from rewardmodel.config.schema import ModelConfig, ObjectiveConfig
@@ -81,7 +80,7 @@ def test_heads_on_a_frozen_backbone_predict_the_same_in_a_fresh_process(frozen_r
     runs = {objective: tmp_path / objective for objective in OBJECTIVES}
     for objective, copy in runs.items():
         shutil.copytree(frozen_run(objective)[1], copy)
-    subprocess.run([sys.executable, "-c", PREDICT, *map(str, runs.values())], check=True)
+    run_fresh(PREDICT, *runs.values())
     for objective in runs:
         _, run, parts = frozen_run(objective)
         found = read_predictions(tmp_path / f"{objective}.parquet")
@@ -104,7 +103,7 @@ def test_folds_read_the_features_of_a_battle_once(frozen, monkeypatch, tmp_path)
 
 
 @several
-def test_what_a_frozen_run_exports_predicts_alike(frozen, tmp_path):
+def test_what_a_frozen_run_exports_predicts_alike(frozen, tmp_path, read_back_in_a_fork):
     recipe = frozen("cross_entropy")
     last = dataclasses.replace(recipe.model, pooling="last")
     run, _ = train(dataclasses.replace(recipe, model=last))
@@ -114,7 +113,7 @@ def test_what_a_frozen_run_exports_predicts_alike(frozen, tmp_path):
 
 @several
 @pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "lora"])
-def test_ties_of_pairs_are_learnt_saved_and_exported(frozen, freeze, tmp_path):
+def test_ties_of_pairs_are_learnt_saved_and_exported(frozen, freeze, tmp_path, read_back_in_a_fork):
     recipe = frozen("davidson")
     model = dataclasses.replace(
         recipe.model,
@@ -139,7 +138,7 @@ def test_ties_of_pairs_are_learnt_saved_and_exported(frozen, freeze, tmp_path):
 
 
 @several
-def test_frozen_folds_are_exported_as_their_mean(frozen, tmp_path):
+def test_frozen_folds_are_exported_as_their_mean(frozen, tmp_path, read_back_in_a_fork):
     recipe = frozen("davidson")
     inference = dataclasses.replace(recipe.inference, tie_if_same=0.9, win_if_other_empty=0.8)
     run, _ = train_folds(dataclasses.replace(recipe, inference=inference))

@@ -2,14 +2,13 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
 from builders import make_trainer, pack, with_trainer, write_csv
+from fresh import FreshProcess
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -92,12 +91,12 @@ def test_a_killed_run_resumes_to_the_same_weights(load_in_fp8, recipe, tmp_path)
     killed = with_trainer(recipe, **keys, output_dir=str(tmp_path / "killed"))
     file = tmp_path / "recipe.yaml"
     file.write_text(dump_recipe(killed))
-    process = subprocess.Popen([sys.executable, "-c", TRAIN, str(file)], stderr=subprocess.DEVNULL)
+    process = FreshProcess(TRAIN, file)
     while not list(killed.run_folder.glob("checkpoint-1[2-9]/trainer_state.json")):  # in the third of four epochs
         assert process.poll() is None, "ended before its first checkpoint"
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert not RunFolder(killed.run_folder).model.exists()
     run, _ = train(killed, resume=True)
     assert_same_weights(adapter(whole), adapter(run))
