@@ -22,6 +22,7 @@ _HOMES = {
     "evaluate_run": "evaluation.evaluate",
     "compare": "evaluation.evaluate",
     "baseline": "evaluation.baselines",
+    "benchmark": "benchmarks.benchmark",
     "report": "evaluation.report",
     "export": "exports.export",
     "doctor": "planning.doctor",

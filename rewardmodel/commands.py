@@ -258,6 +258,16 @@ def _baseline(options: Namespace) -> None:
     print(format_baseline(measure_baselines(table)))
 
 
+def _benchmark(options: Namespace) -> None:
+    """Score a run on a published benchmark, or two runs on the same rows, with intervals and baselines."""
+    from rewardmodel.benchmarks.benchmark import benchmark
+    from rewardmodel.benchmarks.results import format_benchmark
+    from rewardmodel.run_folder import RunFolder
+
+    result = benchmark(options.name, options.runs, options.data, options.output, overrides=options.overrides)
+    print(f"{format_benchmark(result)}\n\n{options.output or RunFolder(options.runs[0]).benchmark(options.name)}")
+
+
 def _recipes(options: Namespace) -> None:
     """List the recipes of the package, which every command takes by name: rewardmodel run quickstart."""
     from rewardmodel.config.recipes import format_recipes
@@ -282,6 +292,7 @@ VERBS: dict[str, Callable[[Namespace], int | None]] = {
     "report": _report,
     "export": _export,
     "baseline": _baseline,
+    "benchmark": _benchmark,
     "recipes": _recipes,
     "schema": _schema,
 }

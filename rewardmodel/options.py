@@ -25,7 +25,7 @@ LOUDNESS = ("-q", "--quiet", "-v", "--verbose")
 
 KEYS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("run", "doctor", "prepare", "train"), ALL_KEYS),
-    **dict.fromkeys(("predict", "evaluate"), PREDICTION_KEYS),
+    **dict.fromkeys(("predict", "evaluate", "benchmark"), PREDICTION_KEYS),
     "export": MOVED_BACKBONE,
 }
 """How the recipe keys begin that a command takes; the others take none."""
@@ -137,6 +137,14 @@ def _baseline(parser: ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help=".parquet file to write the predictions to")
 
 
+def _benchmark(parser: ArgumentParser) -> None:
+    names = "rewardbench2, rewardbench, rm_bench, judgebench, llmbar or preferences"
+    parser.add_argument("name", help=f"{names} (any labelled battles)")
+    parser.add_argument("runs", metavar="run", type=Path, nargs="+", help="folder of a trained run, or two to compare")
+    parser.add_argument("--data", help="a file, or a data set's id on the hub; default: the benchmark's own on the hub")
+    parser.add_argument("--output", type=Path, help="folder to write to; default: benchmarks/NAME in the (first) run")
+
+
 def _add_recipe(parser: ArgumentParser, resume: bool = False) -> None:
     recipe: Any = parser.add_argument(
         "recipe", help="YAML file of the recipe, or the name of one of the package, which `rewardmodel recipes` lists"
@@ -177,6 +185,7 @@ OPTIONS = {
     "report": _report,
     "export": _export,
     "baseline": _baseline,
+    "benchmark": _benchmark,
 }
 """What adds a command's options to its parser; the others have none."""
 

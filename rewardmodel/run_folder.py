@@ -101,6 +101,10 @@ class RunFolder:
         """The same as a page for people."""
         return self.path / "report.html"
 
+    def benchmark(self, name: str) -> Path:
+        """The folder of what a benchmark found, by its name."""
+        return self.path / "benchmarks" / name
+
     @property
     def lock(self) -> Path:
         """The lock of who writes here, next to the run; a fold's is next to the k-fold run, which may be replaced."""

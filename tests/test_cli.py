@@ -903,8 +903,16 @@ EARLY = {
                 ["--output", "exported", "--kind", "adapter", "--battles", f"{fault}.csv"],
             ),
             ("baseline", ["baseline", f"{fault}.csv"], []),
+            ("benchmark", ["benchmark", "preferences", "run"], ["--data", f"{fault}.csv"]),
         )
     },
+    "benchmark of another file": (
+        ["benchmark", "judgebench", "run", "--data", "good.csv"],
+        ["good.csv: column 'question' is missing"],
+    ),
+    "benchmark that is unknown": (["benchmark", "judgebenhc", "run"], ["did you mean 'judgebench'?"]),
+    "benchmark without battles": (["benchmark", "preferences", "run"], ["benchmark preferences: --data is missing"]),
+    "benchmark without a run": (["benchmark", "llmbar", "nowhere"], ["nowhere: no recipe.yaml there"]),
     "run without data.test": (["run", "good.yaml", "--data.sample_submission", "x.csv"], ["there is no data.test"]),
     "run with another sample": (
         ["run", "good.yaml", "--data.test", "good.csv", "--data.sample_submission", "sample.csv"],

@@ -113,7 +113,7 @@ def render_run(evaluation: Evaluation, table: pd.DataFrame, run: Path | None) ->
         "battles": len(table),
         "run": files,
     }
-    return _fill_template(
+    return fill_template(
         title=run.resolve().name if run else "predictions",
         evaluation=evaluation,
         state=state,
@@ -159,7 +159,7 @@ def render_comparison(runs: Sequence[ComparedRun]) -> str:
     prior = runs[0].evaluation.prior
     if same and prior is not None:
         rows.append(ChartRow(BASELINE_NAMES["prior"], prior, kind="baseline"))
-    return _fill_template(
+    return fill_template(
         title=f"{len(runs)} runs compared",
         runs=runs,
         sentence=compare_with_first(runs[0].name, [(run.name, run.difference) for run in runs[1:] if run.difference]),
@@ -327,7 +327,8 @@ def format_number(value: Any, digits: int = 4, scale: float = 1, sign: str = "")
     return f"{float(value) * scale:{sign},.{digits}f}".replace("-", "−")
 
 
-def _fill_template(**content: Any) -> str:
+def fill_template(**content: Any) -> str:
+    """Return the page of some content; text is escaped by the template."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "model": GROUND | TABLES | {"prompt"},
     "training": GROUND | TABLES | {"data", "prompt", "model"},
     "inference": GROUND | TABLES | {"data", "prompt", "model", "evaluation"},
+    "benchmarks": GROUND | TABLES | {"data", "prompt", "model", "evaluation", "inference"},
     "exports": GROUND | TABLES | {"data", "prompt", "model", "evaluation", "inference"},
     "planning": GROUND | TABLES | {"data", "prompt", "model", "training"},
 }

@@ -2,14 +2,22 @@
 
 import dataclasses
 import importlib.util
+import json
 
 import pandas as pd
 import pytest
 
 from rewardmodel.battles import outcomes
+from rewardmodel.benchmarks.figures import draw_values
+from rewardmodel.benchmarks.pairs import number_groups
+from rewardmodel.benchmarks.questions import read_questions
+from rewardmodel.benchmarks.scoring import score_rewards
+from rewardmodel.benchmarks.table import BENCHMARKS
 from rewardmodel.config.loader import load_recipe
+from rewardmodel.config.schema import Source
 from rewardmodel.data.folds import assign_groups
 from rewardmodel.data.formats import read_battles
+from rewardmodel.evaluation.bootstrap import draw_groups, interval_of
 from rewardmodel.evaluation.evaluate import evaluate
 from rewardmodel.pipeline import run
 from rewardmodel.predictions import true_outcomes
@@ -50,3 +58,26 @@ def test_the_arena_recipe_ends_with_a_valid_submission(real_data, user_cache, tm
     assert evaluate(folder) == metrics
     again = dataclasses.replace(recipe)
     assert run(again, resume=True)[1] == metrics
+
+
+def test_accuracies_of_five_reward_models_on_judgebench(real_data):
+    folder = real_data / "benchmarks"
+    given = BENCHMARKS["judgebench"].scoring
+    questions = read_questions(
+        [Source(str(folder / "judgebench_gpt4o.jsonl"))], given.columns, given.parse, given.names
+    )
+    stored = json.loads((folder / "judgebench_gpt4o_scores.json").read_text())
+    assert len(questions) == len(stored) == 350
+    published = {
+        "Skywork-Reward-Gemma-2-27B": 64.29,
+        "Skywork-Reward-Llama-3.1-8B": 62.29,
+        "internlm2-7b-reward": 59.43,
+        "internlm2-20b-reward": 63.43,
+        "GRM-Gemma-2B-rewardmodel-ft": 59.43,
+    }
+    for model, accuracy in published.items():
+        scored = [score_rewards(stored[one.id][model]) for one in questions]
+        (figure,) = [one for one in given.figures(questions, given.terms(questions, scored)) if one.name == "all pairs"]
+        found = interval_of(draw_values([figure], draw_groups(number_groups(questions)))[0], len(questions))
+        assert round(100 * found.value, 2) == accuracy
+        assert found.low < found.value < found.high

@@ -1,0 +1,1 @@
+"""A published benchmark and runs in, its scores with intervals and baselines out."""
