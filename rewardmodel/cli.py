@@ -20,6 +20,7 @@ from rewardmodel.distributed import is_main
 from rewardmodel.errors import InputError, nearest, plural
 from rewardmodel.interruption import describe_failure, end_process, stoppable
 from rewardmodel.processors import set_environment
+from rewardmodel.serving.commands import run_compare, run_parity, run_serve
 
 if TYPE_CHECKING:
     from rewardmodel.config.schema import Recipe
@@ -281,6 +282,9 @@ VERBS: dict[str, Callable[[Namespace], int | None]] = {
     "report": _report,
     "export": _export,
     "baseline": _baseline,
+    "serve": run_serve,
+    "compare": run_compare,
+    "parity": run_parity,
     "recipes": _recipes,
     "schema": _schema,
 }

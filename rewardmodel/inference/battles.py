@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     from rewardmodel.data.formats import SourceReport
 
+COMPARED_BATTLES = 64
+"""Battles that an export or a server and its run are compared on, at least."""
+
 
 def battles_to_predict(run: Path, battles: Any, reports: "list[SourceReport] | None" = None) -> "Dataset":
     """Return battles of a Dataset, a DataFrame, dicts or a path, or a part of the run's own that it did not train on.
@@ -39,6 +42,31 @@ def battles_to_predict(run: Path, battles: Any, reports: "list[SourceReport] | N
     if not len(part):
         raise InputError(f"{run}: its data.{battles} is 0: no battles were kept for that; set it before training")
     return part
+
+
+def battles_to_compare(run: Path, battles: Any = None) -> Dataset:
+    """Return the battles that two ways to predict with a run are compared on.
+
+    Args:
+        run: the run folder.
+        battles: what `battles_to_predict` takes; default: `COMPARED_BATTLES` of the battles that the run held out, or
+            of the sample if those are not on this machine.
+
+    Raises:
+        InputError: fewer than `COMPARED_BATTLES` are given.
+    """
+    if battles is not None:
+        given = battles_to_predict(run, battles)
+        if len(given) < COMPARED_BATTLES:
+            raise InputError(f"--battles: {len(given)} battles; give at least {COMPARED_BATTLES} to compare on")
+        return given
+    try:
+        held_out = battles_to_predict(run, "validation")
+    except InputError:  # the run's data is on another machine
+        held_out = None
+    if held_out is None or len(held_out) < COMPARED_BATTLES:
+        held_out = read_battles("sample")
+    return held_out.select(np.linspace(0, len(held_out) - 1, COMPARED_BATTLES).astype(int))
 
 
 def check_weights(weights: Sequence[float] | None, runs: int) -> list[float]:

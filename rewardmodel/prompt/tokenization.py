@@ -78,7 +78,8 @@ def tokenize(
 
     # Cached under a hash of the battles, of all settings, and of the code that makes the rows.
     sources = [
-        inspect.getsource(part) for part in (prompt, template, truncation, pack_sequences, _battle_sizes, tokenize_columns)
+        inspect.getsource(part)
+        for part in (prompt, template, truncation, pack_sequences, _battle_sizes, tokenize_columns)
     ]
     fingerprint = Hasher.hash([battles._fingerprint, encoder.settings(), orders, sources])
     folder = cache_folder() / "tokens"

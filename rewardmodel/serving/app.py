@@ -14,8 +14,9 @@ import rewardmodel
 from rewardmodel.errors import InputError
 from rewardmodel.inference.judge import Judge
 from rewardmodel.serving.guard import Guard, describe_error
+from rewardmodel.serving.limits import Limits
 from rewardmodel.serving.routes import routes
-from rewardmodel.serving.service import Limits, Service
+from rewardmodel.serving.service import Service
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +63,7 @@ def build_app(
     for kind, answer in ERRORS.items():
         app.add_exception_handler(kind, answer)
     paths = {path for route in routes.routes if "{" not in (path := getattr(route, "path", ""))}
-    app.add_middleware(
-        Guard, limits=limits, figures=service.figures, paths=paths, key=key, log_texts=log_texts
-    )
+    app.add_middleware(Guard, limits=limits, figures=service.figures, paths=paths, key=key, log_texts=log_texts)
     return app
 
 
@@ -94,7 +93,9 @@ def _answer_input(_: Request, error: Exception) -> JSONResponse:
 
 def _answer_failure(_: Request, error: Exception) -> JSONResponse:
     logger.error("a request failed: %s", type(error).__name__)
-    sentence = str(error) if isinstance(error, FloatingPointError) else "this could not be computed; see the server's log"
+    sentence = (
+        str(error) if isinstance(error, FloatingPointError) else "this could not be computed; see the server's log"
+    )
     return JSONResponse(describe_error(500, sentence), 500)
 
 

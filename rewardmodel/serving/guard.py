@@ -1,4 +1,4 @@
-"""What every request passes before its endpoint: the key, the size of its body, the time it takes to arrive; counted."""
+"""What a request passes before its endpoint: the key, the size of its body, the time that it takes; and is counted."""
 
 import asyncio
 import hmac
@@ -10,7 +10,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rewardmodel.serving.service import Figures, Limits
+from rewardmodel.serving.limits import Limits
+from rewardmodel.serving.service import Figures
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,6 @@ call to call, and the event loop must stay free.
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,29 +17,10 @@ from rewardmodel.battles import TEXT_COLUMNS
 from rewardmodel.errors import InputError
 from rewardmodel.inference.judge import Battle, Judge, TokenRow
 from rewardmodel.inference.reward_function import split_turns
-from rewardmodel.predictions import PROBABILITIES
+from rewardmodel.serving.answers import Answer, describe_predictions
 from rewardmodel.serving.batcher import Batcher, TooBusyError
+from rewardmodel.serving.limits import Limits
 from rewardmodel.serving.shapes import BattleRequest, Message, RewardRequest
-
-WINNERS = ("model_a", "model_b", "tie")
-"""Names of the outcomes in answers, in the order of `OUTCOMES`."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a server accepts.
-
-    Attributes:
-        max_waiting: battles, responses or texts that may wait for the model.
-        max_tokens: of a finished text; None: the recipe's `prompt.max_length`.
-        max_body: bytes of a request.
-        timeout: seconds in which a request is to arrive, and in which it is to be answered.
-    """
-
-    max_waiting: int = 4096
-    max_tokens: int | None = None
-    max_body: int = 8 * 2**20
-    timeout: float = 120.0
 
 
 class Figures:
@@ -97,7 +77,7 @@ class Service:
         if name and name not in self.names:
             raise HTTPException(404, f"model: there is no '{name:.80}' here; this is '{self.names[0]}'")
 
-    async def judge_battles(self, request: Request, asked: Sequence[BattleRequest]) -> list[dict[str, Any]]:
+    async def judge_battles(self, request: Request, asked: Sequence[BattleRequest]) -> list[Answer]:
         """Return the answer to each battle of a request."""
         for one in asked:
             self.check_name(one.model)
@@ -105,10 +85,7 @@ class Service:
         rows = await self._apart(self.judge.battle_rows, battles)
         logits = np.stack(await self._compute(request, rows))
         table = await self._apart(self.judge.predictions, battles, logits)
-        return [
-            {"id": one.id, **describe_prediction(row)}
-            for one, row in zip(asked, table.to_dict("records"), strict=True)
-        ]
+        return [{"id": one.id, **answer} for one, answer in zip(asked, describe_predictions(table), strict=True)]
 
     async def reward(self, request: Request, asked: RewardRequest) -> list[float]:
         """Return the reward of each response of a request; what the responses share is computed once."""
@@ -158,10 +135,13 @@ class Service:
             answers = self.batcher.submit(rows)
         except TooBusyError as error:
             raise HTTPException(429, str(error), {"Retry-After": str(error.seconds)}) from error
-        computed = asyncio.gather(*map(asyncio.wrap_future, answers))
-        gone = asyncio.ensure_future(request.receive())  # the body was read: what comes next is the end
+        computed: asyncio.Future[list[np.ndarray]] = asyncio.gather(*map(asyncio.wrap_future, answers))
+        gone: asyncio.Future[Any] = asyncio.ensure_future(
+            request.receive()
+        )  # the body was read: what comes next is the end
         try:
-            await asyncio.wait({computed, gone}, timeout=self.limits.timeout, return_when=asyncio.FIRST_COMPLETED)
+            ends: set[asyncio.Future[Any]] = {computed, gone}
+            await asyncio.wait(ends, timeout=self.limits.timeout, return_when=asyncio.FIRST_COMPLETED)
             if computed.done():
                 return computed.result()
         finally:
@@ -172,29 +152,6 @@ class Service:
         if gone.done() and not gone.cancelled():
             raise HTTPException(499, "the client hung up")
         raise HTTPException(504, f"not answered within {self.limits.timeout:g} s; try again later")
-
-
-def describe_prediction(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of a predictions table as an answer.
-
-    Returns:
-        `winner`; `p_model_a`, `p_model_b`, `p_tie`; `ab_*`, the same in the order as given; `ba_*`, with A and B
-        exchanged and the result exchanged back; `flips`, whether the order decides who wins. `ba_*` and `flips` are
-        None where the order does not matter to the model, or is not asked for.
-    """
-    orders = {
-        prefix: {f"{prefix}{name}": None if (p := row.get(f"{prefix}{name}")) is None else float(p)
-                 for name in PROBABILITIES}
-        for prefix in ("", "ab_", "ba_")
-    }  # fmt: skip
-    winners = {prefix: _winner(list(found.values())) for prefix, found in orders.items()}
-    flips = None if winners["ba_"] is None else winners["ab_"] != winners["ba_"]
-    return {"winner": winners[""], **orders[""], **orders["ab_"], **orders["ba_"], "flips": flips}
-
-
-def _winner(probabilities: list[float | None]) -> str | None:
-    found = [p for p in probabilities if p is not None]
-    return WINNERS[int(np.argmax(found))] if found else None
 
 
 def _battle(number: int, asked: BattleRequest) -> Battle:
@@ -221,5 +178,3 @@ def _turns(prompt: Any, response: str | list[str], name: str) -> tuple[list[str]
 def _refuse(reason: str | None) -> None:
     if reason:
         raise HTTPException(400, f"this model cannot be asked for that: {reason}; or ask /battle")
-
-

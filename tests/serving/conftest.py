@@ -1,4 +1,4 @@
-"""Two tiny models in memory, one that compares and one that scores each response alone, and their servers in process."""
+"""Two tiny models in memory, one that compares and one that gives rewards, and their servers in process."""
 
 import dataclasses
 
