@@ -20,7 +20,7 @@ from rewardmodel.model.forward import Predictor
 logger = logging.getLogger(__name__)
 
 WINDOW = 4
-"""Batches of waiting rows, in order of arrival, from which a batch is chosen: rows of like lengths need less padding."""
+"""Batches of waiting rows, in order of arrival, from which one is chosen: rows of like lengths need less padding."""
 
 
 class Waiting(NamedTuple):

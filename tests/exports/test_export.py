@@ -20,7 +20,6 @@ from rewardmodel.errors import InputError
 from rewardmodel.evaluation.calibration import Calibrator, save_calibrator
 from rewardmodel.exports import export as exports
 from rewardmodel.exports import parity
-from rewardmodel.exports.checks import load_trained_run
 from rewardmodel.exports.merge import merge_run
 from rewardmodel.inference.battles import battles_to_compare
 from rewardmodel.inference.predict import predict
