@@ -27,7 +27,7 @@ from rewardmodel.inference.reward_function import explain_no_reward
 from rewardmodel.model.forward import Predictor
 from rewardmodel.model.loading import load_predictor
 from rewardmodel.objectives import Objective, find_objective
-from rewardmodel.predictions import apply_rules, average_orders, pair_rules, with_baseline
+from rewardmodel.predictions import IDENTITY_COLUMNS, apply_rules, average_orders, pair_rules, with_baseline
 from rewardmodel.prompt.encoder import EncodedSequence, PromptEncoder
 from rewardmodel.prompt.tokenization import TOKEN_ROW_FEATURES, choose_orders, pack_sequences, tokenize_columns
 from rewardmodel.run_folder import RunFolder, load_run_recipe, single_model
@@ -162,8 +162,16 @@ class Judge:
 
     def predict(self, battles: Sequence[Battle]) -> pd.DataFrame:
         """Return what `predict` predicts of battles; as `predictions`."""
+        if not battles:
+            return self._no_predictions()
         rows = Dataset.from_dict(self.battle_columns(battles), features=TOKEN_ROW_FEATURES)
         return self.predictions(battles, self.predictor.logits(rows, local_only=True))
+
+    def _no_predictions(self) -> pd.DataFrame:
+        """Return the table of no battles; engines ask for it, to learn the columns."""
+        nothing = np.empty((0, 3), np.float32)
+        columns = average_orders(nothing, nothing if self.both_orders else None)
+        return pd.DataFrame(dict.fromkeys(IDENTITY_COLUMNS, pd.Series([], dtype=object)) | columns)
 
 
 def load_judge(run: str | Path, recipe: Recipe | None = None) -> Judge:

@@ -26,8 +26,8 @@ class Scorer:
 
     A part is a DataFrame or a dict of columns, with `prompt`, `response_a`, `response_b` and perhaps `id`, as the
     competition's format has them. The answer is of the same type and has a row for each of the part's, in order: `id`,
-    `p_model_a`, `p_model_b`, `p_tie`, and the same of each order in `ab_*` and `ba_*`; these are float64, and equal
-    those of `predict` for the same battles. Nothing is written, and nothing is kept from part to part, so that a part
+    `p_model_a`, `p_model_b`, `p_tie` (float64), and the same of each order in `ab_*` and `ba_*` (float32), as `predict`
+    has them for the same battles. Nothing is written, and nothing is kept from part to part, so that a part
     may be given again.
 
     Args:

@@ -3,40 +3,19 @@
 import dataclasses
 
 import pytest
-import torch
-from builders import battle_frame, small_recipe
+from builders import battle_frame, small_recipe, write_untrained_run
 from fastapi.testclient import TestClient
 
-from rewardmodel.config.loader import dump_recipe
 from rewardmodel.config.schema import ObjectiveConfig
 from rewardmodel.data.formats import read_battles
 from rewardmodel.inference.judge import load_judge
-from rewardmodel.model.backbone import resolve_backbone
-from rewardmodel.model.loading import build_model, save_model
-from rewardmodel.objectives import find_objective
 from rewardmodel.serving.app import build_app
-
-
-def write_run(recipe, **changes):
-    """Write the run folder of a recipe whose head and adapters are random, without training."""
-    objective = find_objective(recipe.objective)
-    backbone = resolve_backbone(recipe.model)
-    model, tokenizer = build_model(backbone, objective.head, seed=0)
-    torch.manual_seed(1)
-    for name, weight in model.named_parameters():
-        if weight.requires_grad and ("score" in name or "lora_B" in name):
-            torch.nn.init.normal_(weight, std=0.3)
-    folder = recipe.run_folder
-    folder.mkdir(parents=True)
-    save_model(model, tokenizer, backbone, folder / "model")
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
-    return folder
 
 
 @pytest.fixture(scope="session")
 def joint_run(backbone, tmp_path_factory):
     """Return the folder of a run that compares two responses, of random weights."""
-    return write_run(small_recipe(backbone("llama"), tmp_path_factory.mktemp("joint")))
+    return write_untrained_run(small_recipe(backbone("llama"), tmp_path_factory.mktemp("joint")))
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +23,7 @@ def separate_run(backbone, tmp_path_factory):
     """Return the folder of a run that scores each response alone, of random weights."""
     recipe = small_recipe(backbone("llama"), tmp_path_factory.mktemp("separate"))
     prompt = dataclasses.replace(recipe.prompt, template="response")
-    return write_run(dataclasses.replace(recipe, objective=ObjectiveConfig(name="davidson"), prompt=prompt))
+    return write_untrained_run(dataclasses.replace(recipe, objective=ObjectiveConfig(name="davidson"), prompt=prompt))
 
 
 @pytest.fixture(scope="session")

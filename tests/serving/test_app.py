@@ -198,7 +198,7 @@ CLIENTS, EACH = 16, 12
 
 
 async def ask_many(app, texts, alone):
-    """Ask an application by many clients at once; return the answers that differ from those alone, and how many came."""
+    """Ask by many clients at once; return the answers that differ from those alone, and how many came."""
     wrong, came = [], 0
     transport = httpx2.ASGITransport(app=app, raise_app_exceptions=False)
 

@@ -65,7 +65,7 @@ def test_other_scores_are_told_apart(separate_run, separate, through, battles, m
 def test_a_server_that_cannot_be_asked_is_named(separate_run, battles, separate, through, monkeypatch):
     with pytest.raises(InputError, match="--battles: 3 battles; give at least 64"):
         parity(separate_run, "http://127.0.0.1:9", battles.select(range(3)))
-    with pytest.raises(InputError, match="http://127.0.0.1:9/health: cannot be asked .*; is the server running"):
+    with pytest.raises(InputError, match=r"http://127.0.0.1:9/health: cannot be asked .*; is the server running"):
         parity(separate_run, "http://127.0.0.1:9", battles)
     through(separate, lambda answer: {"other": 1})
     with pytest.raises(InputError, match="no server of rewardmodel; start one with rewardmodel serve"):

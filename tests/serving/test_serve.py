@@ -67,7 +67,7 @@ def test_a_stop_finishes_what_was_begun(separate_run, loaded, monkeypatch, caplo
 
 
 def test_what_cannot_be_served_is_said_before_a_model_is_loaded(separate_run, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="no recipe.yaml there"):
+    with pytest.raises(InputError, match=r"no recipe\.yaml there"):
         serve(tmp_path)
     with pytest.raises(InputError, match="--timeout: 0; give a number above 0"):
         serve(separate_run, limits=Limits(timeout=0))
