@@ -2,7 +2,7 @@
 
     python scripts/bench_serving.py runs/quickstart sample --json scripts/results/serving.json
 
-The server is a process of its own; clients are threads here, each with a battle a request, one after the other. Offline
+The server is a separate process; clients are threads here, each with a battle a request, one after the other. Offline
 is the same model in this process, all battles in one call; loading is timed in neither, tokenising in both. A run that
 gives rewards is also asked for the best of eight responses: in one request, where the prompt is computed once, and in
 eight at once, where it is not.
@@ -29,7 +29,7 @@ RESPONSES = 8
 
 @contextmanager
 def served(run: str) -> Iterator[str]:
-    """Serve a run in a process of its own; the URL."""
+    """Serve a run in a separate process; the URL."""
     command = [sys.executable, "-m", "rewardmodel", "serve", run, "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None

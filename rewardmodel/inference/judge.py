@@ -1,6 +1,6 @@
 """A trained run -> its model in memory, for predictions and rewards of texts as they come; no file is written.
 
-`predict` reads a file of battles, keeps tokens and shards in files, and loads its models anew. A judge does the same
+`predict` reads a file of battles, keeps tokens and shards in files, and loads its models again. A judge does the same
 computation for battles that come a few at a time: of a server, of a terminal, of an engine that maps a function over
 parts of a large table (`inference.scorer`).
 """

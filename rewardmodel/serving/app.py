@@ -33,7 +33,7 @@ def build_app(
     key: str | None = None,
     log_texts: bool = False,
 ) -> FastAPI:
-    """Return the application; its lifespan ends with what was begun.
+    """Return the application; its lifespan ends once what was started is answered.
 
     Args:
         judge: the model.

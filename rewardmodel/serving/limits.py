@@ -1,4 +1,4 @@
-"""What a server accepts; in a module of its own, because the command line's help needs nothing else of the server."""
+"""What a server accepts; in a separate module, because the command line's help needs nothing else of the server."""
 
 from dataclasses import dataclass
 

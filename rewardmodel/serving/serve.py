@@ -33,7 +33,7 @@ def serve(
     overrides: Sequence[str] = (),
     log_texts: bool = False,
 ) -> None:
-    """Answer HTTP requests with a run's model until SIGINT or SIGTERM, and finish what was begun then.
+    """Answer HTTP requests with a run's model until SIGINT or SIGTERM, and finish what was started then.
 
     With the environment variable REWARDMODEL_API_KEY, requests must carry its value as a bearer token.
 
@@ -80,7 +80,7 @@ def serve(
         pass
     finally:
         signal.signal(signal.SIGTERM, before)
-    logger.info("stopped; every request that was begun has been answered")
+    logger.info("stopped; every request that was started has been answered")
 
 
 def _check_limits(limits: Limits) -> None:

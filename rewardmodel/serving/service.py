@@ -1,6 +1,6 @@
 """Texts of a request -> token rows -> logits from the batcher -> predictions or rewards of that request.
 
-Tokens are made and tables are built in a thread of their own, one at a time: a tokenizer has settings that change from
+Tokens are made and tables are built in a separate thread, one at a time: a tokenizer has settings that change from
 call to call, and the event loop must stay free.
 """
 
@@ -24,7 +24,7 @@ from rewardmodel.serving.shapes import BattleRequest, Message, RewardRequest
 
 
 class Figures:
-    """What `/metrics` reports, in a registry of its own."""
+    """What `/metrics` reports, in a separate registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -64,7 +64,7 @@ class Service:
         self.texts = ThreadPoolExecutor(1, "texts")
 
     def close(self) -> None:
-        """Finish what was begun, then end both threads."""
+        """Finish what was started, then end both threads."""
         self.batcher.close()
         self.texts.shutdown()
 

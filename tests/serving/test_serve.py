@@ -62,7 +62,7 @@ def test_a_stop_finishes_what_was_begun(separate_run, loaded, monkeypatch, caplo
     serve(separate_run, port=0)
     thread.join()
     assert len(answers[0]["data"]) == 2
-    assert caplog.messages[-1] == "stopped; every request that was begun has been answered"
+    assert caplog.messages[-1] == "stopped; every request that was started has been answered"
     assert "anyone who reaches" not in caplog.text
 
 
