@@ -148,6 +148,7 @@ class Service:
             gone.cancel()
             if not computed.done():
                 computed.cancel()
+                computed.add_done_callback(lambda _: None if computed.cancelled() else computed.exception())
                 self.figures.dropped.inc()
         if gone.done() and not gone.cancelled():
             raise HTTPException(499, "the client hung up")
