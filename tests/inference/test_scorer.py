@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from rewardmodel import Scorer, predict
 from rewardmodel.errors import InputError
 from rewardmodel.inference import judge as module
 
+RECIPES = Path(__file__).parents[2] / "recipes" / "README.md"
 NAMES = [f"{order}p_{name}" for order in ("", "ab_", "ba_") for name in ("model_a", "model_b", "tie")]
 
 
@@ -99,9 +101,27 @@ def test_what_is_no_table_of_battles_is_refused(scorer, frame, tmp_path):
 
 
 def test_datasets_maps_it(scorer, frame, table):
-    found = Dataset.from_pandas(frame, preserve_index=False).map(scorer, batched=True, batch_size=10)
+    found = example("datasets", scorer=scorer, dataset=Dataset.from_pandas(frame, preserve_index=False))
     assert found.column_names[: len(frame.columns)] == list(frame)
     assert np.abs(np.array(found["p_tie"][:]) - table["p_tie"]).max() <= 1e-6
+
+
+def example(engine, **names):
+    """Return what the line of the documentation for an engine makes."""
+    (line,) = re.findall(rf"^scored = (.+)  # {engine}$", RECIPES.read_text(), re.MULTILINE)
+    return eval(line, names)
+
+
+def spark_schema():
+    """Return the schema that the documentation makes."""
+    (block,) = re.findall(r"```python\n(names = .*?)```", RECIPES.read_text(), re.DOTALL)
+    names = {}
+    exec(block, names)
+    return names["schema"]
+
+
+def test_the_documented_schema_has_the_columns_of_the_answer(scorer, frame):
+    assert [column.split()[0] for column in spark_schema().split(", ")] == list(scorer(frame[:1]))
 
 
 @pytest.mark.slow  # starts a cluster of two workers, each of which imports torch
@@ -110,7 +130,7 @@ def test_ray_maps_it(scorer, frame, table):
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         rows = ray.data.from_pandas(frame).repartition(4)
-        found = rows.map_batches(scorer, batch_format="pandas", batch_size=8).to_pandas()
+        found = example("Ray Data", scorer=scorer, rows=rows).to_pandas()
     finally:
         ray.shutdown()
     compare_by_id(found, table)
@@ -121,9 +141,8 @@ def test_spark_maps_it(scorer, frame, table):
     sql = pytest.importorskip("pyspark.sql")
     session = sql.SparkSession.builder.master("local[2]").getOrCreate()
     try:
-        schema = "id string, " + ", ".join(f"{name} double" for name in NAMES)
-        rows = session.createDataFrame(frame).repartition(3)
-        found = rows.mapInPandas(lambda parts: map(scorer, parts), schema).toPandas()
+        table_of = session.createDataFrame(frame).repartition(3)
+        found = example("Spark", scorer=scorer, table=table_of, schema=spark_schema()).toPandas()
     finally:
         session.stop()
     compare_by_id(found, table)
