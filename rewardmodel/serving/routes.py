@@ -48,6 +48,8 @@ def health(request: Request) -> Json:
     """Return what is served, once it can be asked."""
     service = service_of(request)
     judge = service.judge
+    if not service.batcher.thread.is_alive():
+        raise HTTPException(503, "the model's thread has ended; restart the server and look at its log")
     return {
         "status": "ok",
         "model": service.names[0],

@@ -138,6 +138,14 @@ async def send_slowly(app, body, ends):
     return [part["status"] for part in sent if "status" in part]
 
 
+def test_a_server_that_has_ended_is_not_healthy(joint_judge):
+    with TestClient(build_app(joint_judge, ["joint"])) as client:
+        assert client.get("/health").status_code == 200
+        client.app.state.service.batcher.close()
+        assert "restart the server" in message(client.get("/health"), 503)
+        message(client.post("/battle", json=BATTLE), 429)
+
+
 def test_half_a_request_is_given_up(joint_judge):
     app = build_app(joint_judge, ["joint"], Limits(timeout=0.05))
     with TestClient(app) as client:
