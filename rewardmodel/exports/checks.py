@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from rewardmodel.config.loader import Overrides
 from rewardmodel.config.schema import Recipe
-from rewardmodel.errors import InputError, nearest, plural
+from rewardmodel.errors import InputError, nearest
 from rewardmodel.exports.kaggle import Bundle
 from rewardmodel.exports.wheels import check_machines, unneeded_packages
 from rewardmodel.files import check_new_folder

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from rewardmodel.battles import TEXT_COLUMNS
 from rewardmodel.errors import InputError
 from rewardmodel.inference.judge import Battle, Judge, TokenRow
-from rewardmodel.inference.reward_function import split_turns
+from rewardmodel.inference.reward_function import conversation_turns
 from rewardmodel.serving.answers import Answer, describe_predictions
 from rewardmodel.serving.batcher import Batcher, TooBusyError
 from rewardmodel.serving.limits import Limits
@@ -168,7 +168,7 @@ def _turns(prompt: Any, response: str | list[str], name: str) -> tuple[list[str]
     if isinstance(prompt, list) and isinstance(prompt[0], Message):
         if not isinstance(response, str):
             raise InputError(f"{name}: a list of turns; give one text, the answer to the last message of the prompt")
-        return split_turns([one.model_dump() for one in prompt], response)
+        return conversation_turns([one.model_dump() for one in prompt], response)
     prompts = [prompt] if isinstance(prompt, str) else prompt
     responses = [response] if isinstance(response, str) else response
     if len(prompts) != len(responses):

@@ -42,11 +42,6 @@ def message(answer, status):
         ('[{"prompt": "a", "response_a": "b"}]', 422, "0.response_b: field required"),
         ("[]", 422, "body: list should have at least 1 item"),
         ('{"prompt": [{"role": "user"}], "response_a": "b", "response_b": "c"}', 422, "prompt.0.content: field"),
-        (
-            '{"prompt": [{"role": "assistant", "content": "a"}], "response_a": "b", "response_b": "c"}',
-            422,
-            "rewards: messages of assistant, assistant; give user and assistant in turns",
-        ),
     ],
 )
 def test_a_broken_battle_is_refused_with_a_sentence(joint, body, status, sentence):
