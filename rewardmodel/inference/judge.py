@@ -20,7 +20,8 @@ from datasets.table import InMemoryTable
 
 from rewardmodel.battles import COLUMN_DEFAULTS, TEXT_COLUMNS, build_table
 from rewardmodel.config.schema import Recipe
-from rewardmodel.data.raw_row import RawRow, is_json_list
+from rewardmodel.data.raw_row import RawRow
+from rewardmodel.data.text_lists import looks_like_turns
 from rewardmodel.errors import InputError
 from rewardmodel.inference.predict import RunCalibration, read_calibration
 from rewardmodel.inference.reward_function import explain_no_reward
@@ -231,7 +232,7 @@ def parse_battles(rows: Iterable[Mapping[str, Any]], where: str) -> list[Battle]
         if missing := [name for name in TEXT_COLUMNS if name not in values]:
             raise InputError(f"{where}: column '{missing[0]}' is missing; give {', '.join(TEXT_COLUMNS)}")
         strings = [text for name in TEXT_COLUMNS if isinstance(text := values[name], str) and text.strip()]
-        row = RawRow(where, number, dict(values), notes, bool(strings) and all(map(is_json_list, strings)), 0)
+        row = RawRow(where, number, dict(values), notes, bool(strings) and all(map(looks_like_turns, strings)), 0)
         texts = {name: row.read_turns(name) for name in TEXT_COLUMNS}
         rounds = max(1, *map(len, texts.values()))
         texts = {name: turns or [""] * rounds for name, turns in texts.items()}
