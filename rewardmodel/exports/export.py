@@ -54,8 +54,8 @@ def export(
             network needs to predict with it.
         dtype: of merged weights, one of `exports.checks.DTYPES`; default: the precision that the run's backbone
             was loaded in.
-        battles: to compare export and run on, as of `inference.battles.battles_to_compare`; an adapter that is copied is
-            compared on battles only if they are given, and by its files otherwise.
+        battles: to compare export and run on, as of `inference.battles.battles_to_compare`; an adapter that is copied
+            is compared on battles only if they are given, and by its files otherwise.
         rewardmodel_only: accept a model that plain transformers does not read as it was trained.
         push_to_hub: owner/name of a repository on the hub; it is made, private, if it does not exist.
         bundle: what a Kaggle bundle is for.

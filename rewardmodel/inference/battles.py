@@ -44,7 +44,7 @@ def battles_to_predict(run: Path, battles: Any, reports: "list[SourceReport] | N
     return part
 
 
-def battles_to_compare(run: Path, battles: Any = None) -> Dataset:
+def battles_to_compare(run: Path, battles: Any = None) -> "Dataset":
     """Return the battles that two ways to predict with a run are compared on.
 
     Args:
@@ -55,6 +55,10 @@ def battles_to_compare(run: Path, battles: Any = None) -> Dataset:
     Raises:
         InputError: fewer than `COMPARED_BATTLES` are given.
     """
+    import numpy as np
+
+    from rewardmodel.data.formats import read_battles
+
     if battles is not None:
         given = battles_to_predict(run, battles)
         if len(given) < COMPARED_BATTLES:
