@@ -285,20 +285,6 @@ def trained_models(run: Path) -> list[Path]:
     return folders
 
 
-def single_model(run: Path) -> Path:
-    """Return the folder of the only model of a run.
-
-    Raises:
-        InputError: as `trained_models`, or it is a run of several folds.
-    """
-    folders = trained_models(run)
-    if len(folders) > 1:
-        raise InputError(
-            f"{run}: a run of {len(folders)} folds; give the folder of one fold, or export the run with --kind soup"
-        )
-    return model_folder(run)
-
-
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the latest complete checkpoint: its trainer_state.json, which is written last, can be read."""
     checkpoints = [(path.name.rpartition("-")[2], path) for path in folder.glob("checkpoint-*")]

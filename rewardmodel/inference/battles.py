@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rewardmodel.data.source_checks import OWN_PARTS
 from rewardmodel.errors import InputError
-from rewardmodel.run_folder import check_same_inputs, is_k_fold, load_run_recipe
+from rewardmodel.run_folder import check_same_inputs, is_k_fold, load_run_recipe, model_folder, trained_models
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,6 +42,20 @@ def battles_to_predict(run: Path, battles: Any, reports: "list[SourceReport] | N
     if not len(part):
         raise InputError(f"{run}: its data.{battles} is 0: no battles were kept for that; set it before training")
     return part
+
+
+def single_model(run: Path) -> Path:
+    """Return the folder of the only model of a run.
+
+    Raises:
+        InputError: as `trained_models`, or it is a run of several folds.
+    """
+    folders = trained_models(run)
+    if len(folders) > 1:
+        raise InputError(
+            f"{run}: a run of {len(folders)} folds; give the folder of one fold, or export the run with --kind soup"
+        )
+    return model_folder(run)
 
 
 def battles_to_compare(run: Path, battles: Any = None) -> "Dataset":

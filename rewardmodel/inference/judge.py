@@ -23,6 +23,7 @@ from rewardmodel.config.schema import Recipe
 from rewardmodel.data.raw_row import RawRow
 from rewardmodel.data.text_lists import looks_like_turns
 from rewardmodel.errors import InputError
+from rewardmodel.inference.battles import single_model
 from rewardmodel.inference.predict import RunCalibration, read_calibration
 from rewardmodel.inference.reward_function import explain_no_reward
 from rewardmodel.model.forward import Predictor
@@ -31,7 +32,7 @@ from rewardmodel.objectives import Objective, find_objective
 from rewardmodel.predictions import IDENTITY_COLUMNS, apply_rules, average_orders, pair_rules, with_baseline
 from rewardmodel.prompt.encoder import EncodedSequence, PromptEncoder
 from rewardmodel.prompt.tokenization import TOKEN_ROW_FEATURES, choose_orders, pack_sequences, tokenize_columns
-from rewardmodel.run_folder import RunFolder, load_run_recipe, single_model
+from rewardmodel.run_folder import RunFolder, load_run_recipe
 
 TokenRow = dict[str, Any]
 """What a model reads: {"input_ids": (length,), "segment_ids": (length,), "branches": [310, 96, 120], "length": 526}."""

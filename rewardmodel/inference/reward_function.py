@@ -12,11 +12,12 @@ from rewardmodel.config.schema import Recipe
 from rewardmodel.data.pairs import split_turns
 from rewardmodel.data.raw_row import RawRow
 from rewardmodel.errors import InputError
+from rewardmodel.inference.battles import single_model
 from rewardmodel.model.loading import load_predictor
 from rewardmodel.objectives import find_objective
 from rewardmodel.prompt.encoder import PromptEncoder
 from rewardmodel.prompt.tokenization import TOKEN_ROW_FEATURES, pack_sequences
-from rewardmodel.run_folder import as_folders, load_run_recipe, single_model
+from rewardmodel.run_folder import as_folders, load_run_recipe
 
 Conversation = str | Sequence[dict[str, Any]]
 """A text, or messages: [{"role": "user", "content": "..."}, ...]."""

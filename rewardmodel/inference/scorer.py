@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rewardmodel.config.loader import load_recipe
 from rewardmodel.errors import InputError
-from rewardmodel.run_folder import RunFolder, single_model
+from rewardmodel.inference.battles import single_model
+from rewardmodel.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import numpy as np

@@ -26,7 +26,8 @@ def run_serve(options: Namespace) -> None:
 def run_compare(options: Namespace) -> None:
     """Ask a trained run which of two responses to a prompt is better."""
     from rewardmodel.config.loader import load_recipe
-    from rewardmodel.run_folder import RunFolder, single_model
+    from rewardmodel.inference.battles import single_model
+    from rewardmodel.run_folder import RunFolder
     from rewardmodel.serving.compare import compare_responses, read_texts
 
     single_model(options.run)

@@ -16,8 +16,8 @@ from datasets import Dataset
 from rewardmodel.battles import TEXT_COLUMNS
 from rewardmodel.config.loader import load_recipe
 from rewardmodel.errors import InputError
-from rewardmodel.inference.battles import battles_to_compare
-from rewardmodel.run_folder import RunFolder, single_model
+from rewardmodel.inference.battles import battles_to_compare, single_model
+from rewardmodel.run_folder import RunFolder
 from rewardmodel.serving.serve import KEY_VARIABLE
 
 CLIENTS = 16

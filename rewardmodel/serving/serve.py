@@ -11,7 +11,8 @@ from pathlib import Path
 
 from rewardmodel.config.loader import load_recipe
 from rewardmodel.errors import InputError
-from rewardmodel.run_folder import RunFolder, single_model
+from rewardmodel.inference.battles import single_model
+from rewardmodel.run_folder import RunFolder
 from rewardmodel.serving.limits import Limits
 
 logger = logging.getLogger(__name__)
