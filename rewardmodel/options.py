@@ -10,6 +10,7 @@ from typing import Any
 
 from rewardmodel import __version__
 from rewardmodel.errors import InputError, nearest
+from rewardmodel.serving.limits import Limits
 
 ALL_KEYS = ("--",)
 """How every recipe key begins."""
@@ -25,7 +26,7 @@ LOUDNESS = ("-q", "--quiet", "-v", "--verbose")
 
 KEYS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("run", "doctor", "prepare", "train"), ALL_KEYS),
-    **dict.fromkeys(("predict", "evaluate", "benchmark"), PREDICTION_KEYS),
+    **dict.fromkeys(("predict", "evaluate", "benchmark", "serve", "compare", "parity"), PREDICTION_KEYS),
     "export": MOVED_BACKBONE,
 }
 """How the recipe keys begin that a command takes; the others take none."""
@@ -145,6 +146,48 @@ def _benchmark(parser: ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="folder to write to; default: benchmarks/NAME in the (first) run")
 
 
+def _serve(parser: ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="0 for any that is free (default: 8000)")
+    parser.add_argument("--name", help="what requests may call the model, beside the run's folder and its name")
+    limits = Limits()
+    parser.add_argument(
+        "--max-waiting",
+        type=int,
+        default=limits.max_waiting,
+        help=f"battles, responses or texts that may wait; more get status 429 (default: {limits.max_waiting})",
+    )
+    parser.add_argument("--max-tokens", type=int, help="of a finished text (default: the run's prompt.max_length)")
+    parser.add_argument(
+        "--max-body", type=int, default=limits.max_body, help=f"bytes of a request (default: {limits.max_body})"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=limits.timeout,
+        help=f"seconds for a request to arrive, and to be answered (default: {limits.timeout:g})",
+    )
+    parser.add_argument("--log-texts", action="store_true", help="log the bodies of requests")
+
+
+def _compare(parser: ArgumentParser) -> None:
+    _add_run(parser)
+    for name, text in (("prompt", "prompt"), ("response-a", "first response"), ("response-b", "second response")):
+        parser.add_argument(f"--{name}", help=f"the {text}, or @FILE; default: typed in the terminal")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _parity(parser: ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument("--url", required=True, help="of the server, like http://127.0.0.1:8000")
+    parser.add_argument("--battles", help="at least 64 to compare on; default: the run's validation fold, or `sample`")
+
+
+def _add_run(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="folder of a trained run, or of an export")
+
+
 def _add_recipe(parser: ArgumentParser, resume: bool = False) -> None:
     recipe: Any = parser.add_argument(
         "recipe", help="YAML file of the recipe, or the name of one of the package, which `rewardmodel recipes` lists"
@@ -186,6 +229,9 @@ OPTIONS = {
     "export": _export,
     "baseline": _baseline,
     "benchmark": _benchmark,
+    "serve": _serve,
+    "compare": _compare,
+    "parity": _parity,
 }
 """What adds a command's options to its parser; the others have none."""
 

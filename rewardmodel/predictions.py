@@ -58,19 +58,28 @@ def build_predictions(
             only the given order was.
         rewards: (n_battles, 2) float of response A and response B; default: the objective has none.
     """
-    orders = {"ab": as_given} if exchanged is None else {"ab": as_given, "ba": exchanged}
-    mean = average_probabilities(list(orders.values()))
-    mean = np.where(np.isnan(mean), average_probabilities([as_given]), mean)
     plain = battles.with_format(None)
     names = ("id", "group", "source", "model_a", "model_b")
     columns: dict[str, Any] = {name: np.asarray(plain[name][:]) for name in names}
     columns |= dict(zip(OUTCOMES, outcomes(battles).T, strict=True))
-    columns |= dict(zip(PROBABILITIES, mean.T, strict=True))
-    for order, probabilities in orders.items():
-        columns |= {f"{order}_{name}": p for name, p in zip(PROBABILITIES, probabilities.T, strict=True)}
+    columns |= average_orders(as_given, exchanged)
     if rewards is not None:
         columns |= dict(zip(REWARDS, rewards.T, strict=True))
     return pd.DataFrame(columns | _text_columns(battles))
+
+
+def average_orders(as_given: np.ndarray, exchanged: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Return the prediction, the mean of both orders, and each order's, (n_battles,) by column of the table.
+
+    Arguments are those of `build_predictions`.
+    """
+    orders = {"ab": as_given} if exchanged is None else {"ab": as_given, "ba": exchanged}
+    mean = average_probabilities(list(orders.values()))
+    mean = np.where(np.isnan(mean), average_probabilities([as_given]), mean)
+    columns = dict(zip(PROBABILITIES, mean.T, strict=True))
+    for order, probabilities in orders.items():
+        columns |= {f"{order}_{name}": p for name, p in zip(PROBABILITIES, probabilities.T, strict=True)}
+    return columns
 
 
 def _text_columns(battles: Dataset) -> dict[str, Any]:
@@ -145,11 +154,18 @@ def rule_probabilities(battles: Dataset, tie_if_same: float | None, win_if_other
         win_if_other_empty: P(win) of the response with text if the other has none, that one and the tie share the
             rest; None: no such rule.
     """
-    result = np.full((len(battles), 3), np.nan)
     if tie_if_same is None and win_if_other_empty is None:
-        return result
-    texts = zip(*(battles.with_format(None)[name][:] for name in ("response_a", "response_b")), strict=True)
-    for row, responses in enumerate(texts):
+        return np.full((len(battles), 3), np.nan)
+    pairs = list(zip(*(battles.with_format(None)[name][:] for name in ("response_a", "response_b")), strict=True))
+    return pair_rules(pairs, tie_if_same, win_if_other_empty)
+
+
+def pair_rules(
+    pairs: Sequence[tuple[list[str], list[str]]], tie_if_same: float | None, win_if_other_empty: float | None
+) -> np.ndarray:
+    """Return what `rule_probabilities` returns for the turns of both responses of each battle."""
+    result = np.full((len(pairs), 3), np.nan)
+    for row, responses in enumerate(pairs):
         a, b = ([turn.strip() for turn in turns] for turns in responses)
         if a == b or not (any(a) or any(b)):
             likely, chance = 2, tie_if_same

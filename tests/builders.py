@@ -377,6 +377,27 @@ def small_recipe(backbone: Path, folder: Path, **sections):
     )
 
 
+def write_untrained_run(recipe) -> Path:
+    """Write the run folder of a recipe whose head and adapters are random, without training."""
+    import torch
+
+    from rewardmodel.config.loader import dump_recipe
+    from rewardmodel.model.backbone import resolve_backbone
+    from rewardmodel.model.loading import build_model, save_model
+    from rewardmodel.objectives import find_objective
+
+    backbone = resolve_backbone(recipe.model)
+    model, tokenizer = build_model(backbone, find_objective(recipe.objective).head, seed=0)
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and ("score" in name or "lora_B" in name):
+            torch.nn.init.normal_(weight, std=0.3)
+    recipe.run_folder.mkdir(parents=True)
+    save_model(model, tokenizer, backbone, recipe.run_folder / "model")
+    (recipe.run_folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    return recipe.run_folder
+
+
 def with_trainer(recipe, **keys):
     return dataclasses.replace(recipe, trainer={**recipe.trainer, **keys})
 

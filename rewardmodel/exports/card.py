@@ -34,6 +34,12 @@ LINK_FORMULAS = {
 }
 """How the reward difference d and the tie parameter t become probabilities, by objective."""
 
+SERVERS = {
+    "vLLM": ("llama", "qwen2", "qwen3", "gemma2", "mistral", "bert", "roberta", "modernbert"),
+    "SGLang": ("llama", "gemma2", "qwen2", "qwen3"),
+}
+"""Inference servers, and the types of models that they load as classifiers (their documentation, autumn 2026)."""
+
 
 def write_card(
     runs: Sequence[Path], model: Path, parity: dict[str, Any], parity_text: str, recipe: Recipe | None = None
@@ -77,6 +83,8 @@ def collect_card_facts(
         "link": LINK_FORMULAS.get(recipe.objective.name),
         "bits": bits,
         "whole": not adapter,
+        "model_type": (kind := _read_json(model / "config.json").get("model_type", "")),
+        "servers": [name for name, types in SERVERS.items() if kind in types],
         "plain": recipe.model.plain_head and (adapter or parity["plain"] is not None),
         "why_not_plain": _explain_not_plain(recipe.model),
         "form": _describe_form(merged, bits),

@@ -3,19 +3,14 @@
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-from datasets import Dataset
+from typing import NamedTuple
 
 from rewardmodel.config.loader import Overrides
 from rewardmodel.config.schema import Recipe
-from rewardmodel.data.formats import read_battles
-from rewardmodel.errors import InputError, nearest, plural
+from rewardmodel.errors import InputError, nearest
 from rewardmodel.exports.kaggle import Bundle
 from rewardmodel.exports.wheels import check_machines, unneeded_packages
 from rewardmodel.files import check_new_folder
-from rewardmodel.inference.battles import battles_to_predict
 from rewardmodel.model.saved_model import is_adapter, read_about
 from rewardmodel.run_folder import (
     BACKBONE_FILE,
@@ -28,9 +23,6 @@ from rewardmodel.run_folder import (
 
 DTYPES = ("bfloat16", "float16", "float32")
 """Precisions of merged weights."""
-
-COMPARED_BATTLES = 64
-"""Battles that an export and its run are compared on, at least."""
 
 
 class TrainedRun(NamedTuple):
@@ -148,30 +140,3 @@ def check_options(
             raise InputError("--base: the backbone on Kaggle; --contents adapter needs it, and only that")
         check_machines(bundle.machines, unneeded_packages(first.recipe, first.model, contents))
     return contents
-
-
-def battles_to_compare(run: TrainedRun, battles: Any = None) -> Dataset:
-    """Return the battles that export and run predict.
-
-    Args:
-        run: to export.
-        battles: what `inference.battles.battles_to_predict` takes; default: `COMPARED_BATTLES` of the battles that the
-            run held out, or of the sample if those are not on this machine.
-
-    Raises:
-        InputError: fewer than `COMPARED_BATTLES` are given.
-    """
-    if battles is not None:
-        given = battles_to_predict(run.folder, battles)
-        if len(given) < COMPARED_BATTLES:
-            raise InputError(
-                f"--battles: {plural(len(given), 'battle')}; give {COMPARED_BATTLES} or more to compare them on"
-            )
-        return given
-    try:
-        held_out = battles_to_predict(run.folder, "validation")
-    except InputError:  # the run's data is on another machine
-        held_out = None
-    if held_out is None or len(held_out) < COMPARED_BATTLES:
-        held_out = read_battles("sample")
-    return held_out.select(np.linspace(0, len(held_out) - 1, COMPARED_BATTLES).astype(int))

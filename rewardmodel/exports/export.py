@@ -18,12 +18,13 @@ from rewardmodel.battles import TEXT_COLUMNS
 from rewardmodel.config.loader import Overrides, dump_recipe
 from rewardmodel.config.schema import Recipe
 from rewardmodel.errors import InputError
-from rewardmodel.exports.checks import TrainedRun, battles_to_compare, check_options, load_trained_runs
+from rewardmodel.exports.checks import TrainedRun, check_options, load_trained_runs
 from rewardmodel.exports.kaggle import Bundle, write_bundle
 from rewardmodel.exports.kaggle_notebook import write_notebook
 from rewardmodel.exports.wheels import unneeded_packages
 from rewardmodel.files import atomic_path, check_writable, lock, lock_file, write_json, write_text
 from rewardmodel.hub import check_repository, upload
+from rewardmodel.inference.battles import battles_to_compare
 from rewardmodel.predictions import PROBABILITIES, predicted, read_predictions, write_predictions
 from rewardmodel.run_folder import RunFolder
 
@@ -53,8 +54,8 @@ def export(
             network needs to predict with it.
         dtype: of merged weights, one of `exports.checks.DTYPES`; default: the precision that the run's backbone
             was loaded in.
-        battles: to compare export and run on, as of `exports.checks.battles_to_compare`; an adapter that is copied is
-            compared on battles only if they are given, and by its files otherwise.
+        battles: to compare export and run on, as of `inference.battles.battles_to_compare`; an adapter that is copied
+            is compared on battles only if they are given, and by its files otherwise.
         rewardmodel_only: accept a model that plain transformers does not read as it was trained.
         push_to_hub: owner/name of a repository on the hub; it is made, private, if it does not exist.
         bundle: what a Kaggle bundle is for.
@@ -85,7 +86,7 @@ def export(
     )
     check_writable(output, "--output")
     copied = contents == "adapter" and len(trained) == 1 and battles is None  # its predictions are the run's
-    compared = None if copied else battles_to_compare(trained[0], battles)
+    compared = None if copied else battles_to_compare(trained[0].folder, battles)
     if push_to_hub:
         check_repository(push_to_hub, "--push-to-hub")
     import torch

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from rewardmodel.data.source_checks import OWN_PARTS
 from rewardmodel.errors import InputError
-from rewardmodel.run_folder import check_same_inputs, is_k_fold, load_run_recipe
+from rewardmodel.run_folder import check_same_inputs, is_k_fold, load_run_recipe, model_folder, trained_models
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from rewardmodel.data.formats import SourceReport
+
+COMPARED_BATTLES = 64
+"""Battles that an export or a server and its run are compared on, at least."""
 
 
 def battles_to_predict(run: Path, battles: Any, reports: "list[SourceReport] | None" = None) -> "Dataset":
@@ -39,6 +42,49 @@ def battles_to_predict(run: Path, battles: Any, reports: "list[SourceReport] | N
     if not len(part):
         raise InputError(f"{run}: its data.{battles} is 0: no battles were kept for that; set it before training")
     return part
+
+
+def single_model(run: Path) -> Path:
+    """Return the folder of the only model of a run.
+
+    Raises:
+        InputError: as `trained_models`, or it is a run of several folds.
+    """
+    folders = trained_models(run)
+    if len(folders) > 1:
+        raise InputError(
+            f"{run}: a run of {len(folders)} folds; give the folder of one fold, or export the run with --kind soup"
+        )
+    return model_folder(run)
+
+
+def battles_to_compare(run: Path, battles: Any = None) -> "Dataset":
+    """Return the battles that two ways to predict with a run are compared on.
+
+    Args:
+        run: the run folder.
+        battles: what `battles_to_predict` takes; default: `COMPARED_BATTLES` of the battles that the run held out, or
+            of the sample if those are not on this machine.
+
+    Raises:
+        InputError: fewer than `COMPARED_BATTLES` are given.
+    """
+    import numpy as np
+
+    from rewardmodel.data.formats import read_battles
+
+    if battles is not None:
+        given = battles_to_predict(run, battles)
+        if len(given) < COMPARED_BATTLES:
+            raise InputError(f"--battles: {len(given)} battles; give at least {COMPARED_BATTLES} to compare on")
+        return given
+    try:
+        held_out = battles_to_predict(run, "validation")
+    except InputError:  # the run's data is on another machine
+        held_out = None
+    if held_out is None or len(held_out) < COMPARED_BATTLES:
+        held_out = read_battles("sample")
+    return held_out.select(np.linspace(0, len(held_out) - 1, COMPARED_BATTLES).astype(int))
 
 
 def check_weights(weights: Sequence[float] | None, runs: int) -> list[float]:

@@ -12,11 +12,12 @@ from rewardmodel.config.schema import Recipe
 from rewardmodel.data.pairs import split_turns
 from rewardmodel.data.raw_row import RawRow
 from rewardmodel.errors import InputError
+from rewardmodel.inference.battles import single_model
 from rewardmodel.model.loading import load_predictor
 from rewardmodel.objectives import find_objective
 from rewardmodel.prompt.encoder import PromptEncoder
 from rewardmodel.prompt.tokenization import TOKEN_ROW_FEATURES, pack_sequences
-from rewardmodel.run_folder import as_folders, load_run_recipe, model_folder, trained_models
+from rewardmodel.run_folder import as_folders, load_run_recipe
 
 Conversation = str | Sequence[dict[str, Any]]
 """A text, or messages: [{"role": "user", "content": "..."}, ...]."""
@@ -44,16 +45,8 @@ def reward_function(run: str | Path, recipe: Recipe | None = None) -> Callable[.
     recipe = recipe or load_run_recipe(run)
     objective = find_objective(recipe.objective)
     if objective.encoding != "separate":
-        raise InputError(
-            f"{run}: objective {recipe.objective.name} compares two responses and gives no reward; train with "
-            "rao_kupper, davidson or bradley_terry"
-        )
-    folders = trained_models(run)
-    if len(folders) > 1:
-        raise InputError(
-            f"{run}: a run of {len(folders)} folds; give the folder of one fold, or export the run with --kind soup"
-        )
-    predictor = load_predictor(recipe.model, model_folder(run), recipe.inference.batch_tokens)
+        raise InputError(f"{run}: {explain_no_reward(recipe.objective.name)}")
+    predictor = load_predictor(recipe.model, single_model(run), recipe.inference.batch_tokens)
     encoder = PromptEncoder(predictor.tokenizer, recipe.prompt, objective.encoding)
 
     def rewards(prompts: Sequence[Conversation], completions: Sequence[Conversation], **_: Any) -> list[float]:
@@ -78,6 +71,14 @@ def reward_function(run: str | Path, recipe: Recipe | None = None) -> Callable[.
 
     rewards.__name__ = f"rewardmodel_{run.name}"
     return rewards
+
+
+def explain_no_reward(objective: str) -> str:
+    """Return why an objective that compares two responses gives no reward, and what to do."""
+    return (
+        f"objective {objective} compares two responses and gives no reward; train with rao_kupper, davidson or "
+        "bradley_terry"
+    )
 
 
 def conversation_turns(prompt: Conversation, completion: Conversation, number: int = 1) -> tuple[list[str], list[str]]:

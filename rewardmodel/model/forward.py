@@ -86,11 +86,16 @@ class Predictor:
         longest = self.batching.longest_row(rows)
 
         def compute(count: int) -> None:
-            with autocast(self.device, self.dtype):
-                self.model(**to_device(self.batching.collate([longest] * count), self.device))
+            self.compute([longest] * count)
 
         memory = Memory(self.device) if self.device.type == "cuda" else None
         return find_budget(memory, compute, self.batching.tokens(longest))
+
+    @torch.no_grad()
+    def compute(self, rows: Sequence[dict[str, Any]]) -> torch.Tensor:
+        """Return the logits of the sequences of rows, as one batch, (n_sequences, n_logits) float32, on the device."""
+        with autocast(self.device, self.dtype):
+            return self.model(**to_device(self.batching.collate(rows), self.device)).logits.float()
 
     @torch.no_grad()
     def logits(
@@ -119,8 +124,7 @@ class Predictor:
         for micro_batch in mine:
             # FSDP needs every process in every forward pass; one that has no rows left computes the shortest again
             chosen = [rows[number] for number in micro_batch or [int(np.argmin(costs))]]
-            with autocast(self.device, self.dtype):
-                logits = self.model(**to_device(self.batching.collate(chosen), self.device)).logits.float()
+            logits = self.compute(chosen)
             found.append(logits.view(len(chosen), -1, logits.shape[-1])[: len(micro_batch)])
             on_batch(len(micro_batch))
 

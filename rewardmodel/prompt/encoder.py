@@ -200,11 +200,30 @@ class PromptEncoder:
         layout = self.template.render(rounds)
         before = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in layout.before]
         after = self.tokenizer(layout.after, add_special_tokens=False)["input_ids"]
-        if before[0][: len(self._begin)] != self._begin:  # chat templates may include it
-            before[0] = self._begin + before[0]
-        if self._end and after[-len(self._end) :] != self._end:
-            after = after + self._end
+        before[0], after = self._with_begin(before[0]), self._with_end(after)
         return FixedTokens(before, layout.turns, after, sum(map(len, before)) + len(after))
+
+    def encode_verbatim(self, text: str, max_length: int | None = None) -> np.ndarray:
+        """Return the ids of a finished text, (length,) int32: no template, one BOS (and the end that encoders have).
+
+        Special tokens that the text spells are special tokens here, as its own chat template means them.
+
+        Args:
+            text: with its chat template, with or without BOS.
+            max_length: tokens to cut it to, from the left on; None: it is not cut.
+        """
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+        ids = self._with_begin(ids)
+        if max_length is not None:
+            ids = ids[: max_length - len(self._end)]
+        return np.array(self._with_end(ids), np.int32)
+
+    def _with_begin(self, ids: list[int]) -> list[int]:
+        """Return ids that begin as the tokenizer begins a sequence; chat templates may include that."""
+        return ids if ids[: len(self._begin)] == self._begin else self._begin + ids
+
+    def _with_end(self, ids: list[int]) -> list[int]:
+        return ids if not self._end or ids[-len(self._end) :] == self._end else ids + self._end
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text; spellings of special tokens in it are tokenised as plain text."""

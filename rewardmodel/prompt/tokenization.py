@@ -1,7 +1,8 @@
 """Tokenise battles: one row per battle, in which the tokens that its sequences share are stored once."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,31 +72,14 @@ def tokenize(
         InputError: the template is unknown, for the other encoding, or does not fit into `config.max_length`.
     """
     encoder = PromptEncoder(tokenizer, config, encoding)
-    orders = SEQUENCE_TEXTS[encoding][: None if both_orders or encoding == "separate" else 1]
+    orders = choose_orders(encoding, both_orders)
 
-    def make_rows(batch: dict[str, list]) -> dict[str, Any]:
-        # battles: the sequences of each battle; joint encoding in both orders: [[A first, B first], ...]
-        battles = [
-            [encoder.assemble([tuple(texts[text] for text in order) for texts in rounds]) for order in orders]
-            for rounds in encoder.tokenize_rounds(batch["prompt"], batch["response_a"], batch["response_b"])
-        ]
-        packed = [pack_sequences(battle) for battle in battles]
-        return {
-            "id": batch["id"],
-            "input_ids": [row.input_ids for row in packed],
-            "segment_ids": [row.segment_ids for row in packed],
-            "branches": [row.branches for row in packed],
-            "length": [len(row.input_ids) for row in packed],
-            "full": [_battle_sizes([one.full for one in battle]) for battle in battles],
-            "kept": [_battle_sizes([one.kept for one in battle]) for battle in battles],
-            "labels": np.array([batch[name] for name in OUTCOMES], dtype=np.float32).T,
-            "teacher": np.array([batch[name] for name in TEACHER_COLUMNS], dtype=np.float32).T,
-            "weight": batch["weight"],
-        }
+    make_rows = partial(tokenize_columns, encoder=encoder, orders=orders)
 
     # Cached under a hash of the battles, of all settings, and of the code that makes the rows.
     sources = [
-        inspect.getsource(part) for part in (prompt, template, truncation, pack_sequences, _battle_sizes, tokenize)
+        inspect.getsource(part)
+        for part in (prompt, template, truncation, pack_sequences, _battle_sizes, tokenize_columns)
     ]
     fingerprint = Hasher.hash([battles._fingerprint, encoder.settings(), orders, sources])
     folder = cache_folder() / "tokens"
@@ -111,6 +95,41 @@ def tokenize(
         cache_file_name=str(folder / f"{fingerprint}.arrow"),
         desc="tokenizing",
     )
+
+
+def tokenize_columns(
+    batch: Mapping[str, Sequence], encoder: PromptEncoder, orders: Sequence[tuple[int, ...]]
+) -> dict[str, Any]:
+    """Return columns of `TOKEN_ROW_FEATURES` of columns of battles.
+
+    Args:
+        batch: columns of `BATTLE_FEATURES`: {"id": ["7"], "prompt": [["What is 2 + 2?"]], ...}.
+        encoder: of the model.
+        orders: the texts of each sequence of a battle, as in `SEQUENCE_TEXTS`.
+    """
+    # battles: the sequences of each battle; joint encoding in both orders: [[A first, B first], ...]
+    battles = [
+        [encoder.assemble([tuple(texts[text] for text in order) for texts in rounds]) for order in orders]
+        for rounds in encoder.tokenize_rounds(batch["prompt"], batch["response_a"], batch["response_b"])
+    ]
+    packed = [pack_sequences(battle) for battle in battles]
+    return {
+        "id": batch["id"],
+        "input_ids": [row.input_ids for row in packed],
+        "segment_ids": [row.segment_ids for row in packed],
+        "branches": [row.branches for row in packed],
+        "length": [len(row.input_ids) for row in packed],
+        "full": [_battle_sizes([one.full for one in battle]) for battle in battles],
+        "kept": [_battle_sizes([one.kept for one in battle]) for battle in battles],
+        "labels": np.array([batch[name] for name in OUTCOMES], dtype=np.float32).T,
+        "teacher": np.array([batch[name] for name in TEACHER_COLUMNS], dtype=np.float32).T,
+        "weight": batch["weight"],
+    }
+
+
+def choose_orders(encoding: str, both_orders: bool) -> tuple[tuple[int, ...], ...]:
+    """Return the texts of each sequence of a battle, as in `SEQUENCE_TEXTS`; one joint sequence unless both orders."""
+    return SEQUENCE_TEXTS[encoding][: None if both_orders or encoding == "separate" else 1]
 
 
 def _battle_sizes(sequences: Sequence[Sizes]) -> Sizes:

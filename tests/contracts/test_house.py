@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "inference": GROUND | TABLES | {"data", "prompt", "model", "evaluation"},
     "benchmarks": GROUND | TABLES | {"data", "prompt", "model", "evaluation", "inference"},
     "exports": GROUND | TABLES | {"data", "prompt", "model", "evaluation", "inference"},
+    "serving": GROUND | TABLES | {"data", "prompt", "model", "evaluation", "inference"},
     "planning": GROUND | TABLES | {"data", "prompt", "model", "training"},
 }
 """What a package, or a module at the root, may import of the others; cli, pipeline and kfold may import all."""

@@ -236,3 +236,38 @@ def test_the_overhead_of_a_step_is_measured(script, monkeypatch):
     assert 0 < figures["collate_ms"] < figures["step_ms"] < 10_000
     assert figures["together_operations"] < 0.8 * figures["apart_operations"]
     assert figures["together_ms"] > 0
+
+
+def test_serving_is_measured_on_a_tiny_model(script, backbone, tmp_path):
+    import threading
+    from contextlib import contextmanager
+
+    import uvicorn
+    from builders import battle_frame, small_recipe, write_untrained_run
+
+    from rewardmodel.config.schema import ObjectiveConfig
+    from rewardmodel.data.formats import read_battles
+    from rewardmodel.inference.judge import load_judge
+    from rewardmodel.serving.app import build_app
+
+    @contextmanager
+    def served(run):
+        server = uvicorn.Server(uvicorn.Config(build_app(load_judge(run), ["run"]), port=0, log_level="error"))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        while not server.started:
+            thread.join(0.02)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+    recipe = small_recipe(backbone("llama"), tmp_path)
+    prompt = dataclasses.replace(recipe.prompt, template="response")
+    run = write_untrained_run(dataclasses.replace(recipe, objective=ObjectiveConfig(name="davidson"), prompt=prompt))
+    found = script("bench_serving").measure(str(run), read_battles(battle_frame(2)), [1, 4], served)
+    assert found["battles"] == 8
+    assert found["clients"].keys() == {"1", "4"}
+    for one in found["clients"].values():
+        assert 0 < one["p50_s"] <= one["p99_s"]
+        assert one["of_offline"] == pytest.approx(one["a_second"] / found["offline_a_second"], rel=0.02, abs=0.01)
+    assert found["best_of_8"]["prompt_shared"] > 0

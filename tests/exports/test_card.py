@@ -100,3 +100,14 @@ def test_the_licence_is_that_of_the_backbones_own_card(tmp_path):
 
 def test_every_packaged_backbone_has_its_licence():
     assert LICENCES.keys() == PACKAGED.keys()
+
+
+def test_servers_that_load_it_are_named_and_what_a_reward_is_not(card_of, tmp_path):
+    _, text = card_of()
+    assert "As a reward model it is for no server" in text
+    assert 'convert="classify"' in text
+    assert "SGLang has this architecture too" not in text
+    (tmp_path / "merged").rename(tmp_path / "other")
+    _, text = card_of("davidson", "response")
+    assert "answers the reward clients of vLLM, SGLang, OpenRLHF, verl and LLaMA-Factory" in text
+    assert "SGLang has this architecture too" in text

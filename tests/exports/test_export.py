@@ -20,8 +20,8 @@ from rewardmodel.errors import InputError
 from rewardmodel.evaluation.calibration import Calibrator, save_calibrator
 from rewardmodel.exports import export as exports
 from rewardmodel.exports import parity
-from rewardmodel.exports.checks import battles_to_compare, load_trained_run
 from rewardmodel.exports.merge import merge_run
+from rewardmodel.inference.battles import battles_to_compare
 from rewardmodel.inference.predict import predict
 from rewardmodel.kfold import train_folds
 from rewardmodel.pipeline import run as run_recipe
@@ -239,7 +239,7 @@ def test_without_the_runs_data_the_sample_is_compared(untrained_run, tmp_path, i
     Path(load_recipe(folder / "recipe.yaml").data.train).unlink()
     assert export(folder, tmp_path / "export", dtype="float32")["battles"] == 64
     ids = set(read_battles("sample")["id"])
-    assert set(battles_to_compare(load_trained_run(folder))["id"]) <= ids
+    assert set(battles_to_compare(folder)["id"]) <= ids
 
 
 class FakeHub:
