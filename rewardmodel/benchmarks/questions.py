@@ -11,7 +11,8 @@ import numpy as np
 
 from rewardmodel.config.schema import Source
 from rewardmodel.data.raw_row import RawRow, shorten
-from rewardmodel.data.readers import RawRows, open_rows
+from rewardmodel.data.raw_rows import RawRows
+from rewardmodel.data.sources import open_rows
 from rewardmodel.errors import InputError, nearest
 
 TIES = "Ties"
