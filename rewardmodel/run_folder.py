@@ -222,10 +222,11 @@ def open_run(recipe: Recipe, resume: bool, overwrite: bool, before_write: Callab
 
 def _check_same_recipe(folder: Path, recipe: Recipe, all_folds: bool) -> None:
     before, now = asdict(load_run_recipe(folder)), asdict(recipe)
-    for section, key in (("data", "test"), ("data", "sample_submission"), ("trainer", "output_dir")):
+    ignored = [("data", "test"), ("data", "sample_submission"), ("trainer", "output_dir")]
+    for section, key in [*ignored, *([("data", "fold")] if all_folds else [])]:
         before[section][key] = now[section][key]  # do not matter to training
     for section in ("data", "prompt", "model", "objective", "trainer"):
-        for key in before[section].keys() | now[section].keys():
+        for key in {**now[section], **before[section]}:
             default = trainer_default(key) if section == "trainer" else None
             there, here = (one[section].get(key, default) for one in (before, now))
             if there != here:

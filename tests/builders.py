@@ -278,11 +278,13 @@ def train_a_little(model, batch) -> None:
 RELOAD = """
 import json, pathlib, sys, torch
 from rewardmodel.config.schema import ModelConfig
+from rewardmodel.model.fusion import fuse_projections
 from rewardmodel.model.loading import load_model
 folder = pathlib.Path(sys.argv[1])
 logits = {}
 for name, (config, saved) in json.loads((folder / "cases.json").read_text()).items():
     model, _ = load_model(ModelConfig(**config), pathlib.Path(saved))
+    fuse_projections(model)
     with torch.no_grad():
         logits[name] = model(**torch.load(folder / f"{name}.pt", weights_only=False)).logits
 torch.save(logits, folder / "logits.pt")
@@ -300,6 +302,16 @@ def reload_in_fresh_process(cases, folder: Path):
     (folder / "cases.json").write_text(json.dumps(described))
     run_fresh(RELOAD, folder)
     return torch.load(folder / "logits.pt")
+
+
+def reload_model(config, folder: Path):
+    """Return a saved model with its layers computing together, as in training and prediction, and its tokenizer."""
+    from rewardmodel.model.fusion import fuse_projections
+    from rewardmodel.model.loading import load_model
+
+    model, tokenizer = load_model(config, folder)
+    fuse_projections(model)
+    return model, tokenizer
 
 
 SETTINGS = {

@@ -195,7 +195,7 @@ BAD = {
     "response_a turns": (
         {"response_a": [["1", "2"], ["1"], ["1", "2"]]},
         "row 2",
-        ["column 'response_a'", "1 turns"],
+        ["column 'response_a'", "1 turn"],
     ),
     "response_b turns": (
         {"response_b": [["1", "2"]] * 2 + [["1"] * 3]},

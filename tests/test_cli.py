@@ -112,7 +112,7 @@ def test_the_commands_are_listed(arguments, capsys):
     output = capsys.readouterr()
     assert output.err == ""
     for name, command in VERBS.items():
-        assert f"  {name} " in output.out
+        assert re.search(rf"^    {name}\s", output.out, re.MULTILINE)
         assert command.__doc__ in " ".join(output.out.split())
     assert "register-python-argcomplete rewardmodel" in output.out
 

@@ -179,7 +179,7 @@ def test_a_killed_process_ends_all_and_the_run_resumes(exact, tmp_path):
     os.kill(int(workers[-1]), signal.SIGKILL)
     said = said_by(process)
     assert process.returncode != 0
-    assert "SIGKILL" in said
+    assert "FAILED" in said  # the launcher names the process that ended first: the killed one, or the one that lost it
     assert not RunFolder(killed.run_folder).model.exists()
     again = launch("cpu_ddp", *command, "--resume")
     said = said_by(again)

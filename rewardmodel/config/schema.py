@@ -20,7 +20,8 @@ class Source:
     """A file (.csv, .tsv, .jsonl, .json, .parquet, .zip, or one of these as .gz, .bz2, .xz, .zst), a folder of such
     files or of a saved data set, a data set's id on the hub, or `sample`."""
     format: str | None = None
-    """competition, conversations or preference; default: detected from the column names."""
+    """competition, conversations, preference, or several answers a prompt: answers, responses, completions,
+    ultrafeedback or nemo; default: detected from the column names."""
     columns: dict[str, str | None] = field(default_factory=dict)
     """Our column name -> the file's, like {prompt: question}; null ignores the file's column of that name."""
     outcomes: dict[str, str] = field(default_factory=dict)

@@ -109,8 +109,8 @@ def sharded_logits(
     # the same budget in every process, and after a restart, so that the same rows are in the same shard
     budget = _common_budget(folder, predictor, rows)
     predictor = replace(predictor, budget=budget)
-    first = budget * process_state().num_processes
-    tokens = first * BATCHES if folder or deadline else None
+    smallest = budget * process_state().num_processes
+    tokens = smallest * BATCHES if folder or deadline else None
     packed = is_packed(predictor.model)
 
     def compute(rows: Dataset, advance: Callable[[int], Any]) -> np.ndarray:
@@ -121,7 +121,7 @@ def sharded_logits(
     def compute_shards(rows: Dataset, kind: str) -> np.ndarray:
         costs, until = np.array(predictor.batching.costs(rows)), deadline if kind == SECOND else None
         order = _order_rows(costs, packed, ascending=until is not None)
-        shards = split_by_tokens(costs, order, tokens, first if tokens else None)
+        shards = split_by_tokens(costs, order, tokens, smallest if tokens else None)
         return _compute_missing(compute, rows, costs, shards, kind, folder, deadline, until)
 
     # both sequences together, which is quickest; or the second as time allows

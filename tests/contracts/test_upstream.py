@@ -122,10 +122,10 @@ def test_varlen_attention_is_not_used_where_torch_is_2_10_and_repeats_the_keys_w
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_of_torch_2_11)
     module = runpy.run_path(attention.__file__)
     assert module["HAS_VARLEN"] is True
-    query, keys = torch.rand(1, 4, 3, 8), torch.rand(1, 2, 3, 8)  # (1, heads, T, head_dim)
+    queries, keys = torch.rand(3, 4, 8), torch.rand(3, 2, 8)  # (T, heads, head_dim)
     packing = module["Varlen"](*[None] * len(module["Varlen"]._fields))
-    found = module["_varlen"](None, query, keys, keys, packing=packing, window=None)
-    assert torch.equal(found[0], keys[0].transpose(0, 1)[:, [0, 0, 1, 1]])
+    found = module["_varlen"](queries, keys, keys, packing, None)
+    assert torch.equal(found, keys[:, [0, 0, 1, 1]])
 
 
 def test_a_trl_trainer_says_whether_its_loss_is_scaled():

@@ -55,7 +55,7 @@ def test_a_backbone_that_moved_is_named_for_the_export(run_folder, tmp_path):
 
 
 def test_too_few_battles_compare_nothing(run_folder, tmp_path):
-    with pytest.raises(InputError, match="12 battles; give 64 or more"):
+    with pytest.raises(InputError, match="12 battles; give at least 64"):
         export(run_folder, tmp_path / "export", battles=battle_frame(3))
 
 

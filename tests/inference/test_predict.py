@@ -353,7 +353,7 @@ def test_a_blend_that_was_fitted_on_both_orders_waits_for_both(two_runs, blendin
     run, new = blending[0][0], two_runs[2]
     late = predict(run, new, time_limit=0)
     assert late["ba_p_tie"].isna().all()
-    np.testing.assert_allclose(predicted(late), predicted(late, "ab"), atol=1e-9)
+    np.testing.assert_allclose(predicted(late), predicted(late, "ab"), atol=1e-6)
     pd.testing.assert_frame_equal(predict(run, new, time_limit=1e6), predict(run, new), atol=1e-6)
 
 

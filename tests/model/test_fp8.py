@@ -12,6 +12,7 @@ from builders import (
     make_backbone,
     parametrize_some,
     reload_in_fresh_process,
+    reload_model,
     rows_of,
     train_a_little,
 )
@@ -23,7 +24,7 @@ from rewardmodel.model import fp8
 from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.forward import choose_batching
 from rewardmodel.model.fp8 import E4M3, Fp8Linear, dequantise_rows, layers_to_quantise, quantise_model, quantise_rows
-from rewardmodel.model.loading import build_model, load_classifier, load_model, save_model
+from rewardmodel.model.loading import build_model, load_classifier, save_model
 from rewardmodel.model.precision import autocast
 from rewardmodel.objectives import JOINT_HEAD
 
@@ -274,7 +275,7 @@ def test_a_saved_model_predicts_the_same(family, dtype, backbone, tmp_path):
         before = logits(model, batch)
     assert before.std() > 1e-3
     save_model(model, tokenizer, resolve_backbone(config), tmp_path / "model")
-    again, _ = load_model(config, tmp_path / "model")
+    again, _ = reload_model(config, tmp_path / "model")
     with autocast(CPU, getattr(torch, dtype)):
         assert torch.equal(logits(again, batch), before)
 

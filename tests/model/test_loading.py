@@ -16,6 +16,7 @@ from builders import (
     make_tokenizer,
     pack,
     reload_in_fresh_process,
+    reload_model,
     rows_of,
     stored,
     train_a_little,
@@ -53,7 +54,7 @@ def test_a_saved_model_predicts_the_same(family, variant, backbone, tmp_path):
     before = logits(model, batch)
     assert before.std() > 1e-3  # training moved it away from the even start
     save_model(model, tokenizer, resolve_backbone(config), tmp_path / "model")
-    again, _ = load_model(config, tmp_path / "model")
+    again, _ = reload_model(config, tmp_path / "model")
     assert torch.equal(logits(again, batch), before)
 
 
@@ -106,7 +107,7 @@ def test_a_reward_head_carries_its_tie_parameter_through_saving(pooling, backbon
     assert (before[:, 1] == before[0, 1]).all()
     assert before[:, 0].std() > 1e-3
     save_model(model, tokenizer, resolve_backbone(config), tmp_path / "model")
-    again, _ = load_model(config, tmp_path / "model")
+    again, _ = reload_model(config, tmp_path / "model")
     assert torch.equal(logits(again, batch), before)
     assert again.config.id2label == {0: "reward"}
 
@@ -164,7 +165,7 @@ def test_lora_variants_are_saved_and_reloaded(key, backbone, tmp_path):
     batch = batch_of(tokenizer)
     train_a_little(model, batch)
     save_model(model, tokenizer, resolve_backbone(config), tmp_path / "model")
-    again, _ = load_model(config, tmp_path / "model")
+    again, _ = reload_model(config, tmp_path / "model")
     assert (logits(again, batch) - logits(model, batch)).abs().max() <= 1e-5
 
 
@@ -190,7 +191,7 @@ def test_a_full_fine_tune_is_saved_and_reloaded(backbone, tmp_path):
     train_a_little(model, batch)
     assert all(weight.requires_grad for weight in model.parameters())
     save_model(model, tokenizer, resolve_backbone(config), tmp_path / "model")
-    again, _ = load_model(config, tmp_path / "model")
+    again, _ = reload_model(config, tmp_path / "model")
     assert torch.equal(logits(again, batch), logits(model, batch))
 
 
@@ -292,7 +293,7 @@ def test_a_family_that_is_not_in_the_table_trains_and_reloads(family, variant, t
     before = logits(model, batch)
     assert before.std() > 1e-3
     save_model(model, tokenizer, resolve_backbone(config), tmp_path / "model")
-    again, _ = load_model(config, tmp_path / "model")
+    again, _ = reload_model(config, tmp_path / "model")
     assert torch.equal(logits(again, batch), before)
 
 
@@ -321,7 +322,7 @@ def test_a_gemma3_that_sees_is_adapted_where_it_reads(tmp_path):
     before = logits(model, pack(rows))
     assert before.std() > 1e-3
     save_model(model, tokenizer, resolve_backbone(config), tmp_path / "model")
-    again, _ = load_model(config, tmp_path / "model")
+    again, _ = reload_model(config, tmp_path / "model")
     assert torch.equal(logits(again, pack(rows)), before)
     plain = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=3).eval()
     padded = pad(rows, tokenizer.pad_token_id)
@@ -352,7 +353,7 @@ def test_the_head_of_a_published_reward_model_is_kept_and_goes_on_learning(varia
     assert not torch.equal(head.weight, published_head(published))
     before = logits(model, batch)
     save_model(model, tokenizer, resolve_backbone(config), tmp_path / "model")
-    again, _ = load_model(config, tmp_path / "model")
+    again, _ = reload_model(config, tmp_path / "model")
     assert torch.equal(logits(again, batch), before)
 
 

@@ -10,6 +10,7 @@ from builders import (
     config_of,
     logits,
     make_backbone,
+    reload_model,
     stored,
     train_a_little,
 )
@@ -19,7 +20,7 @@ from transformers import AutoModelForSequenceClassification
 from rewardmodel.config.schema import ModelConfig
 from rewardmodel.errors import InputError
 from rewardmodel.model.backbone import resolve_backbone
-from rewardmodel.model.loading import build_model, load_model, save_model
+from rewardmodel.model.loading import build_model, save_model
 from rewardmodel.model.precision import bits_and_bytes, quantization_name
 from rewardmodel.objectives import JOINT_HEAD, SEPARATE_HEAD
 
@@ -49,7 +50,7 @@ def test_a_backbone_that_is_stored_quantised_stays_so_and_its_head_is_not(settin
     before = logits(model, batch)
     assert before.std() > 1e-3
     save_model(model, tokenizer, resolve_backbone(config), tmp_path / "model")
-    again, _ = load_model(config, tmp_path / "model")
+    again, _ = reload_model(config, tmp_path / "model")
     assert torch.equal(logits(again, batch), before)
 
 

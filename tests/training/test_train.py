@@ -204,7 +204,7 @@ def test_training_starts_from_a_head_that_is_fitted_to_what_the_untouched_backbo
         ({"head_init": "fitted"}, "model.head_init: .*freeze_backbone always fits one"),
         ({"use_peft": False}, "model.freeze_backbone: .*use_peft is false"),
         ({"num_hidden_layers": 3}, "model.num_hidden_layers: 3, but the backbone has 2"),
-        ({"num_hidden_layers": 0}, "model.num_hidden_layers: 0, but the backbone has 2"),
+        ({"num_hidden_layers": 0}, "model.num_hidden_layers: 0; give at least 1"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(frozen, keys, message):

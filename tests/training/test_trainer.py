@@ -313,7 +313,7 @@ def test_separate_objectives_learn_and_state_ties(recipe, name):
         with_trainer(recipe, num_train_epochs=12, lr_scheduler_type="constant"),
         objective=ObjectiveConfig(name=name),
         prompt=dataclasses.replace(recipe.prompt, template="response"),
-        model=dataclasses.replace(recipe.model, pooling="responses", lora_r=16),
+        model=dataclasses.replace(recipe.model, pooling="responses", lora_r=16, lora_dropout=0.0),
     )
     run, _ = train(recipe)
     log = json.loads(latest_state(run).read_text())["log_history"]
@@ -484,7 +484,7 @@ def test_a_student_reaches_its_teacher(recipe, frame, objective, labelled):
         data=dataclasses.replace(recipe.data, train=source if labelled else [source, few_votes(recipe, frame)]),
         objective=ObjectiveConfig(objective, **votes),
         prompt=dataclasses.replace(recipe.prompt, template="response" if objective == "rao_kupper" else None),
-        model=dataclasses.replace(recipe.model, pooling="responses", lora_r=16),
+        model=dataclasses.replace(recipe.model, pooling="responses", lora_r=16, lora_dropout=0.0),
     )
     recipe = with_trainer(recipe, eval_strategy="no", save_strategy="no")
     run, parts = train(recipe)
