@@ -6,8 +6,6 @@ import sys
 import time
 from types import TracebackType
 
-from tqdm import tqdm
-
 logger = logging.getLogger(__name__)
 
 
@@ -17,13 +15,14 @@ def in_terminal() -> bool:
 
 
 def quiet_libraries() -> None:
-    """Switch off the progress bars of datasets, huggingface_hub and transformers where there is no terminal.
+    """Switch off the progress bars of datasets, huggingface_hub, transformers and tqdm where there is no terminal.
 
     They read these variables when they are imported, so this comes first.
     """
     if not in_terminal():
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' bar while it converts a GGUF file
 
 
 class Progress:
@@ -41,6 +40,8 @@ class Progress:
         self.total, self.title, self.unit, self.show = total, title, unit, show
         self.done = self.initial = initial
         self.start = time.monotonic()
+        from tqdm import tqdm  # here, because it reads its variables when it is imported
+
         self.bar = tqdm(total=total, initial=initial, desc=title, unit=unit) if show and in_terminal() else None
 
     def __enter__(self) -> "Progress":

@@ -64,4 +64,4 @@ def announce(sources: Sequence[str | Path]) -> None:
         InputError: the cache cannot be written to.
     """
     check_writable(cache_folder(), "REWARDMODEL_CACHE")
-    logger.info("reading %s …", ", ".join(map(str, sources)))
+    logger.info("reading %s …", ", ".join(dict.fromkeys(map(str, sources))))
