@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     completing = "_ARGCOMPLETE" in os.environ
     parser = build_parser(
         {name: command.__doc__ or "" for name, command in VERBS.items()},
-        with_keys=completing or not {"-h", "--help"}.isdisjoint(arguments[1:]),
+        with_keys=VERBS if completing else arguments[:1] if {"-h", "--help"} & {*arguments[1:]} else (),
     )
     if completing:
         import argcomplete

@@ -4,7 +4,7 @@ Options are parsed here and used in `cli`. Recipe keys are passed on as typed, b
 """
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -236,12 +236,12 @@ OPTIONS = {
 """What adds a command's options to its parser; the others have none."""
 
 
-def build_parser(commands: Mapping[str, str], with_keys: bool) -> ArgumentParser:
+def build_parser(commands: Mapping[str, str], with_keys: Collection[str] = ()) -> ArgumentParser:
     """Return the parser of all commands.
 
     Args:
         commands: name -> help.
-        with_keys: add the recipe keys as options, for help and completion; to parse them is `config.loader`'s.
+        with_keys: commands that get the recipe keys as options, for help and completion; `config.loader` parses them.
     """
     parser = ArgumentParser(
         "rewardmodel",
@@ -263,7 +263,7 @@ def build_parser(commands: Mapping[str, str], with_keys: bool) -> ArgumentParser
         if name in KEYS:
             usage = command.format_usage().removeprefix("usage: ").rstrip()
             command.usage = f"{usage} [--SECTION.KEY VALUE ...]"  # instead of 150 keys
-            if with_keys:
+            if name in with_keys:
                 _add_keys(command, KEYS[name])
     return parser
 

@@ -479,8 +479,9 @@ def parametrize_some(names, cases, quick):
 
     cases = list(cases)
     assert {*quick} <= {*cases}
+    values = {case: case if isinstance(case, tuple) else (case,) for case in cases}
     return pytest.mark.parametrize(
-        names, [case if case in quick else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+        names, [case if case in quick else pytest.param(*values[case], marks=pytest.mark.slow) for case in cases]
     )
 
 

@@ -195,6 +195,7 @@ def test_the_recipes_of_the_package_are_listed_and_taken_by_name(capsys):
     assert "output_dir: runs/quickstart\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # seconds a case
 @pytest.mark.parametrize("place", ["before", "after"])
 def test_quiet_leaves_results_and_warnings_only(place, tmp_path, capsys):
     path = write_csv(battle_frame().drop(columns="id").assign(note="x"), tmp_path / "train.csv")
@@ -416,6 +417,7 @@ def test_cuda_that_is_not_there_is_refused(refusal, recipe_file, recipe):
     assert not recipe.run_folder.exists()
 
 
+@pytest.mark.slow  # seconds a case
 @pytest.mark.parametrize("command", ["run", "train"])
 def test_a_run_that_is_there_is_left_alone(command, refusal, recipe_file, run_folder):
     before = {path: path.stat().st_mtime_ns for path in run_folder.rglob("*")}

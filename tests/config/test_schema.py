@@ -82,6 +82,7 @@ def test_a_seeds_recipe_says_in_its_header_what_it_reproduces_and_what_is_known_
     assert f"{load_recipe(path).prompt.max_length} tokens" in header
 
 
+@pytest.mark.slow  # seconds a case
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_read_and_builds_a_tiny_model_of_its_family(path, tmp_path):
     import torch

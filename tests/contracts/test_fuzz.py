@@ -338,6 +338,7 @@ def fault_of(path, kind):
     return None, True
 
 
+@pytest.mark.slow  # seconds a case
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_broken_file_is_battles_or_one_line_that_says_what_is_wrong(tmp_path, monkeypatch, kind):
     monkeypatch.setenv("REWARDMODEL_CACHE", str(tmp_path / "cache"))

@@ -81,6 +81,7 @@ def test_passes_beside_a_neighbour_are_compared_in_turns(script, monkeypatch, ca
     assert float(capsys.readouterr().out) > 0
 
 
+@pytest.mark.slow  # seconds a case
 # transformers' and TRL's own trainers, as users of the release see them
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(

@@ -167,6 +167,7 @@ def edited_prompts(draw):
     return text
 
 
+@pytest.mark.slow  # seconds a case
 @settings(deadline=None, max_examples=40)
 @given(st.lists(edited_prompts(), min_size=2, max_size=module.LEADERS + 1))
 def test_brute_force_finds_the_same_pairs(prompts):

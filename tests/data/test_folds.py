@@ -211,6 +211,7 @@ def test_an_outcome_rarer_than_folds_is_no_warning():
     assert set(assign_folds(battles, 5)["fold"]) == set(range(5))
 
 
+@pytest.mark.slow  # seconds a case
 @settings(deadline=None, max_examples=20)
 @given(count=st.integers(1, 60), seed=st.integers(0, 99), prompts=st.integers(1, 20))
 def test_limit_returns_whole_groups_of_at_least_count_battles_in_their_order(count, seed, prompts):

@@ -184,6 +184,7 @@ class Reader(HTMLParser):
                 self.text[name] = self.text.get(name, "") + data
 
 
+@pytest.mark.slow  # seconds a case
 def test_page_is_balanced_and_its_references_are_within_it(page):
     reader = Reader(page)
     assert len(reader.ids) == len(set(reader.ids))
@@ -545,6 +546,7 @@ def test_runs_on_other_battles_are_not_set_against_each_other(facts):
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+@pytest.mark.slow  # seconds a case
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: the pages were not looked at")
 def test_pages_open_in_a_browser_on_a_phone_and_on_a_desk(page, facts, tmp_path):
     pages = {"run": page, "comparison": render_comparison(comparison(facts, ["first", "w" * 300], None))}

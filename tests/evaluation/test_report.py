@@ -45,6 +45,7 @@ def test_a_runs_page_is_all_that_is_written(make_run):
     assert "&lt;script&gt;" in page
 
 
+@pytest.mark.slow  # seconds a case
 def test_a_page_of_an_evaluation_that_is_given_is_the_same(make_run, monkeypatch):
     run = make_run("one")
     expected = report(run).read_bytes()

@@ -74,6 +74,7 @@ def test_what_is_not_known_is_reported(card_of):
     assert "None: it did not help beyond noise" in text
 
 
+@pytest.mark.slow  # seconds a case
 def test_the_fingerprints_of_the_data_are_there(card_of, run_folder):
     _, text = card_of(run=run_folder)
     data = json.loads((run_folder / "environment.json").read_text())["data"]

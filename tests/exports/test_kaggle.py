@@ -138,6 +138,7 @@ def test_a_merged_model_can_be_bundled(run_folder, installed, tmp_path, in_this_
     assert load_recipe(tmp_path / "bundle" / "model" / "recipe.yaml").model.model_name_or_path
 
 
+@pytest.mark.slow  # seconds a case
 @pytest.mark.parametrize("k_fold", [False, True], ids=["two runs", "folds"])
 def test_of_several_runs_the_mean_is_bundled(k_fold, untrained_run, installed, tmp_path, in_this_process):
     runs = [untrained_run("mean"), tmp_path / "other"]

@@ -262,6 +262,7 @@ def two_runs(backbone, tmp_path_factory):
     return runs, file, write_csv(new, folder / "new.csv")
 
 
+@pytest.mark.slow  # seconds a case
 @pytest.mark.parametrize("weights", [None, [2, 1], [0.25, 0.75], [0, 3]])
 def test_several_runs_are_averaged_with_their_weights(two_runs, weights):
     runs, _, new = two_runs

@@ -204,6 +204,7 @@ def other_order(run):
     (run / "recipe.yaml").write_text(dump_recipe(one))
 
 
+@pytest.mark.slow  # seconds a case
 @pytest.mark.parametrize(
     "change", [other_model, other_prompt, other_order, None], ids=["model", "prompt", "order", "battles"]
 )

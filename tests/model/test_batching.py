@@ -138,6 +138,7 @@ def test_padded_sequences_are_those_of_the_packed_row(rows):
         assert (ids[len(places) :] == PAD).all()
 
 
+@pytest.mark.slow  # seconds a case
 @pytest.mark.parametrize("pooling", POOLINGS)
 @settings(deadline=None, max_examples=100)
 @given(rows=rows(), seed=st.integers(0, 9))

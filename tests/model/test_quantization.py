@@ -10,6 +10,7 @@ from builders import (
     config_of,
     logits,
     make_backbone,
+    parametrize_some,
     reload_model,
     stored,
     train_a_little,
@@ -30,7 +31,7 @@ def classes(model) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("said", [True, False])
-@pytest.mark.parametrize("settings", SETTINGS)
+@parametrize_some("settings", SETTINGS, ("as is",))
 def test_a_backbone_that_is_stored_quantised_stays_so_and_its_head_is_not(settings, said, backbone, tmp_path):
     bits = 8 if settings == "8 bits" else 4
     folder = stored(backbone("llama"), tmp_path, SETTINGS[settings])

@@ -68,6 +68,7 @@ def test_it_is_refused_before_anything_is_computed_on_it(monkeypatch):
         find_device(None)
 
 
+@pytest.mark.slow  # seconds a case
 def test_the_machine_at_hand_is_measured():
     cpu = find_device("cpu")
     assert (cpu.kind, cpu.capability, cpu.measured) == ("cpu", None, True)

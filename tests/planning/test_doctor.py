@@ -99,6 +99,7 @@ def test_the_time_of_fitting_the_head_is_printed_where_it_is_done(diagnose):
     assert "time       training " in zero
 
 
+@pytest.mark.slow  # seconds a case
 def test_compiling_is_advised_where_it_saves_more_time_than_it_takes(changed, diagnose, monkeypatch):
     few = diagnose("T4")
     assert few.estimate.compiled is None

@@ -41,6 +41,7 @@ def hours(monkeypatch):
     return give
 
 
+@pytest.mark.slow  # seconds a case
 def test_the_time_is_that_of_doctor_for_more_battles(swapped):
     launch = prediction_time.Launch(2, "ddp")
     estimate = doctor(swapped, "T4", launch).estimate

@@ -54,6 +54,7 @@ def frozen_run(backbone, tmp_path_factory):
     return trained
 
 
+@pytest.mark.slow  # seconds a case
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_head_on_a_frozen_backbone_learns_is_saved_and_predicts(frozen_run, objective):
     _, run, parts = frozen_run(objective)
@@ -167,6 +168,7 @@ def test_a_frozen_run_that_is_done_is_left_alone_and_one_that_was_killed_goes_on
     assert (RunFolder(run).model / "adapter_model.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow  # seconds a case
 @pytest.mark.parametrize("fitted", [False, True])
 def test_a_head_is_fitted_to_a_backbone_in_fp8(fitted, frozen, tmp_path):
     recipe = frozen("davidson")

@@ -322,6 +322,7 @@ def test_separate_objectives_learn_and_state_ties(recipe, name):
     assert tie.item() != pytest.approx(0.0)  # where half of the battles are ties the start is log 2
 
 
+@pytest.mark.slow  # seconds a case
 @pytest.mark.parametrize("key", ["load_in_4bit", "load_in_fp8"])
 def test_quantised_training_keeps_float32_weights_and_moves_head_and_adapters(key, recipe):
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **{key: True}))
