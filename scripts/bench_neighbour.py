@@ -2,7 +2,7 @@
 
     python scripts/bench_neighbour.py --json scripts/results/neighbour.json
 
-On Linux, `echo -20 > /proc/self/autogroup` in the shell before makes a machine that others use almost quiet.
+The figures are those of a machine that nothing else uses.
 
 Every setting is a separate process, with these environment variables. Each computes forward and backward passes of
 the same random Llama, in turns, alone and beside processes that are always busy, so that whatever else the machine
@@ -22,15 +22,15 @@ from statistics import median
 
 from bench_battles import tell
 
-from rewardmodel.processors import SPINS
+from rewardmodel.processors import WAITING
 
 READ = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
 """Variables that a setting has, or leaves out."""
 
 SETTINGS: dict[str, dict[str, str]] = {
     "default": {},
-    "rewardmodel": {"GOMP_SPINCOUNT": SPINS},
-    "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "rewardmodel": {"OMP_WAIT_POLICY": WAITING},
+    "10,000 spins": {"GOMP_SPINCOUNT": "10000"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 
@@ -115,8 +115,8 @@ def main() -> None:
     """Parse, measure in turns, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="passes of each setting, alone and beside neighbours")
-    parser.add_argument("--layers", type=int, default=6, help="of the model")
-    parser.add_argument("--tokens", type=int, default=512, help="of each of two sequences")
+    parser.add_argument("--layers", type=int, default=4, help="of the model")
+    parser.add_argument("--tokens", type=int, default=256, help="of each of two sequences")
     parser.add_argument("--neighbours", type=int, default=1, help="processes that are always busy")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)
@@ -127,6 +127,7 @@ def main() -> None:
     command = [sys.executable, __file__, "--layers", str(options.layers), "--tokens", str(options.tokens), "--answer"]
     load = [round(one, 1) for one in os.getloadavg()]
     figures = {"cores": len(os.sched_getaffinity(0)), "neighbours": options.neighbours, "rounds": options.rounds}
+    figures |= {"layers": options.layers, "tokens": options.tokens}
     figures |= {"load_before": load, **measure(command, options.rounds, options.neighbours)}
     tell(figures, options.json)
 

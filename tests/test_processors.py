@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from rewardmodel.processors import PRIMITIVES, SPINS, cpu_limit, set_environment
+from rewardmodel.processors import PRIMITIVES, WAITING, cpu_limit, set_environment
 
 
 def machine(root, groups, files):
@@ -48,12 +48,12 @@ def host(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
 
 
-def test_a_container_of_two_cores_on_a_large_host_gets_two_threads_that_soon_sleep(host, tmp_path):
+def test_a_container_of_two_cores_on_a_large_host_gets_two_threads_that_sleep_while_they_wait(host, tmp_path):
     found = {}
     set_environment(found, machine(tmp_path, "0::/\n", {"cpu.max": "200000 100000\n"}))
     assert found == {
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": PRIMITIVES,
-        "GOMP_SPINCOUNT": SPINS,
+        "OMP_WAIT_POLICY": WAITING,
         "OMP_NUM_THREADS": "2",
     }
 
@@ -76,7 +76,7 @@ def test_what_the_user_has_set_stays(host, tmp_path):
     found = dict(own)
     set_environment(found, machine(tmp_path, "0::/\n", {"cpu.max": "200000 100000\n"}))
     assert found == own
-    assert "GOMP_SPINCOUNT" not in found
     found = {"GOMP_SPINCOUNT": "5"}
     set_environment(found, tmp_path)
     assert found["GOMP_SPINCOUNT"] == "5"
+    assert "OMP_WAIT_POLICY" not in found
