@@ -27,6 +27,8 @@ GO_ON = {
     "run": _RESUME,
     "train": _RESUME,
     "predict": "finished shards are kept next to the output; the same command goes on from them",
+    "benchmark": "responses that were scored are kept; the same command goes on from them",
+    "serve": "started requests are finished first",
 }
 """What is kept of each command, and how it goes on."""
 

@@ -134,8 +134,12 @@ class PredictionJob(NamedTuple):
 def _log_deadline(table: pd.DataFrame, deadline: Deadline) -> None:
     """Log how many battles were predicted in both orders before the deadline."""
     if "ba_p_tie" not in table:
-        late = "" if deadline.left() > 0 else ", and took longer than the time limit"
-        logger.info("all %d battles were predicted; no second order was asked of all runs%s", len(table), late)
+        late = "" if deadline.left() > 0 else "; that took longer than the time limit"
+        logger.info(
+            "all %d battles were predicted, each in one order: another was not asked for, or changes nothing%s",
+            len(table),
+            late,
+        )
         return
     both = int(has_both_orders(table).sum())
     if both == len(table):

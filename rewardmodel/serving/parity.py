@@ -40,7 +40,8 @@ class ServedParity(NamedTuple):
         battles: number of them.
         dtype: precision that the server computes in.
         probabilities: largest difference of a probability of a battle.
-        rewards: largest difference of a reward; None: the run gives none.
+        rewards: largest difference of a reward, as a share of the reward where that is above 1; None: the run gives
+            none.
         limit: that both must keep.
     """
 
@@ -91,7 +92,8 @@ def parity(
         from rewardmodel.inference.reward_function import reward_function
 
         own = reward_function(folder, recipe)(*_conversations(compared))
-        rewards = float(np.abs(np.array([one for _, one in served]).ravel() - own).max())
+        off = np.abs(np.array([one for _, one in served]).ravel() - own) / np.maximum(1, np.abs(own))
+        rewards = float(off.max())
     limit = LIMITS.get(health["dtype"], ROUNDED_LIMIT)
     return ServedParity(len(compared), health["dtype"], float(np.nan_to_num(apart, nan=np.inf)), rewards, limit)
 

@@ -336,7 +336,7 @@ def test_one_order_that_takes_longer_is_finished(run, computed, ticking, caplog)
     table = predict(*run, one, time_limit=1)
     assert "ba_p_tie" not in table
     assert np.isfinite(predicted(table)).all()
-    assert "no second order was asked of all runs, and took longer than the time limit" in caplog.text
+    assert "another was not asked for, or changes nothing; that took longer than the time limit" in caplog.text
 
 
 @pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf")])

@@ -50,6 +50,13 @@ def test_a_broken_battle_is_refused_with_a_sentence(joint, body, status, sentenc
     assert joint.post("/battle", json=BATTLE).status_code == 200
 
 
+def test_a_body_is_json_whatever_its_client_calls_it(joint):
+    expected = joint.post("/battle", json=BATTLE).json()
+    for name in ("application/x-www-form-urlencoded", "text/plain"):
+        assert joint.post("/battle", content=json.dumps(BATTLE), headers={"Content-Type": name}).json() == expected
+    assert message(joint.post("/battle", content="{"), 400) == "the body is not JSON"
+
+
 def test_what_is_too_large_is_refused(joint):
     assert "more than 8,388,608 bytes" in message(joint.post("/battle", json={**BATTLE, "prompt": "a" * 10**7}), 413)
     assert "prompt: string should have at most" in message(
