@@ -10,7 +10,7 @@ from pathlib import Path
 
 WAITING = "PASSIVE"
 """How OpenMP threads wait: they sleep at once, instead of spinning for milliseconds. On two cores, beside one busy
-process, that halves the time of a pass; alone it costs less than a hundredth: scripts/results/neighbour.json."""
+process, a pass takes .60 of the time; alone 1.00: scripts/results/neighbour.json."""
 
 PRIMITIVES = "32"
 """Kernels that oneDNN keeps. It has one for each shape, and every batch has another: gigabytes, and no faster."""
