@@ -99,9 +99,10 @@ def _train(options: Namespace) -> None:
         return
     check_training(recipe, **how)
     with lock_run(recipe.run_folder):
-        from rewardmodel.pipeline import is_trained, read_parts
+        from rewardmodel.data.splits import load_battles, split
+        from rewardmodel.pipeline import is_trained
 
-        parts = read_parts(recipe, **how)
+        parts = split(load_battles(recipe.data), recipe.data.fold)
         if not (options.resume and is_trained(recipe, parts)):
             from rewardmodel.training.train import train
 
@@ -286,13 +287,12 @@ def _serve(options: Namespace) -> None:
 
 def _compare(options: Namespace) -> None:
     """Ask a trained run which of two responses to a prompt is better."""
-    from rewardmodel.config.loader import load_recipe
     from rewardmodel.inference.battles import single_model
-    from rewardmodel.run_folder import RunFolder
+    from rewardmodel.run_folder import load_run_recipe
     from rewardmodel.serving.compare import compare_responses, read_texts
 
     single_model(options.run)
-    recipe = load_recipe(RunFolder(options.run).recipe, options.overrides, of_run=True)
+    recipe = load_run_recipe(options.run, options.overrides)
     texts = read_texts(vars(options))
     answer = compare_responses(options.run, **texts, recipe=recipe)
     from rewardmodel.serving.answers import format_answer

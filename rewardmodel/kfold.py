@@ -24,7 +24,15 @@ from rewardmodel.evaluation.results import Evaluation, read_evaluation
 from rewardmodel.files import clear, write_text
 from rewardmodel.pipeline import run
 from rewardmodel.predictions import average_tables, read_predictions, write_predictions
-from rewardmodel.run_folder import RunFolder, alone, check_run, check_same_inputs, lock_run, write_environment
+from rewardmodel.run_folder import (
+    RunFolder,
+    alone,
+    check_run,
+    check_same_inputs,
+    lock_run,
+    of_all_folds,
+    write_environment,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +117,7 @@ def _of_all_folds(recipe: RecipeLike, battles: Any) -> Recipe:
         from rewardmodel.training.train import with_source
 
         recipe = with_source(recipe, battles)
-    return replace(recipe, data=replace(recipe.data, fold=0))
+    return of_all_folds(recipe)
 
 
 def _train(

@@ -70,7 +70,7 @@ def run(
     check_run(recipe, resume, overwrite)
     reports: list[SourceReport] = []
     test = read_test(recipe.data, reports)
-    parts = parts or read_parts(recipe, resume, overwrite)
+    parts = parts or split(load_battles(recipe.data), recipe.data.fold)
     if resume and is_finished(recipe, parts, test):
         return recipe.run_folder, read_evaluation(RunFolder(recipe.run_folder).metrics)
 
@@ -94,16 +94,6 @@ def run(
         _write_submission(recipe, predictions.get("test"), baseline, test, any(one.tossed for one in reports))
     wait_for_all()
     return folder, read_evaluation(files.metrics)
-
-
-def read_parts(recipe: Recipe, resume: bool, overwrite: bool) -> Parts:
-    """Check that the run may be written, then read and split the recipe's battles.
-
-    Raises:
-        InputError: as `check_run` and `load_battles`.
-    """
-    check_run(recipe, resume, overwrite)
-    return split(load_battles(recipe.data), recipe.data.fold)
 
 
 def is_trained(recipe: Recipe, parts: Parts) -> bool:

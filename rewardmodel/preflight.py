@@ -12,7 +12,7 @@ from rewardmodel.config.schema import Recipe
 from rewardmodel.data.source_checks import OWN_PARTS, announce, check_source, check_sources
 from rewardmodel.errors import InputError
 from rewardmodel.files import check_new_folder, check_writable
-from rewardmodel.run_folder import RunFolder, check_run, lock_run, trained_models
+from rewardmodel.run_folder import RunFolder, check_run, lock_run, of_all_folds, trained_models
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +33,9 @@ def check_training(recipe: Recipe, resume: bool = False, overwrite: bool = False
     folder = RunFolder(whole).fold(int(fold)).path if fold and fold.isdecimal() else whole
     with lock_run(folder):
         if folder == whole:
-            check_run(recipe, resume, overwrite, all_folds=fold is not None)
+            check_run(recipe if fold is None else of_all_folds(recipe), resume, overwrite, all_folds=fold is not None)
         else:
-            check_run(recipe, resume=True, overwrite=False, all_folds=True)
+            check_run(of_all_folds(recipe), resume=True, overwrite=False, all_folds=True)
             if not resume:  # else its recipe is compared, which the fold's own check does
                 check_run(replace(recipe, trainer={**recipe.trainer, "output_dir": str(folder)}), resume, overwrite)
     check_reading(recipe)

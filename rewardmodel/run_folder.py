@@ -9,7 +9,7 @@ import platform
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import wraps
 from importlib import metadata
 from pathlib import Path
@@ -173,6 +173,11 @@ def check_run(recipe: Recipe, resume: bool, overwrite: bool, all_folds: bool = F
         )
 
 
+def of_all_folds(recipe: Recipe) -> Recipe:
+    """Return the recipe of a k-fold run, which does not depend on `data.fold`."""
+    return replace(recipe, data=replace(recipe.data, fold=0))
+
+
 @contextmanager
 def lock_run(folder: Path) -> Iterator[None]:
     """Let one process, or the processes of one launch, write to a run folder.
@@ -222,8 +227,7 @@ def open_run(recipe: Recipe, resume: bool, overwrite: bool, before_write: Callab
 
 def _check_same_recipe(folder: Path, recipe: Recipe, all_folds: bool) -> None:
     before, now = asdict(load_run_recipe(folder)), asdict(recipe)
-    ignored = [("data", "test"), ("data", "sample_submission"), ("trainer", "output_dir")]
-    for section, key in [*ignored, *([("data", "fold")] if all_folds else [])]:
+    for section, key in (("data", "test"), ("data", "sample_submission"), ("trainer", "output_dir")):
         before[section][key] = now[section][key]  # do not matter to training
     for section in ("data", "prompt", "model", "objective", "trainer"):
         for key in {**now[section], **before[section]}:

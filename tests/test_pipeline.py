@@ -211,7 +211,7 @@ def test_a_finished_run_that_is_resumed_does_no_work_and_what_changed_is_done_ag
         assert pipeline.run(recipe, resume=True) == (folder, evaluation)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
-    parts, test = pipeline.read_parts(recipe, True, False), pipeline.read_test(recipe.data)
+    parts, test = pipeline.split(pipeline.load_battles(recipe.data), recipe.data.fold), pipeline.read_test(recipe.data)
     assert pipeline.is_trained(recipe, parts)
     assert pipeline.is_finished(recipe, parts, test)
     assert not pipeline.is_finished(recipe, parts, None)  # submission.csv would be removed

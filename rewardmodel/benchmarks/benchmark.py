@@ -19,7 +19,6 @@ from rewardmodel.benchmarks.questions import Question, question_sources, read_qu
 from rewardmodel.benchmarks.results import BaselineScore, BenchmarkResult, RunScores, Score, leaderboard_entry
 from rewardmodel.benchmarks.scoring import Scored, Terms
 from rewardmodel.benchmarks.table import Benchmark, Scoring, find_benchmark
-from rewardmodel.config.loader import load_recipe
 from rewardmodel.config.schema import Recipe
 from rewardmodel.data.splits import find_seen_battles
 from rewardmodel.distributed import is_main
@@ -28,7 +27,7 @@ from rewardmodel.evaluation.bootstrap import Draws, draw_groups, interval_of
 from rewardmodel.files import write_json, write_text
 from rewardmodel.inference.battles import battles_to_predict
 from rewardmodel.predictions import SEEN_COLUMN, write_predictions
-from rewardmodel.run_folder import RunFolder, trained_models
+from rewardmodel.run_folder import RunFolder, load_run_recipe, trained_models
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +86,7 @@ def benchmark(
         raise InputError(f"benchmark: {len(folders)} runs; give one, or two to compare")
     for folder in folders:
         trained_models(folder)
-    recipes = [load_recipe(RunFolder(folder).recipe, overrides, of_run=True) for folder in folders]
+    recipes = [load_run_recipe(folder, overrides) for folder in folders]
     given = _read(name, chosen, folders[0], data)
     target = Path(output) if output else RunFolder(folders[0]).benchmark(name)
     if target.exists() and not target.is_dir():

@@ -26,7 +26,7 @@ from rewardmodel.errors import InputError
 from rewardmodel.inference.battles import single_model
 from rewardmodel.inference.predict import RunCalibration, read_calibration
 from rewardmodel.inference.reward_function import explain_no_reward
-from rewardmodel.model.forward import Predictor
+from rewardmodel.model.forward import Predictor, check_finite
 from rewardmodel.model.loading import load_predictor
 from rewardmodel.objectives import Objective, find_objective
 from rewardmodel.predictions import IDENTITY_COLUMNS, apply_rules, average_orders, pair_rules, with_baseline
@@ -144,13 +144,10 @@ class Judge:
         Raises:
             FloatingPointError: a prediction that is NaN or infinite; the battles are named.
         """
-        bad = ~np.isfinite(logits).all(axis=(1, 2))
-        if bad.any():
-            ids = ", ".join(battles[row]["id"] for row in np.flatnonzero(bad)[:5])
-            what = f"{bad.sum()} predictions are NaN or infinite ({self.predictor.dtype})"
-            raise FloatingPointError(f"{what}; the first ids: {ids}")
+        ids = [battle["id"] for battle in battles]
+        check_finite(logits, ids, f"{{}} predictions are NaN or infinite ({self.predictor.dtype})")
         orders = self.objective.probabilities_by_order(torch.from_numpy(logits))
-        identity: dict[str, Any] = {"id": [battle["id"] for battle in battles]}
+        identity: dict[str, Any] = {"id": ids}
         identity |= {f"{name}_chars": [sum(map(len, battle[name])) for battle in battles] for name in TEXT_COLUMNS}
         table = pd.DataFrame(identity | average_orders(*(order.numpy() for order in orders)))
         if self.baseline is not None:

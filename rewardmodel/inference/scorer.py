@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rewardmodel.config.loader import load_recipe
 from rewardmodel.errors import InputError
 from rewardmodel.inference.battles import single_model
-from rewardmodel.run_folder import RunFolder
+from rewardmodel.run_folder import load_run_recipe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +42,7 @@ class Scorer:
         self.run = Path(run).absolute()
         self.overrides = list(overrides)
         single_model(self.run)
-        load_recipe(RunFolder(self.run).recipe, self.overrides, of_run=True)
+        load_run_recipe(self.run, self.overrides)
         self._judge: Judge | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -62,7 +61,7 @@ class Scorer:
             if len(set(lengths.values())) > 1:
                 raise InputError(f"{self.run}: columns of different lengths: {lengths}; give a row of each")
         if self._judge is None:
-            recipe = load_recipe(RunFolder(self.run).recipe, self.overrides, of_run=True)
+            recipe = load_run_recipe(self.run, self.overrides)
             self._judge = load_judge(self.run, recipe)
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         table = self._judge.predict(parse_battles(rows, "battles"))

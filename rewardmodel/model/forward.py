@@ -135,18 +135,18 @@ class Predictor:
         return (reduce(result, "sum") if processes > 1 else result).cpu().numpy()
 
 
-def check_finite(values: np.ndarray, rows: Dataset, message: str) -> None:
+def check_finite(values: np.ndarray, ids: Sequence[str], message: str) -> None:
     """Raise FloatingPointError, naming battles, unless all that was computed of rows, (n, k, l), is finite.
 
     Args:
         values: one entry a row.
-        rows: of the same battles.
+        ids: of the same battles; a data set's column, of which only what is named is read.
         message: what is wrong, with {} for the number of battles.
     """
     bad = ~np.isfinite(values).all(axis=(1, 2))
     if bad.any():
-        ids = ", ".join(rows.select(np.flatnonzero(bad)[:5])["id"][:])
-        raise FloatingPointError(f"{message.format(bad.sum())}; the first ids: {ids}")
+        first = ", ".join(ids[int(row)] for row in np.flatnonzero(bad)[:5])
+        raise FloatingPointError(f"{message.format(bad.sum())}; the first ids: {first}")
 
 
 def split_by_tokens(

@@ -14,10 +14,9 @@ import numpy as np
 from datasets import Dataset
 
 from rewardmodel.battles import TEXT_COLUMNS
-from rewardmodel.config.loader import load_recipe
 from rewardmodel.errors import InputError
 from rewardmodel.inference.battles import battles_to_compare, single_model
-from rewardmodel.run_folder import RunFolder
+from rewardmodel.run_folder import load_run_recipe
 from rewardmodel.serving.serve import KEY_VARIABLE
 
 CLIENTS = 16
@@ -74,7 +73,7 @@ def parity(
     """
     folder = Path(run)
     single_model(folder)
-    recipe = load_recipe(RunFolder(folder).recipe, overrides, of_run=True)
+    recipe = load_run_recipe(folder, overrides)
     compared = battles_to_compare(folder, battles)
     health = _ask(f"{url.rstrip('/')}/health")
     if "dtype" not in health:

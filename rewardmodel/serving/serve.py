@@ -9,10 +9,9 @@ from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
 
-from rewardmodel.config.loader import load_recipe
 from rewardmodel.errors import InputError
 from rewardmodel.inference.battles import single_model
-from rewardmodel.run_folder import RunFolder
+from rewardmodel.run_folder import load_run_recipe
 from rewardmodel.serving.limits import Limits
 
 logger = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ def serve(
     folder, limits = Path(run), limits or Limits()
     _check_limits(limits)
     single_model(folder)
-    recipe = load_recipe(RunFolder(folder).recipe, overrides, of_run=True)
+    recipe = load_run_recipe(folder, overrides)
     if missing := [package for package in PACKAGES if find_spec(package) is None]:
         raise InputError(f"the server needs {missing[0]}; install it with: pip install 'rewardmodel[serve]'")
     listening = _listen(host, port)
