@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_battles import tell
-from levers import LEVERS, LORA, READ
+from levers import ENCODER, LEVERS, LORA, READ
 from out_of_fold import Fold, fitted_out_of_fold, read, trained_out_of_fold
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -137,6 +137,8 @@ def levers(options: argparse.Namespace) -> dict[str, tuple[Any, dict[str, Any]]]
         asked |= {name: (recipe_of(changes), changes) for name, changes in READ.items()}
     if options.lora is not None:
         asked |= {name: (recipe_of(given | changes, "arena_small_gpu"), changes) for name, changes in LORA.items()}
+    if options.encoder:
+        asked |= {name: (recipe_of(changes, "seeds/minilm_l6"), changes) for name, changes in ENCODER.items()}
     left_out = set() if options.others else {name for name, (_, changes) in asked.items() if "others" in changes}
     if unknown := set(options.only or ()) - set(asked):
         raise SystemExit(f"--only: {sorted(unknown)} not among {sorted(asked)}")
@@ -246,6 +248,7 @@ def main() -> None:
     parser.add_argument(
         "--lora", nargs="*", metavar="KEY=VALUE", help="LoRA too, with these keys of its recipe changed"
     )
+    parser.add_argument("--encoder", action="store_true", help="an encoder of 22 million weights too, trained")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="of all these levers those alone")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where predictions are kept")
     parser.add_argument("--json", type=Path, help="write the figures there too")

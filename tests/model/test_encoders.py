@@ -49,6 +49,7 @@ VARIANTS = {
 
 HEADS = {
     "deberta-v2": {"pooler", "classifier"},
+    "bert": {"pooler", "classifier"},
     "roberta": {"classifier"},
     "distilbert": {"pre_classifier", "classifier"},
     "modernbert": {"head", "classifier"},
