@@ -1,4 +1,4 @@
-"""Commands that take a recipe: run, doctor, prepare, train."""
+"""Commands that take a recipe: run, doctor, prepare, train, learning-curve."""
 
 import logging
 import sys
@@ -121,4 +121,24 @@ def _train_folds(recipe: "Recipe", fold: str, how: dict[str, bool]) -> None:
     print(f"\nout of fold: {format_metrics(evaluation)}\n\n{RunFolder(folder).report}")
 
 
-TRAINING = {"run": _run, "doctor": _doctor, "prepare": _prepare, "train": _train}
+def _learning_curve(options: Namespace) -> None:
+    """Measure log loss by number of training battles, fit a power law, and say what more battles would give."""
+    if options.fold not in (None, "all"):
+        raise InputError(f"--fold: {options.fold}; give `all`, or choose one fold with --data.fold")
+    from rewardmodel.config.loader import load_recipe
+    from rewardmodel.preflight import check_curve
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    run, sizes = recipe.run_folder, options.sizes or ()
+    output = options.output or run.with_name(f"{run.name}_learning_curve")
+    check_curve(recipe, sizes, options.draws, output)
+    from rewardmodel.learning_curve import measure_learning_curve
+
+    all_folds = options.fold == "all"
+    curve = measure_learning_curve(recipe, output, sizes=sizes, draws=options.draws, all_folds=all_folds)
+    from rewardmodel.evaluation.learning_curve import format_curve
+
+    print(f"{format_curve(curve)}\n\n{output / 'learning_curve.html'}")
+
+
+TRAINING = {"run": _run, "doctor": _doctor, "prepare": _prepare, "train": _train, "learning-curve": _learning_curve}
