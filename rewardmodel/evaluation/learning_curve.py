@@ -272,7 +272,7 @@ def describe_outlooks(curve: LearningCurve) -> list[str]:
             sentences.append(f"{more}: cannot be told: {one.refusal}.")
         else:
             sentences.append(
-                f"{more}: {one.gain.value:.4f} {one.gain.bracket()} less than all of today, a log loss of "
-                f"{one.log_loss.value:.4f} {one.log_loss.bracket()}."
+                f"{more}: a log loss of {one.log_loss.value:.4f} {one.log_loss.bracket()}, which is "
+                f"{one.gain.value:.4f} {one.gain.bracket()} below that of the battles that there are."
             )
     return sentences
