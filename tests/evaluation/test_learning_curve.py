@@ -38,7 +38,7 @@ def test_a_law_without_noise_is_found(law):
     floor, scale, exponent = law
     found = fit_power_law(SIZES, (floor + scale * SIZES**-exponent)[None])
     assert found[0, 2] == pytest.approx(exponent, rel=0.03)
-    assert found[0, 0] == pytest.approx(floor, abs=0.02)
+    assert found[0, 0] == pytest.approx(floor, abs=0.03)
     assert law_losses(found, SIZES)[0] == pytest.approx(floor + scale * SIZES**-exponent, abs=1e-3)
 
 
