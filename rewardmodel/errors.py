@@ -12,9 +12,9 @@ class InputError(ValueError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return `"; did you mean 'x'?"` for the known name closest to `name`, or an empty string."""
+    """Return `" (did you mean 'x'?)"` for the known name closest to `name`, or an empty string."""
     close = get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def plural(number: int, noun: str) -> str:

@@ -11,7 +11,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
@@ -130,7 +130,7 @@ def lock(path: Path, name: str) -> Iterator[None]:
     anything in a folder that cannot be written to: what is written next fails there.
 
     Args:
-        path: the lock file, with host and process of its holder; its folder is made.
+        path: the lock file, with host and process of its holder; its folder is made, and removed if it stays empty.
         name: what is written, for the message.
 
     Raises:
@@ -139,6 +139,7 @@ def lock(path: Path, name: str) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     held = FileLock(path.resolve(), blocking=False, is_singleton=True)
+    made = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         held.acquire()
@@ -160,6 +161,14 @@ def lock(path: Path, name: str) -> Iterator[None]:
             if held.lock_counter == 1:
                 path.unlink(missing_ok=True)  # while it is locked: a file that was unlinked is no lock for others
             held.release()
+        for folder in made:
+            with suppress(OSError):  # something was written there
+                folder.rmdir()
+
+
+def lock_output(output: Path) -> AbstractContextManager[None]:
+    """Let one process at a time write a file or a folder, `--output`, and what is kept next to it meanwhile: `lock`."""
+    return lock(lock_file(output), f"--output: {output}")
 
 
 def clear(folder: Path) -> None:

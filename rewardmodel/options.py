@@ -306,7 +306,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
         name = word.partition("=")[0]
         if word.startswith("--") and not (name.startswith(taken) and "." in name):
             close = nearest(name, options.parser._option_string_actions)
-            raise InputError(f"{command}: unknown option {name}{close or ';'} see {command} --help")
+            raise InputError(f"{command}: unknown option {name}{close}; see {command} --help")
     if overrides and not taken:
         options.parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     options.overrides = overrides

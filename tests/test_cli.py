@@ -185,7 +185,7 @@ def test_help_is_a_command_too(name, capsys):
 def test_help_alone_lists_the_commands_and_of_an_unknown_one_names_the_nearest(capsys, refusal):
     assert main(["help"]) == 0
     assert "usage: rewardmodel [-h]" in capsys.readouterr().out
-    assert "no command 'trian'; did you mean 'train'?" in refusal("help", "trian")
+    assert "no command 'trian' (did you mean 'train'?)" in refusal("help", "trian")
 
 
 def test_the_recipes_of_the_package_are_listed_and_taken_by_name(capsys):
@@ -227,12 +227,12 @@ def test_verbose_prints_where_an_error_comes_from(capsys):
     ],
 )
 def test_an_unknown_option_names_the_nearest(arguments, near, refusal):
-    assert f"; did you mean '{near}'? see rewardmodel {arguments[0]} --help" in refusal(*arguments)
+    assert f" (did you mean '{near}'?); see rewardmodel {arguments[0]} --help" in refusal(*arguments)
 
 
 def test_an_unknown_command_names_those_there_are(refusal):
     message = refusal("trian", "recipe.yaml")
-    assert "no command 'trian'; did you mean 'train'?" in message
+    assert "no command 'trian' (did you mean 'train'?)" in message
     assert all(name in message for name in VERBS)
 
 
@@ -467,7 +467,7 @@ def test_a_recipe_that_is_not_there_is_refused(refusal, tmp_path):
         (["--prompt.maxlength", "300"], "did you mean 'prompt.max_length'?"),
         (["--prompt.max_length", "long"], "prompt.max_length"),
         (["--prompt.max_length=1.5"], "prompt.max_length"),
-        (["--overwrit"], "unknown option --overwrit; did you mean '--overwrite'?"),
+        (["--overwrit"], "unknown option --overwrit (did you mean '--overwrite'?)"),
         (["--model.lora_init=pissa"], "model.lora_init does not exist any more"),
         (["stray"], "stray"),
     ],
@@ -757,7 +757,7 @@ def test_training_refuses_what_doctor_refuses_before_weights_are_read(refusal, r
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "T5"], "--device: no 'T5'; did you mean 'T4'?"),
+        (["--device", "T5"], "--device: no device 'T5' (did you mean 'T4'?)"),
         (["--gpus", "0"], "--gpus: 0; give at least 1"),
         (["--hours", "0"], "--hours: 0; give more than 0"),
         (["--hours", "nine"], "--hours: nine: not all are numbers"),
@@ -881,6 +881,8 @@ EARLIEST = {
     "export over a folder": (["export", "run", "--output", "run"], ["--output: run already exists"]),
     "export without a run": (["export", "nowhere", "--output", "exported"], ["nowhere: no recipe.yaml there"]),
     "baseline of no file": (["baseline", "no.csv"], ["no.csv: no such file"]),
+    "doctor of no device": (["doctor", "good.yaml", "--device", "T5"], ["--device: no device 'T5' (did you mean 'T4'?)"]),
+    "doctor of no GPUs": (["doctor", "good.yaml", "--gpus", "0"], ["--gpus: 0; give at least 1"]),
 }
 """Commands that are refused before even a file of battles is opened."""
 
@@ -944,7 +946,7 @@ EARLY = {
     ),
     "export for an unknown accelerator": (
         [*KAGGLE, "--accelerator", "t4"],
-        ["--accelerator: 't4'", "known: t4x2, rtx-pro-6000"],
+        ["--accelerator: no 't4' on Kaggle", "known: t4x2, rtx-pro-6000"],
     ),
     "export beyond Kaggle's time": ([*KAGGLE, "--time-limit", "40000"], ["--time-limit: 40000; give seconds below"]),
     "export with words for a time": ([*KAGGLE, "--time-limit", "long"], ["--time-limit: long: not all are numbers"]),

@@ -77,7 +77,7 @@ def test_a_recipe_is_its_path_its_name_its_sections_or_itself(tmp_path):
     assert as_recipe({"model": {"lora_r": 3}, "data": {"train": tmp_path}}).data.train == str(tmp_path)
     recipe = Recipe()
     assert as_recipe(recipe) is recipe
-    with pytest.raises(InputError, match=r"^recipe: unknown key 'model\.lora_rr'; did you mean 'model\.lora_r'"):
+    with pytest.raises(InputError, match=r"^recipe: unknown key 'model\.lora_rr' \(did you mean 'model\.lora_r'"):
         as_recipe({"model": {"lora_rr": 3}})
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from rewardmodel.data.splits import find_seen_battles
 from rewardmodel.distributed import is_main
 from rewardmodel.errors import InputError
 from rewardmodel.evaluation.bootstrap import Draws, draw_groups, interval_of
-from rewardmodel.files import write_json, write_text
+from rewardmodel.files import lock_output, write_json, write_text
 from rewardmodel.inference.battles import battles_to_predict
 from rewardmodel.predictions import SEEN_COLUMN, write_predictions
 from rewardmodel.run_folder import RunFolder, load_run_recipe, trained_models
@@ -77,7 +78,7 @@ def benchmark(
         overrides: keys of the runs' recipes for this call, as typed: `["--inference.batch_tokens", "2048"]`.
 
     Raises:
-        InputError: something given cannot be used; file, row and column are named.
+        InputError: something given cannot be used; file, row and column are named. Or another process writes there.
         FloatingPointError: a score that is NaN or infinite; the questions are named.
     """
     chosen = find_benchmark(name)
@@ -87,22 +88,22 @@ def benchmark(
     for folder in folders:
         trained_models(folder)
     recipes = [load_run_recipe(folder, overrides) for folder in folders]
-    given = _read(name, chosen, folders[0], data)
     target = Path(output) if output else RunFolder(folders[0]).benchmark(name)
     if target.exists() and not target.is_dir():
         raise InputError(f"--output: {target} is a file; give the name of a folder")
-    target.mkdir(parents=True, exist_ok=True)
-
-    measured = [
-        _measure_probabilities(folder, recipe, given, target)
-        if isinstance(given, Dataset)
-        else _measure_responses(folder, recipe, given, chosen, target)
-        for folder, recipe in zip(folders, recipes, strict=True)
-    ]
-    names = _run_names(folders)
-    result = _summarise(chosen.title, str(data or (chosen.hub and chosen.hub.path)), folders, names, measured)
-    if is_main():
-        _write(target, result, names, measured)
+    with lock_output(target) if is_main() else nullcontext():
+        given = _read(name, chosen, folders[0], data)
+        target.mkdir(parents=True, exist_ok=True)
+        measured = [
+            _measure_probabilities(folder, recipe, given, target)
+            if isinstance(given, Dataset)
+            else _measure_responses(folder, recipe, given, chosen, target)
+            for folder, recipe in zip(folders, recipes, strict=True)
+        ]
+        names = _run_names(folders)
+        result = _summarise(chosen.title, str(data or (chosen.hub and chosen.hub.path)), folders, names, measured)
+        if is_main():
+            _write(target, result, names, measured)
     return result
 
 

@@ -206,7 +206,7 @@ def _find_format(raw: RawRows, name: str | None) -> str:
             spare = nearest(column, here - KNOWN_COLUMNS).replace("did you mean", "is it")
             needs = "; ".join(f"{one}: {', '.join(FORMATS[one].needs)}" for one in FORMATS)
             raise InputError(
-                f"{raw.where}: column '{column}' is missing{spare or ';'} the columns of each format are: {needs} (and "
+                f"{raw.where}: column '{column}' is missing{spare}; the columns of each format are: {needs} (and "
                 f"the outcome: {', '.join(OUTCOMES)}, or winner, or p_b); map other names with data.train.columns"
             )
     return name

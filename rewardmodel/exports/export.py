@@ -22,7 +22,7 @@ from rewardmodel.exports.checks import TrainedRun, check_options, load_trained_r
 from rewardmodel.exports.kaggle import Bundle, write_bundle
 from rewardmodel.exports.kaggle_notebook import write_notebook
 from rewardmodel.exports.wheels import unneeded_packages
-from rewardmodel.files import atomic_path, check_writable, lock, lock_file, write_json, write_text
+from rewardmodel.files import atomic_path, check_writable, lock_output, write_json, write_text
 from rewardmodel.hub import check_repository, upload
 from rewardmodel.inference.battles import battles_to_compare
 from rewardmodel.predictions import PROBABILITIES, predicted, read_predictions, write_predictions
@@ -85,54 +85,54 @@ def export(
         bundle=bundle,
     )
     check_writable(output, "--output")
-    copied = contents == "adapter" and len(trained) == 1 and battles is None  # its predictions are the run's
-    compared = None if copied else battles_to_compare(trained[0].folder, battles)
-    if push_to_hub:
-        check_repository(push_to_hub, "--push-to-hub")
-    import torch
+    with lock_output(output):
+        copied = contents == "adapter" and len(trained) == 1 and battles is None  # its predictions are the run's
+        compared = None if copied else battles_to_compare(trained[0].folder, battles)
+        if push_to_hub:
+            check_repository(push_to_hub, "--push-to-hub")
+        import torch
 
-    from rewardmodel.exports.card import write_card
-    from rewardmodel.exports.parity import check_copy, format_parity
-    from rewardmodel.exports.soup import average_adapters
-    from rewardmodel.model.backbone import saved_backbone_folder
+        from rewardmodel.exports.card import write_card
+        from rewardmodel.exports.parity import check_copy, format_parity
+        from rewardmodel.exports.soup import average_adapters
+        from rewardmodel.model.backbone import saved_backbone_folder
 
-    form, weights = EXPORTS[contents], getattr(torch, dtype or trained[0].dtype)
-    if form.merged:
-        _check_mergeable(trained[0])
-    alone = lock(lock_file(output), f"--output: {output}")
-    with alone, tempfile.TemporaryDirectory() as work, atomic_path(output) as folder:
-        # the model, its recipe and its calibrator
-        run = trained[0] if len(trained) == 1 else average_adapters(trained, Path(work))
-        model = folder / "model" if bundle else folder
-        form.write(run, model, weights)
-        recipe = form.adapt_recipe(run.recipe)
-        write_text(RunFolder(model).recipe, dump_recipe(recipe))
-        if len(trained) == 1:
-            _copy_calibrator(run.folder, model)
+        form, weights = EXPORTS[contents], getattr(torch, dtype or trained[0].dtype)
+        if form.merged:
+            _check_mergeable(trained[0])
+        with tempfile.TemporaryDirectory() as work, atomic_path(output) as folder:
+            # the model, its recipe and its calibrator
+            run = trained[0] if len(trained) == 1 else average_adapters(trained, Path(work))
+            model = folder / "model" if bundle else folder
+            form.write(run, model, weights)
+            recipe = form.adapt_recipe(run.recipe)
+            write_text(RunFolder(model).recipe, dump_recipe(recipe))
+            if len(trained) == 1:
+                _copy_calibrator(run.folder, model)
 
-        # compare its predictions with the run's, or its files
-        plain = run.recipe.model.plain_head and form.merged and not rewardmodel_only
-        if compared is None:
-            checked = check_copy(run.model, model)
-        else:
-            checked = _compare(trained, run, model, compared, weights, form, plain)
-        parity = {"kind": kind, **checked}
+            # compare its predictions with the run's, or its files
+            plain = run.recipe.model.plain_head and form.merged and not rewardmodel_only
+            if compared is None:
+                checked = check_copy(run.model, model)
+            else:
+                checked = _compare(trained, run, model, compared, weights, form, plain)
+            parity = {"kind": kind, **checked}
 
-        # parity.json, the model card, and the other files of a bundle
-        write_json(folder / "parity.json", parity)
-        write_card([one.folder for one in trained], model, parity, format_parity(parity), trained[0].recipe)
-        if bundle:
-            backbone = None
-            if bundle.base_folder:  # the backbone is elsewhere on the other machine
-                backbone = saved_backbone_folder(run.recipe.model, run.model)
-                recipe = replace(recipe, model=replace(recipe.model, model_name_or_path=bundle.base_folder))
-                write_text(RunFolder(model).recipe, dump_recipe(recipe))
-            unneeded = unneeded_packages(run.recipe, run.model, contents)
-            write_bundle(bundle, unneeded, folder)
-            write_notebook(bundle, folder, backbone, [*bundle.machines], unneeded)
-    if push_to_hub:
-        upload(output, push_to_hub)
-    return parity
+            # parity.json, the model card, and the other files of a bundle
+            write_json(folder / "parity.json", parity)
+            write_card([one.folder for one in trained], model, parity, format_parity(parity), trained[0].recipe)
+            if bundle:
+                backbone = None
+                if bundle.base_folder:  # the backbone is elsewhere on the other machine
+                    backbone = saved_backbone_folder(run.recipe.model, run.model)
+                    recipe = replace(recipe, model=replace(recipe.model, model_name_or_path=bundle.base_folder))
+                    write_text(RunFolder(model).recipe, dump_recipe(recipe))
+                unneeded = unneeded_packages(run.recipe, run.model, contents)
+                write_bundle(bundle, unneeded, folder)
+                write_notebook(bundle, folder, backbone, [*bundle.machines], unneeded)
+        if push_to_hub:
+            upload(output, push_to_hub)
+        return parity
 
 
 def _compare(

@@ -9,7 +9,7 @@ from rewardmodel.config.loader import Overrides
 from rewardmodel.data.source_checks import OWN_PARTS, announce, check_source
 from rewardmodel.distributed import is_main
 from rewardmodel.errors import InputError
-from rewardmodel.files import check_writable, lock, lock_file
+from rewardmodel.files import check_writable, lock_output
 from rewardmodel.inference.battles import battles_to_predict, check_time_limit, check_weights
 from rewardmodel.run_folder import as_folders, load_run_recipe, trained_models
 
@@ -62,7 +62,7 @@ def predict_to_file(
     check_writable(output, "--output")
     for run in folders:
         trained_models(run)
-    with lock(lock_file(output), f"--output: {output}") if is_main() else nullcontext():
+    with lock_output(output) if is_main() else nullcontext():
         return _predict_to(output, folders, battles, overrides, weights, sample, time_limit)
 
 

@@ -97,7 +97,7 @@ def fetch_backbone(name: str, revision: str = "main", weights: bool = True) -> P
         return path
     if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(
-            f"model.model_name_or_path: no backbone '{name}'{nearest(name, PACKAGED) or ';'} give a hub id "
+            f"model.model_name_or_path: no backbone '{name}'{nearest(name, PACKAGED)}; give a hub id "
             f"(owner/name), a local folder, a .gguf file, or one of: {', '.join(PACKAGED)}"
         )
     return _from_hub(name, revision, weights)

@@ -9,7 +9,8 @@ from rewardmodel.config.trainer import BATTLES, TOKENS
 from rewardmodel.model.budget import extrapolate_tokens
 from rewardmodel.model.heads import WIDTHS
 from rewardmodel.objectives import find_objective
-from rewardmodel.planning.devices import GIB, count_flops
+from rewardmodel.planning.devices import count_flops
+from rewardmodel.planning.gpus import GIB
 from rewardmodel.planning.scenario import Scenario, measure_peaks
 from rewardmodel.planning.workload import Branches
 

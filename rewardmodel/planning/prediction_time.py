@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from rewardmodel.config.schema import Recipe
 from rewardmodel.distributed import Launch
-from rewardmodel.planning.devices import GIB
+from rewardmodel.planning.gpus import GIB
 from rewardmodel.planning.diagnosis import Diagnosis, format_duration
 from rewardmodel.planning.doctor import doctor
 from rewardmodel.planning.estimate import UTILISATION
@@ -18,7 +18,7 @@ def describe_prediction_time(recipe: Recipe, device: str, gpus: int, battles: in
 
     Args:
         recipe: of the run.
-        device: a name from `planning.devices.DEVICES`.
+        device: a name from `planning.gpus.DEVICES`.
         gpus: how many of them, a process each.
         battles: number of battles.
         limit: hours that there are.

@@ -852,10 +852,10 @@ def test_mapped_columns_may_be_those_of_preference_data(tmp_path):
 
 
 MAPPINGS = {
-    "ours": ({"promt": "question"}, "columns.promt: unknown column; did you mean 'prompt'?; known: "),
+    "ours": ({"promt": "question"}, "columns.promt: unknown column (did you mean 'prompt'?); known: "),
     "theirs": (
         {"prompt": "qestion"},
-        "columns.prompt: the file has no column 'qestion'; did you mean 'question'?; it has",
+        "columns.prompt: the file has no column 'qestion' (did you mean 'question'?); it has",
     ),
     "nothing near": (
         {"prompt": "zzz"},
@@ -879,7 +879,7 @@ def test_format_may_be_named(tmp_path):
     path = str(write(tmp_path, csv_text([{**GOOD, "chosen": "x", "rejected": "y"}])))
     assert texts_of(read_battles(Source(path, format="competition"))[0]) == [["p"], ["a"], ["b"]]
     assert "column 'conversation_a' is missing" in message_of(Source(path, format="conversations"))
-    assert "format: no format 'preferences'; did you mean 'preference'?" in message_of(
+    assert "format: no format 'preferences' (did you mean 'preference'?)" in message_of(
         Source(path, format="preferences")
     )
 

@@ -9,7 +9,7 @@ from rewardmodel.config.schema import ModelConfig
 from rewardmodel.distributed import Launch
 from rewardmodel.objectives import JOINT_HEAD
 from rewardmodel.planning import estimate
-from rewardmodel.planning.devices import DEVICES, Device
+from rewardmodel.planning.gpus import DEVICES, Device
 from rewardmodel.planning.estimate import (
     BACKWARD_OPERATIONS,
     CUDA_CONTEXT,
