@@ -5,6 +5,7 @@ Options are parsed here and used in `cli`. Recipe keys are passed on as typed, b
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Collection, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -298,16 +299,22 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
         InputError: an option that the command does not have.
         SystemExit: the command is used in another way than its usage says, which is printed.
     """
+    command, taken = f"rewardmodel {arguments[0]}", KEYS.get(arguments[0], ())
+    known = _known_options(parser, arguments[0])
+    for word in takewhile(lambda word: word != "--", arguments[1:] if known else ()):
+        name = word.partition("=")[0]
+        if word.startswith("--") and name not in known and not (name.startswith(taken) and "." in name):
+            raise InputError(f"{command}: unknown option {name}{nearest(name, known)}; see {command} --help")
     options, overrides = parser.parse_known_args(arguments)
-    command, taken = f"rewardmodel {options.command}", KEYS.get(options.command, ())
     if overrides and "recipe" in options and arguments.index(options.recipe) > arguments.index(overrides[0]):
         raise InputError(f"{command}: the recipe comes before its keys: RECIPE --section.key VALUE")
-    for word in overrides:
-        name = word.partition("=")[0]
-        if word.startswith("--") and not (name.startswith(taken) and "." in name):
-            close = nearest(name, options.parser._option_string_actions)
-            raise InputError(f"{command}: unknown option {name}{close}; see {command} --help")
     if overrides and not taken:
         options.parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     options.overrides = overrides
     return options
+
+
+def _known_options(parser: ArgumentParser, command: str) -> Collection[str]:
+    """Return the options of a command, by which they are checked before argparse names what is missing."""
+    commands = next(action for action in parser._actions if isinstance(action.choices, Mapping))
+    return commands.choices[command]._option_string_actions if command in commands.choices else ()

@@ -222,6 +222,9 @@ def test_verbose_prints_where_an_error_comes_from(capsys):
     ("arguments", "near"),
     [
         (["predict", "run", "b.csv", "--outptu", "x.csv", "--output", "x.csv"], "--output"),
+        (["predict", "run", "b.csv", "--outptu", "x.csv"], "--output"),
+        (["parity", "run", "--ulr=x"], "--url"),
+        (["prepare", "r.yaml", "--ouput", "x", "--data.fold", "1"], "--output"),
         (["export", "run", "--output", "x", "--knd=merged"], "--kind"),
         (["baseline", "sample", "--fold", "3"], "--folds"),
     ],
@@ -881,7 +884,10 @@ EARLIEST = {
     "export over a folder": (["export", "run", "--output", "run"], ["--output: run already exists"]),
     "export without a run": (["export", "nowhere", "--output", "exported"], ["nowhere: no recipe.yaml there"]),
     "baseline of no file": (["baseline", "no.csv"], ["no.csv: no such file"]),
-    "doctor of no device": (["doctor", "good.yaml", "--device", "T5"], ["--device: no device 'T5' (did you mean 'T4'?)"]),
+    "doctor of no device": (
+        ["doctor", "good.yaml", "--device", "T5"],
+        ["--device: no device 'T5' (did you mean 'T4'?)"],
+    ),
     "doctor of no GPUs": (["doctor", "good.yaml", "--gpus", "0"], ["--gpus: 0; give at least 1"]),
 }
 """Commands that are refused before even a file of battles is opened."""
@@ -946,7 +952,7 @@ EARLY = {
     ),
     "export for an unknown accelerator": (
         [*KAGGLE, "--accelerator", "t4"],
-        ["--accelerator: no 't4' on Kaggle", "known: t4x2, rtx-pro-6000"],
+        ["--accelerator: no 't4'", "known: t4x2, rtx-pro-6000"],
     ),
     "export beyond Kaggle's time": ([*KAGGLE, "--time-limit", "40000"], ["--time-limit: 40000; give seconds below"]),
     "export with words for a time": ([*KAGGLE, "--time-limit", "long"], ["--time-limit: long: not all are numbers"]),

@@ -60,7 +60,8 @@ def read_battles(
 
     Args:
         source: a path, the id of a hub data set, `sample` for the packaged demonstration set, a `Source` with options,
-            a table, a dict or a list of dicts; or a list of these, whose battles' ids get the source's name as prefix.
+            a table, a dict (of a battle, or of columns) or a list of dicts; or a list of these, whose battles' ids get
+            the source's name as prefix.
         role: `train` or `test`: which file of `sample`, of an archive or of a folder, and which split of a data set.
         seed: for limits, and to choose which response is A in preference data.
         reports: gets a report of each source that is read.

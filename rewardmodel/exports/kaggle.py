@@ -81,7 +81,7 @@ class Bundle:
             )
         if self.accelerator not in ACCELERATORS:
             hint = nearest(self.accelerator, ACCELERATORS)
-            raise InputError(f"--accelerator: no '{self.accelerator}' on Kaggle{hint}; known: {', '.join(ACCELERATORS)}")
+            raise InputError(f"--accelerator: no '{self.accelerator}'{hint}; known: {', '.join(ACCELERATORS)}")
         if not 0 < self.time_limit < RUN_SECONDS:
             raise InputError(f"--time-limit: {self.time_limit:g}; give seconds below {RUN_SECONDS}, Kaggle's own limit")
 

@@ -64,7 +64,7 @@ def predict(
     Args:
         runs: a run folder, or an export (`exports`); or several.
         battles: as for `battles_to_predict`, of the first run; labelled or not. One battle may be a dict, several a
-            list of dicts.
+            list of dicts or a dict of columns; one that may be either is refused (`data.tables.rows_as_table`).
         recipe: overrides the run's own, for another device, precision or way to predict; one for each run.
         weights: of each run in the mean; default: equal.
         work: a folder for intermediate results, shard by shard, so that the same call continues after a kill; remove

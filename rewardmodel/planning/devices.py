@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from rewardmodel.planning.gpus import DEVICES, OLDEST, Device, check_device, too_old
+
+
 def find_device(name: str | None) -> Device:
     """Return a device by name; None: the first GPU of this machine, or else its CPU; `cpu`: its CPU.
 

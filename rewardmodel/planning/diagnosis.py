@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from rewardmodel.distributed import Launch
-from rewardmodel.planning.gpus import GIB, Device
 from rewardmodel.planning.estimate import LAUNCH_SECONDS, UTILISATION, Hours, MemoryNeeds
+from rewardmodel.planning.gpus import GIB, Device
 from rewardmodel.planning.workload import Workload
 
 

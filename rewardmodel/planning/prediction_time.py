@@ -5,10 +5,10 @@ from dataclasses import replace
 
 from rewardmodel.config.schema import Recipe
 from rewardmodel.distributed import Launch
-from rewardmodel.planning.gpus import GIB
 from rewardmodel.planning.diagnosis import Diagnosis, format_duration
 from rewardmodel.planning.doctor import doctor
 from rewardmodel.planning.estimate import UTILISATION
+from rewardmodel.planning.gpus import GIB
 
 
 def describe_prediction_time(recipe: Recipe, device: str, gpus: int, battles: int, limit: float) -> str:

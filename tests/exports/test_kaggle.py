@@ -186,7 +186,10 @@ def test_a_bundle_needs_a_name_that_kaggle_takes(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"accelerator": "t4x1"}, "--accelerator: no 't4x1' on Kaggle (did you mean 't4x2'?); known: t4x2, rtx-pro-6000"),
+        (
+            {"accelerator": "t4x1"},
+            "--accelerator: no 't4x1' (did you mean 't4x2'?); known: t4x2, rtx-pro-6000",
+        ),
         ({"time_limit": 32400}, "--time-limit: 32400; give seconds below 32400"),
         ({"time_limit": 0}, "--time-limit: 0"),
         ({"time_limit": float("nan")}, "--time-limit: nan"),

@@ -10,10 +10,10 @@ from rewardmodel.distributed import Launch
 from rewardmodel.errors import InputError
 from rewardmodel.planning import doctor as planning
 from rewardmodel.planning import estimate
-from rewardmodel.planning.gpus import DEVICES, GIB
 from rewardmodel.planning.diagnosis import format_doctor
 from rewardmodel.planning.doctor import doctor
 from rewardmodel.planning.estimate import MemoryNeeds
+from rewardmodel.planning.gpus import DEVICES, GIB
 from rewardmodel.planning.scenario import Scenario
 from rewardmodel.planning.workload import Workload
 
