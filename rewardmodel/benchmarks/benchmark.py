@@ -23,7 +23,7 @@ from rewardmodel.benchmarks.table import Benchmark, Scoring, find_benchmark
 from rewardmodel.config.schema import Recipe
 from rewardmodel.data.splits import find_seen_battles
 from rewardmodel.distributed import is_main
-from rewardmodel.errors import InputError
+from rewardmodel.errors import InputError, plural
 from rewardmodel.evaluation.bootstrap import Draws, draw_groups, interval_of
 from rewardmodel.files import lock_output, write_json, write_text
 from rewardmodel.inference.battles import battles_to_predict
@@ -84,7 +84,7 @@ def benchmark(
     chosen = find_benchmark(name)
     folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(one) for one in runs]
     if len(folders) not in (1, 2):
-        raise InputError(f"benchmark: {len(folders)} runs; give one, or two to compare")
+        raise InputError(f"benchmark: {plural(len(folders), 'run')}; give one, or two to compare")
     for folder in folders:
         trained_models(folder)
     recipes = [load_run_recipe(folder, overrides) for folder in folders]
@@ -165,7 +165,7 @@ def _describe_scoring(recipe: Recipe, responses: int, pairs: int) -> str:
 
     if find_objective(recipe.objective).encoding == "separate":
         return f"scores each response alone: {responses:,} responses, each once"
-    return f"compares two responses: {pairs:,} pairs, each in both orders, averaged where not said otherwise"
+    return f"compares two responses: {plural(pairs, 'pair')}, each in both orders, averaged where not said otherwise"
 
 
 def _predict_tfidf(run: Path, battles: Dataset) -> np.ndarray | None:
@@ -207,7 +207,7 @@ def _measure_probabilities(run: Path, recipe: Recipe, battles: Dataset, target: 
     texts = [name for name in ("prompt", "response_a", "response_b") if name in table]
     return Measured(
         recipe,
-        f"predicts {len(table):,} battles, as `rewardmodel predict` does",
+        f"predicts {plural(len(table), 'battle')}, as `rewardmodel predict` does",
         seen,
         model_figures(table),
         probability_baselines(table, _predict_tfidf(run, battles)),

@@ -28,7 +28,7 @@ from rewardmodel.data.readers import split_endings
 from rewardmodel.data.sources import open_rows
 from rewardmodel.data.tables import rows_as_table
 from rewardmodel.data.teacher import with_teacher
-from rewardmodel.errors import InputError, nearest
+from rewardmodel.errors import InputError, nearest, plural
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +133,8 @@ def _read_source(given: BattleSource, role: str, seed: int, reports: list[Source
 
     if source.teacher is not None:
         battles = with_teacher(battles, Path(source.teacher), prefix)
-    for what, count in sorted(raw.notes.items()):
-        logger.warning("%s: %d %s", raw.where, count, what)
+    for (noun, words), count in sorted(raw.notes.items()):
+        logger.warning("%s: %s %s", raw.where, plural(count, noun), words)
     return battles if source.limit is None else limit_battles(assign_groups(battles), source.limit, seed)
 
 

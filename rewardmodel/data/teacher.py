@@ -19,7 +19,7 @@ from rewardmodel.battles import (
     validate,
     with_column,
 )
-from rewardmodel.errors import InputError
+from rewardmodel.errors import InputError, plural
 from rewardmodel.predictions import IDENTITY_COLUMNS, SEEN_COLUMN, predicted, read_predictions
 
 
@@ -62,8 +62,8 @@ def with_teacher(battles: Dataset, path: Path, prefix: str = "") -> Dataset:
     seen = table[SEEN_COLUMN].to_numpy(bool)
     if seen.any():
         raise InputError(
-            f"{path}: the teacher trained on the prompts or responses of {seen.sum()} of {len(seen)} battles (column "
-            f"'{SEEN_COLUMN}', first '{ids[seen][0]}'); predict with a k-fold run, which predicts each battle by the "
+            f"{path}: the teacher trained on the prompts or responses of {seen.sum()} of {plural(len(seen), 'battle')} "
+            f"(column '{SEEN_COLUMN}', first '{ids[seen][0]}'); predict with a k-fold run, which predicts each battle by the "
             "folds that did not train on it"
         )
     for name, values in zip(TEACHER_COLUMNS, predicted(table).T, strict=True):

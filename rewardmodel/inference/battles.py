@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewardmodel.data.source_checks import OWN_PARTS
-from rewardmodel.errors import InputError
+from rewardmodel.errors import InputError, plural
 from rewardmodel.run_folder import check_same_inputs, is_k_fold, load_run_recipe, model_folder, trained_models
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ def battles_to_compare(run: Path, battles: Any = None) -> "Dataset":
     if battles is not None:
         given = battles_to_predict(run, battles)
         if len(given) < COMPARED_BATTLES:
-            raise InputError(f"--battles: {len(given)} battles; give at least {COMPARED_BATTLES} to compare on")
+            few = plural(len(given), "battle")
+            raise InputError(f"--battles: {few}; give at least {COMPARED_BATTLES} to compare on")
         return given
     try:
         held_out = battles_to_predict(run, "validation")

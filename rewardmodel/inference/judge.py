@@ -22,7 +22,7 @@ from rewardmodel.battles import COLUMN_DEFAULTS, TEXT_COLUMNS, build_table
 from rewardmodel.config.schema import Recipe
 from rewardmodel.data.raw_row import RawRow
 from rewardmodel.data.text_lists import looks_like_turns
-from rewardmodel.errors import InputError
+from rewardmodel.errors import InputError, plural
 from rewardmodel.inference.battles import single_model
 from rewardmodel.inference.predict import RunCalibration, read_calibration
 from rewardmodel.inference.reward_function import explain_no_reward
@@ -236,7 +236,7 @@ def parse_battles(rows: Iterable[Mapping[str, Any]], where: str) -> list[Battle]
         texts = {name: turns or [""] * rounds for name, turns in texts.items()}
         for name in TEXT_COLUMNS:
             if len(texts[name]) != len(texts["prompt"]):
-                turns = f"{len(texts[name])} turns, but the prompt has {len(texts['prompt'])}"
+                turns = f"{plural(len(texts[name]), 'turn')}, but the prompt has {len(texts['prompt'])}"
                 raise row.error(name, f"{turns}; give one response turn for each prompt turn")
         battles.append({**texts, "id": row.read_text("id") or str(number)})
     return battles

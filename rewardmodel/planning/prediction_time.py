@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from rewardmodel.config.schema import Recipe
 from rewardmodel.distributed import Launch
+from rewardmodel.errors import plural
 from rewardmodel.planning.diagnosis import Diagnosis, format_duration
 from rewardmodel.planning.doctor import doctor
 from rewardmodel.planning.estimate import UTILISATION
@@ -26,7 +27,7 @@ def describe_prediction_time(recipe: Recipe, device: str, gpus: int, battles: in
     Raises:
         InputError: as `planning.doctor.doctor`.
     """
-    where = f"{battles:,} battles on {gpus} x {device}"
+    where = f"{plural(battles, 'battle')} on {gpus} x {device}"
     found = _diagnose(recipe, device, gpus)
     if found.estimate is None:
         return f"{where}: not possible: {'; '.join(found.problems)}"

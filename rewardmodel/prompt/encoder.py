@@ -93,7 +93,7 @@ class PromptEncoder:
         least = self.fixed_tokens(1).length + len(self.mark) + MIN_ROUND_TOKENS
         if self.max_length < least:
             raise InputError(
-                f"prompt.max_length: {self.max_length} tokens are too few: the template '{name}' and a "
+                f"prompt.max_length: {self.max_length} is too few tokens: the template '{name}' and a "
                 f"little text of each turn take {least}; set at least that"
             )
 

@@ -24,9 +24,10 @@ def describe_prediction(row: Mapping[str, Any]) -> Answer:
     """Return a row of a predictions table as an answer.
 
     Returns:
-        `winner`, the likeliest outcome, and a tie where A and B are equally likely; `p_model_a`, `p_model_b`, `p_tie`; `ab_*`, the same in the order as given; `ba_*`, with A and B
-        exchanged and the result exchanged back; `flips`, whether the order decides who wins. `ba_*` and `flips` are
-        None where the order cannot matter, or is not asked for.
+        `winner`, the likeliest outcome, and a tie where A and B are equally likely; `p_model_a`, `p_model_b`, `p_tie`;
+        `ab_*`, the same in the order as given; `ba_*`, with A and B exchanged and the result exchanged back; `flips`,
+        whether the order decides who wins. `ba_*` and `flips` are None where the order cannot matter, or is not asked
+        for.
     """
     answer: Answer = {}
     winners = []

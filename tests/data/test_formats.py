@@ -150,7 +150,7 @@ def test_missing_response_has_an_empty_turn_a_prompt_turn_and_is_counted(tmp_pat
     rows = [{**GOOD, "prompt": '["p", "q"]', "response_a": absent, "response_b": '["b", "c"]'}]
     path = write(tmp_path, csv_text(rows))
     assert read_battles(path)["response_a"][0] == ["", ""]
-    assert [text for *_, text in warnings_of(caplog)] == [f"{path}: 1 missing texts read as empty turns"]
+    assert [text for *_, text in warnings_of(caplog)] == [f"{path}: 1 missing text read as empty"]
 
 
 @pytest.mark.parametrize("absent", ["", "  ", "null", "[]"])
@@ -158,7 +158,7 @@ def test_missing_prompt_has_an_empty_turn_a_response_turn_and_is_counted(tmp_pat
     rows = [{**GOOD, "prompt": absent, "response_a": '["a", "b"]', "response_b": '["c", "d"]'}]
     path = write(tmp_path, csv_text(rows))
     assert read_battles(path)["prompt"][0] == ["", ""]
-    assert [text for *_, text in warnings_of(caplog)] == [f"{path}: 1 missing texts read as empty turns"]
+    assert [text for *_, text in warnings_of(caplog)] == [f"{path}: 1 missing text read as empty"]
 
 
 def test_battle_without_any_text_has_one_empty_turn_of_each(tmp_path, caplog):
@@ -166,14 +166,14 @@ def test_battle_without_any_text_has_one_empty_turn_of_each(tmp_path, caplog):
     battles = read_battles(path)
     assert [battles[0][name] for name in ("prompt", "response_a", "response_b")] == [[""]] * 3
     assert battles["prompt"][1] == ["p"]
-    assert [text for *_, text in warnings_of(caplog)] == [f"{path}: 3 missing texts read as empty turns"]
+    assert [text for *_, text in warnings_of(caplog)] == [f"{path}: 3 missing texts read as empty"]
 
 
 @pytest.mark.parametrize("absent", [None, float("nan"), pd.NA])
 def test_missing_response_of_a_data_frame_is_read_as_empty_and_counted(caplog, absent):
     battles = read_battles(pd.DataFrame([{**GOOD, "response_b": absent}]))
     assert battles["response_b"][0] == [""]
-    assert [text for *_, text in warnings_of(caplog)] == ["data frame: 1 missing texts read as empty turns"]
+    assert [text for *_, text in warnings_of(caplog)] == ["data frame: 1 missing text read as empty"]
 
 
 def test_lone_surrogate_is_replaced_and_counted(tmp_path, caplog):
@@ -490,7 +490,7 @@ def test_rows_of_lists_and_of_plain_texts_are_read_as_what_they_are_and_counted(
     assert texts_of(battles[0]) == [["p", "q"], ["a", "b's"], ["c", ""]]
     assert texts_of(battles[9]) == [["plain"]] * 3
     kinds = ("lists of turns", "plain texts") if lists == 1 else ("plain texts", "lists of turns")
-    assert f"{path}: 1 rows of {kinds[0]} among rows of {kinds[1]}" in caplog.messages
+    assert f"{path}: 1 row of {kinds[0]} among rows of {kinds[1]}" in caplog.messages
 
 
 @pytest.mark.parametrize("prompt", ["[1, 2]", "[[]]", "[a]"])
@@ -639,9 +639,7 @@ def test_images_of_an_arena_conversation_are_left_out_and_counted(caplog):
     }
     rows = [{name: [question, *said(name, first="assistant")] for name in FORMATS["conversations"].needs}]
     assert read_battles(pd.DataFrame(rows))["prompt"][0] == ["What is it?"]
-    assert [text for *_, text in warnings_of(caplog)] == [
-        "data frame: 2 parts of messages that are not text (image), left out"
-    ]
+    assert [text for *_, text in warnings_of(caplog)] == ["data frame: 2 parts of messages, not text (image), left out"]
 
 
 S = {"role": "system", "content": "S"}
