@@ -22,13 +22,14 @@ def run(backbone, tmp_path_factory):
     return rewardmodel.train(path, battle_frame().to_dict("records"))[0]
 
 
-def test_a_run_is_trained_from_a_path_on_dicts_and_predicts_dicts(run):
+def test_a_run_is_trained_from_a_path_on_dicts_and_predicts_dicts(run, capsys):
     battles = battle_frame(2, seed=3).drop(columns=["winner_model_a", "winner_model_b", "winner_tie"])
     table = predict(run, battles)
     pd.testing.assert_frame_equal(predict(run, battles.to_dict("records")), table)
     one = predict(str(run), battles.to_dict("records")[3])
     assert one["p_tie"].tolist() == pytest.approx(table["p_tie"].tolist()[3:4], abs=1e-5)
     assert load_recipe(run / "recipe.yaml").data.train == "<list>"
+    assert capsys.readouterr().err == "", "bars of libraries"
 
 
 @pytest.mark.parametrize("name", ["train", "run", "prepare", "doctor", "train_folds", "train_fold"])

@@ -17,6 +17,7 @@ from filelock import FileLock
 
 from rewardmodel.errors import InputError, nearest
 from rewardmodel.files import atomic_path, cache_folder
+from rewardmodel.progress import quiet
 
 logger = logging.getLogger(__name__)
 
@@ -224,6 +225,7 @@ def _hash_file(path: Path, size: int, modified: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
+@quiet()
 def _convert(gguf: Path, folder: Path) -> None:
     """Write weights, in bfloat16, and tokenizer of a GGUF file in the format of save_pretrained.
 
