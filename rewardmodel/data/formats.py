@@ -122,7 +122,7 @@ def _read_source(given: BattleSource, role: str, seed: int, reports: list[Source
     wanted = {*KNOWN_COLUMNS, *(name for name in source.columns.values() if name)}
     with open_rows(given if isinstance(given, pd.DataFrame | Dataset) else source, role, wanted) as opened:
         raw = _rename_columns(opened, source.columns)
-        format = FORMATS[_find_format(raw, source.format)]
+        format = FORMATS[_find_format(raw, source.format, role if source.path else None)]
         check_outcomes(source, raw.where, set(raw.columns))
         parser = BattleParser(raw, format, source, seed, prefix)
         report = SourceReport(raw.where, format.tossed, _unread_columns(opened.columns, format, source.columns))
@@ -183,8 +183,14 @@ def _unread_columns(columns: Sequence[str], format: Format, mapping: Mapping[str
     return [name for name in columns if name not in used and mapping.get(name, "") is not None]
 
 
-def _find_format(raw: RawRows, name: str | None) -> str:
-    """Return the format of that name, or else the one whose columns the file has; raise if one is missing."""
+def _find_format(raw: RawRows, name: str | None, role: str | None) -> str:
+    """Return the format of that name, or else the one whose columns the file has; raise if one is missing.
+
+    Args:
+        raw: the rows.
+        name: of a format; None: by the columns.
+        role: of the file in a recipe; None: the rows are of a table in Python.
+    """
     if name is not None and name not in FORMATS:
         raise InputError(
             f"{raw.where}: format: no format '{name}'{nearest(name, FORMATS)}; known: {', '.join(FORMATS)}"
@@ -208,9 +214,15 @@ def _find_format(raw: RawRows, name: str | None) -> str:
             needs = "; ".join(f"{one}: {', '.join(FORMATS[one].needs)}" for one in FORMATS)
             raise InputError(
                 f"{raw.where}: column '{column}' is missing{spare}; the columns of each format are: {needs} (and "
-                f"the outcome: {', '.join(OUTCOMES)}, or winner, or p_b); map other names with data.train.columns"
+                f"the outcome: {', '.join(OUTCOMES)}, or winner, or p_b); {_explain_renaming(role)}"
             )
     return name
+
+
+def _explain_renaming(role: str | None) -> str:
+    """Return how a column of another name is read: as the recipe, or the Python program, that gave it can say it."""
+    python = "in Python with Source(path, columns={…})"
+    return f"rename it, or map it with data.{role}.columns in a recipe, {python}" if role else "rename it in the table"
 
 
 _VOTES = ("model_a", "model_b", *OUTCOME_COLUMNS)

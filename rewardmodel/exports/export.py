@@ -4,6 +4,7 @@ An export holds a model at its top, where hubs and plain transformers expect it,
 calibrator, so that `predict` takes it like a run; parity.json; and README.md, its model card.
 """
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -31,6 +32,8 @@ from rewardmodel.run_folder import RunFolder
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 
 def export(
@@ -104,6 +107,7 @@ def export(
             # the model, its recipe and its calibrator
             run = trained[0] if len(trained) == 1 else average_adapters(trained, Path(work))
             model = folder / "model" if bundle else folder
+            logger.info("writing %s …", output)
             form.write(run, model, weights)
             recipe = form.adapt_recipe(run.recipe)
             write_text(RunFolder(model).recipe, dump_recipe(recipe))

@@ -6,6 +6,7 @@ process, first by plain transformers without rewardmodel being imported, then by
 
 import filecmp
 import json
+import logging
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,8 @@ from rewardmodel.objectives import find_objective
 from rewardmodel.predictions import predicted, read_predictions, true_outcomes, write_predictions
 from rewardmodel.prompt.tokenization import tokenize
 from rewardmodel.run_folder import load_run_recipe
+
+logger = logging.getLogger(__name__)
 
 Parity = dict[str, Any]
 """What `check_parity` found, as parity.json holds it: `{"battles": 64, "max_abs_dp": 2e-6, "limits": {…}, …}`."""
@@ -178,6 +181,7 @@ def check_parity(
             "logits": str(work / "logits.pt"),
             "predictions": str(work / "predictions.parquet"),
         }
+        logger.info("reading the export back in a new process, which predicts the %d battles again …", len(battles))
         _run_in_fresh_process(job, work)
 
         # compare its predictions with the run's, and with plain transformers'

@@ -1050,3 +1050,17 @@ def test_columns_that_are_not_read_are_named(kind, tmp_path, caplog):
         read_battles(Source(str(path), columns={"prompt": "question"}))
     unread = [line for line in caplog.messages if "not read" in line]
     assert unread == [f"{path}: columns that are not read: margin, turn, input"]
+
+
+def test_the_advice_for_a_missing_column_is_for_whoever_gave_the_battles(tmp_path):
+    frame = battle_frame(1).rename(columns={"response_b": "second"})
+    path = write_csv(frame, tmp_path / "battles.csv")
+    for given, role, advice in (
+        (frame, "test", "rename it in the table"),
+        (Dataset.from_pandas(frame), "train", "rename it in the table"),
+        (path, "train", "map it with data.train.columns in a recipe, in Python with Source(path, columns={…})"),
+        (path, "test", "map it with data.test.columns in a recipe, in Python with Source(path, columns={…})"),
+    ):
+        with pytest.raises(InputError) as caught:
+            read_battles(given, role=role)
+        assert str(caught.value).endswith(advice)
