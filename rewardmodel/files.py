@@ -115,6 +115,28 @@ def check_new_folder(path: Path) -> None:
         raise InputError(f"--output: {path} already exists; remove it, or name another")
 
 
+def check_replaceable(output: Path) -> None:
+    """Raise InputError if a file to be written, `--output`, is there and holds something else than predictions.
+
+    Predictions are replaced, because the same command may be given again; a table of battles is not.
+    """
+    if not output.is_file():
+        return
+    try:
+        if output.suffix == ".parquet":
+            from pyarrow.parquet import read_schema
+
+            ours = "p_model_a" in read_schema(output).names
+        else:
+            with output.open(encoding="utf-8") as file:
+                names = [name.strip('"') for name in file.readline().rstrip().split(",")]
+            ours = any(name.startswith("winner") for name in names) and "prompt" not in names
+    except ValueError:  # of another kind, by its first bytes
+        ours = False
+    if not ours:
+        raise InputError(f"--output: {output} is there and holds no predictions; remove it, or name another")
+
+
 def lock_file(output: Path) -> Path:
     """Return the lock file of a file or a folder that is written: `.NAME.lock` next to it."""
     output = output.absolute()

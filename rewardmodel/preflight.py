@@ -11,7 +11,7 @@ from pathlib import Path
 from rewardmodel.config.schema import Recipe
 from rewardmodel.data.source_checks import OWN_PARTS, announce, check_source, check_sources
 from rewardmodel.errors import InputError
-from rewardmodel.files import check_new_folder, check_writable, lock_output
+from rewardmodel.files import check_new_folder, check_replaceable, check_writable, lock_output
 from rewardmodel.planning.gpus import check_device
 from rewardmodel.run_folder import RunFolder, check_run, lock_run, of_all_folds, trained_models
 
@@ -80,6 +80,7 @@ def check_baseline(battles: str, output: Path | None) -> None:
     if output and output.suffix != ".parquet":
         raise InputError(f"--output: {output} does not end in .parquet; give a name that does")
     if output:
+        check_replaceable(output)
         check_writable(output, "--output")
     check_source(battles)
     announce([battles])

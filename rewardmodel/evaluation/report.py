@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from rewardmodel.errors import InputError
 from rewardmodel.evaluation.evaluate import compare, evaluate, evaluated_predictions
 from rewardmodel.evaluation.page import ComparedRun, render_comparison, render_run
 from rewardmodel.evaluation.results import Evaluation
@@ -29,9 +30,11 @@ def report(
         The path of the file.
 
     Raises:
-        InputError: no such run, or runs that were validated on different battles.
+        InputError: no such run, runs that were validated on different battles, or a file that is no .html.
     """
     folders = as_folders(runs)
+    if output and Path(output).suffix not in (".html", ".htm"):
+        raise InputError(f"--output: {output} does not end in .html; give a name that does")
     found = [evaluate(folder) for folder in folders] if evaluations is None else list(evaluations)
     if len(folders) == 1:
         path = Path(output or RunFolder(folders[0]).report)

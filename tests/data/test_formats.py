@@ -7,6 +7,8 @@ from collections import defaultdict
 import numpy as np
 import pandas as pd
 import pytest
+from builders import battle_frame, write_csv
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -1055,12 +1057,12 @@ def test_columns_that_are_not_read_are_named(kind, tmp_path, caplog):
 def test_the_advice_for_a_missing_column_is_for_whoever_gave_the_battles(tmp_path):
     frame = battle_frame(1).rename(columns={"response_b": "second"})
     path = write_csv(frame, tmp_path / "battles.csv")
-    for given, role, advice in (
+    for battles, role, advice in (
         (frame, "test", "rename it in the table"),
         (Dataset.from_pandas(frame), "train", "rename it in the table"),
         (path, "train", "map it with data.train.columns in a recipe, in Python with Source(path, columns={…})"),
         (path, "test", "map it with data.test.columns in a recipe, in Python with Source(path, columns={…})"),
     ):
         with pytest.raises(InputError) as caught:
-            read_battles(given, role=role)
+            read_battles(battles, role=role)
         assert str(caught.value).endswith(advice)
