@@ -204,6 +204,8 @@ class RawRow:
 
     def repair(self, text: str) -> str:
         """Return `text` as valid Unicode: surrogate pairs from JSON are joined, lone surrogates replaced."""
+        if text.isascii():  # known without a look at it
+            return text
         try:
             text.encode()
         except UnicodeEncodeError:
