@@ -316,5 +316,5 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
 
 def _known_options(parser: ArgumentParser, command: str) -> Collection[str]:
     """Return the options of a command, by which they are checked before argparse names what is missing."""
-    commands = next(action for action in parser._actions if isinstance(action.choices, Mapping))
-    return commands.choices[command]._option_string_actions if command in commands.choices else ()
+    commands: Any = next(action.choices for action in parser._actions if isinstance(action.choices, Mapping))
+    return commands[command]._option_string_actions if command in commands else ()

@@ -22,6 +22,7 @@ from rewardmodel.files import (
     clear,
     lock,
     lock_file,
+    lock_output,
     whole_or_absent,
     write_arrays,
     write_text,
@@ -297,7 +298,10 @@ def test_a_lock_names_its_holder_and_is_gone_afterwards(tmp_path):
             pass
         with pytest.raises(filelock.Timeout):
             filelock.FileLock(path, blocking=False).acquire()
-    assert names(path.parent) == []
+    assert not path.parent.exists()
+    with lock_output(tmp_path / "runs" / "one"):
+        (path.parent / "one").touch()
+    assert names(path.parent) == ["one"]
 
 
 @pytest.mark.parametrize(("number", "said"), [(errno.ENOLCK, True), (errno.EACCES, False)])

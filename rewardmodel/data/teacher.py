@@ -63,8 +63,8 @@ def with_teacher(battles: Dataset, path: Path, prefix: str = "") -> Dataset:
     if seen.any():
         raise InputError(
             f"{path}: the teacher trained on the prompts or responses of {seen.sum()} of {plural(len(seen), 'battle')} "
-            f"(column '{SEEN_COLUMN}', first '{ids[seen][0]}'); predict with a k-fold run, which predicts each battle "
-            "by the folds that did not train on it"
+            f"(column '{SEEN_COLUMN}', first '{ids[seen][0]}'); predict with a k-fold run, which predicts each "
+            "battle by the folds that did not train on it"
         )
     for name, values in zip(TEACHER_COLUMNS, predicted(table).T, strict=True):
         battles = with_column(battles, name, values)

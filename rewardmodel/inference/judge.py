@@ -21,6 +21,7 @@ from datasets.table import InMemoryTable
 from rewardmodel.battles import COLUMN_DEFAULTS, TEXT_COLUMNS, build_table
 from rewardmodel.config.schema import Recipe
 from rewardmodel.data.raw_row import RawRow
+from rewardmodel.data.raw_rows import Note
 from rewardmodel.data.text_lists import looks_like_turns
 from rewardmodel.errors import InputError, plural
 from rewardmodel.inference.battles import single_model
@@ -225,7 +226,7 @@ def parse_battles(rows: Iterable[Mapping[str, Any]], where: str) -> list[Battle]
         InputError: a row that is no battle; the message names row and column.
     """
     battles: list[Battle] = []
-    notes = Counter[str]()
+    notes = Counter[Note]()
     for number, values in enumerate(rows, start=1):
         if missing := [name for name in TEXT_COLUMNS if name not in values]:
             raise InputError(f"{where}: column '{missing[0]}' is missing; give {', '.join(TEXT_COLUMNS)}")
