@@ -117,6 +117,16 @@ def test_the_commands_are_listed(arguments, capsys):
     assert "register-python-argcomplete rewardmodel" in output.out
 
 
+@pytest.mark.parametrize("command", [["recipes"], ["schema"], ["run", "quickstart", "--print-config"]])
+def test_a_reader_that_has_gone_is_no_error(command, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        assert main(command) == 141
+    assert capsys.readouterr().err == ""
+
+
 def test_listing_the_commands_imports_nothing_heavy():
     code = (
         "import sys; from rewardmodel.cli import main; assert main(['--help']) == 0;"
@@ -620,7 +630,7 @@ def test_predictions_that_are_no_numbers_exit_with_1_and_write_nothing(run_folde
     save_file({name: weight * float("nan") for name, weight in load_file(adapter).items()}, adapter, {"format": "pt"})
     assert main(["predict", str(broken), str(test_file), "--output", str(tmp_path / "x.csv")]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: 12 predictions are NaN or infinite")
+    assert error.startswith("error: NaN or infinite predictions of 12 battles")
     assert not (tmp_path / "x.csv").exists()
 
 

@@ -146,7 +146,7 @@ class Judge:
             FloatingPointError: a prediction that is NaN or infinite; the battles are named.
         """
         ids = [battle["id"] for battle in battles]
-        check_finite(logits, ids, f"{{}} predictions are NaN or infinite ({self.predictor.dtype})")
+        check_finite(logits, ids, f"NaN or infinite predictions of {{}} ({self.predictor.dtype})")
         orders = self.objective.probabilities_by_order(torch.from_numpy(logits))
         identity: dict[str, Any] = {"id": ids}
         identity |= {f"{name}_chars": [sum(map(len, battle[name])) for battle in battles] for name in TEXT_COLUMNS}
