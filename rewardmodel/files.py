@@ -115,6 +115,12 @@ def check_new_folder(path: Path) -> None:
         raise InputError(f"--output: {path} already exists; remove it, or name another")
 
 
+def check_page(output: Path) -> None:
+    """Raise InputError unless a page to be written, `--output`, is called one, so that it replaces no other file."""
+    if output.suffix not in (".html", ".htm"):
+        raise InputError(f"--output: {output} does not end in .html; give a name that does")
+
+
 def check_replaceable(output: Path) -> None:
     """Raise InputError if a file to be written, `--output`, is there and holds something else than predictions.
 

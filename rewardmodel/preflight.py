@@ -11,7 +11,7 @@ from pathlib import Path
 from rewardmodel.config.schema import Recipe
 from rewardmodel.data.source_checks import OWN_PARTS, announce, check_source, check_sources
 from rewardmodel.errors import InputError
-from rewardmodel.files import check_new_folder, check_replaceable, check_writable, lock_output
+from rewardmodel.files import check_new_folder, check_page, check_replaceable, check_writable, lock_output
 from rewardmodel.planning.gpus import check_device
 from rewardmodel.run_folder import RunFolder, check_run, lock_run, of_all_folds, trained_models
 
@@ -110,6 +110,17 @@ def check_predictions(given: Sequence[Path], battles: str | None = None) -> None
                 f"{file}: cannot be read as predictions (no such file); give a finished run, or a predictions.parquet"
             )
     logger.info("reading %s …", ", ".join(map(str, given)))
+
+
+def check_report(runs: Sequence[Path], output: Path | None) -> None:
+    """Check runs to report on and the name of the page, and say what is read.
+
+    Raises:
+        InputError: as `check_predictions`, or a name that does not end in .html.
+    """
+    if output:
+        check_page(output)
+    check_predictions(runs)
 
 
 def check_export(runs: Sequence[Path], output: Path) -> None:

@@ -894,6 +894,12 @@ EARLIEST = {
     "export over a folder": (["export", "run", "--output", "run"], ["--output: run already exists"]),
     "export without a run": (["export", "nowhere", "--output", "exported"], ["nowhere: no recipe.yaml there"]),
     "baseline of no file": (["baseline", "no.csv"], ["no.csv: no such file"]),
+    "predict over battles": (
+        ["predict", "run", "good.csv", "--output", "good.csv"],
+        ["good.csv is there and holds no"],
+    ),
+    "report over battles": (["report", "run", "--output", "good.csv"], ["good.csv does not end in .html"]),
+    "train of a misspelt file": (["train", "good.yaml", "--data.train", "god.csv"], ["(did you mean 'good.csv'?)"]),
     "doctor of no device": (
         ["doctor", "good.yaml", "--device", "T5"],
         ["--device: no device 'T5' (did you mean 'T4'?)"],

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rewardmodel.errors import InputError
 from rewardmodel.evaluation.evaluate import compare, evaluate, evaluated_predictions
 from rewardmodel.evaluation.page import ComparedRun, render_comparison, render_run
 from rewardmodel.evaluation.results import Evaluation
 from rewardmodel.evaluation.run_facts import describe_run
-from rewardmodel.files import write_text
+from rewardmodel.files import check_page, write_text
 from rewardmodel.run_folder import RunFolder, as_folders
 
 
@@ -33,8 +32,8 @@ def report(
         InputError: no such run, runs that were validated on different battles, or a file that is no .html.
     """
     folders = as_folders(runs)
-    if output and Path(output).suffix not in (".html", ".htm"):
-        raise InputError(f"--output: {output} does not end in .html; give a name that does")
+    if output:
+        check_page(Path(output))
     found = [evaluate(folder) for folder in folders] if evaluations is None else list(evaluations)
     if len(folders) == 1:
         path = Path(output or RunFolder(folders[0]).report)
