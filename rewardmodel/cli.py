@@ -67,9 +67,9 @@ def _call(arguments: Sequence[str] | None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        raise
     except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            sys.stdout.flush()  # raises it again if it is this pipe, and not that of a network
         print(f"error: {describe_failure(error, arguments[0])}", file=sys.stderr)
         return 2
     except FloatingPointError as error:

@@ -127,6 +127,15 @@ def test_a_reader_that_has_gone_is_no_error(command, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_another_broken_pipe_is_an_error(monkeypatch, capsys):
+    def fail(options):
+        raise BrokenPipeError(32, "Broken pipe", "socket")
+
+    monkeypatch.setitem(VERBS, "recipes", fail)
+    assert main(["recipes"]) == 2
+    assert capsys.readouterr().err.startswith("error: [Errno 32] Broken pipe: 'socket'")
+
+
 def test_listing_the_commands_imports_nothing_heavy():
     code = (
         "import sys; from rewardmodel.cli import main; assert main(['--help']) == 0;"
