@@ -69,7 +69,7 @@ def _call(arguments: Sequence[str] | None) -> int:
         return 2
     except OSError as error:
         if isinstance(error, BrokenPipeError):
-            sys.stdout.flush()  # raises it again if it is this pipe, and not that of a network
+            print(flush=True)  # raises it again if it is standard output's, not that of a network
         print(f"error: {describe_failure(error, arguments[0])}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
