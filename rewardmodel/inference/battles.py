@@ -96,7 +96,7 @@ def check_weights(weights: Sequence[float] | None, runs: int) -> list[float]:
     """
     shares = [1.0] * runs if weights is None else [float(weight) for weight in weights]
     if len(shares) != runs:
-        raise InputError(f"weights: {len(shares)} for {runs} runs; give one for each run")
+        raise InputError(f"weights: {len(shares)} for {plural(runs, 'run')}; give one for each run")
     if not all(0 <= share < math.inf for share in shares) or not any(shares):
         raise InputError(
             f"weights: {', '.join(f'{share:g}' for share in shares)}; give numbers from 0, not all of them 0"
