@@ -75,7 +75,7 @@ def read_depths(recipe: Any, battles: Any, depths: list[int]) -> int:
     rows = tokenize(battles, tokenizer, recipe.prompt, encoding=objective.encoding, both_orders=joint)
 
     keys = row_keys(rows)
-    held = [{key for part, in read_arrays(cache, "*.npz", ("keys",)) for key in part} for cache in caches.values()]
+    held = [{key for (part,) in read_arrays(cache, "*.npz", ("keys",)) for key in part} for cache in caches.values()]
     missing = np.array([row for row, key in enumerate(keys) if not all(key in found for found in held)], dtype=int)
     if not len(missing):
         return 0
