@@ -67,7 +67,8 @@ def main() -> None:
     tell({"keys": options.keys, "recipes": found}, options.json)
     for name, machines in found.items():
         cells = [
-            f"{one['hours']:.1f} h, {one['gib_at_least']:.0f} GiB" if "hours" in one else "no" for one in machines.values()
+            f"{one['hours']:.1f} h, {one['gib_at_least']:.0f} GiB" if "hours" in one else "no"
+            for one in machines.values()
         ]
         print(f"| `{name}` | {' | '.join(cells)} |")
 
