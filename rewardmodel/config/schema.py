@@ -131,9 +131,10 @@ class ModelConfig:
     keep_head: bool = False
     """Start from the classification head of the backbone's checkpoint, such as a published reward model, which must
     have the objective's number of outputs; false: a new last layer."""
-    head_init: Literal["zero", "fitted"] = "zero"
-    """Initial value of a new last layer: zero, which predicts equal probabilities, or fitted to the features of the
-    untrained backbone before anything else trains (linear probing first: Kumar et al. 2022)."""
+    head_init: Literal["zero", "fitted", "answer"] = "zero"
+    """Initial value of a new last layer: zero, which predicts equal probabilities; fitted to the features of the
+    untrained backbone before anything else trains (linear probing first: Kumar et al. 2022); or answer, for joint
+    objectives: the language model's output rows for A, B and tie, scaled and shifted to fit 256 battles."""
     load_in_4bit: bool = False
     """Quantise the backbone, not the head, to 4 bits with bitsandbytes."""
     load_in_8bit: bool = False

@@ -10,7 +10,7 @@ from rewardmodel.config.loader import RecipeLike, as_recipe
 from rewardmodel.config.schema import ModelConfig, Recipe
 from rewardmodel.distributed import Launch, current_launch
 from rewardmodel.errors import InputError, plural
-from rewardmodel.model.compatibility import check_ties, incompatibilities
+from rewardmodel.model.compatibility import check_head, incompatibilities
 from rewardmodel.model.configuration import Configuration, usable_attention
 from rewardmodel.model.families import check_length, find_family, lowest_layers, stored_bits
 from rewardmodel.model.precision import compute_dtype, dtype_name, quantization_name
@@ -45,7 +45,7 @@ def doctor(recipe: RecipeLike, device: str | None = None, launched: Launch | Non
     """
     # the backbone's configuration, its precision on the device, and incompatible settings
     recipe = as_recipe(recipe)
-    check_ties(recipe.model, recipe.objective)
+    check_head(recipe.model, recipe.objective)
     folder = fetch_backbone(recipe.model.model_name_or_path, recipe.model.model_revision, weights=False)
     backbone = lowest_layers(AutoConfig.from_pretrained(folder), recipe.model.num_hidden_layers)
     check_length(backbone, recipe.prompt.max_length)

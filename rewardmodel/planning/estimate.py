@@ -118,7 +118,7 @@ def estimate_training(scenario: Scenario) -> MemoryNeeds:
     parts["activations"] = _activation_bytes(scenario, one, without)
 
     # a head is fitted before training starts: its features take memory that training uses later, and may need more
-    if recipe.model.head_init == "fitted":
+    if recipe.model.head_init != "zero":
         later = parts["gradients"] + parts["optimiser"] + parts["activations"]
         beyond = max(0, _feature_bytes(scenario) - later)
         parts |= {"features": beyond} if beyond else {}

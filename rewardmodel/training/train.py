@@ -24,7 +24,7 @@ from rewardmodel.data.teacher import check_teacher, with_soft_outcomes
 from rewardmodel.distributed import from_main, is_main, wait_for_all
 from rewardmodel.errors import plural
 from rewardmodel.model.backbone import Backbone, resolve_backbone
-from rewardmodel.model.compatibility import check_ties
+from rewardmodel.model.compatibility import check_head
 from rewardmodel.model.features import layer_logits, read_features
 from rewardmodel.model.forward import Predictor
 from rewardmodel.model.loading import build_model, compile_blocks, load_tokenizer, save_model, trained_layer
@@ -42,6 +42,7 @@ from rewardmodel.run_folder import (
     open_run,
     write_environment,
 )
+from rewardmodel.training.answer_head import calibration_sample, start_from_answers
 from rewardmodel.training.arguments import LearningRates, compile_options, training_arguments
 from rewardmodel.training.head_fit import Examples, check_groups, fit_last_layer
 from rewardmodel.training.trainer import PreferenceTrainer
@@ -82,7 +83,7 @@ def train(
     recipe = as_recipe(recipe)
     recipe = recipe if battles is None else with_source(recipe, battles)
     objective, run = find_objective(recipe.objective), RunFolder(recipe.run_folder)
-    check_ties(recipe.model, recipe.objective)
+    check_head(recipe.model, recipe.objective)
     check_run(recipe, resume, overwrite)
     backbone = resolve_backbone(
         recipe.model, trainer=recipe.trainer, max_length=recipe.prompt.max_length, weights=False
@@ -176,8 +177,8 @@ def _train_adapters(inputs: TrainingInputs, args: RewardConfig, resume: bool, be
         trainer.add_callback(EarlyStoppingCallback(recipe.trainer[EARLY_STOPPING]))
     checkpoint = from_main(lambda: last_checkpoint(run.path)) if resume else None
     begin()
-    if recipe.model.head_init == "fitted" and not checkpoint:
-        fit_head(inputs)
+    if not checkpoint:
+        HEAD_INITS[recipe.model.head_init](inputs)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if not trainer.objective.learns_ties:
         trainer.fit_tie()
@@ -189,6 +190,7 @@ def _train_head(inputs: TrainingInputs, args: RewardConfig, resume: bool, begin:
     begin()
     recipe, layer = inputs.recipe, trained_layer(inputs.model)
     objective = find_objective(recipe.objective)
+    HEAD_INITS[recipe.model.head_init](inputs)
     fit_head(inputs)
     if not objective.learns_ties:
         rewards = layer_logits(layer, read_features(inputs.predictor, inputs.validation_rows))[..., 0]
@@ -204,6 +206,23 @@ def fit_head(inputs: TrainingInputs) -> None:
     layer, settings = trained_layer(inputs.model), inputs.recipe.objective
     examples = Examples.of(inputs.rows, read_features(inputs.predictor, inputs.rows), layer.weight.device)
     fit_last_layer(layer, examples, inputs.groups, find_objective(settings), settings)
+
+
+def answer_head(inputs: TrainingInputs) -> None:
+    """Set the head's last layer, in place, to what the backbone's language model would answer."""
+    sample = inputs.rows.select(calibration_sample(len(inputs.rows)))
+    device = trained_layer(inputs.model).weight.device
+    examples = Examples.of(sample, read_features(inputs.predictor, sample), device)
+    settings = inputs.recipe.objective
+    start_from_answers(inputs.model, inputs.tokenizer, inputs.backbone, examples, find_objective(settings), settings)
+
+
+HEAD_INITS: dict[str, Callable[[TrainingInputs], None]] = {
+    "zero": lambda _: None,
+    "fitted": fit_head,
+    "answer": answer_head,
+}
+"""How a new last layer starts, by the recipe's `model.head_init`."""
 
 
 def _open(

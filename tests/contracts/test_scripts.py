@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from fresh import run_fresh
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-NAMES = sorted(path.stem for path in SCRIPTS.glob("bench_*.py"))
+NAMES = ["plan_recipes", "read_depths", *sorted(path.stem for path in SCRIPTS.glob("bench_*.py"))]
 
 TINY = {
     "model_type": "llama",
@@ -272,3 +273,39 @@ def test_serving_is_measured_on_a_tiny_model(script, backbone, tmp_path):
         assert 0 < one["p50_s"] <= one["p99_s"]
         assert one["of_offline"] == pytest.approx(one["a_second"] / found["offline_a_second"], rel=0.02, abs=0.01)
     assert found["best_of_8"]["prompt_shared"] > 0
+
+
+def test_depths_read_together_are_what_each_backbone_reads_alone(script, backbone, tmp_path, monkeypatch):
+    from builders import battles_of, small_recipe
+
+    from rewardmodel.config.schema import ObjectiveConfig
+
+    monkeypatch.setenv("REWARDMODEL_CACHE", str(tmp_path / "together"))
+    module, alone = script("read_depths"), script("out_of_fold")
+    recipe = small_recipe(backbone("llama"), tmp_path, objective=ObjectiveConfig("davidson"))
+    recipe = dataclasses.replace(recipe, prompt=dataclasses.replace(recipe.prompt, template="response"))
+    battles = battles_of([("good", "bad, and longer"), ("one", "two"), ("yes", "")], np.eye(3))
+    assert module.read_depths(recipe, battles, [1, 2]) == 3
+    assert module.read_depths(recipe, battles, [1, 2]) == 0  # the cache has them
+    recipes = [
+        dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, num_hidden_layers=depth))
+        for depth in (1, 2)
+    ]
+    together = [alone.read(one, battles).features for one in recipes]
+    monkeypatch.setenv("REWARDMODEL_CACHE", str(tmp_path / "alone"))
+    for one, found in zip(recipes, together, strict=True):
+        np.testing.assert_array_equal(found, alone.read(one, battles).features)
+
+
+def test_large_recipes_are_planned_on_every_machine(script, backbone, monkeypatch):
+    module = script("plan_recipes")
+    monkeypatch.setattr("rewardmodel.planning.doctor.DEVICES", {})
+    monkeypatch.setattr(module, "MACHINES", {"H100": 1, "T4": 2})
+    words = [f"--model.model_name_or_path={backbone('llama')}", "--prompt.max_length=64"]
+    found = module.plan("llama3_8b_qlora", words, None)
+    assert set(found) == {"1 x H100", "2 x T4"}
+    assert found["1 x H100"]["precision"] == "bfloat16"
+    assert 0 < found["1 x H100"]["training_hours"] <= found["1 x H100"]["hours"] <= found["2 x T4"]["hours"]
+    assert 0 < found["1 x H100"]["gib_at_least"] < 1
+    refused = module.plan("llama3_8b_qlora", [*words, "--model.load_in_fp8=true", "--model.load_in_4bit=false"], None)
+    assert "model.load_in_fp8" in refused["2 x T4"]["problems"][0]
