@@ -27,8 +27,8 @@ def plan(name: str, words: list[str], backbones: Path | None) -> dict[str, Any]:
     """Return hours and GiB of a recipe on each machine; a machine on which it does not run has the reason."""
     from rewardmodel import load_recipe
     from rewardmodel.distributed import Launch
-    from rewardmodel.planning.gpus import GIB
     from rewardmodel.planning.doctor import doctor
+    from rewardmodel.planning.gpus import GIB
 
     recipe = load_recipe(RECIPES / f"{name}.yaml", words)
     if backbones:
