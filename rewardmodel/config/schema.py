@@ -39,7 +39,8 @@ class Source:
     battle, which are not used."""
     teacher: str | None = None
     """Predictions of these battles by a teacher that did not train on them (the .parquet of `rewardmodel predict`).
-    The distillation objective learns from them; battles without an outcome take theirs from here, for training only."""
+    The distillation and the separate objectives learn from them; battles without an outcome take theirs from here, for
+    training only."""
     subset: str | None = None
     """Configuration of a data set on the hub."""
     split: str | None = None
@@ -190,9 +191,10 @@ class ObjectiveConfig:
     temperature: float = 1.0
     """Softmax temperature of teacher and student (distillation)."""
     weight_votes: float = 1.0
-    """Weight of the cross-entropy with the votes (distillation)."""
+    """Weight of the cross-entropy with the votes (distillation, and separate objectives where a battle has a teacher)."""
     weight_teacher: float = 1.0
-    """Weight of the Kullback-Leibler divergence from the teacher's probabilities (distillation)."""
+    """Weight of the Kullback-Leibler divergence from the teacher's probabilities (distillation), or of these as an outcome
+    next to the votes (separate objectives)."""
     weight_cosine: float = 0.0
     """Weight of 1 - cosine similarity between the teacher's and the student's probabilities (distillation)."""
 
