@@ -191,10 +191,10 @@ class ObjectiveConfig:
     temperature: float = 1.0
     """Softmax temperature of teacher and student (distillation)."""
     weight_votes: float = 1.0
-    """Weight of the cross-entropy with the votes (distillation, and separate objectives where a battle has a teacher)."""
+    """Weight of the cross-entropy with the votes (distillation; separate objectives where a battle has a teacher)."""
     weight_teacher: float = 1.0
-    """Weight of the Kullback-Leibler divergence from the teacher's probabilities (distillation), or of these as an outcome
-    next to the votes (separate objectives)."""
+    """Weight of the Kullback-Leibler divergence from the teacher's probabilities (distillation), or of the cross-entropy
+    with them (separate objectives)."""
     weight_cosine: float = 0.0
     """Weight of 1 - cosine similarity between the teacher's and the student's probabilities (distillation)."""
 

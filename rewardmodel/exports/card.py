@@ -194,8 +194,8 @@ def _explain_not_plain(config: ModelConfig) -> str:
     if not config.plain_head:
         return (
             f"**Only rewardmodel loads this model.** Plain transformers does not have its head (`model.pooling: "
-            f"{config.pooling}`, `model.pair_ties: {str(config.pair_ties).lower()}`); `--kind merged` exports it with the "
-            "code that it needs there."
+            f"{config.pooling}`, `model.pair_ties: {str(config.pair_ties).lower()}`); `--kind merged` exports it with "
+            "the code that it needs there."
         )
     return "**Only rewardmodel loads this model** as it was trained; plain transformers was not checked on it."
 

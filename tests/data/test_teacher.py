@@ -123,7 +123,7 @@ def test_separate_objectives_mix_votes_and_teacher_by_their_weights(predictions,
     alone = with_teacher(unlabelled, predictions())
     np.testing.assert_array_equal(outcomes(with_soft_outcomes(alone, share)), teacher_probabilities(alone))
     check_teacher(both, "davidson", reads_teacher=False, share=share)
-    with pytest.raises(InputError, match="objective.weight_votes, objective.weight_teacher: both are 0"):
+    with pytest.raises(InputError, match=r"^objective\.weight_votes, objective\.weight_teacher: both are 0"):
         teacher_share(0.0, 0.0)
 
 
