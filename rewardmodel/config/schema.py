@@ -193,8 +193,8 @@ class ObjectiveConfig:
     weight_votes: float = 1.0
     """Weight of the cross-entropy with the votes (distillation; separate objectives where a battle has a teacher)."""
     weight_teacher: float = 1.0
-    """Weight of the Kullback-Leibler divergence from the teacher's probabilities (distillation), or of the cross-entropy
-    with them (separate objectives)."""
+    """Weight of the Kullback-Leibler divergence from the teacher's probabilities (distillation), or of the
+    cross-entropy with them (separate objectives)."""
     weight_cosine: float = 0.0
     """Weight of 1 - cosine similarity between the teacher's and the student's probabilities (distillation)."""
 
