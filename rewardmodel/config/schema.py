@@ -124,11 +124,11 @@ class ModelConfig:
     of them that computes the backbone's family and works on the device."""
     pooling: Literal["last", "responses", "last_and_responses"] = "last"
     """What a decoder's head reads: the hidden state of the last token, as in plain transformers; the mean over each
-    response, concatenated, from which small backbones learn much faster; or both. Only rewardmodel loads heads with the
-    latter two. Encoders keep the pooling of their class in transformers."""
+    response, concatenated, from which small backbones learn much faster; or both. Plain transformers loads the latter
+    two once exported, with `trust_remote_code`. Encoders keep the pooling of their class in transformers."""
     pair_ties: bool = False
     """Separate objectives: let P(tie) depend on the hidden states of both responses (their distance and mean), in
-    addition to the rewards. Only rewardmodel loads such a head."""
+    addition to the rewards. Exported, plain transformers loads it with `trust_remote_code`."""
     keep_head: bool = False
     """Start from the classification head of the backbone's checkpoint, such as a published reward model, which must
     have the objective's number of outputs; false: a new last layer."""

@@ -274,7 +274,7 @@ def test_serving_is_measured_on_a_tiny_model(script, backbone, tmp_path):
     assert found["best_of_8"]["prompt_shared"] > 0
 
 
-def test_reward_models_that_learn_from_a_teacher_are_compared_on_folds_that_neither_saw(script, backbone, tmp_path):
+def test_reward_models_learn_from_a_teacher_on_folds_that_neither_saw(script, backbone, tmp_path, monkeypatch):
     from builders import battle_frame, small_recipe, write_csv
 
     from rewardmodel.config.loader import dump_recipe
@@ -286,7 +286,8 @@ def test_reward_models_that_learn_from_a_teacher_are_compared_on_folds_that_neit
     path.write_text(dump_recipe(dataclasses.replace(recipe, model=model, objective=objective)))
     train = [str(write_csv(battle_frame(9), tmp_path / "train.csv"))]
     keys = ["--prompt.template=response"]
-    options = SimpleNamespace(recipe=path, keys=keys, train=train, folds=3, limit=None)
+    options = SimpleNamespace(recipe=path, keys=keys, train=train, folds=2, limit=None)
+    monkeypatch.setattr("rewardmodel.training.head_fit.PENALTIES", (3.0,))
     found = script("bench_distillation").measure_rewards(options, 0)
     assert found["battles"] == 36
     assert {"joint teacher", "served, votes", "served, teacher", "own, both"} <= found["log_loss"].keys()
