@@ -260,6 +260,8 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=5, help="of --reward")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options, options.keys = parser.parse_known_args()
+    if options.folds < 3:
+        parser.error("--folds: at least 3: a teacher of one fold that is not judged on another needs a third")
     runs = {}
     for seed in options.seeds:
         with tempfile.TemporaryDirectory() as folder:

@@ -286,7 +286,7 @@ def test_reward_models_learn_from_a_teacher_on_folds_that_neither_saw(script, ba
     path.write_text(dump_recipe(dataclasses.replace(recipe, model=model, objective=objective)))
     train = [str(write_csv(battle_frame(9), tmp_path / "train.csv"))]
     keys = ["--prompt.template=response"]
-    options = SimpleNamespace(recipe=path, keys=keys, train=train, folds=2, limit=None)
+    options = SimpleNamespace(recipe=path, keys=keys, train=train, folds=3, limit=None)
     monkeypatch.setattr("rewardmodel.training.head_fit.PENALTIES", (3.0,))
     found = script("bench_distillation").measure_rewards(options, 0)
     assert found["battles"] == 36
