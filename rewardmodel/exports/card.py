@@ -94,7 +94,15 @@ def collect_card_facts(
         "vllm": kind in SERVERS["vLLM"][0],
         "plain": (plain := recipe.model.plain_head and (adapter or parity.get("plain") is not None)),
         "own_code": (own_code := not recipe.model.plain_head and parity.get("plain") is not None),
-        "programs": describe_programs(kind, objective.encoding == "joint", not adapter, plain, own_code),
+        "programs": describe_programs(
+            kind,
+            recipe.model.pooling,
+            joint=objective.encoding == "joint",
+            whole=not adapter,
+            plain=plain,
+            own_code=own_code,
+        ),
+        "pair_ties": recipe.model.pair_ties,
         "why_not_plain": _explain_not_plain(recipe.model),
         "form": _describe_form(merged, bits),
         "requantised": bool(merged.get("bits")),
@@ -108,11 +116,14 @@ def collect_card_facts(
     }
 
 
-def describe_programs(model_type: str, joint: bool, whole: bool, plain: bool, own_code: bool) -> dict[str, str]:
+def describe_programs(
+    model_type: str, pooling: str, *, joint: bool, whole: bool, plain: bool, own_code: bool
+) -> dict[str, str]:
     """Return whether each program loads an export, and how, by name.
 
     Args:
         model_type: of the backbone, Hugging Face's name.
+        pooling: the recipe's `model.pooling`.
         joint: whether the head returns three outcomes, not a reward.
         whole: whether it is a model, not an adapter.
         plain: whether plain transformers (of an adapter, PEFT) loads it as it was trained.
@@ -146,7 +157,10 @@ def describe_programs(model_type: str, joint: bool, whole: bool, plain: bool, ow
     else:
         function = 'yes: `reward_funcs=rewardmodel.reward_function("FOLDER")`'
         model = 'yes: `reward_funcs="FOLDER"`' if whole else "yes: `reward_funcs=` the model that PEFT loads"
-        found |= {"TRL": model if plain else function, rewards: "through `rewardmodel serve FOLDER`"}
+        found["TRL"] = model if plain else function
+        served = "through `rewardmodel serve FOLDER`"
+        unmarked = "no: they send finished texts, in which nothing marks the response; train with `model.pooling: last`"
+        found[rewards] = served if pooling == "last" else unmarked
     return found
 
 

@@ -120,7 +120,9 @@ def test_a_head_with_its_own_code_has_the_call_for_it(card_of, tmp_path):
     _, text = card_of("davidson", "response", pooling="last_and_responses", pair_ties=True)
     assert "| transformers | yes, with `trust_remote_code=True` and inputs of `model.encode` |" in text
     assert "| vLLM | no: it has no code for this head |" in text
+    assert "| verl, OpenRLHF, LLaMA-Factory | no: they send finished texts" in text
     assert "reward_function" in text
+    assert "a tie parameter t that depends on\nboth responses, P(A), P(B), P(tie) = softmax" in text
     code = re.search(r"```python\n(.*?predict_battles.*?)```", text, re.S)[1]
     compile(code, "card", "exec")
 
@@ -137,4 +139,5 @@ def test_a_head_with_its_own_code_has_the_call_for_it(card_of, tmp_path):
     ],
 )
 def test_what_loads_an_export_depends_on_backbone_head_and_form(model_type, joint, whole, program, start):
-    assert describe_programs(model_type, joint, whole, True, False)[program].startswith(start)
+    found = describe_programs(model_type, "last", joint=joint, whole=whole, plain=True, own_code=False)
+    assert found[program].startswith(start)
