@@ -101,7 +101,7 @@ def _export(parser: ArgumentParser) -> None:
         "--battles", help="at least 64 to compare export and run on; default: the run's validation fold, or `sample`"
     )
     parser.add_argument(
-        "--rewardmodel-only", action="store_true", help="accept a head that plain transformers does not load"
+        "--rewardmodel-only", action="store_true", help="accept a model that plain transformers does not load"
     )
     parser.add_argument("--push-to-hub", help="owner/name of a model repository; created as private if it is missing")
     kaggle = parser.add_argument_group("--kind kaggle")

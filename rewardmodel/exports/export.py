@@ -83,7 +83,6 @@ def export(
         kind,
         EXPORTS,
         dtype=dtype,
-        rewardmodel_only=rewardmodel_only,
         push_to_hub=push_to_hub,
         bundle=bundle,
     )
@@ -97,25 +96,30 @@ def export(
 
         from rewardmodel.exports.card import write_card
         from rewardmodel.exports.parity import check_copy, format_parity
+        from rewardmodel.exports.remote_code import write_remote_code
         from rewardmodel.exports.soup import average_adapters
         from rewardmodel.model.backbone import saved_backbone_folder
 
         form, weights = EXPORTS[contents], getattr(torch, dtype or trained[0].dtype)
+        plain_head = trained[0].recipe.model.plain_head
+        plain = form.merged and not rewardmodel_only and (plain_head or not bundle)
+        with_code = plain and not plain_head
         if form.merged:
-            _check_mergeable(trained[0])
+            _check_mergeable(trained[0], with_code)
         with tempfile.TemporaryDirectory() as work, atomic_path(output) as folder:
             # the model, its recipe and its calibrator
             run = trained[0] if len(trained) == 1 else average_adapters(trained, Path(work))
             model = folder / "model" if bundle else folder
             logger.info("writing %s …", output)
             form.write(run, model, weights)
+            if with_code:
+                write_remote_code(run.recipe, model)
             recipe = form.adapt_recipe(run.recipe)
             write_text(RunFolder(model).recipe, dump_recipe(recipe))
             if len(trained) == 1:
                 _copy_calibrator(run.folder, model)
 
             # compare its predictions with the run's, or its files
-            plain = run.recipe.model.plain_head and form.merged and not rewardmodel_only
             if compared is None:
                 checked = check_copy(run.model, model)
             else:
@@ -183,16 +187,20 @@ def _compare(
     return parity
 
 
-def _check_mergeable(run: TrainedRun) -> None:
-    """Raise InputError if the backbone's files are quantised, which merging does not read."""
+def _check_mergeable(run: TrainedRun, with_code: bool) -> None:
+    """Raise InputError if the backbone's files are quantised, or there is no code for its head and there must be."""
     from transformers import AutoConfig
 
+    from rewardmodel.exports.remote_code import check_remote_code
     from rewardmodel.model.backbone import saved_backbone_folder
     from rewardmodel.model.families import stored_bits
 
-    bits = stored_bits(AutoConfig.from_pretrained(saved_backbone_folder(run.recipe.model, run.model)))
+    config = AutoConfig.from_pretrained(saved_backbone_folder(run.recipe.model, run.model))
+    bits = stored_bits(config)
     if bits:
         raise InputError(f"--kind: the backbone is stored in {bits} bits, which merging does not read; use adapter")
+    if with_code:
+        check_remote_code(run, config)
 
 
 def _copy_calibrator(run: Path, model: Path) -> None:

@@ -17,10 +17,11 @@ from rewardmodel.battles import TEXT_COLUMNS
 from rewardmodel.errors import InputError, plural
 from rewardmodel.inference.judge import Battle, Judge, TokenRow
 from rewardmodel.inference.reward_function import conversation_turns
-from rewardmodel.serving.answers import Answer, describe_predictions
+from rewardmodel.serving.answers import Answer
 from rewardmodel.serving.batcher import Batcher, TooBusyError
 from rewardmodel.serving.limits import Limits
 from rewardmodel.serving.shapes import BattleRequest, Message, RewardRequest
+from rewardmodel.serving.tables import Tables
 
 
 class Figures:
@@ -62,6 +63,7 @@ class Service:
         self.batcher = Batcher(judge.predictor, limits.max_waiting, self.figures.count_batch)
         self.figures.waiting.set_function(lambda: len(self.batcher.waiting))
         self.texts = ThreadPoolExecutor(1, "texts")
+        self.tables = Tables(judge.predictions, self.texts)
 
     def close(self) -> None:
         """Finish what was started, then end both threads."""
@@ -84,8 +86,8 @@ class Service:
         battles = [_battle(number, one, len(asked)) for number, one in enumerate(asked)]
         rows = await self._apart(self.judge.battle_rows, battles)
         logits = np.stack(await self._compute(request, rows))
-        table = await self._apart(self.judge.predictions, battles, logits)
-        return [{"id": one.id, **answer} for one, answer in zip(asked, describe_predictions(table), strict=True)]
+        answers = await asyncio.wrap_future(self.tables.submit(battles, logits))
+        return [{"id": one.id, **answer} for one, answer in zip(asked, answers, strict=True)]
 
     async def reward(self, request: Request, asked: RewardRequest) -> list[float]:
         """Return the reward of each response of a request; what the responses share is computed once."""

@@ -20,7 +20,7 @@ from rewardmodel.config.loader import RecipeLike, as_recipe
 from rewardmodel.config.schema import Recipe
 from rewardmodel.config.trainer import EARLY_STOPPING, HEAD_RATE, LORAPLUS, TOKENS
 from rewardmodel.data.splits import Parts, fingerprint_parts, load_battles, split, write_training_keys
-from rewardmodel.data.teacher import check_teacher, with_soft_outcomes
+from rewardmodel.data.teacher import check_teacher, teacher_share, with_soft_outcomes
 from rewardmodel.distributed import from_main, is_main, wait_for_all
 from rewardmodel.errors import plural
 from rewardmodel.model.backbone import Backbone, resolve_backbone
@@ -93,7 +93,7 @@ def train(
     # read and tokenise in the main process first: the others then read the cache
     with args.main_process_first():
         parts = parts or split(load_battles(recipe.data, battles), recipe.data.fold)
-        check_teacher(parts.training, recipe.objective.name, objective.teacher)
+        check_teacher(parts.training, recipe.objective.name, objective.teacher, _teacher_share(recipe))
         data = fingerprint_parts(parts)
         if resume and run.model.is_dir():
             check_same_inputs(run.path, {"data": data})
@@ -240,11 +240,18 @@ def _open(
     wait_for_all()
 
 
+def _teacher_share(recipe: Recipe) -> float | None:
+    """Return the share of the teacher in the outcome of battles with votes; None: the objective does not mix them."""
+    if not find_objective(recipe.objective).mixes_teacher:
+        return None
+    return teacher_share(recipe.objective.weight_votes, recipe.objective.weight_teacher)
+
+
 def _tokenize_parts(parts: Parts, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[Dataset, Dataset]:
     """Return the tokenised training and validation battles, and log what truncation leaves of the former."""
     objective, num_proc = find_objective(recipe.objective), recipe.trainer.get("dataset_num_proc")
     swaps = recipe.data.swap_augmentation if objective.encoding == "joint" else "none"  # separate: there is no order
-    training = parts.training if objective.teacher else with_soft_outcomes(parts.training)
+    training = parts.training if objective.teacher else with_soft_outcomes(parts.training, _teacher_share(recipe))
     training = AUGMENTATIONS[swaps](training, recipe.data.seed)
     encoding, both = objective.encoding, swaps == "both"
     rows = tokenize(training, tokenizer, recipe.prompt, num_proc, encoding=encoding, both_orders=both)
