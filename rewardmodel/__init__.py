@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "InputError": "errors",
     "Recipe": "config.schema",
+    "Source": "config.schema",
     "load_recipe": "config.loader",
     "recipe_schema": "config.json_schema",
     "read_battles": "data.formats",

@@ -251,7 +251,8 @@ COLUMN_DEFAULTS: dict[str, Any] = {
 
 def build_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Return rows as an Arrow table of battles; every row has an id and the three texts, the rest has defaults."""
-    return pa.Table.from_pylist([{**COLUMN_DEFAULTS, **row} for row in rows], schema=BATTLE_FEATURES.arrow_schema)
+    columns = {name: [row.get(name, COLUMN_DEFAULTS.get(name)) for row in rows] for name in BATTLE_FEATURES}
+    return pa.Table.from_pydict(columns, schema=BATTLE_FEATURES.arrow_schema)
 
 
 def store(tables: Iterable[pa.Table], where: str) -> Dataset:

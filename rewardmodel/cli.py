@@ -18,8 +18,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0; 2 for wrong input; 1 for NaN or infinite predictions; 130 after Ctrl-C, 143 after SIGTERM.
+        The exit code: 0; 2 for wrong input; 1 for NaN or infinite predictions; 130 after Ctrl-C, 143 after SIGTERM, 141
+        if who reads the output has gone, like `head`.
     """
+    try:
+        try:
+            return _call(arguments)
+        finally:
+            sys.stdout.flush()  # not at exit, where Python would print its own words about what fails
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        print(f"error: standard output cannot be written to ({error.strerror})", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+
+
+def _call(arguments: Sequence[str] | None) -> int:
     from rewardmodel.options import build_parser, parse, reorder
 
     program = arguments is None
@@ -52,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            print(flush=True)  # raises it again if it is standard output's, not that of a network
         print(f"error: {describe_failure(error, arguments[0])}", file=sys.stderr)
         return 2
     except FloatingPointError as error:

@@ -11,10 +11,10 @@ class InputError(ValueError):
         super().__init__(message.replace("\r", "\\r").replace("\n", "\\n"))
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return `"; did you mean 'x'?"` for the known name closest to `name`, or an empty string."""
-    close = get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """Return `" (did you mean 'x'?)"` for the known name closest to `name`, or an empty string below `cutoff`."""
+    close = get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def plural(number: int, noun: str) -> str:

@@ -11,7 +11,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
@@ -115,6 +115,34 @@ def check_new_folder(path: Path) -> None:
         raise InputError(f"--output: {path} already exists; remove it, or name another")
 
 
+def check_page(output: Path) -> None:
+    """Raise InputError unless a page to be written, `--output`, is called one, so that it replaces no other file."""
+    if output.suffix not in (".html", ".htm"):
+        raise InputError(f"--output: {output} does not end in .html; give a name that does")
+
+
+def check_replaceable(output: Path) -> None:
+    """Raise InputError if a file to be written, `--output`, is there and holds something else than predictions.
+
+    Predictions are replaced, because the same command may be given again; a table of battles is not.
+    """
+    if not output.is_file():
+        return
+    try:
+        if output.suffix == ".parquet":
+            from pyarrow.parquet import read_schema
+
+            ours = "p_model_a" in read_schema(output).names
+        else:
+            with output.open(encoding="utf-8") as file:
+                names = [name.strip('"') for name in file.readline().rstrip().split(",")]
+            ours = any(name.startswith("winner") for name in names) and "prompt" not in names
+    except ValueError:  # of another kind, by its first bytes
+        ours = False
+    if not ours:
+        raise InputError(f"--output: {output} is there and holds no predictions; remove it, or name another")
+
+
 def lock_file(output: Path) -> Path:
     """Return the lock file of a file or a folder that is written: `.NAME.lock` next to it."""
     output = output.absolute()
@@ -130,7 +158,7 @@ def lock(path: Path, name: str) -> Iterator[None]:
     anything in a folder that cannot be written to: what is written next fails there.
 
     Args:
-        path: the lock file, with host and process of its holder; its folder is made.
+        path: the lock file, with host and process of its holder; its folder is made, and removed if it stays empty.
         name: what is written, for the message.
 
     Raises:
@@ -139,6 +167,7 @@ def lock(path: Path, name: str) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     held = FileLock(path.resolve(), blocking=False, is_singleton=True)
+    made = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         held.acquire()
@@ -160,6 +189,14 @@ def lock(path: Path, name: str) -> Iterator[None]:
             if held.lock_counter == 1:
                 path.unlink(missing_ok=True)  # while it is locked: a file that was unlinked is no lock for others
             held.release()
+        for folder in made:
+            with suppress(OSError):  # something was written there
+                folder.rmdir()
+
+
+def lock_output(output: Path) -> AbstractContextManager[None]:
+    """Let one process at a time write a file or a folder, `--output`, and what is kept next to it meanwhile: `lock`."""
+    return lock(lock_file(output), f"--output: {output}")
 
 
 def clear(folder: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rewardmodel.distributed import is_main
-from rewardmodel.progress import quiet_libraries
+from rewardmodel.progress import OLD_NAME, quiet_libraries
 
 
 def set_up_logging(quiet: bool = False, verbose: bool = False) -> None:
@@ -25,9 +25,9 @@ def set_up_logging(quiet: bool = False, verbose: bool = False) -> None:
     ours.handlers = [handler]
     ours.propagate = False
     quiet_libraries()
-    # Noise that a user can do nothing about: an optional kernel, and an old name that peft asks transformers by.
+    # Noise that a user can do nothing about; the first is about an optional kernel.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", OLD_NAME, FutureWarning)
     if verbose and is_main():
         for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
             os.environ.setdefault(name, "info")

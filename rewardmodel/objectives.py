@@ -78,6 +78,11 @@ class Objective:
     teacher: bool = False
     learns_ties: bool = True
 
+    @property
+    def mixes_teacher(self) -> bool:
+        """Whether votes and teacher of a battle are mixed into one outcome before training, by `MIXING`."""
+        return self.encoding == "separate"
+
     def probabilities(self, outputs: Tensor) -> Tensor:
         """Return probabilities (n, 3) float32 of A, B, tie; rows sum to 1."""
         return self.link(_floats(outputs)).softmax(dim=-1).float()
@@ -230,6 +235,9 @@ OBJECTIVES = {
 }
 """Objectives by the recipe's `objective.name`."""
 
+MIXING = ("weight_votes", "weight_teacher")
+"""Settings by which separate objectives mix a battle's votes and its teacher's probabilities (`data.teacher`)."""
+
 _SETTING_RANGES = dict.fromkeys(Settings.__annotations__, (0.0, math.inf))
 _SETTING_RANGES |= {"label_smoothing": (0.0, 1.0), "temperature": (0.01, math.inf)}
 """Setting -> its least value (inclusive) and its upper bound (exclusive)."""
@@ -255,7 +263,11 @@ def find_objective(config: Any) -> Objective:
         value, (least, below) = getattr(config, key), _SETTING_RANGES[key]
         if not least <= value < below:
             raise InputError(f"objective.{key}: {value}; give at least {least} and less than {below}")
-        readers = [reader for reader, objective in OBJECTIVES.items() if key in objective.settings]
+        readers = [
+            reader
+            for reader, objective in OBJECTIVES.items()
+            if key in objective.settings or (objective.mixes_teacher and key in MIXING)
+        ]
         if value != default and name not in readers:
             raise InputError(f"objective.{key}: only for {' and '.join(readers)}; leave it out with {name}")
     return OBJECTIVES[name]

@@ -5,6 +5,7 @@ Options are parsed here and used in `cli`. Recipe keys are passed on as typed, b
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Collection, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def _export(parser: ArgumentParser) -> None:
         "--battles", help="at least 64 to compare export and run on; default: the run's validation fold, or `sample`"
     )
     parser.add_argument(
-        "--rewardmodel-only", action="store_true", help="accept a head that plain transformers does not load"
+        "--rewardmodel-only", action="store_true", help="accept a model that plain transformers does not load"
     )
     parser.add_argument("--push-to-hub", help="owner/name of a model repository; created as private if it is missing")
     kaggle = parser.add_argument_group("--kind kaggle")
@@ -315,16 +316,22 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
         InputError: an option that the command does not have.
         SystemExit: the command is used in another way than its usage says, which is printed.
     """
+    command, taken = f"rewardmodel {arguments[0]}", KEYS.get(arguments[0], ())
+    known = _known_options(parser, arguments[0])
+    for word in takewhile(lambda word: word != "--", arguments[1:] if known else ()):
+        name = word.partition("=")[0]
+        if word.startswith("--") and name not in known and not (name.startswith(taken) and "." in name):
+            raise InputError(f"{command}: unknown option {name}{nearest(name, known)}; see {command} --help")
     options, overrides = parser.parse_known_args(arguments)
-    command, taken = f"rewardmodel {options.command}", KEYS.get(options.command, ())
     if overrides and "recipe" in options and arguments.index(options.recipe) > arguments.index(overrides[0]):
         raise InputError(f"{command}: the recipe comes before its keys: RECIPE --section.key VALUE")
-    for word in overrides:
-        name = word.partition("=")[0]
-        if word.startswith("--") and not (name.startswith(taken) and "." in name):
-            close = nearest(name, options.parser._option_string_actions)
-            raise InputError(f"{command}: unknown option {name}{close or ';'} see {command} --help")
     if overrides and not taken:
         options.parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     options.overrides = overrides
     return options
+
+
+def _known_options(parser: ArgumentParser, command: str) -> Collection[str]:
+    """Return the options of a command, by which they are checked before argparse names what is missing."""
+    commands: Any = next(action.choices for action in parser._actions if isinstance(action.choices, Mapping))
+    return commands[command]._option_string_actions if command in commands else ()

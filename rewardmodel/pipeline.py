@@ -20,7 +20,7 @@ from rewardmodel.data.splits import Parts, fingerprint_parts, load_battles, spli
 from rewardmodel.distributed import is_main, wait_for_all
 from rewardmodel.errors import InputError
 from rewardmodel.evaluation.results import Evaluation, read_evaluation
-from rewardmodel.files import atomic_path, write_json
+from rewardmodel.files import atomic_path, lock_output, write_json
 from rewardmodel.predictions import (
     IDENTITY_COLUMNS,
     build_predictions,
@@ -228,9 +228,14 @@ def prepare(recipe: RecipeLike, folder: str | Path) -> dict[str, Any]:
         The audit, as `data.audit.audit` returns it.
 
     Raises:
-        InputError: the recipe or its battles cannot be used; nothing was written then.
+        InputError: the recipe or its battles cannot be used, or another process writes there; nothing was written then.
     """
     recipe, folder = as_recipe(recipe), Path(folder)
+    with lock_output(folder):
+        return _prepare(recipe, folder)
+
+
+def _prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
     reports: list[SourceReport] = []
     battles = load_battles(recipe.data, reports=reports)
 

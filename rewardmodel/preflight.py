@@ -11,7 +11,8 @@ from pathlib import Path
 from rewardmodel.config.schema import Recipe
 from rewardmodel.data.source_checks import OWN_PARTS, announce, check_source, check_sources
 from rewardmodel.errors import InputError
-from rewardmodel.files import check_new_folder, check_writable
+from rewardmodel.files import check_new_folder, check_page, check_replaceable, check_writable, lock_output
+from rewardmodel.planning.gpus import check_device
 from rewardmodel.run_folder import RunFolder, check_run, lock_run, of_all_folds, trained_models
 
 logger = logging.getLogger(__name__)
@@ -49,10 +50,13 @@ def check_reading(recipe: Recipe, output: Path | None = None) -> None:
         output: a folder to write, if there is one.
 
     Raises:
-        InputError: there is no such file, or the cache or the folder cannot be written to.
+        InputError: there is no such file, or the cache or the folder cannot be written to, or another process writes
+            there.
     """
     if output:
         check_writable(output, "--output")
+        with lock_output(output):
+            pass
     announce(check_sources(recipe.data))
 
 
@@ -77,6 +81,17 @@ def check_curve(recipe: Recipe, sizes: Sequence[int], draws: int, output: Path) 
     check_reading(recipe, output)
 
 
+def check_planning(device: str | None, gpus: int | None) -> None:
+    """Check the device to plan for, and the number of them.
+
+    Raises:
+        InputError: as `planning.gpus.check_device`, or a number below 1.
+    """
+    check_device(device)
+    if gpus is not None and gpus < 1:
+        raise InputError(f"--gpus: {gpus}; give at least 1")
+
+
 def check_baseline(battles: str, output: Path | None) -> None:
     """Check a file of battles, and that of the predictions to write if there is one, and say what is read.
 
@@ -86,6 +101,7 @@ def check_baseline(battles: str, output: Path | None) -> None:
     if output and output.suffix != ".parquet":
         raise InputError(f"--output: {output} does not end in .parquet; give a name that does")
     if output:
+        check_replaceable(output)
         check_writable(output, "--output")
     check_source(battles)
     announce([battles])
@@ -117,14 +133,28 @@ def check_predictions(given: Sequence[Path], battles: str | None = None) -> None
     logger.info("reading %s …", ", ".join(map(str, given)))
 
 
+def check_report(runs: Sequence[Path], output: Path | None) -> None:
+    """Check runs to report on and the name of the page, and say what is read.
+
+    Raises:
+        InputError: as `check_predictions`, or a name that does not end in .html.
+    """
+    if output:
+        check_page(output)
+    check_predictions(runs)
+
+
 def check_export(runs: Sequence[Path], output: Path) -> None:
     """Check where an export is written and that its runs have models, and say what is read.
 
     Raises:
-        InputError: the folder exists, or cannot be written to, or there is no trained model.
+        InputError: the folder exists, cannot be written to, or another process writes there, or there is no trained
+            model.
     """
     check_new_folder(output)
     check_writable(output, "--output")
     for run in runs:
         trained_models(run)
+    with lock_output(output):
+        pass
     announce(list(map(str, runs)))

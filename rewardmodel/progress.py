@@ -4,9 +4,19 @@ import logging
 import os
 import sys
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 logger = logging.getLogger(__name__)
+
+
+BARS = ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS")
+"""Environment variables that switch bars of datasets, huggingface_hub and transformers off, or always on (0)."""
+
+OLD_NAME = "`is_gradient_checkpointing` is deprecated"
+"""How a warning begins about a name that peft asks transformers by, and that a user can do nothing about."""
 
 
 def in_terminal() -> bool:
@@ -20,9 +30,35 @@ def quiet_libraries() -> None:
     They read these variables when they are imported, so this comes first.
     """
     if not in_terminal():
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        for name in BARS:
+            os.environ.setdefault(name, "1")
         os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' bar while it converts a GGUF file
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Show of libraries, in the block or in a function that this decorates, what the command line shows of them.
+
+    A Python program that calls us has set its own logging, and may have imported them before; that is left as it is.
+    """
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    undo = []
+    if not in_terminal() and "0" not in map(os.environ.get, BARS):
+        if transformers_logging.is_progress_bar_enabled():
+            transformers_logging.disable_progress_bar()
+            undo.append(transformers_logging.enable_progress_bar)
+        if not datasets.are_progress_bars_disabled():
+            datasets.disable_progress_bars()
+            undo.append(datasets.enable_progress_bars)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", OLD_NAME, FutureWarning)
+            yield
+    finally:
+        for show_again in undo:
+            show_again()
 
 
 class Progress:

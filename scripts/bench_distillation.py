@@ -2,6 +2,7 @@
 
     python scripts/bench_distillation.py train.csv more_arena.parquet --json scripts/results/distillation.json
     python scripts/bench_distillation.py train.csv --recipe recipes/arena_smollm2_135m.yaml --limit 1000   # adapters
+    python scripts/bench_distillation.py train.csv more_arena.parquet --reward --json …/student_reward.json
 
 Prompt groups are dealt again for each seed: half are labelled, three tenths lose their outcomes, two tenths are held
 out. A teacher learns from the labelled half and predicts the battles without outcomes. Students begin as the teacher
@@ -11,20 +12,36 @@ hard    the likeliest outcome by the teacher counts as a vote
 soft    the teacher's probabilities count as the outcome
 both    that vote and the teacher's probabilities, by the distillation objective, if the recipe's objective is joint
 
+With --reward, heads on a frozen backbone: a teacher of three classes that reads both responses in one sequence, in both
+orders, and reward models that learn from it on the same battles, as recipes/student_reward.yaml does. Battles are dealt
+into five folds by prompt group. What judges a fold has learnt from the others, and what a student learns of a battle is
+by a teacher that has seen neither that battle's fold nor the one that is judged.
+
+votes      the votes alone, as without a teacher
+both       votes and teacher at equal weight
+teacher    the teacher's probabilities alone
+
+Each of them with a head that servers load (the last token, one tie parameter), and with the recipe's own.
+
 Differences are of log loss on the held-out prompts, with 95 % intervals by group; negative: the first is better.
 """
 
 import argparse
+import json
 import os
 import platform
 import tempfile
 import time
 from dataclasses import asdict, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from bench_battles import tell
+from bench_quality import rounded
+from levers import JOINT
+from out_of_fold import Fold, Read, fitted_out_of_fold, read
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "arena_small_cpu.yaml"
 SHARES = {"labelled": 5, "new": 3, "held_out": 2}
@@ -32,6 +49,16 @@ SHARES = {"labelled": 5, "new": 3, "held_out": 2}
 
 PAIRS = [("soft", "hard"), ("both", "hard"), ("both", "soft"), ("hard", "teacher"), ("soft", "teacher")]
 """What is compared with what."""
+
+
+TEACHER = {**JOINT, "prompt.template": "instruction"}
+"""Keys of the recipe that make it a teacher of three classes."""
+
+SHARES_OF_TEACHER = {"votes": 0.0, "both": 0.5, "teacher": 1.0}
+"""Share of the teacher in what a reward model learns of a battle."""
+
+REWARD_HEADS: dict[str, dict[str, Any]] = {"served": {"pooling": "last", "pair_ties": False}, "own": {}}
+"""Changes of the recipe's `model` section: a head that vLLM, SGLang and TRL load, and the recipe's own."""
 
 
 def dealt(options: argparse.Namespace, folder: Path, seed: int) -> dict[str, Any]:
@@ -141,6 +168,74 @@ def measure(options: argparse.Namespace, folder: Path, seed: int) -> dict[str, A
     return figures
 
 
+def taught(teacher: Any, given: Read, dealing: Fold) -> dict[int, np.ndarray]:
+    """Return, for each fold that is judged, the teacher's probabilities (n, 3) of the other battles, NaN for its own.
+
+    Each battle's are by a teacher that saw neither its fold nor the one that is judged.
+
+    Args:
+        teacher: its recipe.
+        given: what it reads of the battles.
+        dealing: of the battles into folds.
+    """
+    folds = sorted(set(dealing.fold.tolist()))
+    result = {judged: np.full((len(dealing.fold), 3), np.nan) for judged in folds}
+    for one, other in combinations(folds, 2):
+        merged = dealing._replace(fold=np.where(dealing.fold == other, one, dealing.fold))
+        found = fitted_out_of_fold(teacher, given, merged, [one], {}).mean(axis=0)
+        for judged, number in ((one, other), (other, one)):
+            own = dealing.fold == number
+            result[judged][own] = found[own]
+    return result
+
+
+def measure_rewards(options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Return what the teacher and each reward model that learns from it reach on the folds that they have not seen."""
+    from rewardmodel import load_recipe
+    from rewardmodel.battles import outcomes
+    from rewardmodel.config.schema import DataConfig
+    from rewardmodel.data.splits import load_battles
+    from rewardmodel.evaluation.bootstrap import paired_difference, summarise
+
+    student = load_recipe(options.recipe, options.keys)
+    values = {name: value if isinstance(value, str) else json.dumps(value) for name, value in TEACHER.items()}
+    teacher = load_recipe(options.recipe, [*options.keys, *(f"--{name}={value}" for name, value in values.items())])
+    battles = load_battles(DataConfig(train=options.train, folds=options.folds, limit=options.limit, seed=seed))
+    groups, fold = (np.asarray(battles[name][:]) for name in ("group", "fold"))
+    dealing, true = Fold(groups, fold, np.ones(len(fold), bool)), outcomes(battles)
+
+    # what each reads, and what the teachers say
+    joint, folds = read(teacher, battles), sorted(set(fold.tolist()))
+    found = {"joint teacher": fitted_out_of_fold(teacher, joint, dealing, folds, {}).mean(axis=0)}
+    soft = taught(teacher, joint, dealing)
+    print(seed, "teachers are fitted", flush=True)
+
+    # students: each fold by what learnt from the others
+    for head, changes in REWARD_HEADS.items():
+        recipe = replace(student, model=replace(student.model, **changes))
+        given = read(recipe, battles)
+        for name, share in SHARES_OF_TEACHER.items():
+            table = found[f"{head}, {name}"] = np.full((len(fold), 3), np.nan)
+            for number in folds:
+                mixed = (1 - share) * given.labels + share * np.nan_to_num(soft[number])
+                learnt = given._replace(labels=mixed.astype(np.float32))
+                own = fold == number
+                table[own] = fitted_out_of_fold(recipe, learnt, dealing, [number], {})[0, own]
+            print(seed, head, name, rounded(summarise(table, true, groups)["log_loss"]), flush=True)
+    pairs = [(f"{head}, {name}", f"{head}, votes") for head in REWARD_HEADS for name in ("both", "teacher")]
+    pairs += [(f"{head}, {name}", "joint teacher") for head in REWARD_HEADS for name in SHARES_OF_TEACHER]
+    return {
+        "battles": len(battles),
+        "groups": len(np.unique(groups)),
+        "log_loss": {name: rounded(summarise(table, true, groups)["log_loss"]) for name, table in found.items()},
+        "accuracy": {name: rounded(summarise(table, true, groups)["accuracy"]) for name, table in found.items()},
+        "log_loss_differences": {
+            f"{one} - {other}": rounded(paired_difference(found[one], found[other], true, groups))
+            for one, other in pairs
+        },
+    }
+
+
 def over_seeds(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Return the mean of each difference over the seeds, and its standard error: held-out parts overlap a little."""
     pairs = runs[0]["log_loss_differences"]
@@ -161,12 +256,16 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--limit", type=int, help="battles in all, whole prompt groups")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of parts and training")
+    parser.add_argument("--reward", action="store_true", help="reward models from a teacher of three classes")
+    parser.add_argument("--folds", type=int, default=5, help="of --reward")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options, options.keys = parser.parse_known_args()
+    if options.folds < 3:
+        parser.error("--folds: at least 3: a teacher of one fold that is not judged on another needs a third")
     runs = {}
     for seed in options.seeds:
         with tempfile.TemporaryDirectory() as folder:
-            runs[seed] = measure(options, Path(folder), seed)
+            runs[seed] = measure_rewards(options, seed) if options.reward else measure(options, Path(folder), seed)
     tell(
         {
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",

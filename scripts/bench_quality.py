@@ -114,9 +114,9 @@ def judged(
     }
 
 
-def rounded(interval: Any) -> dict[str, float]:
-    """Return an interval, or a difference, with four decimals."""
-    return {name: round(value, 4) for name, value in asdict(interval).items()}
+def rounded(interval: Any) -> dict[str, float | None]:
+    """Return an interval, or a difference, with four decimals; None where too few groups give no bounds."""
+    return {name: None if value is None else round(value, 4) for name, value in asdict(interval).items()}
 
 
 def sliced(battles: Any, predicted: np.ndarray) -> dict[str, Any]:

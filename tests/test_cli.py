@@ -117,6 +117,25 @@ def test_the_commands_are_listed(arguments, capsys):
     assert "register-python-argcomplete rewardmodel" in output.out
 
 
+@pytest.mark.parametrize("command", [["recipes"], ["schema"], ["run", "quickstart", "--print-config"]])
+def test_a_reader_that_has_gone_is_no_error(command, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        assert main(command) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch, capsys):
+    def fail(options):
+        raise BrokenPipeError(32, "Broken pipe", "socket")
+
+    monkeypatch.setitem(VERBS, "recipes", fail)
+    assert main(["recipes"]) == 2
+    assert capsys.readouterr().err.startswith("error: [Errno 32] Broken pipe: 'socket'")
+
+
 def test_listing_the_commands_imports_nothing_heavy():
     code = (
         "import sys; from rewardmodel.cli import main; assert main(['--help']) == 0;"
@@ -165,7 +184,7 @@ def test_commands_options_keys_values_and_recipes_are_completed(tmp_path):
     (tmp_path / "mine.yaml").touch()
     (tmp_path / "mine.csv").touch()
     assert completions("rewardmodel pre", tmp_path) == {"prepare", "predict"}
-    assert completions("rewardmodel run mi", tmp_path) == {"mine.yaml"}
+    assert completions("rewardmodel run mi", tmp_path) == {"mine.yaml", "minilm_l6"}
     assert completions("rewardmodel run mine.yaml --o", tmp_path) == {"--overwrite", "--objective.name"} | {
         f"--objective.{key}" for key in ObjectiveConfig.__dataclass_fields__
     }
@@ -185,7 +204,7 @@ def test_help_is_a_command_too(name, capsys):
 def test_help_alone_lists_the_commands_and_of_an_unknown_one_names_the_nearest(capsys, refusal):
     assert main(["help"]) == 0
     assert "usage: rewardmodel [-h]" in capsys.readouterr().out
-    assert "no command 'trian'; did you mean 'train'?" in refusal("help", "trian")
+    assert "no command 'trian' (did you mean 'train'?)" in refusal("help", "trian")
 
 
 def test_the_recipes_of_the_package_are_listed_and_taken_by_name(capsys):
@@ -222,17 +241,20 @@ def test_verbose_prints_where_an_error_comes_from(capsys):
     ("arguments", "near"),
     [
         (["predict", "run", "b.csv", "--outptu", "x.csv", "--output", "x.csv"], "--output"),
+        (["predict", "run", "b.csv", "--outptu", "x.csv"], "--output"),
+        (["parity", "run", "--ulr=x"], "--url"),
+        (["prepare", "r.yaml", "--ouput", "x", "--data.fold", "1"], "--output"),
         (["export", "run", "--output", "x", "--knd=merged"], "--kind"),
         (["baseline", "sample", "--fold", "3"], "--folds"),
     ],
 )
 def test_an_unknown_option_names_the_nearest(arguments, near, refusal):
-    assert f"; did you mean '{near}'? see rewardmodel {arguments[0]} --help" in refusal(*arguments)
+    assert f" (did you mean '{near}'?); see rewardmodel {arguments[0]} --help" in refusal(*arguments)
 
 
 def test_an_unknown_command_names_those_there_are(refusal):
     message = refusal("trian", "recipe.yaml")
-    assert "no command 'trian'; did you mean 'train'?" in message
+    assert "no command 'trian' (did you mean 'train'?)" in message
     assert all(name in message for name in VERBS)
 
 
@@ -434,9 +456,9 @@ def test_a_run_that_is_there_is_left_alone(command, refusal, recipe_file, run_fo
         ("prompt:\n  maxlength: 300\n", ["unknown key 'prompt.maxlength'", "did you mean 'prompt.max_length'?"]),
         ("trainer:\n  learning_rat: 1\n", ["unknown key 'trainer.learning_rat'", "'trainer.learning_rate'?"]),
         ("promt:\n  max_length: 300\n", ["unknown key 'promt.max_length'", "did you mean 'prompt.max_length'?"]),
-        ("prompt:\n  max_length: long\n", ["prompt.max_length", "int", "long"]),
+        ("prompt:\n  max_length: long\n", ["prompt.max_length", "a whole number", "long"]),
         ("data:\n  swap_augmentation: maybe\n", ["data.swap_augmentation", "maybe"]),
-        ("trainer:\n  learning_rate: fast\n", ["trainer.learning_rate", "float", "fast"]),
+        ("trainer:\n  learning_rate: fast\n", ["trainer.learning_rate", "a number", "fast"]),
         ("trainer:\n  bf16: true\n", ["trainer.bf16 is not accepted: set model.dtype"]),
         ("data: [1, 2\nmodel: {\n", ["not YAML", "line 2"]),
         ("- a\n- list\n", ["one mapping per section"]),
@@ -467,7 +489,7 @@ def test_a_recipe_that_is_not_there_is_refused(refusal, tmp_path):
         (["--prompt.maxlength", "300"], "did you mean 'prompt.max_length'?"),
         (["--prompt.max_length", "long"], "prompt.max_length"),
         (["--prompt.max_length=1.5"], "prompt.max_length"),
-        (["--overwrit"], "unknown option --overwrit; did you mean '--overwrite'?"),
+        (["--overwrit"], "unknown option --overwrit (did you mean '--overwrite'?)"),
         (["--model.lora_init=pissa"], "model.lora_init does not exist any more"),
         (["stray"], "stray"),
     ],
@@ -617,7 +639,7 @@ def test_predictions_that_are_no_numbers_exit_with_1_and_write_nothing(run_folde
     save_file({name: weight * float("nan") for name, weight in load_file(adapter).items()}, adapter, {"format": "pt"})
     assert main(["predict", str(broken), str(test_file), "--output", str(tmp_path / "x.csv")]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: 12 predictions are NaN or infinite")
+    assert error.startswith("error: NaN or infinite predictions of 12 battles")
     assert not (tmp_path / "x.csv").exists()
 
 
@@ -757,7 +779,7 @@ def test_training_refuses_what_doctor_refuses_before_weights_are_read(refusal, r
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "T5"], "--device: no 'T5'; did you mean 'T4'?"),
+        (["--device", "T5"], "--device: no device 'T5' (did you mean 'T4'?)"),
         (["--gpus", "0"], "--gpus: 0; give at least 1"),
         (["--hours", "0"], "--hours: 0; give more than 0"),
         (["--hours", "nine"], "--hours: nine: not all are numbers"),
@@ -881,6 +903,17 @@ EARLIEST = {
     "export over a folder": (["export", "run", "--output", "run"], ["--output: run already exists"]),
     "export without a run": (["export", "nowhere", "--output", "exported"], ["nowhere: no recipe.yaml there"]),
     "baseline of no file": (["baseline", "no.csv"], ["no.csv: no such file"]),
+    "predict over battles": (
+        ["predict", "run", "good.csv", "--output", "good.csv"],
+        ["good.csv is there and holds no"],
+    ),
+    "report over battles": (["report", "run", "--output", "good.csv"], ["good.csv does not end in .html"]),
+    "train of a misspelt file": (["train", "good.yaml", "--data.train", "god.csv"], ["(did you mean 'good.csv'?)"]),
+    "doctor of no device": (
+        ["doctor", "good.yaml", "--device", "T5"],
+        ["--device: no device 'T5' (did you mean 'T4'?)"],
+    ),
+    "doctor of no GPUs": (["doctor", "good.yaml", "--gpus", "0"], ["--gpus: 0; give at least 1"]),
 }
 """Commands that are refused before even a file of battles is opened."""
 
@@ -944,7 +977,7 @@ EARLY = {
     ),
     "export for an unknown accelerator": (
         [*KAGGLE, "--accelerator", "t4"],
-        ["--accelerator: 't4'", "known: t4x2, rtx-pro-6000"],
+        ["--accelerator: no 't4'", "known: t4x2, rtx-pro-6000"],
     ),
     "export beyond Kaggle's time": ([*KAGGLE, "--time-limit", "40000"], ["--time-limit: 40000; give seconds below"]),
     "export with words for a time": ([*KAGGLE, "--time-limit", "long"], ["--time-limit: long: not all are numbers"]),

@@ -3,9 +3,11 @@ import logging
 import os
 import resource
 import signal
+from contextlib import nullcontext
 
 import filelock
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,10 +17,12 @@ from rewardmodel.errors import InputError
 from rewardmodel.files import (
     atomic_path,
     check_new_folder,
+    check_replaceable,
     check_writable,
     clear,
     lock,
     lock_file,
+    lock_output,
     whole_or_absent,
     write_arrays,
     write_text,
@@ -257,6 +261,34 @@ def test_a_new_folder_is_absent_or_empty(tmp_path):
             check_new_folder(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "replaced"),
+    [
+        ("s.csv", b"id,winner_model_a,winner_model_b,winner_tie\n1,.2,.3,.5\n", True),
+        ("s.csv", b'"id","winner"\n1,tie\n', True),
+        ("train.csv", b"id,prompt,response_a,response_b,winner_model_a\n1,a,b,c,1\n", False),
+        ("notes.csv", b"a,b\n", False),
+        ("bytes.csv", b"\xff\xfe\x00", False),
+        ("empty.csv", b"", False),
+        ("text.parquet", b"id,p_model_a", False),
+    ],
+)
+def test_only_predictions_are_replaced(name, content, replaced, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    if replaced:
+        check_replaceable(tmp_path / name)
+        return
+    with pytest.raises(InputError, match=rf"^--output: .*{name} is there and holds no predictions; remove it, or name"):
+        check_replaceable(tmp_path / name)
+
+
+@pytest.mark.parametrize(("column", "replaced"), [("p_model_a", True), ("prompt", False)])
+def test_only_tables_of_predictions_are_replaced(column, replaced, tmp_path):
+    pd.DataFrame({column: ["1"]}).to_parquet(tmp_path / "x.parquet")
+    with nullcontext() if replaced else pytest.raises(InputError, match="holds no predictions"):
+        check_replaceable(tmp_path / "x.parquet")
+
+
 def test_a_lock_names_its_holder_and_is_gone_afterwards(tmp_path):
     path = lock_file(tmp_path / "runs" / "one")
     assert path == tmp_path / "runs" / ".one.lock"
@@ -266,7 +298,10 @@ def test_a_lock_names_its_holder_and_is_gone_afterwards(tmp_path):
             pass
         with pytest.raises(filelock.Timeout):
             filelock.FileLock(path, blocking=False).acquire()
-    assert names(path.parent) == []
+    assert not path.parent.exists()
+    with lock_output(tmp_path / "runs" / "one"):
+        (path.parent / "one").touch()
+    assert names(path.parent) == ["one"]
 
 
 @pytest.mark.parametrize(("number", "said"), [(errno.ENOLCK, True), (errno.EACCES, False)])

@@ -4,8 +4,10 @@ import sys
 import pytest
 from builders import small_recipe, with_trainer
 
+from rewardmodel.benchmarks.benchmark import benchmark
 from rewardmodel.config.loader import dump_recipe
 from rewardmodel.errors import InputError
+from rewardmodel.pipeline import prepare
 from rewardmodel.preflight import check_baseline, check_export, check_predictions, check_reading, check_training
 from rewardmodel.run_folder import RunFolder
 
@@ -78,28 +80,44 @@ def test_predictions_that_are_not_there_are_refused(run, tmp_path):
 HOLD = """
 import sys
 from pathlib import Path
+from rewardmodel.files import lock_output
 from rewardmodel.run_folder import lock_run
-with lock_run(Path(sys.argv[1])):
+with lock_run(Path(sys.argv[1])), lock_output(Path(sys.argv[2])):
     print("held", flush=True)
     sys.stdin.read()
 """
 
 
-def test_while_another_process_writes_a_run_it_is_refused_and_afterwards_not(recipe):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(recipe.run_folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+def test_while_another_process_writes_a_run_or_an_output_it_is_refused_and_afterwards_not(recipe, run, tmp_path):
+    output, other = tmp_path / "out", with_trainer(recipe, output_dir=str(tmp_path / "other"))
+    command = [sys.executable, "-c", HOLD, str(other.run_folder), str(output)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    refused = rf"another process is writing there \(host .+, process {holder.pid}\)"
     try:
         assert holder.stdout.readline() == "held\n"
         for how in ({}, {"resume": True}, {"overwrite": True}, {"fold": "all"}):
-            with pytest.raises(
-                InputError, match=rf"run: another process is writing there \(host .+, process {holder.pid}\)"
-            ):
-                check_training(recipe, **how)
-        check_training(recipe, fold="1")  # another folder
+            with pytest.raises(InputError, match=rf"^trainer\.output_dir: .*other: {refused}"):
+                check_training(other, **how)
+        check_training(other, fold="1")  # another folder
+        for write in (
+            lambda: check_export([run], output),
+            lambda: check_reading(recipe, output),
+            lambda: prepare(recipe, output),
+            lambda: benchmark("preferences", run, "sample", output),
+        ):
+            with pytest.raises(InputError, match=rf"^--output: .*out: {refused}"):
+                write()
     finally:
-        holder.kill()  # leaves its file
+        holder.kill()  # leaves its files
         holder.communicate()
-    assert RunFolder(recipe.run_folder).lock.is_file()
-    check_training(recipe)
-    assert not RunFolder(recipe.run_folder).lock.exists()
+    assert RunFolder(other.run_folder).lock.is_file()
+    check_training(other)
+    check_reading(recipe, output)
+    assert not [*tmp_path.glob(".*.lock")]
+
+
+def test_what_is_checked_leaves_no_folder(recipe, run, tmp_path):
+    before = set(tmp_path.rglob("*"))
+    check_reading(recipe, tmp_path / "a" / "b" / "prepared")
+    check_export([run], tmp_path / "a" / "b" / "exported")
+    assert set(tmp_path.rglob("*")) == before

@@ -1,10 +1,13 @@
 import logging
 import os
+import warnings
 
+import datasets
 import pytest
+from transformers.utils import logging as transformers_logging
 
 from rewardmodel import progress
-from rewardmodel.progress import Progress, quiet_libraries
+from rewardmodel.progress import BARS, OLD_NAME, Progress, quiet, quiet_libraries
 
 
 @pytest.fixture
@@ -63,3 +66,24 @@ def test_bars_of_libraries_are_off_without_a_terminal_unless_the_user_wants_them
     terminal(False)
     quiet_libraries()
     assert [os.environ[name] for name in names] == ["1", "0"]
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_libraries_are_quiet_in_the_block_and_as_before_afterwards(answer, terminal, monkeypatch):
+    for name in BARS:
+        monkeypatch.delenv(name, raising=False)
+    terminal(answer)
+
+    def shown():
+        return transformers_logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
+
+    assert shown() == (True, True)
+    filters = list(warnings.filters)
+    with quiet():
+        assert shown() == (answer, answer)
+        warnings.warn(OLD_NAME, FutureWarning, stacklevel=1)  # would be an error
+        with quiet():
+            pass
+        assert shown() == (answer, answer)
+    assert shown() == (True, True)
+    assert warnings.filters == filters

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +23,9 @@ from rewardmodel.benchmarks.table import Benchmark, Scoring, find_benchmark
 from rewardmodel.config.schema import Recipe
 from rewardmodel.data.splits import find_seen_battles
 from rewardmodel.distributed import is_main
-from rewardmodel.errors import InputError
+from rewardmodel.errors import InputError, plural
 from rewardmodel.evaluation.bootstrap import Draws, draw_groups, interval_of
-from rewardmodel.files import write_json, write_text
+from rewardmodel.files import lock_output, write_json, write_text
 from rewardmodel.inference.battles import battles_to_predict
 from rewardmodel.predictions import SEEN_COLUMN, write_predictions
 from rewardmodel.run_folder import RunFolder, load_run_recipe, trained_models
@@ -77,32 +78,32 @@ def benchmark(
         overrides: keys of the runs' recipes for this call, as typed: `["--inference.batch_tokens", "2048"]`.
 
     Raises:
-        InputError: something given cannot be used; file, row and column are named.
+        InputError: something given cannot be used; file, row and column are named. Or another process writes there.
         FloatingPointError: a score that is NaN or infinite; the questions are named.
     """
     chosen = find_benchmark(name)
     folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(one) for one in runs]
     if len(folders) not in (1, 2):
-        raise InputError(f"benchmark: {len(folders)} runs; give one, or two to compare")
+        raise InputError(f"benchmark: {plural(len(folders), 'run')}; give one, or two to compare")
     for folder in folders:
         trained_models(folder)
     recipes = [load_run_recipe(folder, overrides) for folder in folders]
-    given = _read(name, chosen, folders[0], data)
     target = Path(output) if output else RunFolder(folders[0]).benchmark(name)
     if target.exists() and not target.is_dir():
         raise InputError(f"--output: {target} is a file; give the name of a folder")
-    target.mkdir(parents=True, exist_ok=True)
-
-    measured = [
-        _measure_probabilities(folder, recipe, given, target)
-        if isinstance(given, Dataset)
-        else _measure_responses(folder, recipe, given, chosen, target)
-        for folder, recipe in zip(folders, recipes, strict=True)
-    ]
-    names = _run_names(folders)
-    result = _summarise(chosen.title, str(data or (chosen.hub and chosen.hub.path)), folders, names, measured)
-    if is_main():
-        _write(target, result, names, measured)
+    with lock_output(target) if is_main() else nullcontext():
+        given = _read(name, chosen, folders[0], data)
+        target.mkdir(parents=True, exist_ok=True)
+        measured = [
+            _measure_probabilities(folder, recipe, given, target)
+            if isinstance(given, Dataset)
+            else _measure_responses(folder, recipe, given, chosen, target)
+            for folder, recipe in zip(folders, recipes, strict=True)
+        ]
+        names = _run_names(folders)
+        result = _summarise(chosen.title, str(data or (chosen.hub and chosen.hub.path)), folders, names, measured)
+        if is_main():
+            _write(target, result, names, measured)
     return result
 
 
@@ -164,7 +165,7 @@ def _describe_scoring(recipe: Recipe, responses: int, pairs: int) -> str:
 
     if find_objective(recipe.objective).encoding == "separate":
         return f"scores each response alone: {responses:,} responses, each once"
-    return f"compares two responses: {pairs:,} pairs, each in both orders, averaged where not said otherwise"
+    return f"compares two responses: {plural(pairs, 'pair')}, each in both orders, averaged where not said otherwise"
 
 
 def _predict_tfidf(run: Path, battles: Dataset) -> np.ndarray | None:
@@ -206,7 +207,7 @@ def _measure_probabilities(run: Path, recipe: Recipe, battles: Dataset, target: 
     texts = [name for name in ("prompt", "response_a", "response_b") if name in table]
     return Measured(
         recipe,
-        f"predicts {len(table):,} battles, as `rewardmodel predict` does",
+        f"predicts {plural(len(table), 'battle')}, as `rewardmodel predict` does",
         seen,
         model_figures(table),
         probability_baselines(table, _predict_tfidf(run, battles)),

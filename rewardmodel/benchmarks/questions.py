@@ -99,7 +99,7 @@ def _check_columns(raw: RawRows, columns: Sequence[str]) -> None:
     for column in columns if raw.columns else ():
         if column not in raw.columns:
             raise InputError(
-                f"{raw.where}: column '{column}' is missing{nearest(column, raw.columns) or ';'} this benchmark has: "
+                f"{raw.where}: column '{column}' is missing{nearest(column, raw.columns)}; this benchmark has: "
                 f"{', '.join(columns)}"
             )
 
@@ -189,7 +189,7 @@ def _read_texts(row: RawRow, column: str) -> list[str]:
 def _read_subset(row: RawRow, column: str, known: Sequence[str]) -> str:
     name = row.read_text(column)
     if name not in known:
-        raise row.error(column, f"{shorten(name)} is unknown{nearest(name, known) or ';'} known: {', '.join(known)}")
+        raise row.error(column, f"{shorten(name)} is unknown{nearest(name, known)}; known: {', '.join(known)}")
     return name
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rewardmodel.benchmarks.figures import Compared
+from rewardmodel.errors import plural
 from rewardmodel.evaluation.results import Interval
 
 BASELINE_NOTE = "* the run differs from this baseline beyond noise (95 %, by prompt, paired)"
@@ -95,7 +96,7 @@ def leaderboard_entry(run: RunScores) -> dict[str, str | float]:
 
 def format_benchmark(result: BenchmarkResult) -> str:
     """Return a result as tables for a terminal."""
-    parts = [f"{result.benchmark}: {result.rows:,} rows of {result.prompts:,} prompts, {result.data}"]
+    parts = [f"{result.benchmark}: {plural(result.rows, 'row')} of {plural(result.prompts, 'prompt')}, {result.data}"]
     parts += [_format_run(run) for run in result.runs]
     if result.compared:
         parts.append(_format_compared(result))
@@ -112,8 +113,8 @@ def _format_run(run: RunScores) -> str:
     lines = [f"{run.run}: {run.how}"]
     if run.seen:
         lines.append(
-            f"{run.seen:,} rows share a prompt or responses with its training battles: they do not measure how new "
-            "ones are judged"
+            f"a prompt or responses of its training battles are in {plural(run.seen, 'row')}: they do not measure how "
+            "new ones are judged"
         )
     starred = any(cell.endswith("*") for row in rows for cell in row)
     return "\n".join([*lines, *align(rows), *([f"  {BASELINE_NOTE}"] if starred else [])])

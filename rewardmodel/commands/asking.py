@@ -32,7 +32,7 @@ def _compare(options: Namespace) -> None:
     answer = compare_responses(options.run, **texts, recipe=recipe)
     from rewardmodel.serving.answers import format_answer
 
-    print(json.dumps(answer, indent=2) if options.json else format_answer(answer))
+    print(json.dumps(answer, indent=2) if options.json else format_answer(answer, recipe))
 
 
 def _parity(options: Namespace) -> int:

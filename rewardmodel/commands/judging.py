@@ -61,9 +61,9 @@ def _evaluate(options: Namespace) -> None:
 
 def _report(options: Namespace) -> None:
     """Write a run's report.html, or a page that compares several runs."""
-    from rewardmodel.preflight import check_predictions
+    from rewardmodel.preflight import check_report
 
-    check_predictions(options.runs)
+    check_report(options.runs, options.output)
     from rewardmodel.evaluation.report import report
 
     print(report(options.runs, options.output))

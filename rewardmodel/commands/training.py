@@ -35,14 +35,14 @@ def _run(options: Namespace) -> None:
 
 def _doctor(options: Namespace) -> int:
     """Estimate memory, precision and time of a recipe and list incompatible settings; nothing is trained."""
-    if options.gpus is not None and options.gpus < 1:
-        raise InputError(f"--gpus: {options.gpus}; give at least 1")
     limit = read_numbers("--hours", options.hours)
     if limit and not limit[0] > 0:
         raise InputError(f"--hours: {limit[0]:g}; give more than 0")
     from rewardmodel.config.loader import load_recipe
     from rewardmodel.distributed import Launch, read_launch
+    from rewardmodel.preflight import check_planning
 
+    check_planning(options.device, options.gpus)
     recipe = load_recipe(options.recipe, options.overrides)
     logging.getLogger(__name__).info("reading %s …", options.recipe)
     launched = None

@@ -36,7 +36,7 @@ def find_recipe(given: str | Path) -> Path:
         return known[name]
     close = nearest(str(given), map(str, path.parent.glob("*.y*ml"))) or nearest(name, known)
     raise InputError(
-        f"{given}: no such file, and no recipe of that name{close or ';'} `rewardmodel recipes` lists the packaged ones"
+        f"{given}: no such file, and no recipe of that name{close}; `rewardmodel recipes` lists the packaged ones"
     )
 
 

@@ -39,7 +39,8 @@ class Source:
     battle, which are not used."""
     teacher: str | None = None
     """Predictions of these battles by a teacher that did not train on them (the .parquet of `rewardmodel predict`).
-    The distillation objective learns from them; battles without an outcome take theirs from here, for training only."""
+    The distillation and the separate objectives learn from them; battles without an outcome take theirs from here, for
+    training only."""
     subset: str | None = None
     """Configuration of a data set on the hub."""
     split: str | None = None
@@ -123,17 +124,18 @@ class ModelConfig:
     of them that computes the backbone's family and works on the device."""
     pooling: Literal["last", "responses", "last_and_responses"] = "last"
     """What a decoder's head reads: the hidden state of the last token, as in plain transformers; the mean over each
-    response, concatenated, from which small backbones learn much faster; or both. Only rewardmodel loads heads with the
-    latter two. Encoders keep the pooling of their class in transformers."""
+    response, concatenated, from which small backbones learn much faster; or both. Plain transformers loads the latter
+    two once exported, with `trust_remote_code`. Encoders keep the pooling of their class in transformers."""
     pair_ties: bool = False
     """Separate objectives: let P(tie) depend on the hidden states of both responses (their distance and mean), in
-    addition to the rewards. Only rewardmodel loads such a head."""
+    addition to the rewards. Exported, plain transformers loads it with `trust_remote_code`."""
     keep_head: bool = False
     """Start from the classification head of the backbone's checkpoint, such as a published reward model, which must
     have the objective's number of outputs; false: a new last layer."""
-    head_init: Literal["zero", "fitted"] = "zero"
-    """Initial value of a new last layer: zero, which predicts equal probabilities, or fitted to the features of the
-    untrained backbone before anything else trains (linear probing first: Kumar et al. 2022)."""
+    head_init: Literal["zero", "fitted", "answer"] = "zero"
+    """Initial value of a new last layer: zero, which predicts equal probabilities; fitted to the features of the
+    untrained backbone before anything else trains (linear probing first: Kumar et al. 2022); or answer, for joint
+    objectives: the language model's output rows for A, B and tie, scaled and shifted to fit 256 battles."""
     load_in_4bit: bool = False
     """Quantise the backbone, not the head, to 4 bits with bitsandbytes."""
     load_in_8bit: bool = False
@@ -190,9 +192,10 @@ class ObjectiveConfig:
     temperature: float = 1.0
     """Softmax temperature of teacher and student (distillation)."""
     weight_votes: float = 1.0
-    """Weight of the cross-entropy with the votes (distillation)."""
+    """Weight of the cross-entropy with the votes (distillation; separate objectives where a battle has a teacher)."""
     weight_teacher: float = 1.0
-    """Weight of the Kullback-Leibler divergence from the teacher's probabilities (distillation)."""
+    """Weight of the Kullback-Leibler divergence from the teacher's probabilities (distillation), or of the
+    cross-entropy with them (separate objectives)."""
     weight_cosine: float = 0.0
     """Weight of 1 - cosine similarity between the teacher's and the student's probabilities (distillation)."""
 

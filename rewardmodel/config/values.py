@@ -101,13 +101,27 @@ def _reason(value: Any, hint: Any) -> str:
     return reason
 
 
-def _name(hint: Any) -> str:
-    """Return a type in words, like `int or null`, `list of str` or `one of ['none', 'both']`."""
+WORDS = {
+    NoneType: "null",
+    Any: "any value",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    dict: "a mapping",
+    list: "a list",
+}
+"""Types in the words of messages."""
+
+
+def _name(hint: Any, several: bool = False) -> str:
+    """Return a type in words, like `a whole number or null`, `a list of texts` or `one of ['none', 'both']`."""
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
-        return " or ".join(map(_name, inner))
+        return " or ".join(_name(one, several) for one in inner)
     if kind is Literal:
         return f"one of {list(inner)}"
+    name = WORDS.get(kind) or f"a {kind.__name__}"
     if kind in (list, dict) and inner:
-        return f"{kind.__name__} of {_name(inner[-1])}"
-    return {NoneType: "null", Any: "any value"}.get(kind) or kind.__name__
+        return f"{name} of {_name(inner[-1], several=True)}"
+    return f"{name.removeprefix('a ')}s" if several and name.startswith("a ") else name

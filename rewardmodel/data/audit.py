@@ -11,6 +11,7 @@ from datasets import Dataset
 from rewardmodel.battles import OUTCOMES, SCRIPTS, TEXT_COLUMNS, count_characters, detect_scripts, outcomes
 from rewardmodel.data.duplicates import find_duplicates, find_near_duplicates, winner_signs
 from rewardmodel.data.folds import CALIBRATION_FOLD, HOLDOUT_FOLD, TRAIN_ONLY, TRAIN_WITH, UNUSED
+from rewardmodel.errors import plural
 from rewardmodel.metrics import wilson_interval
 
 _PERCENTILES = (5, 25, 50, 75, 95, 99)
@@ -225,7 +226,8 @@ def _text_lines(facts: dict[str, Any]) -> list[str]:
         "script of prompt": _join_names([f"{name}: {100 * share:.1f} %" for name, share in facts["scripts"].items()]),
         "prompt groups": f"{grouped}{shared}" if groups else "not assigned",
         "exact duplicates": f"{_count(same['battles'])}; both responses are the same in {_count(twice)}",
-        "similar prompts": f"at least {near['pairs']:,} pairs among {near['prompts']:,} prompts, of different groups",
+        "similar prompts": f"at least {plural(near['pairs'], 'pair')} among {plural(near['prompts'], 'prompt')}, "
+        "of different groups",
     }
     if unread := [f"{name}: {_join_names(columns)}" for name, columns in facts["unread_columns"].items()]:
         lines["columns not read"] = textwrap.shorten("; ".join(unread), 100, placeholder=" …")
@@ -239,7 +241,7 @@ def _join_names(names: list[str]) -> str:
 
 
 def _count(battles: int) -> str:
-    return f"{battles:,} battle{'' if battles == 1 else 's'}"
+    return plural(battles, "battle")
 
 
 def _percentile_lines(title: str, rows: dict[str, dict[str, float]]) -> list[str]:

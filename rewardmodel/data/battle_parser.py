@@ -101,7 +101,7 @@ class BattleParser:
             lists = prompt in strings and len(strings) > 1 and all(map(looks_like_turns, strings))
         if lists != bool(self.json_texts) and strings:
             kinds = ("plain texts", "lists of turns")
-            self.raw.notes[f"rows of {kinds[lists]} among rows of {kinds[not lists]}"] += 1
+            self.raw.notes["row", f"of {kinds[lists]} among rows of {kinds[not lists]}"] += 1
         return lists
 
     def _check_late_columns(self, number: int, values: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset
 
 from rewardmodel.battles import outcomes, with_column
-from rewardmodel.errors import InputError
+from rewardmodel.errors import InputError, plural
 
 TRAIN_ONLY, CALIBRATION_FOLD, HOLDOUT_FOLD, UNUSED = -2, -3, -4, -5
 """Values of `fold` outside 0, 1, ...: battles that only train; two parts that never train; and battles that would only
@@ -91,7 +91,7 @@ def assign_folds(
         if part not in part_of_group:
             name = {CALIBRATION_FOLD: "data.calibration", HOLDOUT_FOLD: "data.holdout"}.get(int(part), "data.folds")
             raise InputError(
-                f"{name}: {share:g} of {len(evaluated)} battles is less than one prompt; set a larger share"
+                f"{name}: {share:g} of {plural(len(evaluated), 'battle')} is less than one prompt; set a larger share"
             )
 
     # Battles that only train follow the part of their group, if it was dealt.

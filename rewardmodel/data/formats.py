@@ -28,7 +28,7 @@ from rewardmodel.data.readers import split_endings
 from rewardmodel.data.sources import open_rows
 from rewardmodel.data.tables import rows_as_table
 from rewardmodel.data.teacher import with_teacher
-from rewardmodel.errors import InputError, nearest
+from rewardmodel.errors import InputError, nearest, plural
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,8 @@ def read_battles(
 
     Args:
         source: a path, the id of a hub data set, `sample` for the packaged demonstration set, a `Source` with options,
-            a table, a dict or a list of dicts; or a list of these, whose battles' ids get the source's name as prefix.
+            a table, a dict (of a battle, or of columns) or a list of dicts; or a list of these, whose battles' ids get
+            the source's name as prefix.
         role: `train` or `test`: which file of `sample`, of an archive or of a folder, and which split of a data set.
         seed: for limits, and to choose which response is A in preference data.
         reports: gets a report of each source that is read.
@@ -121,7 +122,7 @@ def _read_source(given: BattleSource, role: str, seed: int, reports: list[Source
     wanted = {*KNOWN_COLUMNS, *(name for name in source.columns.values() if name)}
     with open_rows(given if isinstance(given, pd.DataFrame | Dataset) else source, role, wanted) as opened:
         raw = _rename_columns(opened, source.columns)
-        format = FORMATS[_find_format(raw, source.format)]
+        format = FORMATS[_find_format(raw, source.format, role if source.path else None)]
         check_outcomes(source, raw.where, set(raw.columns))
         parser = BattleParser(raw, format, source, seed, prefix)
         report = SourceReport(raw.where, format.tossed, _unread_columns(opened.columns, format, source.columns))
@@ -132,8 +133,8 @@ def _read_source(given: BattleSource, role: str, seed: int, reports: list[Source
 
     if source.teacher is not None:
         battles = with_teacher(battles, Path(source.teacher), prefix)
-    for what, count in sorted(raw.notes.items()):
-        logger.warning("%s: %d %s", raw.where, count, what)
+    for (noun, words), count in sorted(raw.notes.items()):
+        logger.warning("%s: %s %s", raw.where, plural(count, noun), words)
     return battles if source.limit is None else limit_battles(assign_groups(battles), source.limit, seed)
 
 
@@ -182,8 +183,14 @@ def _unread_columns(columns: Sequence[str], format: Format, mapping: Mapping[str
     return [name for name in columns if name not in used and mapping.get(name, "") is not None]
 
 
-def _find_format(raw: RawRows, name: str | None) -> str:
-    """Return the format of that name, or else the one whose columns the file has; raise if one is missing."""
+def _find_format(raw: RawRows, name: str | None, role: str | None) -> str:
+    """Return the format of that name, or else the one whose columns the file has; raise if one is missing.
+
+    Args:
+        raw: the rows.
+        name: of a format; None: by the columns.
+        role: of the file in a recipe; None: the rows are of a table in Python.
+    """
     if name is not None and name not in FORMATS:
         raise InputError(
             f"{raw.where}: format: no format '{name}'{nearest(name, FORMATS)}; known: {', '.join(FORMATS)}"
@@ -206,10 +213,16 @@ def _find_format(raw: RawRows, name: str | None) -> str:
             spare = nearest(column, here - KNOWN_COLUMNS).replace("did you mean", "is it")
             needs = "; ".join(f"{one}: {', '.join(FORMATS[one].needs)}" for one in FORMATS)
             raise InputError(
-                f"{raw.where}: column '{column}' is missing{spare or ';'} the columns of each format are: {needs} (and "
-                f"the outcome: {', '.join(OUTCOMES)}, or winner, or p_b); map other names with data.train.columns"
+                f"{raw.where}: column '{column}' is missing{spare}; the columns of each format are: {needs} (and "
+                f"the outcome: {', '.join(OUTCOMES)}, or winner, or p_b); {_explain_renaming(role)}"
             )
     return name
+
+
+def _explain_renaming(role: str | None) -> str:
+    """Return how a column of another name is read: as the recipe, or the Python program, that gave it can say it."""
+    python = "in Python with Source(path, columns={…})"
+    return f"rename it, or map it with data.{role}.columns in a recipe, {python}" if role else "rename it in the table"
 
 
 _VOTES = ("model_a", "model_b", *OUTCOME_COLUMNS)

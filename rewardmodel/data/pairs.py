@@ -32,7 +32,7 @@ def parse_competition(row: RawRow) -> list[dict[str, Any]]:
         for name in TEXT_COLUMNS:
             if not texts[name]:
                 texts[name] = [""] * rounds
-                row.notes["missing texts read as empty turns"] += 1
+                row.notes["missing text", "read as empty"] += 1
     return [{**add_context(row, texts), **_models(row), **parse_outcome(row)}]
 
 
@@ -53,7 +53,7 @@ def parse_conversations(row: RawRow) -> list[dict[str, Any]]:
     if judged is not None and not (judged >= 1 and judged.is_integer()):
         raise row.error("turn", f"{judged:g} is no round; {hint}")
     if judged is not None and judged < len(prompt):
-        row.notes["battles were judged before their last round: later rounds are left out"] += 1
+        row.notes["battle", "judged before the last round: later rounds are left out"] += 1
         texts = {name: turns[: int(judged)] for name, turns in texts.items()}
     return [{**add_context(row, texts), **_models(row), **parse_outcome(row)}]
 
@@ -68,9 +68,9 @@ def parse_preference(row: RawRow) -> list[dict[str, Any]]:
     scores = [row.read_number(f"score_{name}", hint) for name in ("chosen", "rejected")]
     tie = None not in scores and scores[0] == scores[1]
     if tie:
-        row.notes["pairs with equal scores, read as ties"] += 1
+        row.notes["pair", "with equal scores, read as tied"] += 1
     elif None not in scores and scores[0] < scores[1]:  # type: ignore[operator]
-        row.notes["pairs whose rejected response has the higher score, read as they are labelled"] += 1
+        row.notes["pair", "whose rejected response has the higher score, read as labelled"] += 1
     models = (row.read_text("chosen_model"), row.read_text("rejected_model"))
     return [toss(row, prompt, (better, worse), models, tie)]
 

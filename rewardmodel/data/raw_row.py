@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from rewardmodel.config.schema import Source
+from rewardmodel.data.raw_rows import Note
 from rewardmodel.data.text_lists import is_message, is_sequence, looks_like_messages, parse_list
 from rewardmodel.errors import InputError
 
@@ -23,7 +24,8 @@ class RawRow:
         where: the name of the file, for error messages.
         number: of the row, from 1, without the header.
         values: by column name.
-        notes: counts of repairs by description, shared by all rows of the file: {"null turns read as empty": 3}.
+        notes: counts of repairs, by noun and words, shared by all rows of the file:
+            {("null turn", "read as empty"): 3}.
         json_texts: whether texts that are strings hold lists of turns, in JSON or as Python prints them.
         seed: decides which response is A in preference data.
         source: how the file is read: the names of its columns, what its outcomes mean, which answers are paired.
@@ -32,7 +34,7 @@ class RawRow:
     where: str
     number: int
     values: dict[str, Any]
-    notes: Counter[str]
+    notes: Counter[Note]
     json_texts: bool
     seed: int
     source: Source = field(default_factory=lambda: Source(""))
@@ -87,7 +89,7 @@ class RawRow:
         for turn in turns:
             empty = turn is None or turn is pd.NA
             if empty:
-                self.notes["null turns read as empty"] += 1
+                self.notes["null turn", "read as empty"] += 1
             elif not isinstance(turn, str):
                 raise self.error(column, f"the turn {shorten(turn)} is not text; put it in quotes, or write null")
             texts.append("" if empty else self.repair(turn))
@@ -162,14 +164,14 @@ class RawRow:
     def _read_content(self, column: str, content: Any) -> list[str]:
         """Return the texts of a message's content: of one text, or of parts like `{"type": "text", "text": "4"}`."""
         if is_missing(content):
-            self.notes["messages without content (null), read as empty"] += 1
+            self.notes["message", "without content (null), read as empty"] += 1
             return []
         texts = []
         for part in content if isinstance(content, list | tuple | np.ndarray) else [content]:
             text = part.get("text") if isinstance(part, dict) else part
             if is_missing(text):
                 kind = part.get("type", "no type") if isinstance(part, dict) else "null"
-                self.notes[f"parts of messages that are not text ({kind}), left out"] += 1
+                self.notes["part", f"of messages, not text ({kind}), left out"] += 1
             elif not isinstance(text, str):
                 raise self.error(column, f"the content {shorten(text)} is not text; put it in quotes")
             else:
@@ -202,10 +204,12 @@ class RawRow:
 
     def repair(self, text: str) -> str:
         """Return `text` as valid Unicode: surrogate pairs from JSON are joined, lone surrogates replaced."""
+        if text.isascii():  # known without a look at it
+            return text
         try:
             text.encode()
         except UnicodeEncodeError:
-            self.notes["turns with broken characters, replaced by �"] += 1
+            self.notes["turn", "with broken characters, replaced by �"] += 1
             return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return text
 

@@ -16,6 +16,9 @@ import pyarrow as pa
 
 from rewardmodel.errors import InputError
 
+Note = tuple[str, str]
+"""What was repaired or skipped: a noun that is counted, and words that follow it: `("null turn", "read as empty")`."""
+
 PEEKED_ROWS = 200
 """Rows that are read ahead to choose a format and to collect columns where there is no header."""
 
@@ -27,17 +30,17 @@ class RawRows(NamedTuple):
         where: the name of the file, for error messages.
         columns: of the header, or of the first `PEEKED_ROWS` rows where there is none.
         rows: number and values of each row: (1, {"prompt": "What is 2 + 2?", "chosen": "4", "rejected": "5"}).
-        notes: counts of what was skipped, by description: {"blank lines, skipped": 2}.
+        notes: counts of what was skipped, by noun and words: {("blank line", "skipped"): 2}.
     """
 
     where: str
     columns: list[str]
     rows: Iterator[tuple[int, dict[str, Any]]]
-    notes: Counter[str]
+    notes: Counter[Note]
 
 
 def number_rows(
-    rows: Iterable[Any], where: str, columns: list[str] | None, notes: Counter[str] | None = None
+    rows: Iterable[Any], where: str, columns: list[str] | None, notes: Counter[Note] | None = None
 ) -> RawRows:
     """Return numbered rows; columns are the header's, or without one those of the first `PEEKED_ROWS` rows.
 

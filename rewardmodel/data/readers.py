@@ -22,7 +22,7 @@ from typing import IO, Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rewardmodel.data.raw_rows import RawRows, explain_failures, number_rows
+from rewardmodel.data.raw_rows import Note, RawRows, explain_failures, number_rows
 from rewardmodel.errors import InputError
 
 
@@ -83,7 +83,7 @@ def _read_csv(file: IO[bytes], request: ReadRequest, separator: str = ",") -> Ra
     )
     raw_lines, separator = _find_separator(text, separator)
     reader = csv.reader(raw_lines, delimiter=separator, strict=True)
-    notes: Counter[str] = Counter()  # {"blank lines, skipped": 2}
+    notes: Counter[Note] = Counter()
 
     def lines() -> Iterator[list[str]]:
         try:
@@ -99,7 +99,7 @@ def _read_csv(file: IO[bytes], request: ReadRequest, separator: str = ",") -> Ra
         number = 0
         for fields in content:
             if not fields:
-                notes["blank lines, skipped"] += 1
+                notes["blank line", "skipped"] += 1
                 continue
             number += 1
             if len(fields) != len(header):
@@ -148,7 +148,7 @@ def _read_json_lines(file: IO[bytes], request: ReadRequest) -> RawRows:
     where = request.where
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
     text = request.opened.enter_context(text)
-    notes: Counter[str] = Counter()
+    notes: Counter[Note] = Counter()
     ahead, lines = _read_ahead(text)
     if ahead and ahead[-1].lstrip().startswith("["):  # a JSON list under this ending
         whole = "".join(lines)
@@ -161,7 +161,7 @@ def _read_json_lines(file: IO[bytes], request: ReadRequest) -> RawRows:
                 _check_utf8(line, f"{where}: line {number}")
                 yield _parse_json(line, f"{where}: line {number}")
             else:
-                notes["blank lines, skipped"] += 1
+                notes["blank line", "skipped"] += 1
 
     return number_rows(rows(), where, None, notes)
 

@@ -4,10 +4,11 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from rewardmodel.config.schema import DataConfig, Source
-from rewardmodel.errors import InputError
+from rewardmodel.errors import InputError, nearest
 from rewardmodel.files import cache_folder, check_writable
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,9 @@ COMPRESSED_ENDINGS = (".gz", ".bz2", ".xz", ".zst")
 
 OWN_PARTS = ("validation", "calibration", "holdout")
 """Parts of a run's own battles, which `predict` takes by name."""
+
+MOST_NAMES = 1_000
+"""Files of a folder among which that with the nearest name is looked for."""
 
 
 def is_on_hub(path: str) -> bool:
@@ -38,7 +42,9 @@ def check_source(source: str | Source) -> None:
     """
     path, teacher = (source.path, source.teacher) if isinstance(source, Source) else (source, None)
     if not (path == "sample" or os.path.exists(path) or is_on_hub(path)):
-        raise InputError(f"{path}: no such file; give the path of a battles file, a hub id, or 'sample'")
+        here = islice(Path(path).parent.glob("*"), MOST_NAMES)
+        close = nearest(Path(path).name, (one.name for one in here), 0.8)  # an ending that they share is alike already
+        raise InputError(f"{path}: no such file{close}; give the path of a battles file, a hub id, or 'sample'")
     if teacher and not os.path.isfile(teacher):
         raise InputError(f"{teacher}: no such file; give the predictions of a teacher")
 

@@ -21,7 +21,7 @@ from rewardmodel.data.folds import (
     train_mask,
 )
 from rewardmodel.data.formats import SourceReport, read_battles
-from rewardmodel.errors import InputError
+from rewardmodel.errors import InputError, plural
 from rewardmodel.files import atomic_path
 from rewardmodel.run_folder import RunFolder
 
@@ -72,10 +72,10 @@ def _warn_of_conflicts(battles: Dataset) -> None:
     conflicts = find_duplicates(battles)["label_conflicts"]
     if conflicts["sets"]:
         logger.warning(
-            "%d pairs of responses were judged several times, with different winners, in %d battles, like %s; no model "
-            "can predict all of them",
-            conflicts["sets"],
-            conflicts["battles"],
+            "judged several times, with different winners: %s of responses, in %s, like %s; no model can predict all "
+            "of them",
+            plural(conflicts["sets"], "pair"),
+            plural(conflicts["battles"], "battle"),
             " and ".join(conflicts["examples"][0][:2]),
         )
 

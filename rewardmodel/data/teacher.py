@@ -19,7 +19,7 @@ from rewardmodel.battles import (
     validate,
     with_column,
 )
-from rewardmodel.errors import InputError
+from rewardmodel.errors import InputError, plural
 from rewardmodel.predictions import IDENTITY_COLUMNS, SEEN_COLUMN, predicted, read_predictions
 
 
@@ -62,9 +62,9 @@ def with_teacher(battles: Dataset, path: Path, prefix: str = "") -> Dataset:
     seen = table[SEEN_COLUMN].to_numpy(bool)
     if seen.any():
         raise InputError(
-            f"{path}: the teacher trained on the prompts or responses of {seen.sum()} of {len(seen)} battles (column "
-            f"'{SEEN_COLUMN}', first '{ids[seen][0]}'); predict with a k-fold run, which predicts each battle by the "
-            "folds that did not train on it"
+            f"{path}: the teacher trained on the prompts or responses of {seen.sum()} of {plural(len(seen), 'battle')} "
+            f"(column '{SEEN_COLUMN}', first '{ids[seen][0]}'); predict with a k-fold run, which predicts each "
+            "battle by the folds that did not train on it"
         )
     for name, values in zip(TEACHER_COLUMNS, predicted(table).T, strict=True):
         battles = with_column(battles, name, values)
@@ -79,8 +79,14 @@ def _count_characters(battles: Dataset) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def check_teacher(battles: Dataset, objective: str, reads_teacher: bool) -> None:
+def check_teacher(battles: Dataset, objective: str, reads_teacher: bool, share: float | None = None) -> None:
     """Raise unless the objective reads what the training battles have, and they have what it reads.
+
+    Args:
+        battles: to train on.
+        objective: its name.
+        reads_teacher: whether its loss reads a teacher.
+        share: as of `with_soft_outcomes`.
 
     Raises:
         InputError: the objective reads a teacher, but no battle has one; or it does not, but battles have both an
@@ -92,21 +98,44 @@ def check_teacher(battles: Dataset, objective: str, reads_teacher: bool) -> None
             f"objective.name: {objective} learns from a teacher, but no training battle has one; give a source its "
             "predictions, data.train[i].teacher, or use cross_entropy"
         )
+    if share is not None:
+        return
     unread = has_teacher & np.isfinite(outcomes(battles)).all(axis=1)
     if not reads_teacher and unread.any():
         source = battles[int(unread.argmax())]["source"]
         raise InputError(
             f"data.train: the battles of {source} have outcomes and a teacher, but objective.name {objective} would "
-            "ignore the teacher; use distillation, or leave out the teacher of that source"
+            "ignore the teacher; use distillation or a separate objective, or leave out the teacher of that source"
         )
 
 
-def with_soft_outcomes(battles: Dataset) -> Dataset:
-    """Return the battles; those without an outcome get the teacher's probabilities as soft outcomes."""
+def teacher_share(weight_votes: float, weight_teacher: float) -> float:
+    """Return the share of the teacher in the outcome of a battle that has votes too.
+
+    Raises:
+        InputError: both weights are 0.
+    """
+    if not weight_votes + weight_teacher:
+        raise InputError("objective.weight_votes, objective.weight_teacher: both are 0; give one of them a weight")
+    return weight_teacher / (weight_votes + weight_teacher)
+
+
+def with_soft_outcomes(battles: Dataset, share: float | None = None) -> Dataset:
+    """Return the battles; those without an outcome get the teacher's probabilities as soft outcomes.
+
+    Args:
+        battles: to train on.
+        share: of the teacher in the outcome of battles that have both: (1 - share) votes + share teacher, in which the
+            cross-entropy is linear; None: their teacher is left alone.
+    """
     known, teacher = outcomes(battles), teacher_probabilities(battles)
-    unlabelled = np.isnan(known).any(axis=1)
-    if not unlabelled.any():
+    unlabelled, taught = np.isnan(known).any(axis=1), np.isfinite(teacher).all(axis=1)
+    both = taught & ~unlabelled if share else np.zeros_like(unlabelled)
+    if not (unlabelled | both).any():
         return battles
-    for name, values, soft in zip(OUTCOMES, known.T, teacher.T, strict=True):
-        battles = with_column(battles, name, np.where(unlabelled, soft, values))
+    soft = np.where(unlabelled[:, None], teacher, known)
+    if share:
+        soft[both] = (1 - share) * known[both] + share * teacher[both]
+    for name, values in zip(OUTCOMES, soft.T, strict=True):
+        battles = with_column(battles, name, values)
     return battles

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+_JSON = json.JSONDecoder(strict=False)  # once: json.loads makes one a call
 _PYTHON_LIST = re.compile(r"\s*\[\s*(['\"{]|None\b)")
 _SINGLE_QUOTES = re.compile(r"\s*\[\s*\{?\s*'")
 _NUMPY = "it is a list as numpy prints it, without commas, so that its texts cannot be told apart"
@@ -27,7 +28,7 @@ def parse_list(text: str) -> Any:
         ValueError: neither; the message says what to write if the text looks like a list of numpy's or a cut one.
     """
     try:
-        return json.loads(text, strict=False)
+        return _JSON.decode(text)
     except (ValueError, RecursionError):
         if not _PYTHON_LIST.match(text):
             raise ValueError("is not a JSON list") from None
@@ -83,10 +84,14 @@ _MESSAGE = re.compile(r"\s*(?P<list>\[\s*)?\{\s*(?P<key>['\"](role|from|content|
 """The beginning of messages, [{"role": "user"; or of one, without the bracket."""
 
 
+_CONTENT = ("content", "value", "text", "tool_calls")
+
+
 def is_message(value: Any) -> bool:
     """Return whether a value is one message: who said it, and what."""
-    keys = {*value} if isinstance(value, dict) else set()
-    return bool(keys & {"role", "from"}) and bool(keys & {"content", "value", "text", "tool_calls"})
+    if not isinstance(value, dict):
+        return False
+    return not (value.keys().isdisjoint(("role", "from")) or value.keys().isdisjoint(_CONTENT))
 
 
 def is_sequence(value: Any) -> bool:

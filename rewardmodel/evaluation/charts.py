@@ -21,6 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from rewardmodel.errors import plural
 from rewardmodel.evaluation.results import ReliabilityBin
 
 INK, MUTED, GRID, PAPER = "#1f2329", "#5c6570", "#d9dde2", "#fffffe"
@@ -148,7 +149,8 @@ def draw_reliability(bins: Sequence[ReliabilityBin], name: str) -> str:
             one.grid(axis="both")
             one.tick_params(length=0, pad=6)
         figure.align_ylabels()
-        return _svg(figure, name, f"Reliability diagram of {int(counts.sum())} battles in {len(bins)} bins")
+        battles = plural(int(counts.sum()), "battle")
+        return _svg(figure, name, f"Reliability diagram of {battles} in {plural(len(bins), 'bin')}")
 
 
 def draw_orders(as_given: np.ndarray, exchanged: np.ndarray, name: str) -> str:
@@ -174,7 +176,7 @@ def draw_orders(as_given: np.ndarray, exchanged: np.ndarray, name: str) -> str:
         axes.set(xlabel="P(A wins), A shown first", ylabel="P(A wins), B shown first")
         axes.tick_params(length=0, pad=6)
         axes.grid()
-        return _svg(figure, name, f"P(A) in both orders of {len(as_given)} battles")
+        return _svg(figure, name, f"P(A) in both orders of {plural(len(as_given), 'battle')}")
 
 
 def draw_win_rates(ratio: np.ndarray, humans: np.ndarray, model: np.ndarray, groups: np.ndarray, name: str) -> str:

@@ -7,7 +7,7 @@ from rewardmodel.evaluation.evaluate import compare, evaluate, evaluated_predict
 from rewardmodel.evaluation.page import ComparedRun, render_comparison, render_run
 from rewardmodel.evaluation.results import Evaluation
 from rewardmodel.evaluation.run_facts import describe_run
-from rewardmodel.files import write_text
+from rewardmodel.files import check_page, write_text
 from rewardmodel.run_folder import RunFolder, as_folders
 
 
@@ -29,9 +29,11 @@ def report(
         The path of the file.
 
     Raises:
-        InputError: no such run, or runs that were validated on different battles.
+        InputError: no such run, runs that were validated on different battles, or a file that is no .html.
     """
     folders = as_folders(runs)
+    if output:
+        check_page(Path(output))
     found = [evaluate(folder) for folder in folders] if evaluations is None else list(evaluations)
     if len(folders) == 1:
         path = Path(output or RunFolder(folders[0]).report)

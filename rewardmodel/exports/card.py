@@ -35,10 +35,18 @@ LINK_FORMULAS = {
 """How the reward difference d and the tie parameter t become probabilities, by objective."""
 
 SERVERS = {
-    "vLLM": ("llama", "qwen2", "qwen3", "gemma2", "mistral", "bert", "roberta", "modernbert"),
-    "SGLang": ("llama", "gemma2", "qwen2", "qwen3"),
+    "vLLM": (
+        ("llama", "qwen2", "qwen3", "gemma2", "mistral", "bert", "roberta", "modernbert"),
+        "yes: `vllm serve FOLDER --runner pooling`, then `/classify` with `use_activation: false`",
+    ),
+    "SGLang": (
+        ("llama", "gemma2", "qwen2", "qwen3"),
+        "yes: `--is-embedding`, then `/v1/embeddings`, whose last value is the reward",
+    ),
+    "TEI": (("roberta", "xlm-roberta", "camembert", "modernbert"), "yes: `/predict` with `raw_scores: true`"),
 }
-"""Inference servers, and the types of models that they load as classifiers (their documentation, autumn 2026)."""
+"""Inference servers: the types of models that they load as classifiers, and how one that gives rewards is asked (their
+documentation, autumn 2026)."""
 
 
 def write_card(
@@ -68,7 +76,7 @@ def collect_card_facts(
     objective = find_objective(recipe.objective)
     merged = about.get("merged", {})
     bits = quantization_name(recipe.model)
-    adapter = is_adapter(model)
+    adapter, kind = is_adapter(model), _read_json(model / "config.json").get("model_type", "")
     return {
         "title": f"{Path(recipe.trainer['output_dir']).name}, {parity['kind']}",
         "version": rewardmodel.__version__,
@@ -83,9 +91,18 @@ def collect_card_facts(
         "link": LINK_FORMULAS.get(recipe.objective.name),
         "bits": bits,
         "whole": not adapter,
-        "model_type": (kind := _read_json(model / "config.json").get("model_type", "")),
-        "servers": [name for name, types in SERVERS.items() if kind in types],
-        "plain": recipe.model.plain_head and (adapter or parity["plain"] is not None),
+        "vllm": kind in SERVERS["vLLM"][0],
+        "plain": (plain := recipe.model.plain_head and (adapter or parity.get("plain") is not None)),
+        "own_code": (own_code := not recipe.model.plain_head and parity.get("plain") is not None),
+        "programs": describe_programs(
+            kind,
+            recipe.model.pooling,
+            joint=objective.encoding == "joint",
+            whole=not adapter,
+            plain=plain,
+            own_code=own_code,
+        ),
+        "pair_ties": recipe.model.pair_ties,
         "why_not_plain": _explain_not_plain(recipe.model),
         "form": _describe_form(merged, bits),
         "requantised": bool(merged.get("bits")),
@@ -97,6 +114,54 @@ def collect_card_facts(
         "calibration": _describe_calibration(runs, model),
         "parity": parity_text,
     }
+
+
+def describe_programs(
+    model_type: str, pooling: str, *, joint: bool, whole: bool, plain: bool, own_code: bool
+) -> dict[str, str]:
+    """Return whether each program loads an export, and how, by name.
+
+    Args:
+        model_type: of the backbone, Hugging Face's name.
+        pooling: the recipe's `model.pooling`.
+        joint: whether the head returns three outcomes, not a reward.
+        whole: whether it is a model, not an adapter.
+        plain: whether plain transformers (of an adapter, PEFT) loads it as it was trained.
+        own_code: whether plain transformers does, with the code in the export.
+    """
+    found = {"rewardmodel": "yes: `rewardmodel predict FOLDER` and `rewardmodel serve FOLDER`"}
+    if plain:
+        found["transformers"] = "yes" if whole else "yes, through PEFT, on the same backbone"
+    else:
+        found["transformers"] = "yes, with `trust_remote_code=True` and inputs of `model.encode`" if own_code else "no"
+    for name, (types, how) in SERVERS.items():
+        if not plain:
+            found[name] = "no: it has no code for this head"
+        elif not whole:
+            found[name] = "no: export with `--kind merged`"
+        elif model_type not in types:
+            found[name] = f"no: it has no classifier of type `{model_type}`"
+        elif joint:
+            found[name] = (
+                "as a classifier, not as a reward: its clients take the last of the three probabilities, that of a "
+                "tie, for a reward"
+            )
+        else:
+            found[name] = how
+    rewards = "verl, OpenRLHF, LLaMA-Factory"
+    if joint:
+        found |= dict.fromkeys(
+            ("TRL", rewards),
+            "no: they need a reward of one response; `recipes/student_reward.yaml` distils this model into one",
+        )
+    else:
+        function = 'yes: `reward_funcs=rewardmodel.reward_function("FOLDER")`'
+        model = 'yes: `reward_funcs="FOLDER"`' if whole else "yes: `reward_funcs=` the model that PEFT loads"
+        found["TRL"] = model if plain else function
+        served = "through `rewardmodel serve FOLDER`"
+        unmarked = "no: they send finished texts, in which nothing marks the response; train with `model.pooling: last`"
+        found[rewards] = served if pooling == "last" else unmarked
+    return found
 
 
 def find_licence(config: ModelConfig) -> dict[str, str | None]:
@@ -143,7 +208,8 @@ def _explain_not_plain(config: ModelConfig) -> str:
     if not config.plain_head:
         return (
             f"**Only rewardmodel loads this model.** Plain transformers does not have its head (`model.pooling: "
-            f"{config.pooling}`, `model.pair_ties: {str(config.pair_ties).lower()}`)."
+            f"{config.pooling}`, `model.pair_ties: {str(config.pair_ties).lower()}`); `--kind merged` exports it with "
+            "the code that it needs there."
         )
     return "**Only rewardmodel loads this model** as it was trained; plain transformers was not checked on it."
 

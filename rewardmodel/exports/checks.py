@@ -84,7 +84,6 @@ def check_options(
     kinds: Collection[str],
     *,
     dtype: str | None,
-    rewardmodel_only: bool,
     push_to_hub: str | None,
     bundle: Bundle | None,
 ) -> str:
@@ -96,7 +95,6 @@ def check_options(
         kind: one of `kinds`, or `kaggle`.
         kinds: names of the exports.
         dtype: of merged weights; None: the default.
-        rewardmodel_only: accept a model that plain transformers does not read as it was trained.
         push_to_hub: a repository; None: none.
         bundle: what a Kaggle bundle is for; None: it is none.
 
@@ -120,11 +118,6 @@ def check_options(
         raise InputError("--kind: a soup is of several runs; give their folders")
     if contents == "adapter" and not is_adapter(first.model):
         raise InputError(f"{first.folder}: was trained whole and has no adapter; use --kind merged")
-    if not (first.recipe.model.plain_head or contents == "adapter" or rewardmodel_only or bundle):
-        raise InputError(
-            f"{first.folder}: model.pooling or model.pair_ties make a head that plain transformers does not have; "
-            "use --kind adapter, or accept with --rewardmodel-only that only rewardmodel loads it"
-        )
 
     # dtype
     if contents == "adapter" and dtype is not None:

@@ -4,6 +4,7 @@ An export holds a model at its top, where hubs and plain transformers expect it,
 calibrator, so that `predict` takes it like a run; parity.json; and README.md, its model card.
 """
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from rewardmodel.exports.checks import TrainedRun, check_options, load_trained_r
 from rewardmodel.exports.kaggle import Bundle, write_bundle
 from rewardmodel.exports.kaggle_notebook import write_notebook
 from rewardmodel.exports.wheels import unneeded_packages
-from rewardmodel.files import atomic_path, check_writable, lock, lock_file, write_json, write_text
+from rewardmodel.files import atomic_path, check_writable, lock_output, write_json, write_text
 from rewardmodel.hub import check_repository, upload
 from rewardmodel.inference.battles import battles_to_compare
 from rewardmodel.predictions import PROBABILITIES, predicted, read_predictions, write_predictions
@@ -31,6 +32,8 @@ from rewardmodel.run_folder import RunFolder
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 
 def export(
@@ -80,59 +83,64 @@ def export(
         kind,
         EXPORTS,
         dtype=dtype,
-        rewardmodel_only=rewardmodel_only,
         push_to_hub=push_to_hub,
         bundle=bundle,
     )
     check_writable(output, "--output")
-    copied = contents == "adapter" and len(trained) == 1 and battles is None  # its predictions are the run's
-    compared = None if copied else battles_to_compare(trained[0].folder, battles)
-    if push_to_hub:
-        check_repository(push_to_hub, "--push-to-hub")
-    import torch
+    with lock_output(output):
+        copied = contents == "adapter" and len(trained) == 1 and battles is None  # its predictions are the run's
+        compared = None if copied else battles_to_compare(trained[0].folder, battles)
+        if push_to_hub:
+            check_repository(push_to_hub, "--push-to-hub")
+        import torch
 
-    from rewardmodel.exports.card import write_card
-    from rewardmodel.exports.parity import check_copy, format_parity
-    from rewardmodel.exports.soup import average_adapters
-    from rewardmodel.model.backbone import saved_backbone_folder
+        from rewardmodel.exports.card import write_card
+        from rewardmodel.exports.parity import check_copy, format_parity
+        from rewardmodel.exports.remote_code import write_remote_code
+        from rewardmodel.exports.soup import average_adapters
+        from rewardmodel.model.backbone import saved_backbone_folder
 
-    form, weights = EXPORTS[contents], getattr(torch, dtype or trained[0].dtype)
-    if form.merged:
-        _check_mergeable(trained[0])
-    alone = lock(lock_file(output), f"--output: {output}")
-    with alone, tempfile.TemporaryDirectory() as work, atomic_path(output) as folder:
-        # the model, its recipe and its calibrator
-        run = trained[0] if len(trained) == 1 else average_adapters(trained, Path(work))
-        model = folder / "model" if bundle else folder
-        form.write(run, model, weights)
-        recipe = form.adapt_recipe(run.recipe)
-        write_text(RunFolder(model).recipe, dump_recipe(recipe))
-        if len(trained) == 1:
-            _copy_calibrator(run.folder, model)
+        form, weights = EXPORTS[contents], getattr(torch, dtype or trained[0].dtype)
+        plain_head = trained[0].recipe.model.plain_head
+        plain = form.merged and not rewardmodel_only and (plain_head or not bundle)
+        with_code = plain and not plain_head
+        if form.merged:
+            _check_mergeable(trained[0], with_code)
+        with tempfile.TemporaryDirectory() as work, atomic_path(output) as folder:
+            # the model, its recipe and its calibrator
+            run = trained[0] if len(trained) == 1 else average_adapters(trained, Path(work))
+            model = folder / "model" if bundle else folder
+            logger.info("writing %s …", output)
+            form.write(run, model, weights)
+            if with_code:
+                write_remote_code(run.recipe, model)
+            recipe = form.adapt_recipe(run.recipe)
+            write_text(RunFolder(model).recipe, dump_recipe(recipe))
+            if len(trained) == 1:
+                _copy_calibrator(run.folder, model)
 
-        # compare its predictions with the run's, or its files
-        plain = run.recipe.model.plain_head and form.merged and not rewardmodel_only
-        if compared is None:
-            checked = check_copy(run.model, model)
-        else:
-            checked = _compare(trained, run, model, compared, weights, form, plain)
-        parity = {"kind": kind, **checked}
+            # compare its predictions with the run's, or its files
+            if compared is None:
+                checked = check_copy(run.model, model)
+            else:
+                checked = _compare(trained, run, model, compared, weights, form, plain)
+            parity = {"kind": kind, **checked}
 
-        # parity.json, the model card, and the other files of a bundle
-        write_json(folder / "parity.json", parity)
-        write_card([one.folder for one in trained], model, parity, format_parity(parity), trained[0].recipe)
-        if bundle:
-            backbone = None
-            if bundle.base_folder:  # the backbone is elsewhere on the other machine
-                backbone = saved_backbone_folder(run.recipe.model, run.model)
-                recipe = replace(recipe, model=replace(recipe.model, model_name_or_path=bundle.base_folder))
-                write_text(RunFolder(model).recipe, dump_recipe(recipe))
-            unneeded = unneeded_packages(run.recipe, run.model, contents)
-            write_bundle(bundle, unneeded, folder)
-            write_notebook(bundle, folder, backbone, [*bundle.machines], unneeded)
-    if push_to_hub:
-        upload(output, push_to_hub)
-    return parity
+            # parity.json, the model card, and the other files of a bundle
+            write_json(folder / "parity.json", parity)
+            write_card([one.folder for one in trained], model, parity, format_parity(parity), trained[0].recipe)
+            if bundle:
+                backbone = None
+                if bundle.base_folder:  # the backbone is elsewhere on the other machine
+                    backbone = saved_backbone_folder(run.recipe.model, run.model)
+                    recipe = replace(recipe, model=replace(recipe.model, model_name_or_path=bundle.base_folder))
+                    write_text(RunFolder(model).recipe, dump_recipe(recipe))
+                unneeded = unneeded_packages(run.recipe, run.model, contents)
+                write_bundle(bundle, unneeded, folder)
+                write_notebook(bundle, folder, backbone, [*bundle.machines], unneeded)
+        if push_to_hub:
+            upload(output, push_to_hub)
+        return parity
 
 
 def _compare(
@@ -179,16 +187,20 @@ def _compare(
     return parity
 
 
-def _check_mergeable(run: TrainedRun) -> None:
-    """Raise InputError if the backbone's files are quantised, which merging does not read."""
+def _check_mergeable(run: TrainedRun, with_code: bool) -> None:
+    """Raise InputError if the backbone's files are quantised, or there is no code for its head and there must be."""
     from transformers import AutoConfig
 
+    from rewardmodel.exports.remote_code import check_remote_code
     from rewardmodel.model.backbone import saved_backbone_folder
     from rewardmodel.model.families import stored_bits
 
-    bits = stored_bits(AutoConfig.from_pretrained(saved_backbone_folder(run.recipe.model, run.model)))
+    config = AutoConfig.from_pretrained(saved_backbone_folder(run.recipe.model, run.model))
+    bits = stored_bits(config)
     if bits:
         raise InputError(f"--kind: the backbone is stored in {bits} bits, which merging does not read; use adapter")
+    if with_code:
+        check_remote_code(run, config)
 
 
 def _copy_calibrator(run: Path, model: Path) -> None:

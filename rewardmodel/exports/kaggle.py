@@ -30,7 +30,7 @@ class Accelerator(NamedTuple):
     Attributes:
         menu: what Kaggle's menu calls them.
         machine_shape: what kernel-metadata.json calls them.
-        device: one of them in `planning.devices.DEVICES`.
+        device: one of them in `planning.gpus.DEVICES`.
         gpus: how many.
     """
 
@@ -81,7 +81,7 @@ class Bundle:
             )
         if self.accelerator not in ACCELERATORS:
             hint = nearest(self.accelerator, ACCELERATORS)
-            raise InputError(f"--accelerator: '{self.accelerator}'{hint}; known: {', '.join(ACCELERATORS)}")
+            raise InputError(f"--accelerator: no '{self.accelerator}'{hint}; known: {', '.join(ACCELERATORS)}")
         if not 0 < self.time_limit < RUN_SECONDS:
             raise InputError(f"--time-limit: {self.time_limit:g}; give seconds below {RUN_SECONDS}, Kaggle's own limit")
 

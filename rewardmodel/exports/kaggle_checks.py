@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 GIB = 2**30
 
 OLDEST_GPU = (7, 5)
-"""Compute capability from which on torch's builds for CUDA 12.8 have kernels, as `planning.devices.OLDEST`."""
+"""Compute capability from which on torch's builds for CUDA 12.8 have kernels, as `planning.gpus.OLDEST`."""
 
 BLACKWELL, BLACKWELL_CUDA = (10, 0), 128
 """Compute capability from which on a build for CUDA 12.8 or later is needed."""

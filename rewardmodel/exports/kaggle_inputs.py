@@ -249,8 +249,8 @@ def copy_shards(files: list[Path], target: Path) -> str:
                 partial.unlink(missing_ok=True)
             copied += 1
     except OSError as error:
-        return f"{copied} files of an earlier session were copied, the others could not be ({error})"
-    return f"{copied} files of an earlier session: predicting continues from them" if copied else ""
+        return f"of an earlier session only {copied} of its files could be copied ({error})"
+    return f"files of an earlier session: {copied}; predicting continues from them" if copied else ""
 
 
 def _take_given(name: str, path: str) -> Match:

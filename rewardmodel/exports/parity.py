@@ -6,6 +6,8 @@ process, first by plain transformers without rewardmodel being imported, then by
 
 import filecmp
 import json
+import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -37,6 +39,8 @@ from rewardmodel.predictions import predicted, read_predictions, true_outcomes, 
 from rewardmodel.prompt.tokenization import tokenize
 from rewardmodel.run_folder import load_run_recipe
 
+logger = logging.getLogger(__name__)
+
 Parity = dict[str, Any]
 """What `check_parity` found, as parity.json holds it: `{"battles": 64, "max_abs_dp": 2e-6, "limits": {…}, …}`."""
 
@@ -56,18 +60,22 @@ EXACT, ROUNDED = ParityLimits(1e-4, 1e-3), ParityLimits(0.02, 1e-3)
 
 FRESH_PROCESS = """
 import json, sys, torch
+sys.modules["rewardmodel"] = None  # importing it raises ImportError
 from transformers import AutoModelForSequenceClassification
 job = json.load(open(sys.argv[1]))
 if job["batch"]:
     batch = torch.load(job["batch"])
     model = AutoModelForSequenceClassification.from_pretrained(
-        job["folder"], dtype=getattr(torch, job["precision"]), device_map={"": job["device"]}
+        job["folder"],
+        dtype=getattr(torch, job["precision"]),
+        device_map={"": job["device"]},
+        trust_remote_code="segment_ids" in batch,  # the export's own code reads them
     ).eval()
     with torch.no_grad():
         logits = model(**{name: ids.to(job["device"]) for name, ids in batch.items()}).logits
     torch.save(logits.float().cpu(), job["logits"])
-    assert not any(name.startswith("rewardmodel") for name in sys.modules)
     del model
+del sys.modules["rewardmodel"]
 from rewardmodel.exports.parity import predict_export
 predict_export(job)
 """
@@ -178,6 +186,7 @@ def check_parity(
             "logits": str(work / "logits.pt"),
             "predictions": str(work / "predictions.parquet"),
         }
+        logger.info("reading the export back in a new process, which predicts the %d battles again …", len(battles))
         _run_in_fresh_process(job, work)
 
         # compare its predictions with the run's, and with plain transformers'
@@ -284,7 +293,8 @@ def _check_limits(parity: Parity, limits: ParityLimits | None) -> None:
 def _run_in_fresh_process(job: dict[str, str], work: Path) -> None:
     (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
     command = [sys.executable, "-c", FRESH_PROCESS, str(work / "job.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(work / "modules")}  # for copies of an export's own code
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
         raise InputError(f"the export cannot be read back in a fresh process ({reason}); fix that and export again")
@@ -296,7 +306,11 @@ def _make_plain_batch(run: TrainedRun, battles: Dataset) -> dict[str, torch.Tens
     first = battles.select(range(PLAIN_BATTLES))
     rows = tokenize(first, tokenizer, run.recipe.prompt, encoding=find_objective(run.recipe.objective).encoding)
     batch = pad(list(rows), tokenizer.pad_token_id)
-    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+    plain = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    if not run.recipe.model.plain_head:
+        plain["segment_ids"] = segments = torch.zeros_like(batch["input_ids"])
+        segments.view(-1)[batch["responses"]] = batch["response_of"] % 2 + 1
+    return plain
 
 
 def _compare_plain(run: TrainedRun, folder: Path, logits: torch.Tensor, table: pd.DataFrame) -> Parity:
@@ -310,7 +324,7 @@ def _compare_plain(run: TrainedRun, folder: Path, logits: torch.Tensor, table: p
     """
     objective = find_objective(run.recipe.objective)
     outputs = logits.view(PLAIN_BATTLES, -1, logits.shape[-1])
-    if objective.head.tie:
+    if objective.head.tie and outputs.shape[-1] == 1:
         tie = torch.full_like(outputs, read_about(folder)["tie"])
         outputs = torch.cat([outputs, tie], dim=-1)
     found = objective.probabilities_by_order(outputs)[0].numpy()

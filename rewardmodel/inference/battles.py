@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewardmodel.data.source_checks import OWN_PARTS
-from rewardmodel.errors import InputError
+from rewardmodel.errors import InputError, plural
 from rewardmodel.run_folder import check_same_inputs, is_k_fold, load_run_recipe, model_folder, trained_models
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ def battles_to_compare(run: Path, battles: Any = None) -> "Dataset":
     if battles is not None:
         given = battles_to_predict(run, battles)
         if len(given) < COMPARED_BATTLES:
-            raise InputError(f"--battles: {len(given)} battles; give at least {COMPARED_BATTLES} to compare on")
+            few = plural(len(given), "battle")
+            raise InputError(f"--battles: {few}; give at least {COMPARED_BATTLES} to compare on")
         return given
     try:
         held_out = battles_to_predict(run, "validation")
@@ -95,7 +96,7 @@ def check_weights(weights: Sequence[float] | None, runs: int) -> list[float]:
     """
     shares = [1.0] * runs if weights is None else [float(weight) for weight in weights]
     if len(shares) != runs:
-        raise InputError(f"weights: {len(shares)} for {runs} runs; give one for each run")
+        raise InputError(f"weights: {len(shares)} for {plural(runs, 'run')}; give one for each run")
     if not all(0 <= share < math.inf for share in shares) or not any(shares):
         raise InputError(
             f"weights: {', '.join(f'{share:g}' for share in shares)}; give numbers from 0, not all of them 0"

@@ -21,8 +21,9 @@ from datasets.table import InMemoryTable
 from rewardmodel.battles import COLUMN_DEFAULTS, TEXT_COLUMNS, build_table
 from rewardmodel.config.schema import Recipe
 from rewardmodel.data.raw_row import RawRow
+from rewardmodel.data.raw_rows import Note
 from rewardmodel.data.text_lists import looks_like_turns
-from rewardmodel.errors import InputError
+from rewardmodel.errors import InputError, plural
 from rewardmodel.inference.battles import single_model
 from rewardmodel.inference.predict import RunCalibration, read_calibration
 from rewardmodel.inference.reward_function import explain_no_reward
@@ -145,7 +146,7 @@ class Judge:
             FloatingPointError: a prediction that is NaN or infinite; the battles are named.
         """
         ids = [battle["id"] for battle in battles]
-        check_finite(logits, ids, f"{{}} predictions are NaN or infinite ({self.predictor.dtype})")
+        check_finite(logits, ids, f"NaN or infinite predictions of {{}} ({self.predictor.dtype})")
         orders = self.objective.probabilities_by_order(torch.from_numpy(logits))
         identity: dict[str, Any] = {"id": ids}
         identity |= {f"{name}_chars": [sum(map(len, battle[name])) for battle in battles] for name in TEXT_COLUMNS}
@@ -225,7 +226,7 @@ def parse_battles(rows: Iterable[Mapping[str, Any]], where: str) -> list[Battle]
         InputError: a row that is no battle; the message names row and column.
     """
     battles: list[Battle] = []
-    notes = Counter[str]()
+    notes = Counter[Note]()
     for number, values in enumerate(rows, start=1):
         if missing := [name for name in TEXT_COLUMNS if name not in values]:
             raise InputError(f"{where}: column '{missing[0]}' is missing; give {', '.join(TEXT_COLUMNS)}")
@@ -236,7 +237,7 @@ def parse_battles(rows: Iterable[Mapping[str, Any]], where: str) -> list[Battle]
         texts = {name: turns or [""] * rounds for name, turns in texts.items()}
         for name in TEXT_COLUMNS:
             if len(texts[name]) != len(texts["prompt"]):
-                turns = f"{len(texts[name])} turns, but the prompt has {len(texts['prompt'])}"
+                turns = f"{plural(len(texts[name]), 'turn')}, but the prompt has {len(texts['prompt'])}"
                 raise row.error(name, f"{turns}; give one response turn for each prompt turn")
         battles.append({**texts, "id": row.read_text("id") or str(number)})
     return battles

@@ -38,7 +38,7 @@ from rewardmodel.predictions import (
     with_baseline,
 )
 from rewardmodel.prompt.tokenization import tokenize
-from rewardmodel.run_folder import RunFolder, as_folders, load_run_recipe, model_folder, trained_models
+from rewardmodel.run_folder import BACKBONE_FILE, RunFolder, as_folders, load_run_recipe, model_folder, trained_models
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def predict(
     Args:
         runs: a run folder, or an export (`exports`); or several.
         battles: as for `battles_to_predict`, of the first run; labelled or not. One battle may be a dict, several a
-            list of dicts.
+            list of dicts or a dict of columns; one that may be either is refused (`data.tables.rows_as_table`).
         recipe: overrides the run's own, for another device, precision or way to predict; one for each run.
         weights: of each run in the mean; default: equal.
         work: a folder for intermediate results, shard by shard, so that the same call continues after a kill; remove
@@ -136,16 +136,18 @@ def _log_deadline(table: pd.DataFrame, deadline: Deadline) -> None:
     if "ba_p_tie" not in table:
         late = "" if deadline.left() > 0 else "; that took longer than the time limit"
         logger.info(
-            "all %d battles were predicted, each in one order: another was not asked for, or changes nothing%s",
-            len(table),
+            "%s predicted, each in one order: another was not asked for, or changes nothing%s",
+            plural(len(table), "battle"),
             late,
         )
         return
     both = int(has_both_orders(table).sum())
     if both == len(table):
-        logger.info("all %d battles were predicted in both orders", both)
+        logger.info("%s predicted, each in both orders", plural(both, "battle"))
     else:
-        logger.warning("time is up: %d of %d battles were predicted in both orders, all in one", both, len(table))
+        logger.warning(
+            "time is up: %d of %s were predicted in both orders, all in one", both, plural(len(table), "battle")
+        )
 
 
 def _baseline_predictions(jobs: list[PredictionJob], run_blends: list[bool], battles: Dataset) -> dict[int, np.ndarray]:
@@ -194,6 +196,14 @@ def _predict_job(job: PredictionJob, battles: Dataset, work: Path | None, deadli
     return predict_with(predictor, job.recipe, chosen, shards, deadline).set_index(job.rows)
 
 
+def _explain_no_record(folders: Sequence[Path]) -> str:
+    """Return why it is not known what the model in one of these folders trained on."""
+    folder = next(one for one in folders if not RunFolder(one).training_keys.is_file())
+    exported = (folder / BACKBONE_FILE).is_file()
+    reason = "is an export, which has no record of training battles" if exported else "has no training_keys.npy"
+    return f"{folder} {reason}"
+
+
 def _models_by_battle(folders: list[Path], battles: Dataset) -> tuple[np.ndarray, np.ndarray | None]:
     """Return which model predicts which battles, (n_models, n_battles) bool, and which battles all models have seen.
 
@@ -202,19 +212,20 @@ def _models_by_battle(folders: list[Path], battles: Dataset) -> tuple[np.ndarray
     """
     trained = find_seen_battles(folders, battles)
     if trained is None:
-        logger.warning("a run has no training_keys.npy: whether it trained on the battles is unknown")
+        logger.warning("%s: whether it trained on the battles is unknown", _explain_no_record(folders))
         return np.ones((len(folders), len(battles)), bool), None
     seen = np.logical_and.reduce(trained)
     if seen.any():
         logger.warning(
-            "%d of %d battles share a prompt or responses with training battles of every model: their predictions do "
-            "not measure how new battles are predicted",
+            "%d of %s share a prompt or responses with training battles of every model: their predictions do not "
+            "measure how new battles are predicted",
             seen.sum(),
-            len(battles),
+            plural(len(battles), "battle"),
         )
     separate = (trained.any(axis=0) & ~seen).sum()
     if separate:
-        logger.info("%d of %d battles are predicted only by models that did not train on them", separate, len(battles))
+        of = plural(len(battles), "battle")
+        logger.info("%d of %s: predicted only by models that did not train on them", separate, of)
     return ~trained | seen, seen
 
 

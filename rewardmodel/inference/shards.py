@@ -115,7 +115,7 @@ def sharded_logits(
 
     def compute(rows: Dataset, advance: Callable[[int], Any]) -> np.ndarray:
         logits = predictor.logits(rows, on_batch=advance)
-        check_finite(logits, rows["id"], f"{{}} predictions are NaN or infinite ({predictor.dtype})")
+        check_finite(logits, rows["id"], f"NaN or infinite predictions of {{}} ({predictor.dtype})")
         return logits
 
     def compute_shards(rows: Dataset, kind: str) -> np.ndarray:

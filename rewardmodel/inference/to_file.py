@@ -9,7 +9,7 @@ from rewardmodel.config.loader import Overrides
 from rewardmodel.data.source_checks import OWN_PARTS, announce, check_source
 from rewardmodel.distributed import is_main
 from rewardmodel.errors import InputError
-from rewardmodel.files import check_writable, lock, lock_file
+from rewardmodel.files import check_replaceable, check_writable, lock_output
 from rewardmodel.inference.battles import battles_to_predict, check_time_limit, check_weights
 from rewardmodel.run_folder import as_folders, load_run_recipe, trained_models
 
@@ -38,8 +38,9 @@ def predict_to_file(
     Args:
         runs: one or several run folders, as for `predict`.
         battles: as for `predict`.
-        output: .parquet for the predictions table, .csv for a submission; written completely or not at all. The .csv
-            of chosen and rejected responses also says which of them is A, and the probability of what was chosen.
+        output: .parquet for the predictions table, .csv for a submission; written completely or not at all. A file that
+            is there is replaced if it holds predictions, else refused. The .csv of chosen and rejected responses also
+            says which of them is A, and the probability of what was chosen.
         overrides: keys of the runs' recipes for this call: `{"inference.swap_tta": "none"}`, or as typed:
             `["--inference.swap_tta", "none"]`.
         weights: of each run in the mean; default: equal.
@@ -59,10 +60,11 @@ def predict_to_file(
     _check_output(output, sample)
     check_weights(weights, len(folders))
     check_time_limit(time_limit)
+    check_replaceable(output)
     check_writable(output, "--output")
     for run in folders:
         trained_models(run)
-    with lock(lock_file(output), f"--output: {output}") if is_main() else nullcontext():
+    with lock_output(output) if is_main() else nullcontext():
         return _predict_to(output, folders, battles, overrides, weights, sample, time_limit)
 
 

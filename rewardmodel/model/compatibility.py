@@ -43,11 +43,26 @@ def refuse(configuration: Configuration) -> None:
         raise InputError(found[0] + more)
 
 
-def check_ties(model: ModelConfig, config: ObjectiveConfig) -> None:
-    """Raise InputError if the tie parameter is to depend on both responses and the objective has none to learn."""
+def check_head(model: ModelConfig, config: ObjectiveConfig) -> None:
+    """Check the head that a recipe describes against its objective.
+
+    Raises:
+        InputError: the tie parameter is to depend on both responses, and the objective has none to learn; or the head
+            is to start from the answers A, B and tie, and does not read the token before them in a joint sequence.
+    """
     objective = find_objective(config)
     if model.pair_ties and not (objective.head.tie and objective.learns_ties):
         raise InputError(f"model.pair_ties: {config.name} has no tie parameter to learn; leave it out")
+    if model.head_init == "answer" and objective.encoding != "joint":
+        raise InputError(
+            f"model.head_init: {config.name} reads one response at a time, to which A, B and tie are no answers; set "
+            "zero or fitted, or objective.name: cross_entropy"
+        )
+    if model.head_init == "answer" and model.pooling == "responses":
+        raise InputError(
+            "model.head_init: the head of model.pooling: responses does not read the token before the answer; set "
+            "pooling to last or last_and_responses"
+        )
 
 
 CHECKS = (
@@ -98,7 +113,16 @@ CHECKS = (
         "out",
     ),
     Check(
-        lambda s: s.model.head_init == "fitted" and s.fsdp,
+        lambda s: s.model.head_init == "answer" and s.model.keep_head,
+        "model.head_init: keep_head starts from the head that is there; leave it out",
+    ),
+    Check(
+        lambda s: s.model.head_init == "answer" and s.model.num_hidden_layers is not None,
+        "model.head_init: the language model answers from its last layer; leave model.num_hidden_layers out, or set "
+        "zero or fitted",
+    ),
+    Check(
+        lambda s: s.model.head_init != "zero" and s.fsdp,
         "model.head_init: FSDP has no process that holds the backbone whole before training; launch with "
         "recipes/accelerate/ddp.yaml, or leave it out",
     ),

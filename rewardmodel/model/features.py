@@ -78,7 +78,7 @@ def read_features(predictor: Predictor, rows: Dataset) -> np.ndarray:
             for part in split_by_tokens(costs, order, TOKENS_PER_FILE * processes, FIRST_TOKENS * processes):
                 part_rows, names = todo.select(part), [keys[number] for number in missing[part]]
                 values = reader.logits(part_rows, on_batch=progress.update)
-                check_finite(values, part_rows["id"], "features of {} battles are NaN or infinite")
+                check_finite(values, part_rows["id"], "NaN or infinite features of {}")
                 if is_main():
                     write_arrays(folder / f"{names[0]}.npz", keys=np.array(names), features=values)
                 found |= dict(zip(names, values, strict=True))

@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from rewardmodel.distributed import process_state
+from rewardmodel.errors import plural
 from rewardmodel.model.batching import Batch, pad, padded_tokens, plan_packed, plan_padded, to_device
 from rewardmodel.model.budget import Memory, find_budget
 from rewardmodel.model.packing import is_packed, packing_of
@@ -141,12 +142,12 @@ def check_finite(values: np.ndarray, ids: Sequence[str], message: str) -> None:
     Args:
         values: one entry a row.
         ids: of the same battles; a data set's column, of which only what is named is read.
-        message: what is wrong, with {} for the number of battles.
+        message: what is wrong, with {} for the battles: "16 battles".
     """
     bad = ~np.isfinite(values).all(axis=(1, 2))
     if bad.any():
         first = ", ".join(ids[int(row)] for row in np.flatnonzero(bad)[:5])
-        raise FloatingPointError(f"{message.format(bad.sum())}; the first ids: {first}")
+        raise FloatingPointError(f"{message.format(plural(int(bad.sum()), 'battle'))}; the first ids: {first}")
 
 
 def split_by_tokens(

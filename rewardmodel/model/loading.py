@@ -30,6 +30,7 @@ from rewardmodel.model.precision import quantization_name, quantization_settings
 from rewardmodel.model.saved_model import check_head, is_adapter, read_about
 from rewardmodel.model.weights import tensor_shape
 from rewardmodel.objectives import HeadShape
+from rewardmodel.progress import quiet
 from rewardmodel.run_folder import BACKBONE_FILE
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+@quiet()
 def load_classifier(
     backbone: Backbone, head: HeadShape, weights: torch.dtype | None = None, on_host: bool = False
 ) -> PreTrainedModel:
@@ -250,6 +252,7 @@ def load_model(
     return load_saved(resolve_saved_backbone(config, folder), folder, weights)
 
 
+@quiet()
 def load_saved(
     backbone: Backbone, folder: Path, weights: torch.dtype | None = None
 ) -> tuple[Any, PreTrainedTokenizerBase]:

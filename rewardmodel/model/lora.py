@@ -12,10 +12,12 @@ from rewardmodel.config.schema import ModelConfig
 from rewardmodel.errors import InputError
 from rewardmodel.model.families import HEADS, OTHER_MODALITIES, find_family
 from rewardmodel.model.heads import head_names
+from rewardmodel.progress import quiet
 
 logger = logging.getLogger(__name__)
 
 
+@quiet()
 def add_lora(model: PreTrainedModel, config: ModelConfig) -> PeftModel:
     """Return the model with trainable float32 LoRA adapters and head, or the head only; everything else is frozen.
 

@@ -12,11 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
 from rewardmodel.errors import InputError, nearest
 from rewardmodel.files import atomic_path, cache_folder
+from rewardmodel.progress import quiet
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +109,7 @@ def fetch_backbone(name: str, revision: str = "main", weights: bool = True) -> P
         return path
     if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(
-            f"model.model_name_or_path: no backbone '{name}'{nearest(name, PACKAGED) or ';'} give a hub id "
+            f"model.model_name_or_path: no backbone '{name}'{nearest(name, PACKAGED)}; give a hub id "
             f"(owner/name), a local folder, a .gguf file, or one of: {', '.join(PACKAGED)}"
         )
     return _from_hub(name, revision, weights)
@@ -152,6 +157,23 @@ def tensor_shape(folder: Path, name: str) -> tuple[int, ...] | None:
         state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
         if name in state:
             return tuple(state[name].shape)
+    return None
+
+
+def read_rows(folder: Path, name: str, rows: list[int]) -> "torch.Tensor | None":
+    """Return some rows of a weight in the weight files of a model folder, (len(rows), ...); None: there is none."""
+    import torch
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as weights:
+            if name in weights.keys():  # noqa: SIM118  # not a mapping
+                part = weights.get_slice(name)
+                return torch.cat([part[row : row + 1] for row in rows])
+    for path in sorted(folder.glob("pytorch_model*.bin")):
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if name in state:
+            return state[name][rows]
     return None
 
 
@@ -231,6 +253,7 @@ def _hash_file(path: Path, size: int, modified: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
+@quiet()
 def _convert(gguf: Path, folder: Path) -> None:
     """Write weights, in bfloat16, and tokenizer of a GGUF file in the format of save_pretrained.
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from rewardmodel.distributed import Launch
-from rewardmodel.planning.devices import GIB, Device
 from rewardmodel.planning.estimate import LAUNCH_SECONDS, UTILISATION, Hours, MemoryNeeds
+from rewardmodel.planning.gpus import GIB, Device
 from rewardmodel.planning.workload import Workload
 
 
@@ -38,7 +38,7 @@ class Estimate:
         hours: estimated time.
         fix: settings that make training fit, if it does not; else None.
         compiled: hours of training with `trainer.torch_compile`, if that is off and would save a tenth; else None.
-        others: the same on every other GPU of `planning.devices.DEVICES`.
+        others: the same on every other GPU of `planning.gpus.DEVICES`.
     """
 
     workload: Workload

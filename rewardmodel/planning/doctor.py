@@ -10,12 +10,12 @@ from rewardmodel.config.loader import RecipeLike, as_recipe
 from rewardmodel.config.schema import ModelConfig, Recipe
 from rewardmodel.distributed import Launch, current_launch
 from rewardmodel.errors import InputError, plural
-from rewardmodel.model.compatibility import check_ties, incompatibilities
+from rewardmodel.model.compatibility import check_head, incompatibilities
 from rewardmodel.model.configuration import Configuration, usable_attention
 from rewardmodel.model.families import check_length, find_family, lowest_layers, stored_bits
 from rewardmodel.model.precision import compute_dtype, dtype_name, quantization_name
 from rewardmodel.model.weights import fetch_backbone
-from rewardmodel.planning.devices import DEVICES, GIB, Device, find_device
+from rewardmodel.planning.devices import find_device
 from rewardmodel.planning.diagnosis import Diagnosis, Estimate, OtherGpu
 from rewardmodel.planning.estimate import (
     MemoryNeeds,
@@ -23,6 +23,7 @@ from rewardmodel.planning.estimate import (
     estimate_inference,
     estimate_training,
 )
+from rewardmodel.planning.gpus import DEVICES, GIB, Device
 from rewardmodel.planning.scenario import Scenario, measure_peaks
 from rewardmodel.planning.workload import read_workload
 from rewardmodel.training.arguments import training_arguments
@@ -35,7 +36,7 @@ def doctor(recipe: RecipeLike, device: str | None = None, launched: Launch | Non
 
     Args:
         recipe: what would be run, or the path or sections of a recipe.
-        device: a name from `planning.devices.DEVICES`, or `cpu`; default: the GPU of this machine, or else its CPU.
+        device: a name from `planning.gpus.DEVICES`, or `cpu`; default: the GPU of this machine, or else its CPU.
         launched: how it would be spread over processes; default: as this process is.
 
     Raises:
@@ -44,7 +45,7 @@ def doctor(recipe: RecipeLike, device: str | None = None, launched: Launch | Non
     """
     # the backbone's configuration, its precision on the device, and incompatible settings
     recipe = as_recipe(recipe)
-    check_ties(recipe.model, recipe.objective)
+    check_head(recipe.model, recipe.objective)
     folder = fetch_backbone(recipe.model.model_name_or_path, recipe.model.model_revision, weights=False)
     backbone = lowest_layers(AutoConfig.from_pretrained(folder), recipe.model.num_hidden_layers)
     check_length(backbone, recipe.prompt.max_length)

@@ -9,7 +9,8 @@ from rewardmodel.config.trainer import BATTLES, TOKENS
 from rewardmodel.model.budget import extrapolate_tokens
 from rewardmodel.model.heads import WIDTHS
 from rewardmodel.objectives import find_objective
-from rewardmodel.planning.devices import GIB, count_flops
+from rewardmodel.planning.devices import count_flops
+from rewardmodel.planning.gpus import GIB
 from rewardmodel.planning.scenario import Scenario, measure_peaks
 from rewardmodel.planning.workload import Branches
 
@@ -117,7 +118,7 @@ def estimate_training(scenario: Scenario) -> MemoryNeeds:
     parts["activations"] = _activation_bytes(scenario, one, without)
 
     # a head is fitted before training starts: its features take memory that training uses later, and may need more
-    if recipe.model.head_init == "fitted":
+    if recipe.model.head_init != "zero":
         later = parts["gradients"] + parts["optimiser"] + parts["activations"]
         beyond = max(0, _feature_bytes(scenario) - later)
         parts |= {"features": beyond} if beyond else {}

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 from rewardmodel.config.schema import Recipe
 from rewardmodel.distributed import Launch
-from rewardmodel.planning.devices import GIB
+from rewardmodel.errors import plural
 from rewardmodel.planning.diagnosis import Diagnosis, format_duration
 from rewardmodel.planning.doctor import doctor
 from rewardmodel.planning.estimate import UTILISATION
+from rewardmodel.planning.gpus import GIB
 
 
 def describe_prediction_time(recipe: Recipe, device: str, gpus: int, battles: int, limit: float) -> str:
@@ -18,7 +19,7 @@ def describe_prediction_time(recipe: Recipe, device: str, gpus: int, battles: in
 
     Args:
         recipe: of the run.
-        device: a name from `planning.devices.DEVICES`.
+        device: a name from `planning.gpus.DEVICES`.
         gpus: how many of them, a process each.
         battles: number of battles.
         limit: hours that there are.
@@ -26,7 +27,7 @@ def describe_prediction_time(recipe: Recipe, device: str, gpus: int, battles: in
     Raises:
         InputError: as `planning.doctor.doctor`.
     """
-    where = f"{battles:,} battles on {gpus} x {device}"
+    where = f"{plural(battles, 'battle')} on {gpus} x {device}"
     found = _diagnose(recipe, device, gpus)
     if found.estimate is None:
         return f"{where}: not possible: {'; '.join(found.problems)}"

@@ -17,7 +17,7 @@ from rewardmodel.model.configuration import default_attention
 from rewardmodel.model.families import find_family
 from rewardmodel.model.precision import dtype_name
 from rewardmodel.objectives import find_objective
-from rewardmodel.planning.devices import Device
+from rewardmodel.planning.gpus import Device
 from rewardmodel.planning.memory import FakeModel, MemorySpec, ModelSize
 from rewardmodel.planning.workload import Branches, Workload
 

@@ -63,6 +63,7 @@ class PromptEncoder:
     Attributes:
         responses: names of the responses in one sequence.
         mark: ids of `CUT_MARK`, which replace text that was cut.
+        markers: matches what looks like the template in a turn.
 
     Raises:
         InputError: there is no such template, it is for the other encoding, or it does not fit into `max_length`.
@@ -87,13 +88,13 @@ class PromptEncoder:
         # its fixed tokens, and the texts in turns that would look like them
         self.mark = self._tokenize([CUT_MARK])[0]
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if not token.special]
-        self._markers = compile_markers(self.template.render(2), tokenizer.all_special_tokens, added)
+        self.markers = compile_markers(self.template.render(2), tokenizer.all_special_tokens, added)
         self._begin, self._end = _special_frame(tokenizer)
         self._fixed_tokens: dict[int, FixedTokens] = {}
         least = self.fixed_tokens(1).length + len(self.mark) + MIN_ROUND_TOKENS
         if self.max_length < least:
             raise InputError(
-                f"prompt.max_length: {self.max_length} tokens are too few: the template '{name}' and a "
+                f"prompt.max_length: {self.max_length} is too few tokens: the template '{name}' and a "
                 f"little text of each turn take {least}; set at least that"
             )
 
@@ -137,7 +138,7 @@ class PromptEncoder:
             self.tokenizer.chat_template,
             *(self.fixed_tokens(rounds) for rounds in (1, 2, 3)),
             self.mark,
-            self._markers.pattern,
+            self.markers.pattern,
             self.max_length,
             self.truncation,
             self.tokenizer.backend_tokenizer.to_str(),
@@ -188,7 +189,7 @@ class PromptEncoder:
 
     def _neutralise(self, text: str) -> str:
         """Return `text` with a space inside everything that looks like a marker: `# ## Response A:`."""
-        return self._markers.sub(lambda found: _INSIDE.sub(" ", found[0], count=1), text)
+        return self.markers.sub(lambda found: _INSIDE.sub(" ", found[0], count=1), text)
 
     def fixed_tokens(self, rounds: int) -> FixedTokens:
         """Return the ids of the fixed text for a conversation of `rounds` rounds."""

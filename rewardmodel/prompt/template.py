@@ -103,7 +103,7 @@ class Template:
         self.tokenizer = tokenizer
         if text != CHAT and "{{" not in self.text:
             raise InputError(
-                f"prompt.template: no template '{text}'{nearest(text, [*TEMPLATES, CHAT]) or ';'} known: "
+                f"prompt.template: no template '{text}'{nearest(text, [*TEMPLATES, CHAT])}; known: "
                 f"{', '.join(TEMPLATES)}, {CHAT}; or give Jinja source, or a .jinja file"
             )
         if text == CHAT and not tokenizer.chat_template:

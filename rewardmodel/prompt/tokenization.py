@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from rewardmodel.battles import OUTCOMES, TEACHER_COLUMNS
 from rewardmodel.config.schema import PromptConfig
 from rewardmodel.files import cache_folder
+from rewardmodel.progress import quiet
 from rewardmodel.prompt import encoder as prompt
 from rewardmodel.prompt import template, truncation
 from rewardmodel.prompt.encoder import EncodedSequence, PromptEncoder
@@ -49,6 +50,7 @@ SEQUENCE_TEXTS = {"joint": ((0, 1, 2), (0, 2, 1)), "separate": ((0, 1), (0, 2))}
 """Encoding -> the texts of each sequence in order, 0 the prompt, 1 and 2 the responses A and B."""
 
 
+@quiet()
 def tokenize(
     battles: Dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -168,6 +170,7 @@ def pack_sequences(sequences: Sequence[EncodedSequence]) -> PackedRow:
     )
 
 
+@quiet()
 def select_sequence(rows: Dataset, number: int) -> Dataset:
     """Return rows with one of their sequences only, by its index, and with the columns that models read."""
     rows = rows.select_columns(list(MODEL_COLUMNS))

@@ -7,16 +7,17 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 import rewardmodel
-from rewardmodel.errors import InputError
+from rewardmodel.errors import InputError, nearest
 from rewardmodel.inference.judge import Judge
 from rewardmodel.serving.guard import Guard, describe_error
 from rewardmodel.serving.limits import Limits
 from rewardmodel.serving.routes import routes
 from rewardmodel.serving.service import Service
+from rewardmodel.serving.shapes import BattleRequest, RewardRequest
 
 logger = logging.getLogger(__name__)
 
@@ -72,19 +73,32 @@ def _answer_http(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse(describe_error(error.status_code, str(error.detail)), error.status_code, error.headers)
 
 
-def _answer_validation(_: Request, error: Exception) -> JSONResponse:
+def _answer_validation(request: Request, error: Exception) -> JSONResponse:
     """Name the place and the reason of the first error; the text itself is not repeated."""
     assert isinstance(error, RequestValidationError | ValidationError)
-    first = error.errors()[0]
+    errors = error.errors()
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])  # explains what is missing
     if first["type"] == "json_invalid":
         return JSONResponse(describe_error(400, "the body is not JSON"), 400)
-    place = ".".join(str(part) for part in first["loc"] if part not in ("body", *TAGS))
-    sentence = f"{place or 'body'}: {first['msg'][:1].lower()}{first['msg'][1:]}; /openapi.json says what is read"
-    return JSONResponse(describe_error(422, sentence), 422)
+    place = _name_place([part for part in first["loc"] if part not in ("body", *TAGS)])
+    what = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
+    if first["type"] == "extra_forbidden":
+        known = OWN[request.scope["route"].path].model_fields
+        what = f"unknown field{nearest(str(first['loc'][-1]), known)}; known: {', '.join(known)}"
+    return JSONResponse(describe_error(422, f"{place}: {what}; /openapi.json says what is read"), 422)
 
 
-TAGS = ("text", "several", "messages", "one")
+def _name_place(parts: Sequence[str | int]) -> str:
+    """Return a place in a body, like `prompt[0].content`, or `body[1].id` where the body is a list."""
+    named = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    return named.removeprefix(".") if named.startswith(".") else f"body{named}"
+
+
+TAGS = ("text", "several", "messages", "one", "number")
 """What `serving.shapes` calls the members of its unions; not part of a place in a body."""
+
+OWN: dict[str, type[BaseModel]] = {"/battle": BattleRequest, "/reward": RewardRequest}
+"""Bodies of our own endpoints, whose fields are all known."""
 
 
 def _answer_input(_: Request, error: Exception) -> JSONResponse:

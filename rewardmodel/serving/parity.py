@@ -1,6 +1,7 @@
 """A run and the URL of its server -> how far the served scores are from the run's, asked by many clients at once."""
 
 import json
+import logging
 import os
 import time
 import urllib.error
@@ -14,10 +15,13 @@ import numpy as np
 from datasets import Dataset
 
 from rewardmodel.battles import TEXT_COLUMNS
-from rewardmodel.errors import InputError
+from rewardmodel.errors import InputError, plural
 from rewardmodel.inference.battles import battles_to_compare, single_model
+from rewardmodel.progress import Progress
 from rewardmodel.run_folder import load_run_recipe
 from rewardmodel.serving.serve import KEY_VARIABLE
+
+logger = logging.getLogger(__name__)
 
 CLIENTS = 16
 """Clients that ask at once."""
@@ -90,6 +94,7 @@ def parity(
     if health["rewards"]:
         from rewardmodel.inference.reward_function import reward_function
 
+        logger.info("computing the rewards of %s here …", plural(2 * len(compared), "response"))
         own = reward_function(folder, recipe)(*_conversations(compared))
         off = np.abs(np.array([one for _, one in served]).ravel() - own) / np.maximum(1, np.abs(own))
         rewards = float(off.max())
@@ -121,8 +126,12 @@ def _ask_battles(
         asked = {"prompt": row["prompt"], "responses": [row["response_a"], row["response_b"]]}
         return answer, _ask(f"{url.rstrip('/')}/reward", asked)["rewards"]
 
-    with ThreadPoolExecutor(clients) as pool:
-        return list(pool.map(ask, rows))
+    answers = []
+    with ThreadPoolExecutor(clients) as pool, Progress(len(rows), "asking the server") as shown:
+        for answer in pool.map(ask, rows):
+            answers.append(answer)
+            shown.update(1)
+    return answers
 
 
 def _conversations(battles: Dataset) -> tuple[list[list[dict[str, str]]], list[list[dict[str, str]]]]:

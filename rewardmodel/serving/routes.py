@@ -14,7 +14,7 @@ from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 import rewardmodel
-from rewardmodel.errors import InputError
+from rewardmodel.errors import InputError, plural
 from rewardmodel.serving.service import Service
 from rewardmodel.serving.shapes import (
     BattleOrBattles,
@@ -131,7 +131,7 @@ async def score(request: Request, body: ScoreRequest) -> Json:
         raise InputError("give text_1 and text_2, or queries and documents")
     begins, ends = _listed(first), _listed(second)
     if len(begins) not in (1, len(ends)):
-        raise InputError(f"{len(begins)} texts for {len(ends)}; give one for all, or one for each")
+        raise InputError(f"{plural(len(begins), 'text')} for {len(ends)}; give one for all, or one for each")
     texts = [begin + end for begin, end in zip(begins * (len(ends) // len(begins)), ends, strict=True)]
     found = _activate(await service.score(request, texts, shared=len(begins) == 1), body.use_activation)
     data = [{"index": index, "object": "score", "score": value} for index, value in enumerate(found)]

@@ -14,13 +14,14 @@ from fastapi import HTTPException, Request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from rewardmodel.battles import TEXT_COLUMNS
-from rewardmodel.errors import InputError
+from rewardmodel.errors import InputError, plural
 from rewardmodel.inference.judge import Battle, Judge, TokenRow
 from rewardmodel.inference.reward_function import conversation_turns
-from rewardmodel.serving.answers import Answer, describe_predictions
+from rewardmodel.serving.answers import Answer
 from rewardmodel.serving.batcher import Batcher, TooBusyError
 from rewardmodel.serving.limits import Limits
 from rewardmodel.serving.shapes import BattleRequest, Message, RewardRequest
+from rewardmodel.serving.tables import Tables
 
 
 class Figures:
@@ -62,6 +63,7 @@ class Service:
         self.batcher = Batcher(judge.predictor, limits.max_waiting, self.figures.count_batch)
         self.figures.waiting.set_function(lambda: len(self.batcher.waiting))
         self.texts = ThreadPoolExecutor(1, "texts")
+        self.tables = Tables(judge.predictions, self.texts)
 
     def close(self) -> None:
         """Finish what was started, then end both threads."""
@@ -81,17 +83,19 @@ class Service:
         """Return the answer to each battle of a request."""
         for one in asked:
             self.check_name(one.model)
-        battles = [_battle(number, one) for number, one in enumerate(asked)]
+        battles = [_battle(number, one, len(asked)) for number, one in enumerate(asked)]
         rows = await self._apart(self.judge.battle_rows, battles)
         logits = np.stack(await self._compute(request, rows))
-        table = await self._apart(self.judge.predictions, battles, logits)
-        return [{"id": one.id, **answer} for one, answer in zip(asked, describe_predictions(table), strict=True)]
+        answers = await asyncio.wrap_future(self.tables.submit(battles, logits))
+        return [{"id": one.id, **answer} for one, answer in zip(asked, answers, strict=True)]
 
     async def reward(self, request: Request, asked: RewardRequest) -> list[float]:
         """Return the reward of each response of a request; what the responses share is computed once."""
         self.check_name(asked.model)
         _refuse(self.judge.no_reward)
-        conversations = [_turns(asked.prompt, one, f"responses.{number}") for number, one in enumerate(asked.responses)]
+        conversations = [
+            _turns(asked.prompt, one, f"responses[{number}]") for number, one in enumerate(asked.responses)
+        ]
         return await self._rewards(request, lambda: self.judge.reward_rows(conversations))
 
     async def score(
@@ -155,11 +159,12 @@ class Service:
         raise HTTPException(504, f"not answered within {self.limits.timeout:g} s; try again later")
 
 
-def _battle(number: int, asked: BattleRequest) -> Battle:
-    """Return the battle that was asked about."""
-    prompt, response_a = _turns(asked.prompt, asked.response_a, "response_a")
-    _, response_b = _turns(asked.prompt, asked.response_b, "response_b")
-    name = f"request {number}" if asked.id is None else asked.id
+def _battle(number: int, asked: BattleRequest, count: int) -> Battle:
+    """Return the battle that was asked about, one of `count` of its request."""
+    place = f"body[{number}]." if count > 1 else ""
+    prompt, response_a = _turns(asked.prompt, asked.response_a, f"{place}response_a")
+    _, response_b = _turns(asked.prompt, asked.response_b, f"{place}response_b")
+    name = f"request {number}" if asked.id is None else str(asked.id)
     return {"id": name, **dict(zip(TEXT_COLUMNS, (prompt, response_a, response_b), strict=True))}
 
 
@@ -172,7 +177,9 @@ def _turns(prompt: Any, response: str | list[str], name: str) -> tuple[list[str]
     prompts = [prompt] if isinstance(prompt, str) else prompt
     responses = [response] if isinstance(response, str) else response
     if len(prompts) != len(responses):
-        raise InputError(f"{name}: {len(responses)} turns, but the prompt has {len(prompts)}; give one for each")
+        raise InputError(
+            f"{name}: {plural(len(responses), 'turn')}, but the prompt has {len(prompts)}; give one for each"
+        )
     return prompts, responses
 
 

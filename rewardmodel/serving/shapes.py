@@ -1,9 +1,13 @@
-"""The bodies of requests, as the consumers send them; what is not named here is ignored."""
+"""The bodies of requests, as the consumers send them.
+
+Of the endpoints in others' shapes, what is not named here is ignored, because their clients send more. Of our own,
+`/battle` and `/reward`, it is refused, because it is a typing error.
+"""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictInt, Tag
 
 MAX_TEXTS = 1024
 """Battles, responses or texts of a request."""
@@ -56,18 +60,30 @@ OneOrMore = Annotated[
 """A finished text, or several."""
 
 
+Id = Annotated[
+    Annotated[Text, Tag("text")] | Annotated[StrictInt, Tag("number")],
+    Discriminator(
+        lambda given: {str: "text", int: "number"}.get(type(given)),
+        custom_error_type="id",
+        custom_error_message="give a text, or a whole number",
+    ),
+]
+"""What a battle is called in the answer."""
+
+
 class BattleRequest(BaseModel):
     """One prompt and two responses."""
 
     model_config = ConfigDict(
+        extra="forbid",
         json_schema_extra={
             "example": {"prompt": "What is 2 + 2?", "response_a": "4", "response_b": "It is 5.", "id": "7"}
-        }
+        },
     )
     prompt: Prompt
     response_a: Response
     response_b: Response
-    id: Text | None = None
+    id: Id | None = None
     model: Text | None = None
 
 
@@ -92,6 +108,7 @@ class Request(BaseModel):
 class RewardRequest(Request):
     """One prompt and its responses."""
 
+    model_config = ConfigDict(extra="forbid")
     prompt: Prompt
     responses: Annotated[list[Response], Field(min_length=1, max_length=MAX_TEXTS)]
 

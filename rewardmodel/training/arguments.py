@@ -51,7 +51,7 @@ def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device)
     keys.setdefault("ddp_find_unused_parameters", False)
     if keys.get("disable_tqdm") is None:
         keys["disable_tqdm"] = not in_terminal()
-    if recipe.model.head_init == "fitted":  # logs the loss that training starts from
+    if recipe.model.head_init != "zero":  # logs the loss that training starts from
         keys.setdefault("eval_on_start", keys["eval_strategy"] != "no")
     for old, new in RENAMED_KEYS.items():
         if old in keys and new in RewardConfig.__dataclass_fields__:

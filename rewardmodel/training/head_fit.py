@@ -1,7 +1,7 @@
 """Features and outcomes -> a fitted last layer of the head, which is all that trains on a frozen backbone.
 
-Minimises the objective's loss of a linear layer, plus an L2 penalty, with L-BFGS. The strength of the penalty is chosen
-by cross-validation over prompt groups of the training battles.
+Minimises the objective's loss of a linear layer, plus an L2 penalty on how far it moves from where it started, with
+L-BFGS. The strength of the penalty is chosen by cross-validation over prompt groups of the training battles.
 """
 
 import copy
@@ -26,8 +26,8 @@ PENALTY_FOLDS = 3
 PENALTIES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3)
 """Strengths of the L2 penalty to choose from, the strongest first.
 
-Half of it times the squared weights is added to the summed loss of the battles. Features are scaled to variance
-1 / width first, so that a strength means the same for few and for many features.
+Half of it times the squared distance of the weights from their start is added to the summed loss of the battles.
+Features are scaled to variance 1 / width first, so that a strength means the same for few and for many features.
 """
 
 TIE_PENALTY = 3.0
@@ -78,6 +78,8 @@ def fit_last_layer(
 ) -> dict[float, float]:
     """Fit a linear layer to features, in place, with the penalty that predicts left-out prompt groups best.
 
+    The penalty pulls towards the weights that the layer has: zeros, or `training.answer_head`.
+
     Args:
         layer: of `model.heads`, on the device of the examples.
         examples: the training battles.
@@ -97,6 +99,10 @@ def fit_last_layer(
     centred = layer.bias is not None or (isinstance(layer, TieHead) and not settings.center_rewards)
     center, scale = _standardization(examples.features, centred)
     scaled = Examples((examples.features - center) / scale, examples.labels, examples.teacher, examples.weight)
+    with torch.no_grad():
+        for weight in _penalised(layer).values():
+            weight.mul_(scale)
+    start = {name: weight.detach().clone() for name, weight in _penalised(layer).items()}
     if objective.head.tie:
         torch.nn.init.constant_(layer.tie, initial_tie(float(examples.labels[:, 2].nanmean())))
         layer.tie.requires_grad_(objective.learns_ties)
@@ -109,7 +115,7 @@ def fit_last_layer(
         candidate = copy.deepcopy(layer)
         training, held_out = scaled.select(fold != number), scaled.select(fold == number)
         for penalty in PENALTIES:  # each starts from the solution of the stronger one before it
-            _minimise(candidate, training, objective, settings, penalty)
+            _minimise(candidate, training, objective, settings, penalty, start)
             with torch.no_grad():
                 losses[penalty] += _sum_losses(candidate, held_out, objective, settings).item()
     total = _total_weight(examples, objective)
@@ -118,7 +124,7 @@ def fit_last_layer(
     # fit to all battles with the best penalty, starting from the solutions of the stronger ones as before
     best = min(losses, key=losses.__getitem__)
     for penalty in PENALTIES[: PENALTIES.index(best) + 1]:
-        _minimise(layer, scaled, objective, settings, penalty)
+        _minimise(layer, scaled, objective, settings, penalty, start)
     _absorb_scaling(layer, center, scale)
     logger.info("penalty %g: loss %.4f on left-out groups of the training battles", best, losses[best])
     return losses
@@ -152,9 +158,8 @@ def _standardization(features: torch.Tensor, centred: bool) -> tuple[torch.Tenso
 def _absorb_scaling(layer: Any, center: torch.Tensor, scale: torch.Tensor) -> None:
     """Change a layer that was fitted to (features - center) / scale, in place, so that it takes features."""
     with torch.no_grad():
-        for name, weight in layer.named_parameters():
-            if name in PENALTY_FACTORS:
-                weight.div_(scale)
+        for weight in _penalised(layer).values():
+            weight.div_(scale)
         if layer.bias is not None:
             layer.bias.sub_(layer.weight @ center)
         if isinstance(layer, PairTieHead):
@@ -174,8 +179,20 @@ def _sum_losses(layer: Any, examples: Examples, objective: Objective, settings: 
     return (losses * examples.weight).sum()
 
 
-def _minimise(layer: Any, examples: Examples, objective: Objective, settings: Settings, penalty: float) -> None:
-    """Minimise the penalised mean loss over the layer's parameters, in place."""
+def _penalised(layer: Any) -> dict[str, torch.Tensor]:
+    """Return the layer's parameters that have a penalty, by name."""
+    return {name: weight for name, weight in layer.named_parameters() if name in PENALTY_FACTORS}
+
+
+def _minimise(
+    layer: Any,
+    examples: Examples,
+    objective: Objective,
+    settings: Settings,
+    penalty: float,
+    start: dict[str, torch.Tensor],
+) -> None:
+    """Minimise the mean loss, with the penalty on the distance from `start`, over the layer's parameters, in place."""
     total = _total_weight(examples, objective)
     weights = [weight for weight in layer.parameters() if weight.requires_grad]
     optimizer = torch.optim.LBFGS(
@@ -185,9 +202,7 @@ def _minimise(layer: Any, examples: Examples, objective: Objective, settings: Se
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
         squares = sum(
-            PENALTY_FACTORS[name] * weight.square().sum()
-            for name, weight in layer.named_parameters()
-            if name in PENALTY_FACTORS
+            PENALTY_FACTORS[name] * (weight - start[name]).square().sum() for name, weight in _penalised(layer).items()
         )
         loss = (_sum_losses(layer, examples, objective, settings) + penalty / 2 * squares) / total
         loss.backward()

@@ -6,6 +6,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
+from rewardmodel.errors import plural
+
 
 class RecordedLosses(NamedTuple):
     """Battles of an optimiser step and whether the loss of each is finite, (n,) bool.
@@ -61,8 +63,8 @@ class NanGuard:
             bad = [name for name, good in zip(ids, finite.tolist(), strict=True) if not good]
             if bad:
                 raise FloatingPointError(
-                    f"step {step}: the loss of {len(bad)} of {len(ids)} battles is NaN or infinite ({self.computing}); "
-                    f"the first ids: {', '.join(bad[:5])}; {ADVICE}"
+                    f"step {step}: the loss of {len(bad)} of {plural(len(ids), 'battle')} is NaN or infinite "
+                    f"({self.computing}); the first ids: {', '.join(bad[:5])}; {ADVICE}"
                 )
         self.pending.clear()
 

@@ -20,11 +20,11 @@ from rewardmodel.config.loader import RecipeLike, as_recipe
 from rewardmodel.config.schema import Recipe
 from rewardmodel.config.trainer import EARLY_STOPPING, HEAD_RATE, LORAPLUS, TOKENS
 from rewardmodel.data.splits import Parts, fingerprint_parts, load_battles, split, write_training_keys
-from rewardmodel.data.teacher import check_teacher, with_soft_outcomes
+from rewardmodel.data.teacher import check_teacher, teacher_share, with_soft_outcomes
 from rewardmodel.distributed import from_main, is_main, wait_for_all
 from rewardmodel.errors import plural
 from rewardmodel.model.backbone import Backbone, resolve_backbone
-from rewardmodel.model.compatibility import check_ties
+from rewardmodel.model.compatibility import check_head
 from rewardmodel.model.features import layer_logits, read_features
 from rewardmodel.model.forward import Predictor
 from rewardmodel.model.loading import build_model, compile_blocks, load_tokenizer, save_model, trained_layer
@@ -42,6 +42,7 @@ from rewardmodel.run_folder import (
     open_run,
     write_environment,
 )
+from rewardmodel.training.answer_head import calibration_sample, start_from_answers
 from rewardmodel.training.arguments import LearningRates, compile_options, training_arguments
 from rewardmodel.training.head_fit import Examples, check_groups, fit_last_layer
 from rewardmodel.training.trainer import PreferenceTrainer
@@ -82,7 +83,7 @@ def train(
     recipe = as_recipe(recipe)
     recipe = recipe if battles is None else with_source(recipe, battles)
     objective, run = find_objective(recipe.objective), RunFolder(recipe.run_folder)
-    check_ties(recipe.model, recipe.objective)
+    check_head(recipe.model, recipe.objective)
     check_run(recipe, resume, overwrite)
     backbone = resolve_backbone(
         recipe.model, trainer=recipe.trainer, max_length=recipe.prompt.max_length, weights=False
@@ -92,7 +93,7 @@ def train(
     # read and tokenise in the main process first: the others then read the cache
     with args.main_process_first():
         parts = parts or split(load_battles(recipe.data, battles), recipe.data.fold)
-        check_teacher(parts.training, recipe.objective.name, objective.teacher)
+        check_teacher(parts.training, recipe.objective.name, objective.teacher, _teacher_share(recipe))
         data = fingerprint_parts(parts)
         if resume and run.model.is_dir():
             check_same_inputs(run.path, {"data": data})
@@ -176,8 +177,8 @@ def _train_adapters(inputs: TrainingInputs, args: RewardConfig, resume: bool, be
         trainer.add_callback(EarlyStoppingCallback(recipe.trainer[EARLY_STOPPING]))
     checkpoint = from_main(lambda: last_checkpoint(run.path)) if resume else None
     begin()
-    if recipe.model.head_init == "fitted" and not checkpoint:
-        fit_head(inputs)
+    if not checkpoint:
+        HEAD_INITS[recipe.model.head_init](inputs)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if not trainer.objective.learns_ties:
         trainer.fit_tie()
@@ -189,6 +190,7 @@ def _train_head(inputs: TrainingInputs, args: RewardConfig, resume: bool, begin:
     begin()
     recipe, layer = inputs.recipe, trained_layer(inputs.model)
     objective = find_objective(recipe.objective)
+    HEAD_INITS[recipe.model.head_init](inputs)
     fit_head(inputs)
     if not objective.learns_ties:
         rewards = layer_logits(layer, read_features(inputs.predictor, inputs.validation_rows))[..., 0]
@@ -206,6 +208,23 @@ def fit_head(inputs: TrainingInputs) -> None:
     fit_last_layer(layer, examples, inputs.groups, find_objective(settings), settings)
 
 
+def answer_head(inputs: TrainingInputs) -> None:
+    """Set the head's last layer, in place, to what the backbone's language model would answer."""
+    sample = inputs.rows.select(calibration_sample(len(inputs.rows)))
+    device = trained_layer(inputs.model).weight.device
+    examples = Examples.of(sample, read_features(inputs.predictor, sample), device)
+    settings = inputs.recipe.objective
+    start_from_answers(inputs.model, inputs.tokenizer, inputs.backbone, examples, find_objective(settings), settings)
+
+
+HEAD_INITS: dict[str, Callable[[TrainingInputs], None]] = {
+    "zero": lambda _: None,
+    "fitted": fit_head,
+    "answer": answer_head,
+}
+"""How a new last layer starts, by the recipe's `model.head_init`."""
+
+
 def _open(
     recipe: Recipe,
     training: Dataset,
@@ -219,6 +238,13 @@ def _open(
         write_environment(open_run(recipe, resume, overwrite, before_write), environment)
         write_training_keys(recipe.run_folder, training)
     wait_for_all()
+
+
+def _teacher_share(recipe: Recipe) -> float | None:
+    """Return the share of the teacher in the outcome of battles with votes; None: the objective does not mix them."""
+    if not find_objective(recipe.objective).mixes_teacher:
+        return None
+    return teacher_share(recipe.objective.weight_votes, recipe.objective.weight_teacher)
 
 
 def _tokenize_parts(parts: Parts, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[Dataset, Dataset]:
@@ -245,7 +271,7 @@ def tokenize_training(training: Dataset, tokenizer: PreTrainedTokenizerBase, rec
     """Return battles as token rows to train on, in the orders of A and B that the recipe trains in."""
     objective, num_proc = find_objective(recipe.objective), recipe.trainer.get("dataset_num_proc")
     swaps = recipe.data.swap_augmentation if objective.encoding == "joint" else "none"  # separate: there is no order
-    training = training if objective.teacher else with_soft_outcomes(training)
+    training = training if objective.teacher else with_soft_outcomes(training, _teacher_share(recipe))
     training = AUGMENTATIONS[swaps](training, recipe.data.seed)
     both = swaps == "both"
     return tokenize(training, tokenizer, recipe.prompt, num_proc, encoding=objective.encoding, both_orders=both)

@@ -36,7 +36,7 @@ def test_the_table_shows_scores_in_percent_with_baselines_beside():
             for name in ("a", "b")
             for line in (
                 "NAME: scores each response alone",
-                "3 rows share a prompt or responses with its training battles: they do not measure how new ones are "
+                "a prompt or responses of its training battles are in 3 rows: they do not measure how new ones are "
                 "judged",
                 "                   rows  score            95 %  random",
                 "  Math               40  61.23  [50.00, 70.00]  25.00*",

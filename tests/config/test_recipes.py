@@ -33,7 +33,10 @@ def test_a_file_comes_before_a_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("quickstrat", r"^quickstrat: no such file, and no recipe of that name; did you mean 'quickstart'\? `rewardm"),
+        (
+            "quickstrat",
+            r"^quickstrat: no such file, and no recipe of that name \(did you mean 'quickstart'\?\); `rew",
+        ),
         ("somewhere/quickstart.yaml", "somewhere/quickstart.yaml: no such file"),
         ("mine.yml", r"did you mean 'mine\.yaml'\?"),
         ("zzzz", r"of that name; `rewardmodel recipes` lists"),

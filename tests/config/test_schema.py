@@ -139,8 +139,8 @@ def test_an_empty_recipe_is_the_defaults_with_a_run_folder_of_its_name(write):
         ("model:\n  lora_init: pissa\n", [], "model.lora_init does not exist any more: LoRA always starts from a zero"),
         ("trainer:\n  eval_strategy: no\n", [], "YAML reads an unquoted no, yes, off or on as a boolean"),
         ("model:\n  lora_r: null\n", [], "model.lora_r: null; give a value, or delete the line"),
-        ("model:\n  lora_rr: 3\n", [], "unknown key 'model.lora_rr'; did you mean 'model.lora_r'?"),
-        ("modle:\n  lora_r: 3\n", [], "unknown key 'modle.lora_r'; did you mean 'model.lora_r'?"),
+        ("model:\n  lora_rr: 3\n", [], "unknown key 'model.lora_rr' (did you mean 'model.lora_r'?)"),
+        ("modle:\n  lora_r: 3\n", [], "unknown key 'modle.lora_r' (did you mean 'model.lora_r'?)"),
         ("", ["--trainer.learning_rat", "1"], "did you mean 'trainer.learning_rate'?"),
         ("", ["--trainer.learning_rat=1"], "did you mean 'trainer.learning_rate'?"),
         ("trainer:\n  max_length: 3\n", [], "trainer.max_length is not accepted: set prompt.max_length"),
@@ -225,12 +225,12 @@ def test_options_of_a_source_may_be_typed_one_by_one(write):
         (
             "seed: 1",
             ["--data.train.wieght=2"],
-            r"unknown key 'data\.train\.wieght'; did you mean 'data\.train\.weight'",
+            r"unknown key 'data\.train\.wieght' \(did you mean 'data\.train\.weight'",
         ),
         (
             "seed: 1",
             ["--data.train", "{path: x, wieght: 2}"],
-            r"unknown key 'data\.train\.wieght'; did you mean 'weight'",
+            r"unknown key 'data\.train\.wieght' \(did you mean 'weight'",
         ),
         (
             "seed: 1",
@@ -249,9 +249,9 @@ def test_options_of_a_source_that_cannot_be_used_are_refused(write, text, typed,
     [
         (
             "data:\n  train: [a.csv, {path: b.csv, wieght: 2}]\n",
-            r"unknown key 'data.train\[1\].wieght'; did you mean 'weight'",
+            r"unknown key 'data.train\[1\].wieght' \(did you mean 'weight'",
         ),
-        ("data:\n  test: {paht: b.csv}\n", "unknown key 'data.test.paht'; did you mean 'path'"),
+        ("data:\n  test: {paht: b.csv}\n", "unknown key 'data.test.paht' .did you mean 'path'"),
     ],
 )
 def test_an_unknown_key_of_a_source_names_the_nearest(write, text, message):

@@ -93,7 +93,7 @@ def test_a_key_of_another_trl_is_looked_up_there(monkeypatch, tmp_path):
     recipe = load_recipe(path)
     assert (recipe.trainer["optim"], recipe.trainer["lr_scheduler_kwargs"]) == ("adafactor", {"num_cycles": 2})
     path.write_text("trainer:\n  optin: adafactor\n")
-    with pytest.raises(InputError, match=r"unknown key 'trainer\.optin'; did you mean 'trainer\.optim"):
+    with pytest.raises(InputError, match=r"unknown key 'trainer\.optin' \(did you mean 'trainer\.optim"):
         load_recipe(path)
 
 

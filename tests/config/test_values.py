@@ -64,17 +64,17 @@ def test_a_value_of_a_file_is_taken_in_the_type_of_its_key(value, hint, expected
 @pytest.mark.parametrize(
     ("value", "hint", "message"),
     [
-        ("many", int, "'many'; give int"),
-        (1.5, int, "1.5; give int"),
-        (True, int, "True; give int; YAML reads an unquoted no"),
+        ("many", int, "'many'; give a whole number"),
+        (1.5, int, "1.5; give a whole number"),
+        (True, int, "True; give a whole number; YAML reads an unquoted no"),
         (None, int, "null; give a value, or delete the line"),
-        ("x", float | None, "'x'; give float or null"),
-        (3, str | None, "3; give str or null"),
+        ("x", float | None, "'x'; give a number or null"),
+        (3, str | None, "3; give a text or null"),
         ("twice", Literal["none", "both"], "'twice'; give one of ['none', 'both']"),
         (1, Literal[True, "a"], "give one of"),
-        ("one", list[str], "'one'; give list of str"),
-        ({"rope": "x"}, dict[str, bool] | None, "give dict of bool or null"),
-        ({"weight": 2}, Source, "give Source"),
+        ("one", list[str], "'one'; give a list of texts"),
+        ({"rope": "x"}, dict[str, bool] | None, "give a mapping of true or false or null"),
+        ({"weight": 2}, Source, "give a Source"),
     ],
 )
 def test_a_value_of_another_type_is_refused_with_what_to_give(value, hint, message):

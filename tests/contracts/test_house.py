@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "objectives": {"errors"},
     "predictions": {"battles", "errors", "files"},
     "run_folder": {"battles", "config", "distributed", "errors", "files"},
-    "prompt": {"battles", "config", "errors", "files"},
+    "prompt": {"battles", "config", "errors", "files", "progress"},
     "data": GROUND | TABLES,
     "evaluation": GROUND | TABLES | {"data"},
     "model": GROUND | TABLES | {"prompt"},

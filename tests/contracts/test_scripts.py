@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from fresh import run_fresh
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-NAMES = sorted(path.stem for path in SCRIPTS.glob("bench_*.py"))
+NAMES = ["plan_recipes", "read_depths", *sorted(path.stem for path in SCRIPTS.glob("bench_*.py"))]
 
 TINY = {
     "model_type": "llama",
@@ -272,3 +273,74 @@ def test_serving_is_measured_on_a_tiny_model(script, backbone, tmp_path):
         assert 0 < one["p50_s"] <= one["p99_s"]
         assert one["of_offline"] == pytest.approx(one["a_second"] / found["offline_a_second"], rel=0.02, abs=0.01)
     assert found["best_of_8"]["prompt_shared"] > 0
+
+
+def test_depths_read_together_are_what_each_backbone_reads_alone(script, backbone, tmp_path, monkeypatch):
+    from builders import battles_of, small_recipe
+
+    from rewardmodel.config.schema import ObjectiveConfig
+
+    monkeypatch.setenv("REWARDMODEL_CACHE", str(tmp_path / "together"))
+    module, alone = script("read_depths"), script("out_of_fold")
+    recipe = small_recipe(backbone("llama"), tmp_path, objective=ObjectiveConfig("davidson"))
+    recipe = dataclasses.replace(recipe, prompt=dataclasses.replace(recipe.prompt, template="response"))
+    battles = battles_of([("good", "bad, and longer"), ("one", "two"), ("yes", "")], np.eye(3))
+    assert module.read_depths(recipe, battles, [1, 2]) == 3
+    assert module.read_depths(recipe, battles, [1, 2]) == 0  # the cache has them
+    recipes = [
+        dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, num_hidden_layers=depth))
+        for depth in (1, 2)
+    ]
+    together = [alone.read(one, battles).features for one in recipes]
+    monkeypatch.setenv("REWARDMODEL_CACHE", str(tmp_path / "alone"))
+    for one, found in zip(recipes, together, strict=True):
+        np.testing.assert_array_equal(found, alone.read(one, battles).features)
+
+
+def test_large_recipes_are_planned_on_every_machine(script, backbone, monkeypatch):
+    module = script("plan_recipes")
+    monkeypatch.setattr("rewardmodel.planning.doctor.DEVICES", {})
+    monkeypatch.setattr(module, "MACHINES", {"H100": 1, "T4": 2})
+    words = [f"--model.model_name_or_path={backbone('llama')}", "--prompt.max_length=64"]
+    found = module.plan("llama3_8b_qlora", words, None)
+    assert set(found) == {"1 x H100", "2 x T4"}
+    assert found["1 x H100"]["precision"] == "bfloat16"
+    assert 0 < found["1 x H100"]["training_hours"] <= found["1 x H100"]["hours"] <= found["2 x T4"]["hours"]
+    assert 0 < found["1 x H100"]["gib_at_least"] < 1
+    refused = module.plan("llama3_8b_qlora", [*words, "--model.load_in_fp8=true", "--model.load_in_4bit=false"], None)
+    assert "model.load_in_fp8" in refused["2 x T4"]["problems"][0]
+
+
+def test_reward_models_learn_from_a_teacher_on_folds_that_neither_saw(script, backbone, tmp_path, monkeypatch):
+    from builders import battle_frame, small_recipe, write_csv
+
+    from rewardmodel.config.loader import dump_recipe
+
+    recipe = small_recipe(backbone("llama"), tmp_path)
+    model = dataclasses.replace(recipe.model, freeze_backbone=True, pooling="last_and_responses", pair_ties=True)
+    objective = dataclasses.replace(recipe.objective, name="davidson")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(dataclasses.replace(recipe, model=model, objective=objective)))
+    train = [str(write_csv(battle_frame(9), tmp_path / "train.csv"))]
+    keys = ["--prompt.template=response"]
+    options = SimpleNamespace(recipe=path, keys=keys, train=train, folds=3, limit=None)
+    monkeypatch.setattr("rewardmodel.training.head_fit.PENALTIES", (3.0,))
+    found = script("bench_distillation").measure_rewards(options, 0)
+    assert found["battles"] == 36
+    assert {"joint teacher", "served, votes", "served, teacher", "own, both"} <= found["log_loss"].keys()
+    assert found["log_loss_differences"]["served, teacher - served, votes"]["value"] != 0
+
+
+def test_a_teacher_has_seen_neither_the_battle_nor_the_fold_that_is_judged(script, monkeypatch):
+
+    module, fold = script("bench_distillation"), np.array([0, 1, 2, 2, 1, 0])
+
+    def fitted(recipe, given, dealing, folds, changes):
+        learnt = sum(10**number for number in set(fold[dealing.fold != folds[0]].tolist()))
+        return np.full((2, 6, 3), float(learnt))
+
+    monkeypatch.setattr(module, "fitted_out_of_fold", fitted)
+    found = module.taught(None, None, script("out_of_fold").Fold(fold, fold, np.ones(6, bool)))
+    nan = np.nan
+    np.testing.assert_array_equal(found[0][:, 0], [nan, 100, 10, 10, 100, nan])
+    np.testing.assert_array_equal(found[2][:, 0], [10, 1, nan, nan, 1, 10])

@@ -7,6 +7,8 @@ from collections import defaultdict
 import numpy as np
 import pandas as pd
 import pytest
+from builders import battle_frame, write_csv
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -150,7 +152,7 @@ def test_missing_response_has_an_empty_turn_a_prompt_turn_and_is_counted(tmp_pat
     rows = [{**GOOD, "prompt": '["p", "q"]', "response_a": absent, "response_b": '["b", "c"]'}]
     path = write(tmp_path, csv_text(rows))
     assert read_battles(path)["response_a"][0] == ["", ""]
-    assert [text for *_, text in warnings_of(caplog)] == [f"{path}: 1 missing texts read as empty turns"]
+    assert [text for *_, text in warnings_of(caplog)] == [f"{path}: 1 missing text read as empty"]
 
 
 @pytest.mark.parametrize("absent", ["", "  ", "null", "[]"])
@@ -158,7 +160,7 @@ def test_missing_prompt_has_an_empty_turn_a_response_turn_and_is_counted(tmp_pat
     rows = [{**GOOD, "prompt": absent, "response_a": '["a", "b"]', "response_b": '["c", "d"]'}]
     path = write(tmp_path, csv_text(rows))
     assert read_battles(path)["prompt"][0] == ["", ""]
-    assert [text for *_, text in warnings_of(caplog)] == [f"{path}: 1 missing texts read as empty turns"]
+    assert [text for *_, text in warnings_of(caplog)] == [f"{path}: 1 missing text read as empty"]
 
 
 def test_battle_without_any_text_has_one_empty_turn_of_each(tmp_path, caplog):
@@ -166,14 +168,14 @@ def test_battle_without_any_text_has_one_empty_turn_of_each(tmp_path, caplog):
     battles = read_battles(path)
     assert [battles[0][name] for name in ("prompt", "response_a", "response_b")] == [[""]] * 3
     assert battles["prompt"][1] == ["p"]
-    assert [text for *_, text in warnings_of(caplog)] == [f"{path}: 3 missing texts read as empty turns"]
+    assert [text for *_, text in warnings_of(caplog)] == [f"{path}: 3 missing texts read as empty"]
 
 
 @pytest.mark.parametrize("absent", [None, float("nan"), pd.NA])
 def test_missing_response_of_a_data_frame_is_read_as_empty_and_counted(caplog, absent):
     battles = read_battles(pd.DataFrame([{**GOOD, "response_b": absent}]))
     assert battles["response_b"][0] == [""]
-    assert [text for *_, text in warnings_of(caplog)] == ["data frame: 1 missing texts read as empty turns"]
+    assert [text for *_, text in warnings_of(caplog)] == ["data frame: 1 missing text read as empty"]
 
 
 def test_lone_surrogate_is_replaced_and_counted(tmp_path, caplog):
@@ -490,7 +492,7 @@ def test_rows_of_lists_and_of_plain_texts_are_read_as_what_they_are_and_counted(
     assert texts_of(battles[0]) == [["p", "q"], ["a", "b's"], ["c", ""]]
     assert texts_of(battles[9]) == [["plain"]] * 3
     kinds = ("lists of turns", "plain texts") if lists == 1 else ("plain texts", "lists of turns")
-    assert f"{path}: 1 rows of {kinds[0]} among rows of {kinds[1]}" in caplog.messages
+    assert f"{path}: 1 row of {kinds[0]} among rows of {kinds[1]}" in caplog.messages
 
 
 @pytest.mark.parametrize("prompt", ["[1, 2]", "[[]]", "[a]"])
@@ -639,9 +641,7 @@ def test_images_of_an_arena_conversation_are_left_out_and_counted(caplog):
     }
     rows = [{name: [question, *said(name, first="assistant")] for name in FORMATS["conversations"].needs}]
     assert read_battles(pd.DataFrame(rows))["prompt"][0] == ["What is it?"]
-    assert [text for *_, text in warnings_of(caplog)] == [
-        "data frame: 2 parts of messages that are not text (image), left out"
-    ]
+    assert [text for *_, text in warnings_of(caplog)] == ["data frame: 2 parts of messages, not text (image), left out"]
 
 
 S = {"role": "system", "content": "S"}
@@ -852,10 +852,10 @@ def test_mapped_columns_may_be_those_of_preference_data(tmp_path):
 
 
 MAPPINGS = {
-    "ours": ({"promt": "question"}, "columns.promt: unknown column; did you mean 'prompt'?; known: "),
+    "ours": ({"promt": "question"}, "columns.promt: unknown column (did you mean 'prompt'?); known: "),
     "theirs": (
         {"prompt": "qestion"},
-        "columns.prompt: the file has no column 'qestion'; did you mean 'question'?; it has",
+        "columns.prompt: the file has no column 'qestion' (did you mean 'question'?); it has",
     ),
     "nothing near": (
         {"prompt": "zzz"},
@@ -879,7 +879,7 @@ def test_format_may_be_named(tmp_path):
     path = str(write(tmp_path, csv_text([{**GOOD, "chosen": "x", "rejected": "y"}])))
     assert texts_of(read_battles(Source(path, format="competition"))[0]) == [["p"], ["a"], ["b"]]
     assert "column 'conversation_a' is missing" in message_of(Source(path, format="conversations"))
-    assert "format: no format 'preferences'; did you mean 'preference'?" in message_of(
+    assert "format: no format 'preferences' (did you mean 'preference'?)" in message_of(
         Source(path, format="preferences")
     )
 
@@ -1052,3 +1052,17 @@ def test_columns_that_are_not_read_are_named(kind, tmp_path, caplog):
         read_battles(Source(str(path), columns={"prompt": "question"}))
     unread = [line for line in caplog.messages if "not read" in line]
     assert unread == [f"{path}: columns that are not read: margin, turn, input"]
+
+
+def test_the_advice_for_a_missing_column_is_for_whoever_gave_the_battles(tmp_path):
+    frame = battle_frame(1).rename(columns={"response_b": "second"})
+    path = write_csv(frame, tmp_path / "battles.csv")
+    for battles, role, advice in (
+        (frame, "test", "rename it in the table"),
+        (Dataset.from_pandas(frame), "train", "rename it in the table"),
+        (path, "train", "map it with data.train.columns in a recipe, in Python with Source(path, columns={…})"),
+        (path, "test", "map it with data.test.columns in a recipe, in Python with Source(path, columns={…})"),
+    ):
+        with pytest.raises(InputError) as caught:
+            read_battles(battles, role=role)
+        assert str(caught.value).endswith(advice)

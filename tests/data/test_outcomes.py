@@ -100,7 +100,7 @@ def test_outcomes_of_a_file_are_read(tmp_path):
         ({"outcomes": {"1": "model_a"}}, "outcomes: the file has no column 'winner'"),
         (
             {"columns": {"winner": "label"}, "outcomes": {"1": "modela"}},
-            "outcomes.1: 'modela' is not an outcome; did you mean 'model_a'?; write model_a, model_b, tie",
+            "outcomes.1: 'modela' is not an outcome (did you mean 'model_a'?); write model_a, model_b, tie",
         ),
     ],
 )

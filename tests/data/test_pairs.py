@@ -151,7 +151,7 @@ def conversations(turn):
 def test_rounds_after_the_judged_one_are_left_out_and_counted(tmp_path, caplog, turn, rounds):
     prompt, better, worse = turns_of(read(tmp_path, conversations(turn)))
     assert (prompt, better, worse) == (["q", "r"][:rounds], ["a", "x"][:rounds], ["b", "y"][:rounds])
-    said_so = [line for line in caplog.messages if "1 battles were judged before their last round" in line]
+    said_so = [line for line in caplog.messages if "1 battle judged before the last round" in line]
     assert len(said_so) == (rounds == 1)
 
 
@@ -167,8 +167,8 @@ def test_equal_scores_are_a_tie_and_contrary_ones_are_counted(tmp_path, caplog):
     battles = read(tmp_path, *rows)
     assert outcomes(battles)[:, 2].tolist() == [1, 0, 0, 0]
     found = " ".join(caplog.messages)
-    assert "1 pairs with equal scores, read as ties" in found
-    assert "1 pairs whose rejected response has the higher score, read as they are labelled" in found
+    assert "1 pair with equal scores, read as tied" in found
+    assert "1 pair whose rejected response has the higher score, read as labelled" in found
 
 
 def test_messages_out_of_a_data_frame_are_read(tmp_path):

@@ -89,7 +89,7 @@ def test_turns_are_the_texts_of_a_list(value, turns):
 def test_null_turn_is_empty_and_counted(value):
     row = row_of(value)
     assert row.read_turns("c") == [""]
-    assert row.notes == {"null turns read as empty": 1}
+    assert row.notes == {("null turn", "read as empty"): 1}
 
 
 @pytest.mark.parametrize("text", ["Hi there", "", " ", "[not JSON", "5", "null", '"quoted"'])
@@ -178,8 +178,8 @@ def test_images_are_left_out_of_a_message_and_counted():
     row = row_of([{"role": "user", "content": parts}, {"role": "assistant", "content": None}])
     assert row.read_dialogue("c", "user") == [("user", "q"), ("assistant", "")]
     assert row.notes == {
-        "parts of messages that are not text (image), left out": 1,
-        "messages without content (null), read as empty": 1,
+        ("part", "of messages, not text (image), left out"): 1,
+        ("message", "without content (null), read as empty"): 1,
     }
 
 
@@ -247,7 +247,7 @@ def test_what_is_no_dialogue_is_refused(value, fragment):
 def test_lone_surrogate_is_replaced_and_counted(text, mended):
     row = row_of([text])
     assert row.read_turns("c") == [mended]
-    assert row.notes == {f"turns with broken characters, replaced by {BROKEN}": 1}
+    assert row.notes == {("turn", f"with broken characters, replaced by {BROKEN}"): 1}
 
 
 def test_lone_surrogate_is_replaced_in_short_texts_and_messages():

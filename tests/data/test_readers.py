@@ -300,7 +300,7 @@ def test_lines_of_json_end_at_newlines_only(tmp_path):
 def test_blank_lines_are_counted_in_the_log(tmp_path, caplog):
     path = write(tmp_path, LINES.replace("\n", "\n\n"), "b.jsonl")
     assert len(read_battles(path)) == 2
-    assert [record.getMessage() for record in caplog.records] == [f"{path}: 2 blank lines, skipped"]
+    assert [record.getMessage() for record in caplog.records] == [f"{path}: 2 blank lines skipped"]
 
 
 def test_row_of_a_json_lines_file_is_counted_without_blank_lines(tmp_path):

@@ -207,6 +207,4 @@ def test_pairs_that_were_judged_with_different_winners_are_counted(data, frame, 
     assert not any("judged several times" in line for line in caplog.messages)
     load_battles(data, pd.concat([before, again]))
     [line] = [line for line in caplog.messages if "judged several times" in line]
-    assert line.startswith(
-        "2 pairs of responses were judged several times, with different winners, in 4 battles, like "
-    )
+    assert line.startswith("judged several times, with different winners: 2 pairs of responses, in 4 battles, like ")

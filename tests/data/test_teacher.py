@@ -6,7 +6,7 @@ from builders import battle_frame, write_csv
 from rewardmodel.battles import OUTCOMES, TEACHER_COLUMNS, outcomes, swap, teacher_probabilities, with_column
 from rewardmodel.config.schema import Source
 from rewardmodel.data.formats import read_battles
-from rewardmodel.data.teacher import check_teacher, with_soft_outcomes, with_teacher
+from rewardmodel.data.teacher import check_teacher, teacher_share, with_soft_outcomes, with_teacher
 from rewardmodel.errors import InputError
 from rewardmodel.predictions import PROBABILITIES, SEEN_COLUMN, build_predictions, predicted, write_predictions
 
@@ -109,6 +109,22 @@ def test_the_teacher_stands_for_outcomes_only_where_there_are_none(unlabelled, p
     np.testing.assert_array_equal(outcomes(both), outcomes(votes))
     swapped = with_soft_outcomes(swap(with_teacher(unlabelled, predictions())))
     np.testing.assert_array_equal(outcomes(swapped), outcomes(battles)[:, [1, 0, 2]])
+
+
+def test_separate_objectives_mix_votes_and_teacher_by_their_weights(predictions, frame, unlabelled):
+    votes = read_battles(frame)
+    both = with_teacher(votes, predictions())
+    share = teacher_share(weight_votes=1.0, weight_teacher=3.0)
+    assert share == 0.75
+    found = outcomes(with_soft_outcomes(both, share))
+    np.testing.assert_allclose(found, outcomes(votes) / 4 + teacher_probabilities(both) * 3 / 4)
+    np.testing.assert_array_equal(outcomes(with_soft_outcomes(both, 1.0)), teacher_probabilities(both))
+    assert with_soft_outcomes(votes, share) is votes
+    alone = with_teacher(unlabelled, predictions())
+    np.testing.assert_array_equal(outcomes(with_soft_outcomes(alone, share)), teacher_probabilities(alone))
+    check_teacher(both, "davidson", reads_teacher=False, share=share)
+    with pytest.raises(InputError, match=r"^objective\.weight_votes, objective\.weight_teacher: both are 0"):
+        teacher_share(0.0, 0.0)
 
 
 def test_a_teacher_is_there_for_those_objectives_that_read_it(unlabelled, predictions, frame):

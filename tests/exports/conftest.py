@@ -94,12 +94,14 @@ def untrained_run(recipe_of):
 def load_plain(job):
     from transformers import AutoModelForSequenceClassification
 
-    dtype = getattr(torch, job["precision"])
-    return AutoModelForSequenceClassification.from_pretrained(job["folder"], dtype=dtype).eval()
+    dtype, own_code = getattr(torch, job["precision"]), "segment_ids" in torch.load(job["batch"])
+    return AutoModelForSequenceClassification.from_pretrained(
+        job["folder"], dtype=dtype, trust_remote_code=own_code
+    ).eval()
 
 
 @pytest.fixture
-def in_this_process(monkeypatch):
+def in_this_process(monkeypatch, tmp_path_factory):
     """Read exports back in this process, which imports nothing again; `.load_plain` may be replaced."""
 
     class Here:
@@ -114,4 +116,5 @@ def in_this_process(monkeypatch):
         parity.predict_export(job)
 
     monkeypatch.setattr(parity, "_run_in_fresh_process", run_job)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
     return Here

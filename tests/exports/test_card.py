@@ -7,7 +7,7 @@ import yaml
 from builders import make_backbone
 
 from rewardmodel.config.schema import ModelConfig
-from rewardmodel.exports.card import LICENCES, find_licence, write_card
+from rewardmodel.exports.card import LICENCES, describe_programs, find_licence, write_card
 from rewardmodel.exports.checks import load_trained_run
 from rewardmodel.exports.merge import merge_run
 from rewardmodel.exports.parity import format_parity
@@ -105,10 +105,39 @@ def test_every_packaged_backbone_has_its_licence():
 
 def test_servers_that_load_it_are_named_and_what_a_reward_is_not(card_of, tmp_path):
     _, text = card_of()
-    assert "As a reward model it is for no server" in text
+    assert "| vLLM | as a classifier, not as a reward: its clients take the last of the three probabilities" in text
+    assert "| TRL | no: they need a reward of one response; `recipes/student_reward.yaml` distils" in text
     assert 'convert="classify"' in text
-    assert "SGLang has this architecture too" not in text
     (tmp_path / "merged").rename(tmp_path / "other")
     _, text = card_of("davidson", "response")
-    assert "answers the reward clients of vLLM, SGLang, OpenRLHF, verl and LLaMA-Factory" in text
-    assert "SGLang has this architecture too" in text
+    assert "| vLLM | yes: `vllm serve FOLDER --runner pooling`" in text
+    assert "| SGLang | yes: `--is-embedding`" in text
+    assert "| TEI | no: it has no classifier of type `llama` |" in text
+    assert "| verl, OpenRLHF, LLaMA-Factory | through `rewardmodel serve FOLDER` |" in text
+
+
+def test_a_head_with_its_own_code_has_the_call_for_it(card_of, tmp_path):
+    _, text = card_of("davidson", "response", pooling="last_and_responses", pair_ties=True)
+    assert "| transformers | yes, with `trust_remote_code=True` and inputs of `model.encode` |" in text
+    assert "| vLLM | no: it has no code for this head |" in text
+    assert "| verl, OpenRLHF, LLaMA-Factory | no: they send finished texts" in text
+    assert "reward_function" in text
+    assert "a tie parameter t that depends on\nboth responses, P(A), P(B), P(tie) = softmax" in text
+    code = re.search(r"```python\n(.*?predict_battles.*?)```", text, re.S)[1]
+    compile(code, "card", "exec")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "joint", "whole", "program", "start"),
+    [
+        ("deberta-v2", False, True, "vLLM", "no: it has no classifier of type `deberta-v2`"),
+        ("deberta-v2", False, True, "TRL", "yes"),
+        ("roberta", False, True, "TEI", "yes: `/predict`"),
+        ("llama", False, False, "vLLM", "no: export with `--kind merged`"),
+        ("llama", False, False, "TRL", "yes: `reward_funcs=` the model that PEFT loads"),
+        ("qwen3", True, True, "SGLang", "as a classifier, not as a reward"),
+    ],
+)
+def test_what_loads_an_export_depends_on_backbone_head_and_form(model_type, joint, whole, program, start):
+    found = describe_programs(model_type, "last", joint=joint, whole=whole, plain=True, own_code=False)
+    assert found[program].startswith(start)

@@ -79,7 +79,7 @@ def test_what_does_not_go_together_is_refused(asked, message, run_folder, tmp_pa
     ("changes", "options", "message"),
     [
         ({}, {}, "--base"),
-        ({"contents": "mergd"}, {}, "--contents: no export 'mergd'; did you mean 'merged'"),
+        ({"contents": "mergd"}, {}, "--contents: no export 'mergd' .did you mean 'merged'"),
         ({"contents": "merged", "base": "/b"}, {}, "--base"),
         ({"contents": "merged"}, {"push_to_hub": "me/model"}, "--push-to-hub: a Kaggle bundle"),
         ({"contents": "merged"}, {}, "--installed: .*cannot be read"),

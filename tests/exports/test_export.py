@@ -182,21 +182,22 @@ def test_plain_transformers_that_pools_elsewhere_is_refused_unless_accepted(
 
 
 @pytest.mark.slow
-def test_a_head_that_plain_transformers_cannot_read_must_be_accepted(untrained_run, tmp_path, in_this_process):
+def test_a_head_that_plain_transformers_does_not_have_needs_no_code_for_rewardmodel(
+    untrained_run, tmp_path, in_this_process
+):
     folder = untrained_run("responses", pooling="responses")
-    with pytest.raises(InputError, match="a head that plain transformers does not have"):
-        export(folder, tmp_path / "export", dtype="float32")
     facts = export(folder, tmp_path / "export", dtype="float32", rewardmodel_only=True)
     assert facts["max_abs_dp"] <= 1e-4
+    assert facts["plain"] is None
+    assert not list((tmp_path / "export").glob("*.py"))
     assert "Only rewardmodel loads this model" in (tmp_path / "export" / "README.md").read_text()
+    assert export(folder, tmp_path / "adapter", "adapter")["files"]
 
 
-@pytest.mark.slow
-def test_a_run_with_pair_ties_is_exported_as_an_adapter(untrained_run, tmp_path, in_this_process):
-    folder = untrained_run("pairs", "davidson", "response", pair_ties=True)
-    with pytest.raises(InputError, match="a head that plain transformers does not have"):
-        export(folder, tmp_path / "export")
-    assert export(folder, tmp_path / "export", "adapter")["files"]
+@pytest.mark.slow  # a fresh process and its imports
+def test_a_fresh_process_without_rewardmodel_loads_a_head_by_its_own_code(untrained_run, tmp_path):
+    folder = untrained_run("separate", "davidson", "response", pooling="last_and_responses", pair_ties=True)
+    assert export(folder, tmp_path / "export", dtype="float32")["plain"]["max_abs_dp"] <= 1e-5
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def test_a_large_model_needs_a_gpu_on_kaggle(monkeypatch):
 def test_limits_are_those_of_the_planner_and_of_peft():
     import peft.import_utils
 
-    from rewardmodel.planning.devices import DEVICES, OLDEST
+    from rewardmodel.planning.gpus import DEVICES, OLDEST
 
     assert OLDEST_GPU == OLDEST
     assert DEVICES["B200"].capability == BLACKWELL

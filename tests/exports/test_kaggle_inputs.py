@@ -271,7 +271,7 @@ def test_what_an_earlier_session_predicted_is_copied(tmp_path):
     folder, target = shards_of(tmp_path / "input"), tmp_path / "work" / "submission.csv.shards"
     (target / folder.name).mkdir(parents=True)
     (target / folder.name / "budget.json").write_text("newer")
-    assert copy_shards(list_files(tmp_path / "input"), target).startswith("2 files of an earlier session: predicting")
+    assert copy_shards(list_files(tmp_path / "input"), target).startswith("files of an earlier session: 2; predicting")
     copied = {path.name: path.read_text() for path in (target / folder.name).iterdir()}
     names = ("whole-00000000.npz", "whole-00000007.npz")
     assert copied == {**{name: name for name in names}, "budget.json": "newer"}
@@ -287,7 +287,7 @@ def test_a_full_disk_leaves_no_half_copied_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "copyfile", fill)
     text = copy_shards(list_files(tmp_path / "input"), tmp_path / "work" / "submission.csv.shards")
-    assert text.startswith("0 files of an earlier session were copied, the others could not be ([Errno 28] No space")
+    assert text.startswith("of an earlier session only 0 of its files could be copied ([Errno 28] No space")
     assert [path for path in (tmp_path / "work").rglob("*") if path.is_file()] == []
 
 

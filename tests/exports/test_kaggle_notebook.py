@@ -102,7 +102,7 @@ def test_an_earlier_session_is_continued(bundle, inputs, monkeypatch, capsys):
     run_notebook(bundle, inputs, monkeypatch)
     copied = inputs.parent / "work" / "submission.csv.shards" / shards.name / "first-00000000.npz"
     assert copied.read_text() == "x"
-    assert "1 files of an earlier session: predicting continues from them" in capsys.readouterr().out
+    assert "files of an earlier session: 1; predicting continues from them" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

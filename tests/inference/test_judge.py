@@ -110,5 +110,5 @@ def test_raw_rows_become_battles():
         {"id": "7", "prompt": ["a", "b"], "response_a": ["c", ""], "response_b": ["e", "f"]},
         {"id": "2", "prompt": ["[1, 2] is a list"], "response_a": ["[3]"], "response_b": [""]},
     ]
-    with pytest.raises(InputError, match="here: row 1, column 'response_b': 1 turns, but the prompt has 2"):
+    with pytest.raises(InputError, match="here: row 1, column 'response_b': 1 turn, but the prompt has 2"):
         parse_battles([{"prompt": ["a", "b"], "response_a": ["c", "d"], "response_b": ["e"]}], "here")

@@ -136,7 +136,7 @@ def test_predictions_that_are_nan_name_the_battles(tiny, battles):
     with pytest.raises(FloatingPointError) as caught:
         predict_with(Predictor(model.eval(), tokenizer, torch.float32), tiny[1], battles)
     message = str(caught.value)
-    assert message.startswith(f"{len(battles)} predictions are NaN or infinite (torch.float32)")
+    assert message.startswith(f"NaN or infinite predictions of {len(battles)} battles (torch.float32)")
     assert message.endswith(", ".join(battles["id"][:5]))
 
 

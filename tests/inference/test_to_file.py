@@ -67,7 +67,7 @@ def test_what_is_wrong_is_found_before_anything_is_predicted_in_the_order_it_is_
     steps = [
         ("neither .parquet nor .csv", {"output": tmp_path}),
         ("neither .parquet nor .csv", {"output": output}),
-        ("weights: 2 for 1 runs", {"weights": [1]}),
+        ("weights: 2 for 1 run", {"weights": [1]}),
         ("time limit: -1", {"time_limit": 1}),
         ("nowhere: no recipe.yaml there", {"runs": run}),
         ("did you mean 'inference.swap_tta'", {"overrides": []}),

@@ -104,7 +104,7 @@ def test_a_killed_reading_goes_on_and_a_broken_file_is_read_again(probed, comput
 def test_features_that_are_nan_are_refused(probed, tmp_path, monkeypatch):
     predictor, rows = probed
     monkeypatch.setattr(Predictor, "logits", lambda *_, **__: np.full((16, 2, 64), np.nan, np.float32))
-    with pytest.raises(FloatingPointError, match="features of 16 battles are NaN or infinite; the first ids: 00"):
+    with pytest.raises(FloatingPointError, match="NaN or infinite features of 16 battles; the first ids: 00"):
         read_features(predictor, rows)
     assert not list(tmp_path.rglob("*.npz"))
 

@@ -148,7 +148,7 @@ def test_a_folder_of_something_else_is_named_as_what_it_is(file, message, tmp_pa
 def test_a_misspelt_name_names_the_nearest_packaged_one(name):
     misspelt = name.replace("-", "_")
     message = refusal(misspelt)
-    assert f"no backbone '{misspelt}'; did you mean '{name}'?" in message
+    assert f"no backbone '{misspelt}' (did you mean '{name}'?)" in message
 
 
 def test_an_unknown_name_tells_all_that_may_be_given():

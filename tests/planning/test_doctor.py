@@ -10,10 +10,10 @@ from rewardmodel.distributed import Launch
 from rewardmodel.errors import InputError
 from rewardmodel.planning import doctor as planning
 from rewardmodel.planning import estimate
-from rewardmodel.planning.devices import DEVICES, GIB
 from rewardmodel.planning.diagnosis import format_doctor
 from rewardmodel.planning.doctor import doctor
 from rewardmodel.planning.estimate import MemoryNeeds
+from rewardmodel.planning.gpus import DEVICES, GIB
 from rewardmodel.planning.scenario import Scenario
 from rewardmodel.planning.workload import Workload
 
@@ -236,7 +236,7 @@ def test_what_is_only_worth_knowing_is_no_problem(diagnose):
 def test_a_backbone_that_is_not_there_is_refused(changed):
     with pytest.raises(InputError, match=r"model\.model_name_or_path: hub id 'no/where'"):
         doctor(changed(model_name_or_path="no/where"), "T4")
-    with pytest.raises(InputError, match="--device: no 'T5'"):
+    with pytest.raises(InputError, match="--device: no device 'T5'"):
         doctor(changed(), "T5")
 
 

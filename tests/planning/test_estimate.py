@@ -9,7 +9,6 @@ from rewardmodel.config.schema import ModelConfig
 from rewardmodel.distributed import Launch
 from rewardmodel.objectives import JOINT_HEAD
 from rewardmodel.planning import estimate
-from rewardmodel.planning.devices import DEVICES, Device
 from rewardmodel.planning.estimate import (
     BACKWARD_OPERATIONS,
     CUDA_CONTEXT,
@@ -22,6 +21,7 @@ from rewardmodel.planning.estimate import (
     estimate_inference,
     estimate_training,
 )
+from rewardmodel.planning.gpus import DEVICES, Device
 from rewardmodel.planning.memory import FakeModel, MemorySpec
 from rewardmodel.planning.scenario import Scenario, measure_peaks
 from rewardmodel.planning.workload import Workload

@@ -541,7 +541,7 @@ def test_an_unknown_template_names_the_nearest():
 
 @every_layout
 def test_a_budget_below_the_template_is_refused_with_the_least_that_works(layout):
-    with pytest.raises(InputError, match=r"prompt.max_length: 20 tokens are too few.* set at least that") as caught:
+    with pytest.raises(InputError, match=r"prompt.max_length: 20 is too few tokens.* set at least that") as caught:
         of_layout(layout, 20)
     least = int(re.search(r"take (\d+);", str(caught.value))[1])
     made = of_layout(layout, least)

@@ -137,7 +137,7 @@ REFUSED = {
         "with 2 rounds, the prompt of round 2 occurs 0 times",
     ),
     "no turns": ("{{ 'Which is better?' }}", ABSENT),
-    "unknown": ("instructions", "no template 'instructions'; did you mean 'instruction'"),
+    "unknown": ("instructions", "no template 'instructions' .did you mean 'instruction'"),
     "unknown, unlike any": (
         "zzz",
         "no template 'zzz'; known: instruction, encoder, encoder_response, response, chat",

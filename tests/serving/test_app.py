@@ -36,18 +36,47 @@ def message(answer, status):
         ("[" * 100_000, 400, ""),
         ('{"prompt": "a", "response_a": "b"}', 422, "response_b: field required"),
         ('{"prompt": 3, "response_a": "b", "response_b": "c"}', 422, "prompt: give a text, turns or messages"),
-        ('{"prompt": [1], "response_a": "b", "response_b": "c"}', 422, "prompt.0: input should be a valid string"),
+        ('{"prompt": [1], "response_a": "b", "response_b": "c"}', 422, "prompt[0]: input should be a valid string"),
         ('{"prompt": [], "response_a": "b", "response_b": "c"}', 422, "prompt: list should have at least 1 item"),
         ('{"prompt": "a\\ud800", "response_a": "b", "response_b": "c"}', 422, "prompt: "),
-        ('[{"prompt": "a", "response_a": "b"}]', 422, "0.response_b: field required"),
+        ('[{"prompt": "a", "response_a": "b"}]', 422, "body[0].response_b: field required"),
         ("[]", 422, "body: list should have at least 1 item"),
-        ('{"prompt": [{"role": "user"}], "response_a": "b", "response_b": "c"}', 422, "prompt.0.content: field"),
+        ('{"prompt": [{"role": "user"}], "response_a": "b", "response_b": "c"}', 422, "prompt[0].content: field"),
+        (
+            '{"promt": "a", "response_a": "b", "response_b": "c"}',
+            422,
+            "promt: unknown field (did you mean 'prompt'?); ",
+        ),
+        (
+            '[{"prompt": "a", "response_a": "b", "response_b": "c", "responseA": "x"}]',
+            422,
+            "body[0].responseA: unknown",
+        ),
+        ('{"prompt": "a", "response_a": "b", "response_b": "c", "id": 1.5}', 422, "id: give a text, or a whole number"),
+        ('[{"prompt": "a", "response_a": "b", "response_b": "c", "id": true}]', 422, "body[0].id: give a text, or"),
+        (
+            '[{"prompt": "a", "response_a": ["b", "c"], "response_b": "c"}, {}]'.replace("{}", json.dumps(BATTLE)),
+            422,
+            "body[0].response_a: 2 turns, but the prompt has 1",
+        ),
     ],
 )
 def test_a_broken_battle_is_refused_with_a_sentence(joint, body, status, sentence):
     headers = {"Content-Type": "application/json"}
     assert message(joint.post("/battle", content=body, headers=headers), status).startswith(sentence)
     assert joint.post("/battle", json=BATTLE).status_code == 200
+
+
+def test_a_battle_is_called_what_the_request_calls_it(joint):
+    asked = [{**BATTLE, "id": name} for name in (7, "7", None)] + [BATTLE]
+    assert [one["id"] for one in joint.post("/battle", json=asked).json()] == [7, "7", None, None]
+
+
+def test_only_endpoints_in_others_shapes_take_fields_that_they_do_not_read(separate):
+    asked = {"prompt": "a", "responses": ["b", "c"], "temperature": 0}
+    said = message(separate.post("/reward", json=asked), 422)
+    assert said.startswith("temperature: unknown field; known: model, prompt, responses; ")
+    assert separate.post("/classify", json={"input": "a", "temperature": 0}).status_code == 200
 
 
 def test_a_body_is_json_whatever_its_client_calls_it(joint):

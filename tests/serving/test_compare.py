@@ -4,6 +4,7 @@ import json
 import pytest
 
 from rewardmodel.cli import main
+from rewardmodel.config.schema import InferenceConfig, ObjectiveConfig, Recipe
 from rewardmodel.errors import InputError
 from rewardmodel.serving.answers import describe_prediction, format_answer
 from rewardmodel.serving.compare import compare_responses, read_texts
@@ -36,16 +37,29 @@ def test_a_text_that_is_missing_is_named(tmp_path, monkeypatch):
 
 
 def test_the_answer_is_a_few_lines():
-    lines = format_answer(describe_prediction(ANSWER | ORDERS)).splitlines()
+    lines = format_answer(describe_prediction(ANSWER | ORDERS), Recipe()).splitlines()
     assert lines[0] == "B is better        A 20.0%   B 70.0%   tie 10.0%"
     assert lines[2] == "  B shown first    A 20.0%   B 70.0%   tie 10.0%"
     assert lines[3] == "Either order names the same."
     other = describe_prediction(ANSWER | ORDERS | {"ba_p_model_a": 0.8, "ba_p_model_b": 0.1})
     assert other["flips"]
-    assert format_answer(other).splitlines()[3] == "The order decides who wins: do not rely on this."
+    assert format_answer(other, Recipe()).splitlines()[3] == "The order decides who wins: do not rely on this."
     one = describe_prediction(ANSWER | {name: p for name, p in ORDERS.items() if name.startswith("ab")})
     assert one["flips"] is None
-    assert len(format_answer(one).splitlines()) == 2
+    once = Recipe(inference=InferenceConfig(swap_tta="none"))
+    assert format_answer(one, once).splitlines()[1:] == ["A was shown first only, because inference.swap_tta is none."]
+    separate = Recipe(objective=ObjectiveConfig("bradley_terry"))
+    assert format_answer(one, separate).splitlines()[1] == (
+        "Each response is scored alone, so that their order cannot matter."
+    )
+
+
+@pytest.mark.parametrize(
+    ("shares", "winner"),
+    [((0.4, 0.4, 0.2), "tie"), ((0.35, 0.35 + 1e-8, 0.3), "tie"), ((0.4, 0.2, 0.4), "model_a"), ((1 / 3,) * 3, "tie")],
+)
+def test_responses_that_are_equally_likely_to_win_tie(shares, winner):
+    assert describe_prediction(dict(zip(ANSWER, shares, strict=True)))["winner"] == winner
 
 
 def test_the_command_says_what_the_server_says(joint_run, joint_judge, joint, monkeypatch, capsys):

@@ -55,7 +55,7 @@ def test_texts_turns_and_messages_say_the_same(joint):
     assert joint.post("/battle", json=messages).json() == pytest.approx(first, abs=1e-6)
     wrong = joint.post("/battle", json={**battle, "prompt": ["who?", "and then?"]})
     assert wrong.status_code == 422
-    assert "response_a: 1 turns, but the prompt has 2" in wrong.json()["error"]["message"]
+    assert "response_a: 1 turn, but the prompt has 2" in wrong.json()["error"]["message"]
 
 
 def test_rewards_of_many_responses_are_those_of_each(separate, separate_run, separate_judge):

@@ -109,7 +109,7 @@ def test_what_cannot_work_is_refused_in_one_line(keys, message, arguments):
     [
         ({"report_to": "wandb"}, "trainer.report_to: the package of wandb is not installed; install it, or set `none`"),
         ({"report_to": ["none", "wandbb"]}, "trainer.report_to: transformers does not know '(none|wandbb)'"),
-        ({"report_to": "wandbb"}, "does not know 'wandbb'; did you mean 'wandb'"),
+        ({"report_to": "wandbb"}, "does not know 'wandbb' .did you mean 'wandb'"),
         (
             {"lr_scheduler_type": "cosine_with_min_lr"},
             "trainer.lr_scheduler_type: cosine_with_min_lr with lr_scheduler_kwargs {}: One of min_lr or min_lr_rate",
