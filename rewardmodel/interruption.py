@@ -26,6 +26,7 @@ _RESUME = "the last checkpoint and features that were read are kept; the same co
 GO_ON = {
     "run": _RESUME,
     "train": _RESUME,
+    "learning-curve": "finished points are kept; the same command goes on from them",
     "predict": "finished shards are kept next to the output; the same command goes on from them",
     "benchmark": "responses that were scored are kept; the same command goes on from them",
     "serve": "started requests are finished first",

@@ -26,7 +26,7 @@ LOUDNESS = ("-q", "--quiet", "-v", "--verbose")
 """Options of every command, which may stand before it too."""
 
 KEYS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("run", "doctor", "prepare", "train"), ALL_KEYS),
+    **dict.fromkeys(("run", "doctor", "prepare", "train", "learning-curve"), ALL_KEYS),
     **dict.fromkeys(("predict", "evaluate", "benchmark", "serve", "compare", "parity"), PREDICTION_KEYS),
     "export": MOVED_BACKBONE,
 }
@@ -59,6 +59,22 @@ def _train(parser: ArgumentParser) -> None:
         "--fold",
         help="number of a fold, to train it into its own folder of the run; or `all`, to train every fold and predict "
         "every battle out of fold",
+    )
+
+
+def _learning_curve(parser: ArgumentParser) -> None:
+    _add_recipe(parser)
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        metavar="BATTLES",
+        help="numbers of training battles (default: from 125 on, about doubling, to all)",
+    )
+    parser.add_argument("--draws", type=int, default=5, help="draws of the training prompts of a size (default: 5)")
+    parser.add_argument("--fold", help="`all`: hold out every fold in turn, not only data.fold")
+    parser.add_argument(
+        "--output", type=Path, help="folder to write; default: trainer.output_dir with _learning_curve added"
     )
 
 
@@ -224,6 +240,7 @@ OPTIONS = {
     "doctor": _doctor,
     "prepare": _prepare,
     "train": _train,
+    "learning-curve": _learning_curve,
     "predict": _predict,
     "evaluate": _evaluate,
     "report": _report,

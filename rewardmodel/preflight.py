@@ -60,6 +60,27 @@ def check_reading(recipe: Recipe, output: Path | None = None) -> None:
     announce(check_sources(recipe.data))
 
 
+def check_curve(recipe: Recipe, sizes: Sequence[int], draws: int, output: Path) -> None:
+    """Check what a learning curve is measured with, where it is written and what is read, and say what is read.
+
+    Args:
+        recipe: its section `data`.
+        sizes: numbers of training battles; empty: by default.
+        draws: for each size.
+        output: the folder to write.
+
+    Raises:
+        InputError: no draw, a size below 2, or as `check_reading`.
+    """
+    if draws < 1:
+        raise InputError(f"--draws: {draws}; give at least 1")
+    if sizes and min(sizes) < 2:
+        raise InputError(f"--sizes: {min(sizes)}; give numbers of battles from 2")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output: {output} is a file; name a folder")
+    check_reading(recipe, output)
+
+
 def check_planning(device: str | None, gpus: int | None) -> None:
     """Check the device to plan for, and the number of them.
 

@@ -3,15 +3,17 @@ r"""What helps a small backbone on real battles, and by how much: paired, on pro
     python scripts/bench_quality.py train.csv more_arena.parquet --others judged.parquet other.parquet \
         --json scripts/results/quality.json
     python scripts/bench_quality.py train.csv more_arena.parquet --read --lora prompt.max_length=1024 --json ...
+    python scripts/bench_quality.py train.csv more_arena.parquet --seeds 0 --encoder \
+        --only "MiniLM, all weights" "MiniLM, LoRA"
 
 The first files, arena battles, are dealt into five folds by prompt group, once for each seed; the others only train,
-except those that share a prompt with a held-out battle. The baselines learn from the
-arena battles of the other folds. Every lever of levers.py is one change of recipes/arena_small_cpu.yaml, those of LoRA
-of recipes/arena_small_gpu.yaml. Features of the backbone are computed once and kept in the cache, predictions and runs
-of LoRA in --work: after a kill, the same command continues.
+except those that share a prompt with a held-out battle. The baselines learn from the arena battles of the other folds.
+Every lever of levers.py is one change of recipes/arena_small_cpu.yaml, those of --lora of recipes/arena_small_gpu.yaml,
+those of --encoder of recipes/seeds/minilm_l6.yaml. Features of the backbone are computed once and kept in the cache,
+predictions and runs that train in --work: after a kill, the same command continues.
 
 Figures are log losses of predictions of left-out folds, with 95 % intervals by prompt group, and paired differences, to
-the TF-IDF baseline and to the recipe as it is; negative: better. `blended`: with the baseline, by weights fitted on
+the baselines and to the recipe as it is; negative: better. `blended`: with the baseline, by weights fitted on
 other groups; `calibrated`: vector scaling fitted on other groups; `flips`: the share of battles whose likeliest outcome
 changes with the order, before both are averaged, where there is one.
 """
@@ -29,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_battles import tell
-from levers import LEVERS, LORA, READ
+from levers import ENCODER, LEVERS, LORA, READ
 from out_of_fold import Fold, fitted_out_of_fold, read, trained_out_of_fold
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -85,20 +87,22 @@ def digest(*parts: Any) -> str:
 
 
 def judged(
-    orders: np.ndarray, true: np.ndarray, groups: np.ndarray, baseline: np.ndarray, before: np.ndarray
+    orders: np.ndarray, true: np.ndarray, groups: np.ndarray, baselines: dict[str, np.ndarray], before: np.ndarray
 ) -> dict[str, Any]:
-    """Return the figures of the mean of predictions by order, (orders, n, 3), against the baseline and the recipe."""
+    """Return the figures of the mean of predictions by order, (orders, n, 3), against the baselines and the recipe."""
     from rewardmodel.evaluation.bootstrap import paired_difference, summarise
     from rewardmodel.evaluation.calibration import BLEND, cross_fit
     from rewardmodel.metrics import log_loss
 
-    predicted = orders.mean(axis=0)
+    predicted, baseline = orders.mean(axis=0), baselines["tfidf"]
     blended = cross_fit(BLEND, np.concatenate([predicted, baseline], axis=1), true, groups)
     calibrated = cross_fit("vector", predicted, true, groups)
     found = summarise(predicted, true, groups)
     return {
         **{name: rounded(found[name]) for name in ("log_loss", "accuracy")},
         "to_baseline": rounded(paired_difference(predicted, baseline, true, groups)),
+        "to_prior": rounded(paired_difference(predicted, baselines["prior"], true, groups)),
+        "to_lengths": rounded(paired_difference(predicted, baselines["length"], true, groups)),
         "to_recipe": rounded(paired_difference(predicted, before, true, groups)),
         "calibrated": round(log_loss(calibrated, true), 4),
         "blended": round(log_loss(blended, true), 4),
@@ -137,6 +141,8 @@ def levers(options: argparse.Namespace) -> dict[str, tuple[Any, dict[str, Any]]]
         asked |= {name: (recipe_of(changes), changes) for name, changes in READ.items()}
     if options.lora is not None:
         asked |= {name: (recipe_of(given | changes, "arena_small_gpu"), changes) for name, changes in LORA.items()}
+    if options.encoder:
+        asked |= {name: (recipe_of(changes, "seeds/minilm_l6"), changes) for name, changes in ENCODER.items()}
     left_out = set() if options.others else {name for name, (_, changes) in asked.items() if "others" in changes}
     if unknown := set(options.only or ()) - set(asked):
         raise SystemExit(f"--only: {sorted(unknown)} not among {sorted(asked)}")
@@ -169,7 +175,7 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         file = folder.with_name(f"{folder.name}-{''.join(map(str, options.folds))}.npz")
         orders = kept(file, partial(predictions, recipe, changes, battles, dealing, options.folds, folder))[:, asked]
         before = orders.mean(axis=0) if before is None else before
-        found[name] = judged(orders, true, groups, baselines["tfidf"], before)
+        found[name] = judged(orders, true, groups, baselines, before)
         print(f"seed {seed}, {name}: {found[name]}", flush=True)
     return {
         "battles": len(true),
@@ -246,6 +252,7 @@ def main() -> None:
     parser.add_argument(
         "--lora", nargs="*", metavar="KEY=VALUE", help="LoRA too, with these keys of its recipe changed"
     )
+    parser.add_argument("--encoder", action="store_true", help="an encoder of 22 million weights too, trained")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="of all these levers those alone")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where predictions are kept")
     parser.add_argument("--json", type=Path, help="write the figures there too")

@@ -67,3 +67,9 @@ LORA: dict[str, dict[str, Any]] = {
     "LoRA, other sources, weight 0.1": {"others": 0.1},
 }
 """Changes of recipes/arena_small_gpu.yaml; asked for by --lora, and trained again for each fold."""
+
+ENCODER: dict[str, dict[str, Any]] = {
+    "MiniLM, all weights": {},
+    "MiniLM, LoRA": {"model.use_peft": True, "trainer.learning_rate": 5e-4},
+}
+"""Changes of recipes/seeds/minilm_l6.yaml, an encoder that is trained; asked for by --encoder."""

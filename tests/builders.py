@@ -12,7 +12,7 @@ import pandas as pd
 from fresh import run_fresh
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text")
-ENCODERS = ("deberta-v2", "roberta", "distilbert", "modernbert")
+ENCODERS = ("deberta-v2", "bert", "roberta", "distilbert", "modernbert")
 
 SMALL = {
     "hidden_size": 64,
@@ -86,11 +86,13 @@ AS_ENCODERS = {
         "type_vocab_size": 0,
         "max_position_embeddings": 512,
     },
+    "bert": {"max_position_embeddings": 512, "type_vocab_size": 2},
     "roberta": {"max_position_embeddings": 513, "type_vocab_size": 1},
     "distilbert": {"dim": 64, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 512},
     "modernbert": {"local_attention": 32, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2},
 }
-"""What configurations of encoders say beside `SMALL`, as those of DeBERTa-v3, RoBERTa, DistilBERT and ModernBERT do."""
+"""What configurations of encoders say beside `SMALL`, as those of DeBERTa-v3, BERT, RoBERTa, DistilBERT and
+ModernBERT do."""
 
 
 def make_backbone(family: str, folder: Path, num_labels: int | None = None, **overrides) -> Path:
@@ -104,7 +106,7 @@ def make_backbone(family: str, folder: Path, num_labels: int | None = None, **ov
     )
 
     torch.manual_seed(0)
-    encoder = family in (*ENCODERS, "bert")
+    encoder = family in ENCODERS
     small = {**SMALL, "sliding_window": 32} if family in SLIDING else SMALL
     if encoder:
         small = {key: SMALL[key] for key in SMALL.keys() - {"num_key_value_heads", "head_dim"}}

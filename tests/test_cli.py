@@ -184,7 +184,7 @@ def test_commands_options_keys_values_and_recipes_are_completed(tmp_path):
     (tmp_path / "mine.yaml").touch()
     (tmp_path / "mine.csv").touch()
     assert completions("rewardmodel pre", tmp_path) == {"prepare", "predict"}
-    assert completions("rewardmodel run mi", tmp_path) == {"mine.yaml"}
+    assert completions("rewardmodel run mi", tmp_path) == {"mine.yaml", "minilm_l6"}
     assert completions("rewardmodel run mine.yaml --o", tmp_path) == {"--overwrite", "--objective.name"} | {
         f"--objective.{key}" for key in ObjectiveConfig.__dataclass_fields__
     }

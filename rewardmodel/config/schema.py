@@ -109,8 +109,8 @@ class ModelConfig:
     """Backbone, quantisation and LoRA; names as in TRL's ModelConfig."""
 
     model_name_or_path: str = "smollm2-135m-instruct"
-    """A model's id on the hub, a local folder, a .gguf file, or a model in a pip package: smollm2-135m-instruct or
-    gemma3-270m."""
+    """A model's id on the hub, a local folder, a .gguf file, or a model in a pip package: smollm2-135m-instruct,
+    gemma3-270m or all-minilm-l6-v2."""
     model_revision: str = "main"
     """Branch, tag or commit of a model on the hub."""
     num_hidden_layers: int | None = None

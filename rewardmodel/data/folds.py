@@ -110,11 +110,23 @@ def train_mask(fold: np.ndarray, held_out: int) -> np.ndarray:
 
 def limit_battles(battles: Dataset, count: int, seed: int = 0) -> Dataset:
     """Return a random subset of whole groups with at least `count` battles in total; rows keep their order."""
-    groups = np.asarray(battles.with_format(None)["group"][:])
+    return battles.select(draw_rows(np.asarray(battles.with_format(None)["group"][:]), count, seed))
+
+
+def draw_rows(groups: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Return the rows, ascending int64, of random whole groups with at least `count` rows in total.
+
+    Of one seed, the rows of a smaller count are among those of a larger one.
+
+    Args:
+        groups: (n_rows,) integer labels.
+        count: how many rows.
+        seed: of the drawing.
+    """
     sizes = np.bincount(groups)
     drawn = np.random.default_rng(seed).permutation(len(sizes))
     enough = np.searchsorted(sizes[drawn].cumsum(), count) + 1
-    return battles.select(np.flatnonzero(np.isin(groups, drawn[:enough])))
+    return np.flatnonzero(np.isin(groups, drawn[:enough]))
 
 
 def plan_parts(folds: int, calibration: float, holdout: float) -> tuple[np.ndarray, np.ndarray]:

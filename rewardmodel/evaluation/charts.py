@@ -19,7 +19,7 @@ import matplotlib as mpl
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from rewardmodel.errors import plural
 from rewardmodel.evaluation.results import ReliabilityBin
@@ -254,6 +254,47 @@ def draw_learning_curve(
         axes.grid()
         figure.legend(loc="outside upper left", ncols=2, handlelength=1.8, columnspacing=1.2)
         return _svg(figure, name, f"Learning curve: {len(training)} training and {len(validation)} validation losses")
+
+
+def draw_power_law(
+    draws: Sequence[tuple[float, float]],
+    means: Sequence[tuple[float, float]],
+    law: Sequence[tuple[float, float, float, float]],
+    prior: float,
+    name: str,
+) -> str:
+    """Return log loss by number of training battles, on a logarithmic axis.
+
+    Args:
+        draws: training battles and log loss of each draw.
+        means: the same of each size, ascending.
+        law: training battles, fitted log loss and its bounds, ascending; dashed beyond the last of the means.
+        prior: log loss of the class prior, a dashed line.
+        name: prefix of the chart's ids.
+    """
+    with _style():
+        figure = Figure(figsize=(CHART_WIDTH, 4.1), layout="constrained")
+        axes = figure.add_subplot()
+        axes.axhline(prior, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label="class prior")
+        axes.plot(*zip(*draws, strict=True), ".", color=MUTED, markersize=4, label="draws")
+        if law:
+            battles, fitted, low, high = np.array(law).T
+            axes.fill_between(battles, low, high, color=MODEL, alpha=0.15, linewidth=0)
+            inside = battles <= means[-1][0] * 1.001
+            axes.plot(battles[inside], fitted[inside], color=MODEL, label="power law")
+            axes.plot(battles[~inside], fitted[~inside], color=MODEL, linestyle=(0, (3, 2)))
+        axes.plot(*zip(*means, strict=True), "o", color=MODEL, markersize=7, label="mean")
+        axes.set_xscale("log")
+        ticks = [one for one, _ in means] + ([law[-1][0]] if law and law[-1][0] > means[-1][0] * 1.3 else [])
+        axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks], minor=False)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set(xlabel="training battles", ylabel="log loss")
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.tick_params(length=0, pad=6)
+        axes.grid()
+        figure.legend(loc="outside upper left", ncols=4, handlelength=1.6, columnspacing=1.0)
+        listed = ", ".join(f"{size:,.0f} battles {loss:.4f}" for size, loss in means)
+        return _svg(figure, name, f"Log loss by training battles: {listed}")
 
 
 _ILLEGIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")

@@ -24,7 +24,7 @@ from rewardmodel.objectives import find_objective
 from rewardmodel.prompt.encoder import PromptEncoder
 from rewardmodel.run_folder import RunFolder, load_run_recipe
 
-LICENCES = {"smollm2-135m-instruct": "apache-2.0", "gemma3-270m": "gemma"}
+LICENCES = {"smollm2-135m-instruct": "apache-2.0", "gemma3-270m": "gemma", "all-minilm-l6-v2": "apache-2.0"}
 """Licences of the packaged backbones, by the hub's identifiers."""
 
 LINK_FORMULAS = {

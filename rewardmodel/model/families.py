@@ -71,6 +71,7 @@ FAMILIES = {
         float16=False,
         float32_weights=True,
     ),
+    "bert": Family(lora_targets=("query", "key", "value", "dense")),
     "roberta": Family(lora_targets=("query", "key", "value", "dense")),
     "distilbert": Family(lora_targets=("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2")),
     "modernbert": Family(lora_targets=("Wqkv", "Wo", "Wi"), float16=False),

