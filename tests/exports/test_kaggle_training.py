@@ -120,8 +120,8 @@ def test_a_run_continues_in_the_next_session_whose_inputs_are_mounted_elsewhere(
     pd.testing.assert_frame_equal(continued, whole)
     kernel = json.loads((tmp_path / "second" / "bundle" / "kernel-metadata.json").read_text())
     assert kernel["model_sources"] == []  # what is mounted in a test is not below /kaggle/input
-    recipe = load_recipe(tmp_path / "second" / "bundle" / "model" / "recipe.yaml")
-    assert recipe.model.model_name_or_path == str(new / LAYOUTS["new"]["backbone"])
+    wanted = json.loads((tmp_path / "second" / "bundle" / "bundle.json").read_text())
+    assert wanted["backbones"]["backbone"]["path"] == str(new / LAYOUTS["new"]["backbone"])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
