@@ -97,10 +97,11 @@ def describe(
         files: its files, with sizes and digests.
 
     Returns:
-        `id`, a digest of all files; `dataset`, `competition` and `accelerator` by name; `python`, the range of
-        versions that it runs on; `models`, their folders, and `shares`, their weights in the mean or None; `weights`,
-        bytes of all of them; and `backbones`: by the name that the notebook prints, `source`, `path`, `config` and
-        `fingerprint`, as for `kaggle_inputs.find_backbone`, and the `link` by which recipes name it.
+        `id`, a digest of its files, backbones and weights in the mean; `dataset`, `competition` and `accelerator` by
+        name; `python`, the range of versions that it runs on; `models`, their folders, and `shares`, their weights in
+        the mean or None; `weights`, bytes of all of them; and `backbones`: by the name that the notebook prints,
+        `source`, `path`, `config` and `fingerprint`, as for `kaggle_inputs.find_backbone`, and the `link` by which
+        recipes name it.
     """
     places = [one.folder for one in backbones] or [folder / name for name in models]
     weights = sum(
@@ -117,8 +118,9 @@ def describe(
         for number, one in enumerate(backbones, 1)
     }
     shares = list(bundle.weights) if bundle.weights else None
+    content = [files, [one.fingerprint for one in backbones], shares]
     return {
-        "id": sha256(json.dumps([files, bases, shares], sort_keys=True).encode()).hexdigest()[:16],
+        "id": sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16],
         "dataset": bundle.dataset,
         "competition": COMPETITION,
         "accelerator": ACCELERATORS[bundle.accelerator].menu,

@@ -203,7 +203,7 @@ def test_a_whole_model_needs_no_backbone(tmp_path):
     whole = make_bundle(tmp_path / "whole", whole=True)
     make_competition(tmp_path / "input" / SLUG)
     shutil.copytree(whole.folder, tmp_path / "input" / "mine")
-    assert run_cells(whole, tmp_path / "input")["BACKBONE"] is None
+    assert "backbone" not in run_cells(whole, tmp_path / "input")["found"]
 
 
 @pytest.mark.parametrize(
