@@ -198,7 +198,7 @@ def _check_bundle(parts: Sequence[Part], bundle: Bundle, contents: str) -> None:
 
 
 def _check_bases(parts: Sequence[Part], bundle: Bundle) -> None:
-    """Raise InputError unless each backbone of the runs has a name on Kaggle of its own."""
+    """Raise InputError unless there is one name on Kaggle for each backbone of the runs."""
     runs = parts[-1].number + 1
     if len(bundle.bases) not in (1, runs):
         raise InputError(

@@ -59,7 +59,7 @@ def write_notebook(
         bundle: its settings.
         folder: its folder.
         models: folders in it, of an exported model each or of the folds of a run, whose probabilities are averaged.
-        backbones: of its adapters; none: the models are whole.
+        backbones: that its adapters belong to; empty if its models are whole.
         pythons: versions of Python that its wheels are for.
         unneeded: packages that rewardmodel requires and that this model's prediction does not import.
     """
