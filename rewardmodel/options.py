@@ -131,7 +131,18 @@ def _export(parser: ArgumentParser) -> None:
     kaggle.add_argument("--contents", help="kind of the model inside (default: adapter)")
     kaggle.add_argument(
         "--base",
-        help="the adapter's backbone there: owner/model/framework/variation/version, owner/data-set, or a folder",
+        nargs="+",
+        help="the adapter's backbone there: owner/model/framework/variation/version, owner/data-set, or a folder; or "
+        "that of each run",
+    )
+    kaggle.add_argument(
+        "--separate",
+        action="store_true",
+        default=None,
+        help="bundle each run's model, and average their probabilities as predict does (default: their adapters' mean)",
+    )
+    kaggle.add_argument(
+        "--weights", nargs="+", metavar="WEIGHT", help="with --separate: of each run in the mean; default: equal"
     )
     kaggle.add_argument(
         "--python",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 from rewardmodel.exports.kaggle import Bundle
-from rewardmodel.exports.kaggle_notebook import write_notebook
+from rewardmodel.exports.kaggle_notebook import Backbone, write_notebook
 from rewardmodel.model.weights import fingerprint
 
 SLUG = "llm-classification-finetuning"
@@ -50,7 +50,13 @@ def make_bundle(work: Path, whole: bool = False, **settings) -> Made:
         path.write_bytes(content)
     given = {"contents": "merged"} if whole else {"base": BASE}
     bundle = Bundle("me/my-reward-model", work / "installed.txt", **{**given, **settings})
-    write_notebook(bundle, folder, None if whole else backbone, ["3.12"], ["trl"])
+    with patch("rewardmodel.exports.kaggle.LINKS", str(work / "links")):
+        return _write(bundle, folder, backbone)
+
+
+def _write(bundle: Bundle, folder: Path, backbone: Path) -> Made:
+    backbones = [Backbone(one, backbone, fingerprint(backbone)) for one in bundle.bases]
+    write_notebook(bundle, folder, ["model"], backbones, ["3.12"], ["trl"])
     wanted = json.loads((folder / "bundle.json").read_text())
     del wanted["files"]
     return Made(folder, (folder / "inference.py").read_text(), wanted, backbone)

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 def _export(options: Namespace) -> None:
     """Write a run, or the mean of several, in a form that other machines load, and compare it with the run."""
-    names = ("dataset", "installed", "contents", "base", "python", "accelerator")
+    names = ("dataset", "installed", "contents", "base", "python", "accelerator", "separate")
     asked = {name: value for name in names if (value := getattr(options, name)) is not None}
-    if seconds := read_numbers("--time-limit", options.time_limit):
-        asked["time_limit"] = seconds[0]
+    weights, limit = read_numbers("--weights", options.weights), read_numbers("--time-limit", options.time_limit)
+    asked |= ({"weights": weights} if weights else {}) | ({"time_limit": limit[0]} if limit else {})
     if asked and not {"dataset", "installed"} <= asked.keys():
         name = next(iter(asked)).replace("_", "-")
         raise InputError(f"--{name}: only for --kind kaggle, which needs --dataset and --installed")
@@ -46,16 +46,15 @@ def _export(options: Namespace) -> None:
 
 def _print_kaggle_time(options: Namespace, bundle: "Bundle") -> None:
     """Print how long the notebook of a bundle takes; the export is complete without it."""
-    from rewardmodel.exports.checks import load_trained_runs
+    from rewardmodel.exports.checks import plan_parts
     from rewardmodel.exports.export import EXPORTS
     from rewardmodel.exports.kaggle import ACCELERATORS, HIDDEN_BATTLES
     from rewardmodel.planning.prediction_time import describe_prediction_time
 
-    recipe = EXPORTS[bundle.contents].adapt_recipe(load_trained_runs(options.runs)[0].recipe)
-    machine = ACCELERATORS[bundle.accelerator]
+    form, machine, hours = EXPORTS[bundle.contents], ACCELERATORS[bundle.accelerator], bundle.time_limit / 3600
+    recipes = [form.adapt_recipe(part.runs[0].recipe) for part in plan_parts(options.runs, bundle)]
     try:
-        hours = bundle.time_limit / 3600
-        print(describe_prediction_time(recipe, machine.device, machine.gpus, HIDDEN_BATTLES, hours))
+        print(describe_prediction_time(recipes, machine.device, machine.gpus, HIDDEN_BATTLES, hours))
     except (InputError, OSError) as error:
         print(f"time on {machine.menu}: not estimated ({error})")
 

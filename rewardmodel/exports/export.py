@@ -19,15 +19,15 @@ from rewardmodel.battles import TEXT_COLUMNS
 from rewardmodel.config.loader import Overrides, dump_recipe
 from rewardmodel.config.schema import Recipe
 from rewardmodel.errors import InputError
-from rewardmodel.exports.checks import TrainedRun, check_options, load_trained_runs
-from rewardmodel.exports.kaggle import Bundle, write_bundle
-from rewardmodel.exports.kaggle_notebook import write_notebook
-from rewardmodel.exports.wheels import unneeded_packages
+from rewardmodel.exports.checks import Part, TrainedRun, base_of, check_options, plan_parts, unneeded_by_all
+from rewardmodel.exports.kaggle import Bundle, backbone_link, write_bundle
+from rewardmodel.exports.kaggle_notebook import Backbone, write_notebook
 from rewardmodel.files import atomic_path, check_writable, lock_output, write_json, write_text
 from rewardmodel.hub import check_repository, upload
 from rewardmodel.inference.battles import battles_to_compare
+from rewardmodel.model.saved_model import read_about
 from rewardmodel.predictions import PROBABILITIES, predicted, read_predictions, write_predictions
-from rewardmodel.run_folder import RunFolder
+from rewardmodel.run_folder import RunFolder, as_folders, load_run_recipe, trained_models
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,8 @@ def export(
     """Write a run, or the mean of several, in a form that other machines load; whole and checked, or not at all.
 
     Args:
-        runs: a run folder, several, or a k-fold run; of several, the mean of the adapters is exported.
+        runs: a run folder, several, or a k-fold run; of several, the mean of the adapters is exported, or in a bundle
+            that is `separate` each model, with the runs' folders and folds as `predict` takes them.
         output: the folder to make.
         kind: a name from `EXPORTS`, or `kaggle`: one of these, `bundle.contents`, with all that a machine without a
             network needs to predict with it.
@@ -65,20 +66,20 @@ def export(
         overrides: keys of the runs' recipes: `{"model.model_name_or_path": "..."}` says where their backbone is now.
 
     Returns:
-        What `exports.parity.check_parity` found, or `check_copy` of an adapter that is copied. Of several runs also
-        `probability_average`, the distance of the export's predictions from the mean of the runs'; and of a run in 8
-        bits or fp8 `rounded_run`, the distance of its weights in float32 from what the run itself predicts, whose
-        activations are rounded to 8 bits, too.
+        What `exports.parity.check_parity` found, or `check_copy` of an adapter that is copied; where there are several
+        models, by folder in `models`. Of the mean of several runs also `probability_average`, the distance of the
+        export's predictions from the mean of the runs'; and of a run in 8 bits or fp8 `rounded_run`, the distance of
+        its weights in float32 from what the run itself predicts, whose activations are rounded to 8 bits, too.
 
     Raises:
         InputError: what was given cannot be exported so; raised before torch is imported wherever no model is needed.
         FloatingPointError: the export does not predict as the run does.
     """
     # check options, runs and battles, which needs no model
-    output = Path(output)
-    trained = load_trained_runs(runs, overrides)
+    output, given = Path(output), as_folders(runs)
+    parts = plan_parts(given, bundle, overrides)
     contents = check_options(
-        trained,
+        parts,
         output,
         kind,
         EXPORTS,
@@ -88,59 +89,110 @@ def export(
     )
     check_writable(output, "--output")
     with lock_output(output):
-        copied = contents == "adapter" and len(trained) == 1 and battles is None  # its predictions are the run's
-        compared = None if copied else battles_to_compare(trained[0].folder, battles)
+        compared = {part.place: _battles_of(part, contents, battles) for part in parts}
         if push_to_hub:
             check_repository(push_to_hub, "--push-to-hub")
         import torch
 
         from rewardmodel.exports.card import write_card
-        from rewardmodel.exports.parity import check_copy, format_parity
-        from rewardmodel.exports.remote_code import write_remote_code
-        from rewardmodel.exports.soup import average_adapters
-        from rewardmodel.model.backbone import saved_backbone_folder
+        from rewardmodel.exports.parity import format_parity
 
-        form, weights = EXPORTS[contents], getattr(torch, dtype or trained[0].dtype)
-        plain_head = trained[0].recipe.model.plain_head
-        plain = form.merged and not rewardmodel_only and (plain_head or not bundle)
-        with_code = plain and not plain_head
-        if form.merged:
-            _check_mergeable(trained[0], with_code)
-        with tempfile.TemporaryDirectory() as work, atomic_path(output) as folder:
-            # the model, its recipe and its calibrator
-            run = trained[0] if len(trained) == 1 else average_adapters(trained, Path(work))
-            model = folder / "model" if bundle else folder
+        form = EXPORTS[contents]
+        elsewhere = form.merged and not rewardmodel_only  # plain transformers loads it, by code in it if need be
+        plain = {part.place: elsewhere and (part.plain_head or not bundle) for part in parts}
+        for part in parts:
+            if form.merged:
+                _check_mergeable(part.runs[0], plain[part.place] and not part.plain_head)
+        with atomic_path(output) as folder:
+            # each model with its recipe and its model card, compared with its run
+            found = {}
             logger.info("writing %s …", output)
-            form.write(run, model, weights)
-            if with_code:
-                write_remote_code(run.recipe, model)
-            recipe = form.adapt_recipe(run.recipe)
-            write_text(RunFolder(model).recipe, dump_recipe(recipe))
-            if len(trained) == 1:
-                _copy_calibrator(run.folder, model)
-
-            # compare its predictions with the run's, or its files
-            if compared is None:
-                checked = check_copy(run.model, model)
-            else:
-                checked = _compare(trained, run, model, compared, weights, form, plain)
-            parity = {"kind": kind, **checked}
-
-            # parity.json, the model card, and the other files of a bundle
+            for part in parts:
+                model, weights = folder / part.place, getattr(torch, dtype or part.runs[0].dtype)
+                checked = _write_model(part, model, form, weights, compared[part.place], plain[part.place])
+                found[part.place] = checked
+                one = {"kind": kind, **checked}
+                write_card([run.folder for run in part.runs], model, one, format_parity(one), part.runs[0].recipe)
+            parity = {"kind": kind, **(found[parts[0].place] if len(parts) == 1 else {"models": found})}
             write_json(folder / "parity.json", parity)
-            write_card([one.folder for one in trained], model, parity, format_parity(parity), trained[0].recipe)
+            for part in parts:
+                if part.root != part.place and part.place.endswith("/fold-0"):
+                    _copy_k_fold(given[part.number], folder / part.root, form, overrides)
+
+            # the other files of a bundle
             if bundle:
-                backbone = None
-                if bundle.base_folder:  # the backbone is elsewhere on the other machine
-                    backbone = saved_backbone_folder(run.recipe.model, run.model)
-                    recipe = replace(recipe, model=replace(recipe.model, model_name_or_path=bundle.base_folder))
-                    write_text(RunFolder(model).recipe, dump_recipe(recipe))
-                unneeded = unneeded_packages(run.recipe, run.model, contents)
+                backbones = _move_backbones(parts, bundle, folder)
+                unneeded = unneeded_by_all(parts, contents)
                 write_bundle(bundle, unneeded, folder)
-                write_notebook(bundle, folder, backbone, [*bundle.machines], unneeded)
+                models = list(dict.fromkeys(part.root for part in parts))
+                write_notebook(bundle, folder, models, backbones, [*bundle.machines], unneeded)
         if push_to_hub:
             upload(output, push_to_hub)
         return parity
+
+
+def _battles_of(part: Part, contents: str, battles: Any) -> "Dataset | None":
+    """Return the battles to compare a model and its run on; None: it is copied, so its predictions are the run's."""
+    copied = contents == "adapter" and len(part.runs) == 1 and battles is None
+    return None if copied else battles_to_compare(part.runs[0].folder, battles)
+
+
+def _write_model(
+    part: Part,
+    model: Path,
+    form: "Export",
+    weights: "torch.dtype",
+    battles: "Dataset | None",
+    plain: bool,
+) -> dict[str, Any]:
+    """Write a model with its recipe and its calibrator, and return how far it is from its run.
+
+    Args:
+        part: of the export.
+        model: the folder to write.
+        form: of the export.
+        weights: dtype of merged weights.
+        battles: as of `_battles_of`.
+        plain: whether plain transformers is to load it.
+    """
+    from rewardmodel.exports.parity import check_copy
+    from rewardmodel.exports.remote_code import write_remote_code
+    from rewardmodel.exports.soup import average_adapters
+
+    with tempfile.TemporaryDirectory() as work:
+        run = part.runs[0] if len(part.runs) == 1 else average_adapters(part.runs, Path(work))
+        form.write(run, model, weights)
+        if plain and not part.plain_head:
+            write_remote_code(run.recipe, model)
+        write_text(RunFolder(model).recipe, dump_recipe(form.adapt_recipe(run.recipe)))
+        if len(part.runs) == 1:
+            _copy_calibrator(run.folder, model)
+        if battles is None:
+            return check_copy(run.model, model)
+        return _compare(part.runs, run, model, battles, weights, form, plain)
+
+
+def _copy_k_fold(run: Path, target: Path, form: "Export", overrides: Overrides) -> None:
+    """Copy what a k-fold run has besides its folds, which are in the target already, so that `predict` takes that."""
+    write_text(RunFolder(target).recipe, dump_recipe(form.adapt_recipe(load_run_recipe(run, overrides))))
+    shutil.copy(RunFolder(run).metrics, RunFolder(target).metrics)
+    _copy_calibrator(run, target)
+
+
+def _move_backbones(parts: Sequence[Part], bundle: Bundle, folder: Path) -> list[Backbone]:
+    """Let the recipes of a bundle's adapters name their backbones by links, which its notebook makes; return them."""
+    from rewardmodel.model.backbone import saved_backbone_folder
+
+    found = {}
+    for part in parts if bundle.bases else []:
+        run = part.runs[0]
+        fingerprint = read_about(run.model)["fingerprint"]
+        backbone = saved_backbone_folder(run.recipe.model, run.model)
+        found[fingerprint] = Backbone(base_of(part, bundle), backbone, fingerprint)
+        for place in {folder / part.place, folder / part.root}:
+            moved = load_run_recipe(place, {"model.model_name_or_path": backbone_link(fingerprint)})
+            write_text(RunFolder(place).recipe, dump_recipe(moved))
+    return list(found.values())
 
 
 def _compare(
@@ -204,7 +256,7 @@ def _check_mergeable(run: TrainedRun, with_code: bool) -> None:
 
 
 def _copy_calibrator(run: Path, model: Path) -> None:
-    """Copy a run's calibrator, if it has one, with the predictions that it was fitted on and the baseline it blends.
+    """Copy a run's calibrator, if it has one, with the predictions that it was fitted on and the baselines it blends.
 
     The texts of the battles are left out.
     """
@@ -219,8 +271,10 @@ def _copy_calibrator(run: Path, model: Path) -> None:
     if calibrator.method == BLEND:
         from rewardmodel.evaluation.text_regression import load_regression  # here, because it imports scikit-learn
 
-        load_regression(source.blend_baseline)  # raises if it cannot be read
-        shutil.copy(source.blend_baseline, target.blend_baseline)
+        for folder in trained_models(run):
+            baseline = RunFolder(folder).blend_baseline
+            load_regression(baseline)  # raises if it cannot be read
+            shutil.copy(baseline, RunFolder(model / folder.relative_to(run)).blend_baseline)
     fitted_on = source.calibrated_on
     table = read_predictions(fitted_on).drop(columns=list(TEXT_COLUMNS), errors="ignore")
     write_predictions(table, model / fitted_on.name)

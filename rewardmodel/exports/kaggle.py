@@ -23,6 +23,9 @@ HIDDEN_BATTLES = 25_000
 RUN_SECONDS = 9 * 3600
 """Seconds after which Kaggle ends a notebook."""
 
+LINKS = "/tmp/kaggle-backbones"
+"""Folder of links to backbones, by which the recipes in a bundle name them wherever they are mounted."""
+
 
 class Accelerator(NamedTuple):
     """GPUs that a Kaggle notebook can have.
@@ -48,6 +51,32 @@ ACCELERATORS = {
 For a shape that it does not have, Kaggle silently takes another GPU, which the notebook's checks then name."""
 
 
+class Base(NamedTuple):
+    """A backbone on Kaggle.
+
+    Attributes:
+        given: a Kaggle model, a data set, or a folder, as in `Bundle.base`.
+    """
+
+    given: str
+
+    @property
+    def source(self) -> str | None:
+        """Its name on Kaggle, like google/gemma-2/transformers/gemma-2-9b-it/2; None: not known."""
+        name = self.given.rstrip("/")
+        for kind in ("models", "datasets"):
+            name = name.removeprefix(f"{INPUTS}/{kind}/")
+        return name if name.count("/") in (1, 4) and all(name.split("/")) else None
+
+    @property
+    def folder(self) -> str:
+        """Where it is expected to be mounted."""
+        source = self.source
+        if source is None:
+            return self.given
+        return f"{INPUTS}/{'models' if source.count('/') == 4 else 'datasets'}/{source}"
+
+
 @dataclass(frozen=True)
 class Bundle:
     """Settings of a Kaggle bundle: the data set that it becomes, and the machine that it runs on.
@@ -57,22 +86,27 @@ class Bundle:
         installed: a file with what is installed there, as `wheels.read_installed` takes it; or several.
         contents: the model inside, a name from `exports.export.EXPORTS`.
         base: the backbone there, for an adapter: a Kaggle model, owner/model/framework/variation/version, a data set,
-            owner/name, or the folder where it is mounted.
+            owner/name, or the folder where it is mounted; or that of each run.
         python: the version there, or that of each file; default: the first line of each file says it.
         accelerator: a name from `ACCELERATORS`.
         time_limit: seconds of the notebook in which battles are still predicted in the second order of A and B.
+        separate: of several runs, bundle each one's model, and average their probabilities as `predict` does; default:
+            one model, the mean of their adapters.
+        weights: of each run in the mean of probabilities; default: equal.
 
     Raises:
-        InputError: a name that Kaggle does not accept, or a time limit beyond that of Kaggle.
+        InputError: a name that Kaggle does not accept, a time limit beyond that of Kaggle, or weights of one model.
     """
 
     dataset: str
     installed: Path | Sequence[Path]
     contents: str = "adapter"
-    base: str | None = None
+    base: str | Sequence[str] | None = None
     python: str | Sequence[str] = ()
     accelerator: str = "t4x2"
     time_limit: float = 8.5 * 3600
+    separate: bool = False
+    weights: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9-]+/[a-z0-9-]{6,50}", self.dataset):
@@ -84,22 +118,13 @@ class Bundle:
             raise InputError(f"--accelerator: no '{self.accelerator}'{hint}; known: {', '.join(ACCELERATORS)}")
         if not 0 < self.time_limit < RUN_SECONDS:
             raise InputError(f"--time-limit: {self.time_limit:g}; give seconds below {RUN_SECONDS}, Kaggle's own limit")
+        if self.weights is not None and not self.separate:
+            raise InputError("--weights: of the models of several runs, which only --separate bundles; leave them out")
 
     @property
-    def base_source(self) -> str | None:
-        """The backbone's name on Kaggle, like google/gemma-2/transformers/gemma-2-9b-it/2; None: not known."""
-        name = (self.base or "").rstrip("/")
-        for kind in ("models", "datasets"):
-            name = name.removeprefix(f"{INPUTS}/{kind}/")
-        return name if name.count("/") in (1, 4) and all(name.split("/")) else None
-
-    @property
-    def base_folder(self) -> str | None:
-        """Where the backbone is expected to be mounted."""
-        source = self.base_source
-        if source is None:
-            return self.base
-        return f"{INPUTS}/{'models' if source.count('/') == 4 else 'datasets'}/{source}"
+    def bases(self) -> list["Base"]:
+        """The backbones there: none, one for all runs, or one for each."""
+        return [Base(one) for one in ([self.base] if isinstance(self.base, str) else self.base or [])]
 
     @property
     def name(self) -> str:
@@ -116,6 +141,11 @@ class Bundle:
         """The files of `installed` by version of Python, as of `wheels.find_machines`."""
         lists = [self.installed] if isinstance(self.installed, Path) else self.installed
         return find_machines(lists, [self.python] if isinstance(self.python, str) else self.python)
+
+
+def backbone_link(fingerprint: str) -> str:
+    """Return the path by which the recipes in a bundle name the backbone of a fingerprint; the notebook makes it."""
+    return f"{LINKS}/{fingerprint}"
 
 
 def write_bundle(bundle: Bundle, unneeded: Collection[str], folder: Path) -> None:

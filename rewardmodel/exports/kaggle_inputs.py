@@ -152,28 +152,29 @@ def digest_config(path: Path) -> str:
 def find_inputs(
     root: Path, wanted: Mapping[str, Any], given: Mapping[str, str], fingerprint: Callable[[Path], str]
 ) -> dict[str, Path | None]:
-    """Return the paths of `bundle`, `battles`, `sample` and `backbone`, and print what was found and why.
+    """Return the paths of `bundle`, `battles`, `sample` and of each backbone, and print what was found and why.
 
     Args:
         root: folder that inputs are mounted in.
         wanted: what the notebook knows of its bundle (`kaggle_notebook.describe`).
-        given: paths by environment variable: BUNDLE, BATTLES and BACKBONE are taken as they are.
+        given: paths by environment variable: BUNDLE, BATTLES and BACKBONE, or of several backbones BACKBONE_1 and so
+            on, are taken as they are.
         fingerprint: `model.weights.fingerprint`.
 
     Raises:
         SystemExit: something is missing; each is named with what to attach, and the tree is printed.
     """
     files = list_files(root)
-    base, title = wanted["backbone"], wanted["competition"]
+    title = wanted["competition"]
     searches: dict[str, Callable[[], Match]] = {
         "bundle": lambda: find_bundle(files, wanted),
         "battles": lambda: find_battles(files, title),
     }
     attach = {"bundle": f"Add Input > Datasets > {wanted['dataset']}", "battles": f"Add Input > Competitions > {title}"}
-    if base:
-        searches["backbone"] = lambda: find_backbone(files, base, fingerprint)
-        attach["backbone"] = f"Add Input > {base['source']}"
-    found: dict[str, Path | None] = {"backbone": None}
+    for name, base in wanted["backbones"].items():
+        searches[name] = lambda base=base: find_backbone(files, base, fingerprint)  # type: ignore[misc]
+        attach[name] = f"Add Input > {base['source']}"
+    found: dict[str, Path | None] = {}
     missing = []
     for name, search in searches.items():
         match = _take_given(name, given[name.upper()]) if given.get(name.upper()) else search()
@@ -187,6 +188,30 @@ def find_inputs(
     sample = find_sample(files, found["battles"] or root)
     print(f"{'sample':<9} {sample.path or 'none'}  {sample.why}", flush=True)
     return {**found, "sample": sample.path}
+
+
+def link_backbones(wanted: Mapping[str, Any], found: Mapping[str, Path]) -> None:
+    """Make the links by which the recipes in a bundle name their backbones.
+
+    Args:
+        wanted: what the notebook knows of its bundle.
+        found: as `find_inputs` returns it.
+
+    Raises:
+        SystemExit: a link cannot be made.
+    """
+    for name, base in wanted["backbones"].items():
+        link = Path(base["link"])
+        partial = link.with_name(f".{link.name}.{os.getpid()}")
+        try:
+            link.parent.mkdir(parents=True, exist_ok=True)
+            partial.unlink(missing_ok=True)
+            partial.symlink_to(found[name].absolute())
+            os.replace(partial, link)
+        except OSError as error:
+            raise SystemExit(
+                f"{link}, a link to {found[name]}, cannot be made ({error}): remove what is there"
+            ) from error
 
 
 def check_bundle(folder: Path) -> list[str]:

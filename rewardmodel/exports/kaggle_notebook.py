@@ -12,35 +12,54 @@ from collections.abc import Collection, Sequence
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from rewardmodel.exports import kaggle_checks, kaggle_inputs
-from rewardmodel.exports.kaggle import ACCELERATORS, INPUTS, Bundle
+from rewardmodel.exports.kaggle import ACCELERATORS, INPUTS, Base, Bundle, backbone_link
 from rewardmodel.exports.kaggle_inputs import MARKER, digest_config, digest_file
 from rewardmodel.files import write_json, write_text
-from rewardmodel.model.saved_model import read_about
 from rewardmodel.model.weights import fingerprint
 
 COMPETITION = "llm-classification-finetuning"
 """Name of the competition in Kaggle's addresses."""
 
-CHECKED = ("model", "wheels", "rewardmodel")
+CHECKED = ("model", "models", "wheels", "rewardmodel")
 """Folders of a bundle whose files the notebook compares with their digests."""
 
 
+class Backbone(NamedTuple):
+    """A backbone that adapters of a bundle belong to.
+
+    Attributes:
+        base: what it is on Kaggle.
+        folder: where it is here.
+        fingerprint: of its weights.
+    """
+
+    base: Base
+    folder: Path
+    fingerprint: str
+
+
 def write_notebook(
-    bundle: Bundle, folder: Path, backbone: Path | None, pythons: Sequence[str], unneeded: Collection[str] = ()
+    bundle: Bundle,
+    folder: Path,
+    models: Sequence[str],
+    backbones: Sequence[Backbone],
+    pythons: Sequence[str],
+    unneeded: Collection[str] = (),
 ) -> None:
-    """Write what tells a bundle, a folder with model, source and wheels, to Kaggle and to people.
+    """Write what tells a bundle, a folder with models, source and wheels, to Kaggle and to people.
 
     Args:
         bundle: its settings.
         folder: its folder.
-        backbone: folder here of the backbone that its adapter belongs to; None: the model is whole.
+        models: folders in it, of an exported model each or of the folds of a run, whose probabilities are averaged.
+        backbones: that its adapters belong to; empty if its models are whole.
         pythons: versions of Python that its wheels are for.
         unneeded: packages that rewardmodel requires and that this model's prediction does not import.
     """
@@ -51,7 +70,11 @@ def write_notebook(
         if path.is_file() and path.stat().st_size  # some ways to upload leave empty files out
     }
     required = read_requirements(unneeded)
-    wanted = {**describe(bundle, folder / "model", backbone, files), "pythons": list(pythons), "requires": required}
+    wanted = {
+        **describe(bundle, folder, models, backbones, files),
+        "pythons": list(pythons),
+        "requires": required,
+    }
     write_json(folder / MARKER, {**wanted, "files": files})
     script = render("kaggle.py.jinja", bundle, wanted)
     write_text(folder / "inference.py", script)
@@ -61,38 +84,51 @@ def write_notebook(
     write_json(folder / "kernel-metadata.json", kernel_metadata(bundle))
 
 
-def describe(bundle: Bundle, model: Path, backbone: Path | None, files: dict[str, Any]) -> dict[str, Any]:
+def describe(
+    bundle: Bundle, folder: Path, models: Sequence[str], backbones: Sequence[Backbone], files: dict[str, Any]
+) -> dict[str, Any]:
     """Return what a notebook knows of its bundle.
 
     Args:
         bundle: its settings.
-        model: folder of its model.
-        backbone: as for `write_notebook`.
+        folder: its folder.
+        models: as for `write_notebook`.
+        backbones: as for `write_notebook`.
         files: its files, with sizes and digests.
 
     Returns:
-        `id`, a digest of all files; `dataset`, `competition` and `accelerator` by name; `python`, the range of
-        versions that it runs on; `weights`, their bytes; and `backbone`: None, or its `source`, `path`, `config` and
-        `fingerprint`, as for `kaggle_inputs.find_backbone`.
+        `id`, a digest of its files, backbones and weights in the mean; `dataset`, `competition` and `accelerator` by
+        name; `python`, the range of versions that it runs on; `models`, their folders, and `shares`, their weights in
+        the mean or None; `weights`, bytes of all of them; and `backbones`: by the name that the notebook prints,
+        `source`, `path`, `config` and `fingerprint`, as for `kaggle_inputs.find_backbone`, and the `link` by which
+        recipes name it.
     """
-    folder = backbone or model
-    weights = sum(path.stat().st_size for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind))
-    base = None
-    if backbone:
-        base = {
-            "source": bundle.base_source or bundle.base,
-            "path": bundle.base_folder,
-            "config": digest_config(backbone / "config.json"),
-            "fingerprint": read_about(model)["fingerprint"],
+    places = [one.folder for one in backbones] or [folder / name for name in models]
+    weights = sum(
+        path.stat().st_size for kind in ("*.safetensors", "*.bin") for one in places for path in one.rglob(kind)
+    )
+    bases = {
+        f"backbone_{number}" if len(backbones) > 1 else "backbone": {
+            "source": one.base.source or one.base.given,
+            "path": one.base.folder,
+            "config": digest_config(one.folder / "config.json"),
+            "fingerprint": one.fingerprint,
+            "link": backbone_link(one.fingerprint),
         }
+        for number, one in enumerate(backbones, 1)
+    }
+    shares = list(bundle.weights) if bundle.weights else None
+    content = [files, [one.fingerprint for one in backbones], shares]
     return {
-        "id": sha256(json.dumps([files, base], sort_keys=True).encode()).hexdigest()[:16],
+        "id": sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16],
         "dataset": bundle.dataset,
         "competition": COMPETITION,
         "accelerator": ACCELERATORS[bundle.accelerator].menu,
         "python": metadata.metadata("rewardmodel")["Requires-Python"],
+        "models": list(models),
+        "shares": shares,
         "weights": weights,
-        "backbone": base,
+        "backbones": bases,
     }
 
 
@@ -110,8 +146,8 @@ def dataset_metadata(bundle: Bundle) -> dict[str, Any]:
 
 def kernel_metadata(bundle: Bundle) -> dict[str, Any]:
     """Return the content of kernel-metadata.json, which `kaggle kernels push` reads."""
-    source = bundle.base_source
-    is_model = source is not None and source.count("/") == 4
+    sources = list(dict.fromkeys(one.source for one in bundle.bases if one.source))
+    models = [source for source in sources if source.count("/") == 4]
     return {
         "id": bundle.dataset,
         "title": bundle.title,
@@ -122,9 +158,9 @@ def kernel_metadata(bundle: Bundle) -> dict[str, Any]:
         "enable_gpu": True,
         "enable_internet": False,
         "machine_shape": ACCELERATORS[bundle.accelerator].machine_shape,
-        "dataset_sources": [bundle.dataset, *([source] if source and not is_model else [])],
+        "dataset_sources": [bundle.dataset, *[source for source in sources if source not in models]],
         "competition_sources": [COMPETITION],
-        "model_sources": [source] if source and is_model else [],
+        "model_sources": models,
         "kernel_sources": [],
     }
 

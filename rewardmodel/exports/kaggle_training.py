@@ -162,7 +162,8 @@ def run_command(words: Sequence[str], gpus: int = 0, seconds: float | None = Non
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            print(f"{words[0]}: the time is over", flush=True)
+            _stop(process)
+            print(f"{words[0]}: the time is over", flush=True)  # after the traceback of a launcher that is stopped
             return False
         finally:
             _stop(process)

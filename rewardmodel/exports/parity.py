@@ -248,7 +248,9 @@ def predict_export(job: dict[str, str]) -> None:
 
 
 def format_parity(parity: Parity) -> str:
-    """Return what `check_parity` or `check_copy` found as lines for a terminal."""
+    """Return what `check_parity` or `check_copy` found as lines for a terminal; of several models below their names."""
+    if "models" in parity:
+        return "\n".join(f"{name}\n{format_parity(found)}" for name, found in parity["models"].items())
     if "files" in parity:
         return f"parity: its {parity['files']} files are the run's, byte for byte"
 

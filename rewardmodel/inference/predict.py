@@ -15,6 +15,7 @@ from datasets import Dataset
 from rewardmodel.config.schema import Recipe
 from rewardmodel.data.folds import assign_groups
 from rewardmodel.data.splits import find_seen_battles
+from rewardmodel.distributed import is_main
 from rewardmodel.errors import plural
 from rewardmodel.evaluation.calibration import BLEND, NO_CALIBRATION, Calibrator, load_calibrator
 from rewardmodel.inference.battles import battles_to_predict, check_time_limit, check_weights
@@ -110,7 +111,7 @@ def predict(
         table = calibrations[number].apply(average_tables(own, [1.0] * len(own)))
         averaged.append((apply_recipe_rules(table, recipes[number], battles), shares[number]))
     result = average_tables(*map(list, zip(*averaged, strict=True))).reset_index(drop=True)
-    if deadline is not None:
+    if deadline is not None and is_main():  # a warning would be printed by each process
         _log_deadline(result, deadline)
     return result if seen is None else result.assign(**{SEEN_COLUMN: seen})
 

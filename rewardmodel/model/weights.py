@@ -237,7 +237,7 @@ def _convert_once(gguf: Path) -> Path:
             with atomic_path(folder) as partial:
                 try:
                     _convert(gguf, partial)
-                except (ValueError, KeyError, struct.error) as error:
+                except (ValueError, LookupError, struct.error) as error:  # a reader of a file that was cut off
                     reason = " ".join(str(error).split())
                     raise InputError(
                         f"model.model_name_or_path: {gguf}: transformers cannot read a model from it ({reason}); "

@@ -1,6 +1,7 @@
 """A recipe and GPUs -> whether training, or predicting many battles, fits into some hours, and what to change."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from rewardmodel.config.schema import Recipe
@@ -12,13 +13,15 @@ from rewardmodel.planning.estimate import UTILISATION
 from rewardmodel.planning.gpus import GIB
 
 
-def describe_prediction_time(recipe: Recipe, device: str, gpus: int, battles: int, limit: float) -> str:
+def describe_prediction_time(recipes: Sequence[Recipe], device: str, gpus: int, battles: int, limit: float) -> str:
     """Return the estimated time of predicting battles as text, with what to change where it is over a limit.
+
+    Models predict one after the other, so that their times add up.
 
     Lengths are those of the recipe's own battles, or of the competition's (`planning.workload`).
 
     Args:
-        recipe: of the run.
+        recipes: of the model, or of each of several.
         device: a name from `planning.gpus.DEVICES`.
         gpus: how many of them, a process each.
         battles: number of battles.
@@ -28,24 +31,28 @@ def describe_prediction_time(recipe: Recipe, device: str, gpus: int, battles: in
         InputError: as `planning.doctor.doctor`.
     """
     where = f"{plural(battles, 'battle')} on {gpus} x {device}"
-    found = _diagnose(recipe, device, gpus)
-    if found.estimate is None:
-        return f"{where}: not possible: {'; '.join(found.problems)}"
-    if not found.estimate.inference.fits:
-        needed = f"{found.estimate.inference.least / GIB:.1f} of {found.device.memory / GIB:.1f} GiB"
-        return f"{where}: not possible: prediction needs {needed}; export --contents merged_4bit, or train in 4 bits"
-    hours = _prediction_hours(found, battles)
-    swapped = recipe.inference.swap_tta == "both"
+    found = [_diagnose(recipe, device, gpus) for recipe in recipes]
+    for one in found:
+        if one.estimate is None:
+            return f"{where}: not possible: {'; '.join(one.problems)}"
+        if not one.estimate.inference.fits:
+            needed = f"{one.estimate.inference.least / GIB:.1f} of {one.device.memory / GIB:.1f} GiB"
+            return (
+                f"{where}: not possible: prediction needs {needed}; export --contents merged_4bit, or train in 4 bits"
+            )
+    hours = sum(_prediction_hours(one, battles) for one in found)
+    swapped = any(recipe.inference.swap_tta == "both" for recipe in recipes)
     orders = "both orders" if swapped else "one order"
     text = f"{where}: about {hours:.1f} h in {orders}, assuming {UTILISATION['cuda']:.0%} of the GPU's speed"
     if hours <= limit:
         return text
     text += f"; that is over {limit:.1f} h"
     smaller = "prompt.max_length or the backbone must be smaller in training, or the GPU faster"
+    smaller += ", or the models fewer" if len(recipes) > 1 else ""
     if not swapped:
         return f"{text}: {smaller}"
-    once = _diagnose(replace(recipe, inference=replace(recipe.inference, swap_tta="none")), device, gpus)
-    one_order = _prediction_hours(once, battles)
+    once = [replace(recipe, inference=replace(recipe.inference, swap_tta="none")) for recipe in recipes]
+    one_order = sum(_prediction_hours(_diagnose(recipe, device, gpus), battles) for recipe in once)
     if one_order > limit:
         return f"{text}, and so is one order ({one_order:.1f} h): {smaller}"
     share = min(1.0, (limit - one_order) / one_order)

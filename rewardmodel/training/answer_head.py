@@ -121,10 +121,10 @@ def start_from_answers(
         layer.weight.zero_()
         layer.weight[:, :hidden] = scale / spread * rows + shift[:, None] * direction
         after = loss().item() / float(total)
+    words, count = ", ".join(ANSWERS), plural(len(examples.labels), "battle")
     logger.info(
-        "the head starts from the backbone's answers %s: loss %.4f instead of %.4f on %s",
-        ", ".join(ANSWERS), after, before, plural(len(examples.labels), "battle"),
-    )  # fmt: skip
+        "the head starts from the backbone's answers %s: loss %.4f, not %.4f, on %s", words, after, before, count
+    )
 
 
 def calibration_sample(battles: int) -> np.ndarray:

@@ -23,12 +23,19 @@ from rewardmodel import export
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.cli import main
 from rewardmodel.config.loader import dump_recipe, load_recipe
+from rewardmodel.config.schema import InferenceConfig
+from rewardmodel.data.formats import read_battles
 from rewardmodel.errors import InputError
+from rewardmodel.evaluation.baselines import fit_baselines
+from rewardmodel.evaluation.calibration import Calibrator, save_calibrator
+from rewardmodel.evaluation.text_regression import save_regression
+from rewardmodel.exports import kaggle
 from rewardmodel.exports.kaggle import Bundle, copy_source
-from rewardmodel.exports.kaggle_inputs import check_bundle
+from rewardmodel.exports.kaggle_inputs import check_bundle, link_backbones
 from rewardmodel.exports.wheels import BLENDING, TRAINING_ONLY
 from rewardmodel.inference.predict import predict
-from rewardmodel.predictions import predicted
+from rewardmodel.predictions import predicted, write_predictions
+from rewardmodel.run_folder import RunFolder
 
 UNPLUGGED = """
 import socket
@@ -59,6 +66,18 @@ def installed(tmp_path_factory):
     lines = {f"{one.name}=={one.version}" for one in metadata.distributions() if one.name != "rewardmodel"}
     path.write_text("\n".join([f"Python {sys.version}".replace("\n", ""), *sorted(lines)]))
     return path
+
+
+@pytest.fixture(autouse=True)
+def links(tmp_path, monkeypatch):
+    """Let bundles name backbones by links in the test's folder."""
+    monkeypatch.setattr(kaggle, "LINKS", str(tmp_path / "links"))
+
+
+def link(bundle: Path, *backbones: str) -> None:
+    """Make the links to a bundle's backbones, as its notebook does."""
+    wanted = json.loads((bundle / "bundle.json").read_text())
+    link_backbones(wanted, dict(zip(wanted["backbones"], map(Path, backbones), strict=True)))
 
 
 @pytest.fixture
@@ -120,7 +139,7 @@ def test_a_bundle_has_all_that_an_offline_machine_needs(run_folder, installed, t
     assert names == {"model", "rewardmodel", "wheels"} | files
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     assert [path.name for path in (tmp_path / "bundle" / "wheels" / version).iterdir()] == ["requirements.txt"]
-    assert load_recipe(tmp_path / "bundle" / "model" / "recipe.yaml").model.model_name_or_path == f"{base}/."
+    link(tmp_path / "bundle", base)
     battles = battle_frame(3, seed=5)
     found, expected = (predicted(predict(folder, battles)) for folder in (tmp_path / "bundle" / "model", run_folder))
     assert abs(found - expected).max() <= 1e-5
@@ -156,9 +175,96 @@ def test_of_several_runs_the_mean_is_bundled(k_fold, untrained_run, installed, t
     facts = export(tmp_path / "folds" if k_fold else runs, tmp_path / "bundle", "kaggle", bundle=asked)
     assert facts["max_abs_dp"] <= 1e-5
     assert facts["probability_average"]["max_abs_dp"] > 1e-4
+    link(tmp_path / "bundle", asked.base)
     mean = predicted(predict(tmp_path / "bundle" / "model", battle_frame(2)))
     assert np.ptp(mean, axis=0).max() <= 1e-6  # heads that cancel out predict the same of every battle
     assert check_bundle(tmp_path / "bundle") == []
+
+
+@pytest.fixture
+def folds_that_blend(untrained_run, tmp_path):
+    """Return a k-fold run of two untrained folds, which blends with a baseline of each."""
+    run, folder = untrained_run("mean"), tmp_path / "folds"
+    recipe = load_recipe(run / "recipe.yaml")
+    recipe = replace(recipe, data=replace(recipe.data, folds=2), inference=InferenceConfig(blend=True))
+    for number, sign in enumerate((1, -1)):
+        fold = shutil.copytree(run, folder / f"fold-{number}")
+        weights = load_file(fold / "model" / "adapter_model.safetensors")
+        save_file({name: sign * one for name, one in weights.items()}, fold / "model" / "adapter_model.safetensors")
+        (fold / "recipe.yaml").write_text(dump_recipe(recipe))
+        baseline = fit_baselines(read_battles(battle_frame(12, seed=number)))["tfidf"]
+        save_regression(baseline, RunFolder(fold).blend_baseline)
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    (folder / "metrics.json").write_text("{}")
+    uncalibrated = replace(recipe, inference=InferenceConfig(calibrate=False))
+    write_predictions(predict(folder, battle_frame(2, seed=9), uncalibrated), RunFolder(folder).validation)
+    save_calibrator(Calibrator("blend", (0.5, 1.5, -0.5)), RunFolder(folder).calibrator)
+    return folder
+
+
+def test_models_of_two_backbones_and_folds_are_bundled_each_and_predict_as_the_runs_do(
+    folds_that_blend, untrained_run, backbone, installed, tmp_path, monkeypatch
+):
+    runs = [
+        folds_that_blend,
+        untrained_run("rewards", "davidson", "response", model_name_or_path=str(backbone("qwen2"))),
+    ]
+    handles = ["me/llama/transformers/tiny/1", "me/qwen"]
+    asked = Bundle("me/my-reward-model", installed, base=handles, separate=True, weights=[3, 1])
+    root = tmp_path / "input"
+    found = export(runs, root / "datasets" / "me" / "my-reward-model", "kaggle", bundle=asked)
+    assert found["models"].keys() == {"models/1/fold-0", "models/1/fold-1", "models/2"}
+    make_competition(root / "competitions" / SLUG, rows=0)
+    test = write_csv(battle_frame(3, seed=7).drop(columns=list(OUTCOMES)), root / "competitions" / SLUG / "test.csv")
+    shutil.copytree(backbone("llama"), root / "models" / handles[0])
+    shutil.copytree(backbone("qwen2"), root / "elsewhere")
+
+    def run(command, **_):
+        if "rewardmodel.cli" not in command:
+            return subprocess.CompletedProcess(command, 1, "")
+        return subprocess.CompletedProcess(command, main(command[command.index("rewardmodel.cli") + 1 :]))
+
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(os, "environ", {**os.environ, "INPUTS": str(root), "CUDA_VISIBLE_DEVICES": ""})
+    monkeypatch.setattr(subprocess, "run", run)
+    exec((root / "datasets" / "me" / "my-reward-model" / "inference.py").read_text(), {})
+    submission = pd.read_csv("submission.csv")[list(OUTCOMES)].to_numpy()
+    expected = predicted(predict(runs, test, weights=[3, 1]))
+    assert np.abs(submission - expected).max() <= 1e-6
+    alone = predicted(predict(runs[1], test))
+    assert np.abs(submission - alone).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"base": "me/llama", "separate": True}, "other is of another backbone than the runs before it"),
+        ({"base": ["me/llama"] * 2, "separate": True}, "other is of another backbone than the runs before it"),
+        ({"base": ["me/llama", "me/b", "me/c"], "separate": True}, "--base: 3 backbones; give one, or with --separate"),
+        ({"base": ["me/llama", "me/b"]}, "--base: 2 backbones; give one, or with --separate one for each of 1 runs"),
+        ({"base": ["me/llama", "me/b"], "separate": True, "weights": [1]}, "weights: 1 for 2 runs"),
+        ({"contents": "soup", "separate": True}, "a soup is of several runs; give their folders, and no --separate"),
+    ],
+)
+def test_separate_models_must_have_backbones_and_weights_that_fit(
+    settings, message, untrained_run, installed, tmp_path
+):
+    run, other = untrained_run("mean"), tmp_path / "other"
+    shutil.copytree(run, other)
+    about = json.loads((run / "model" / "backbone.json").read_text())
+    (other / "model" / "backbone.json").write_text(json.dumps({**about, "fingerprint": "0" * 64}))
+    with pytest.raises(InputError, match=re.escape(message)):
+        export([run, other], tmp_path / "bundle", "kaggle", bundle=Bundle("me/my-reward-model", installed, **settings))
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_one_run_has_nothing_to_keep_apart(untrained_run, installed, tmp_path):
+    asked = Bundle("me/my-reward-model", installed, base="me/llama", separate=True)
+    with pytest.raises(InputError, match="--separate: keeps the models of several runs apart"):
+        export(untrained_run("mean"), tmp_path / "bundle", "kaggle", bundle=asked)
+    with pytest.raises(InputError, match="--weights: of the models of several runs, which only --separate bundles"):
+        Bundle("me/my-reward-model", installed, base="me/llama", weights=[1, 2])
 
 
 def test_the_command_line_takes_several_lists_and_versions(run_folder, tmp_path, capsys):
@@ -213,13 +319,12 @@ def test_what_kaggle_does_not_have_is_refused(settings, message, tmp_path):
         ("/kaggle/input/datasets/me/gemma-2-9b/", "me/gemma-2-9b", "/kaggle/input/datasets/{}"),
         ("/kaggle/input/gemma-2-9b-it", None, "/kaggle/input/gemma-2-9b-it"),
         ("/a/b", None, "/a/b"),
-        (None, None, None),
+        (None, None, ""),
     ],
 )
 def test_a_backbone_is_named_by_its_source_or_by_its_folder(base, source, folder, tmp_path):
     bundle = Bundle("me/my-reward-model", tmp_path / "list.txt", base=base)
-    assert bundle.base_source == source
-    assert bundle.base_folder == (folder and folder.format(source))
+    assert [(one.source, one.folder) for one in bundle.bases] == [(source, folder.format(source))] * bool(base)
 
 
 def test_the_source_is_copied_whole_and_without_caches(tmp_path):
@@ -306,10 +411,8 @@ def test_the_notebook_continues_a_killed_session_in_the_layout_of_today(
     assert "16 battles predicted, each in both orders" in whole.stderr
 
     # what was computed before the kill, with other values, by which it is seen that it is not computed again
-    recipe = load_recipe(root / "datasets" / "me" / "my-reward-model" / "model" / "recipe.yaml")
-    recipe = replace(recipe, model=replace(recipe.model, model_name_or_path=str(root / "models" / handle)))
     shards = root / "notebooks" / "me" / "my-reward-model" / "submission.csv.shards"
-    predict(root / "datasets" / "me" / "my-reward-model" / "model", test, recipe, work=shards, time_limit=600)
+    predict(root / "datasets" / "me" / "my-reward-model" / "model", test, work=shards, time_limit=600)
     (first,) = shards.glob("*/first-*.npz")
     with np.load(first) as file:
         np.savez(first, rows=file["rows"], logits=np.broadcast_to(np.float32([4, 0, 0]), file["logits"].shape))

@@ -66,7 +66,7 @@ def test_inputs_are_found_wherever_they_are_mounted(layout, bundle, mounted, cap
     assert found["BUNDLE"] == root / places["bundle"]
     assert found["BATTLES"] == root / places["competition"] / "test.csv"
     assert found["SAMPLE"] == root / places["competition"] / "sample_submission.csv"
-    assert found["BACKBONE"] == root / places["backbone"]
+    assert found["found"]["backbone"] == root / places["backbone"]
     assert found["problems"] == []
     assert "3 battles" in capsys.readouterr().out
 
@@ -134,7 +134,7 @@ def test_another_data_set_with_the_same_file_names_confuses_nothing(layout, bund
     found = run_cells(bundle, root)
     assert found["BATTLES"] == root / places["competition"] / "test.csv"
     assert found["BUNDLE"] == root / places["bundle"]
-    assert found["BACKBONE"] == root / places["backbone"]
+    assert found["found"]["backbone"] == root / places["backbone"]
     printed = capsys.readouterr().out
     assert "one of 2: taken because it is the competition's folder, not a data set" in printed
     assert f"not taken: {other / 'test.csv'}" in printed
@@ -163,18 +163,18 @@ def test_a_bundle_of_another_export_is_named(bundle, tmp_path):
 
 def test_a_backbone_with_other_weights_is_named(bundle, tmp_path):
     make_backbone_folder(tmp_path / "base", seed=1)
-    match = find_backbone(list_files(tmp_path), bundle.wanted["backbone"], fingerprint)
+    match = find_backbone(list_files(tmp_path), bundle.wanted["backbones"]["backbone"], fingerprint)
     assert match.path is None
     assert "has its configuration, but other weights" in match.why
     (tmp_path / "base" / "model.safetensors").unlink()
-    match = find_backbone(list_files(tmp_path), bundle.wanted["backbone"], fingerprint)
+    match = find_backbone(list_files(tmp_path), bundle.wanted["backbones"]["backbone"], fingerprint)
     assert match.why == f"no config.json of it with weights; there are: {tmp_path / 'base'} (llama)"
 
 
 def test_the_right_weights_with_another_configuration_are_taken_and_said_so(bundle, tmp_path):
     shutil.copytree(bundle.backbone, tmp_path / "base")
     (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 8, "new": 1}))
-    match = find_backbone(list_files(tmp_path), bundle.wanted["backbone"], fingerprint)
+    match = find_backbone(list_files(tmp_path), bundle.wanted["backbones"]["backbone"], fingerprint)
     assert match == (tmp_path / "base", "its config.json differs from that of training, its weights do not")
 
 
@@ -193,7 +193,7 @@ def test_environment_variables_override_the_search(bundle, mounted, tmp_path, ca
     given = {"BATTLES": str(tmp_path / "mine" / "test.csv"), "BACKBONE": str(bundle.backbone)}
     found = run_cells(bundle, root, **given)
     assert found["BATTLES"] == tmp_path / "mine" / "test.csv"
-    assert found["BACKBONE"] == bundle.backbone
+    assert found["found"]["backbone"] == bundle.backbone
     assert "given by BATTLES" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="nowhere, given by BUNDLE, does not exist"):
         run_cells(bundle, root, BUNDLE="nowhere")
@@ -203,7 +203,7 @@ def test_a_whole_model_needs_no_backbone(tmp_path):
     whole = make_bundle(tmp_path / "whole", whole=True)
     make_competition(tmp_path / "input" / SLUG)
     shutil.copytree(whole.folder, tmp_path / "input" / "mine")
-    assert run_cells(whole, tmp_path / "input")["BACKBONE"] is None
+    assert "backbone" not in run_cells(whole, tmp_path / "input")["found"]
 
 
 @pytest.mark.parametrize(
@@ -336,6 +336,5 @@ def test_search_and_checks_run_with_the_standard_library_alone(bundle, mounted, 
 
 def test_find_inputs_needs_no_backbone_where_none_is_wanted(bundle, mounted):
     root = mounted("old")
-    found = find_inputs(root, {**bundle.wanted, "backbone": None}, {}, fingerprint)
-    assert found["backbone"] is None
-    assert set(found) == {"bundle", "battles", "sample", "backbone"}
+    found = find_inputs(root, {**bundle.wanted, "backbones": {}}, {}, fingerprint)
+    assert set(found) == {"bundle", "battles", "sample"}

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from contextlib import chdir
+from pathlib import Path
 
 import pytest
 from kaggle_trees import BASE, SLUG, make_bundle, make_competition
@@ -64,7 +65,7 @@ def test_two_gpus_get_a_process_each(bundle, inputs, monkeypatch):
     mounted = inputs / "datasets" / "me" / "my-reward-model"
     test = inputs / "competitions" / SLUG / "test.csv"
     assert f"-m rewardmodel.cli predict {mounted}/model {test} --output submission.csv --time-limit " in command
-    assert command.endswith(f"--model.model_name_or_path {inputs / 'models' / BASE}")
+    assert Path(bundle.wanted["backbones"]["backbone"]["link"]).resolve() == inputs / "models" / BASE
     assert path == f"{mounted}:/mine"
     assert 30_500 < int(re.search(r"--time-limit (\d+)", command)[1]) <= 30_600
 
@@ -75,7 +76,6 @@ def test_one_blackwell_gpu_needs_no_launcher(tmp_path, monkeypatch):
     shutil.copytree(made.folder, tmp_path / "input" / "b")
     ((command, _),) = run_notebook(made, tmp_path / "input", monkeypatch, "NVIDIA RTX PRO 6000 Blackwell, 12.0\n")
     assert "accelerate" not in command
-    assert "model_name_or_path" not in command
     assert re.search(r"--time-limit 3\d\d\d$", command)
 
 
@@ -139,10 +139,11 @@ def test_the_same_files_have_the_same_id_and_others_another(tmp_path):
     first, second, third = (make_bundle(tmp_path / name) for name in ("a", "b", "c"))
     assert first.wanted["id"] == second.wanted["id"]
     (third.folder / "model" / "tokenizer.json").write_text("{}")
-    from rewardmodel.exports.kaggle import Bundle
-    from rewardmodel.exports.kaggle_notebook import write_notebook
+    from rewardmodel.exports.kaggle import Base, Bundle
+    from rewardmodel.exports.kaggle_notebook import Backbone, write_notebook
 
-    write_notebook(Bundle("me/my-reward-model", tmp_path, base=BASE), third.folder, third.backbone, ["3.12"])
+    backbones = [Backbone(Base(BASE), third.backbone, "f")]
+    write_notebook(Bundle("me/my-reward-model", tmp_path, base=BASE), third.folder, ["model"], backbones, ["3.12"])
     assert json.loads((third.folder / "bundle.json").read_text())["id"] != first.wanted["id"]
 
 

@@ -15,10 +15,13 @@ from kaggle_trees import SLUG
 from rewardmodel.battles import OUTCOMES
 from rewardmodel.cli import main
 from rewardmodel.config.loader import load_recipe
-from rewardmodel.exports import kaggle_training
+from rewardmodel.exports import kaggle, kaggle_training
 from rewardmodel.exports.kaggle_checks import launcher
+from rewardmodel.exports.kaggle_inputs import link_backbones
 from rewardmodel.exports.kaggle_notebook import COMPETITION
 from rewardmodel.exports.kaggle_training import continue_run, find_attached, open_session, remove_rejected, run_command
+from rewardmodel.inference.predict import predict
+from rewardmodel.predictions import predicted
 
 NOTEBOOKS = Path(__file__).parents[2] / "recipes" / "notebooks"
 CELLS = json.loads((NOTEBOOKS / "kaggle_train.ipynb").read_text())["cells"]
@@ -40,6 +43,18 @@ prompt: {max_length: 120}
 model: {model_name_or_path: owner/tiny, device: cpu, dtype: float32, lora_r: 4}
 trainer: {max_steps: 6, save_strategy: steps, save_steps: 3, eval_strategy: steps, eval_steps: 3, disable_tqdm: true}
 """
+
+
+FROZEN = """\
+data: {folds: 4}
+prompt: {max_length: 120, template: response}
+model: {model_name_or_path: owner/tiny, device: cpu, dtype: float32, freeze_backbone: true, num_hidden_layers: 1,
+  pooling: last_and_responses, pair_ties: true}
+objective: {name: davidson}
+trainer: {disable_tqdm: true}
+inference: {blend: true}
+"""
+"""What arena_small_cpu.yaml does: a frozen backbone, a fitted head, and a blend."""
 
 
 @pytest.fixture
@@ -120,8 +135,24 @@ def test_a_run_continues_in_the_next_session_whose_inputs_are_mounted_elsewhere(
     pd.testing.assert_frame_equal(continued, whole)
     kernel = json.loads((tmp_path / "second" / "bundle" / "kernel-metadata.json").read_text())
     assert kernel["model_sources"] == []  # what is mounted in a test is not below /kaggle/input
-    recipe = load_recipe(tmp_path / "second" / "bundle" / "model" / "recipe.yaml")
-    assert recipe.model.model_name_or_path == str(new / LAYOUTS["new"]["backbone"])
+    wanted = json.loads((tmp_path / "second" / "bundle" / "bundle.json").read_text())
+    assert wanted["backbones"]["backbone"]["path"] == str(new / LAYOUTS["new"]["backbone"])
+
+
+@pytest.mark.slow  # trains and exports
+def test_a_fitted_head_that_blends_leaves_as_a_bundle_that_predicts_the_same(
+    mounted, tmp_path, monkeypatch, in_this_process
+):
+    monkeypatch.setattr(kaggle, "LINKS", str(tmp_path / "backbones"))
+    root, work = mounted("new", FROZEN), tmp_path / "work"
+    assert run_notebook(root, work, monkeypatch, ("run", "export")) == ["doctor", "run", "export"]
+    assert (work / "runs" / "tiny" / "blend_baseline.npz").is_file()
+    wanted = json.loads((work / "bundle" / "bundle.json").read_text())
+    link_backbones(wanted, {"backbone": root / LAYOUTS["new"]["backbone"]})
+    table = predict(work / "bundle" / "model", root / LAYOUTS["new"]["competition"] / "test.csv")
+    submission = pd.read_csv(work / "submission.csv")[list(OUTCOMES)]
+    assert abs(predicted(table) - submission.to_numpy()).max() <= 1e-6
+    assert {"scikit-learn"} <= wanted["requires"].keys()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -46,7 +46,8 @@ def logits(model, batch):
 
 
 def plain_logits(folder, tokenizer, rows, **how):
-    model = AutoModelForSequenceClassification.from_pretrained(folder, **how)
+    # eager, because transformers 5.16 gives Gemma 2 by default sdpa, which leaves out its soft-capping
+    model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager", **how)
     padded = pad(rows, tokenizer.pad_token_id)
     return logits(model, {name: padded[name] for name in ("input_ids", "attention_mask")})
 

@@ -51,6 +51,7 @@ def test_more_tokens_than_there_are_positions_are_refused(name, changes, most):
 @pytest.mark.parametrize("name", [*FAMILIES, "modernbert"])
 def test_rotary_positions_go_on_with_a_warning(name, tmp_path, caplog):
     config = AutoConfig.from_pretrained(make_backbone(name, tmp_path, max_position_embeddings=256))
+    caplog.clear()  # transformers 5.16 warns of Gemma 3's rope_parameters as it reads them
     check_length(config, 256)
     assert not caplog.records
     check_length(config, 257)

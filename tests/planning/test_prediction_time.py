@@ -46,7 +46,7 @@ def test_the_time_is_that_of_doctor_for_more_battles(swapped):
     launch = prediction_time.Launch(2, "ddp")
     estimate = doctor(swapped, "T4", launch).estimate
     wanted = estimate.hours.prediction / estimate.workload.validation * 1e9
-    text = describe_prediction_time(swapped, "T4", 2, 1_000_000_000, 1e9)
+    text = describe_prediction_time([swapped], "T4", 2, 1_000_000_000, 1e9)
     assert text.startswith(f"1,000,000,000 battles on 2 x T4: about {wanted:.1f} h in both orders, assuming 35%")
     alone = doctor(swapped, "T4", prediction_time.Launch()).estimate.hours.prediction
     assert alone >= estimate.hours.prediction
@@ -63,7 +63,7 @@ def test_the_time_is_that_of_doctor_for_more_battles(swapped):
 )
 def test_what_to_change_follows_from_what_fits(both, one, words, swapped, hours):
     hours(both, one)
-    text = describe_prediction_time(swapped, "T4", 2, 25_000, 8.5)
+    text = describe_prediction_time([swapped], "T4", 2, 25_000, 8.5)
     for part in words:
         assert part in text
     assert ("; that is over" in text) == (both > 8.5)
@@ -73,7 +73,7 @@ def test_what_to_change_follows_from_what_fits(both, one, words, swapped, hours)
 def test_one_order_is_all_there_is_to_shorten(swapped, hours):
     hours(20, 10)
     recipe = dataclasses.replace(swapped, inference=dataclasses.replace(swapped.inference, swap_tta="none"))
-    text = describe_prediction_time(recipe, "T4", 2, 25_000, 8.5)
+    text = describe_prediction_time([recipe], "T4", 2, 25_000, 8.5)
     assert "10.0 h in one order" in text
     assert "over 8.5 h: prompt.max_length or the backbone must be smaller" in text
 
@@ -81,10 +81,10 @@ def test_one_order_is_all_there_is_to_shorten(swapped, hours):
 @pytest.mark.slow
 def test_what_does_not_work_there_is_said(swapped, hours):
     hours(1, 1, problems=["model.dtype: bfloat16 is emulated; set auto"])
-    text = describe_prediction_time(swapped, "T4", 2, 25_000, 8.5)
+    text = describe_prediction_time([swapped], "T4", 2, 25_000, 8.5)
     assert text == "25,000 battles on 2 x T4: not possible: model.dtype: bfloat16 is emulated; set auto"
     hours(1, 1, fits=False)
-    assert "not possible: prediction needs " in describe_prediction_time(swapped, "T4", 2, 25_000, 8.5)
+    assert "not possible: prediction needs " in describe_prediction_time([swapped], "T4", 2, 25_000, 8.5)
 
 
 def test_training_that_takes_too_long_is_shared_out_or_shortened():
