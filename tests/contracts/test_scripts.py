@@ -300,13 +300,12 @@ def test_depths_read_together_are_what_each_backbone_reads_alone(script, backbon
 def test_large_recipes_are_planned_on_every_machine(script, backbone, monkeypatch):
     module = script("plan_recipes")
     monkeypatch.setattr("rewardmodel.planning.doctor.DEVICES", {})
-    monkeypatch.setattr(module, "MACHINES", {"H100": 1, "T4": 2})
+    monkeypatch.setattr(module, "MACHINES", {"T4": 2})
     words = [f"--model.model_name_or_path={backbone('llama')}", "--prompt.max_length=64"]
-    found = module.plan("llama3_8b_qlora", words, None)
-    assert set(found) == {"1 x H100", "2 x T4"}
-    assert found["1 x H100"]["precision"] == "bfloat16"
-    assert 0 < found["1 x H100"]["training_hours"] <= found["1 x H100"]["hours"] <= found["2 x T4"]["hours"]
-    assert 0 < found["1 x H100"]["gib_at_least"] < 1
+    found = module.plan("llama3_8b_qlora", words, None)["2 x T4"]
+    assert found["precision"] == "float16"
+    assert 0 < found["training_hours"] <= found["hours"] < 1
+    assert 0 < found["gib_at_least"] < 1
     refused = module.plan("llama3_8b_qlora", [*words, "--model.load_in_fp8=true", "--model.load_in_4bit=false"], None)
     assert "model.load_in_fp8" in refused["2 x T4"]["problems"][0]
 

@@ -34,6 +34,8 @@ CASES = [
     ),
     (configured({"freeze_backbone": True}, launch=FSDP), "these do not; launch with recipes/accelerate/ddp.yaml"),
     (configured({"head_init": "fitted", "keep_head": True}), "model.head_init: keep_head starts from the head that is"),
+    (configured({"head_init": "answer", "keep_head": True}), "model.head_init: keep_head starts from the head that is"),
+    (configured({"head_init": "answer", "num_hidden_layers": 1}), "the language model answers from its last layer"),
     (configured({"head_init": "fitted"}, launch=FSDP), "holds the backbone whole before training; launch with"),
     (configured({"load_in_4bit": True, "use_peft": False}), "cannot train itself; leave it true"),
     (configured(capability=(7, 5)), r"bfloat16 is emulated below .*T4.*; set auto, float16 or float32"),
