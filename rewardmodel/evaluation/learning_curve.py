@@ -275,4 +275,9 @@ def describe_outlooks(curve: LearningCurve) -> list[str]:
                 f"{more}: a log loss of {one.log_loss.value:.4f} {one.log_loss.bracket()}, which is "
                 f"{one.gain.value:.4f} {one.gain.bracket()} below that of the battles that there are."
             )
+    if curve.law and curve.law.exponent.value < 1.1 * EXPONENTS[0]:
+        sentences.append(
+            f"The exponent is about the least that is fitted, {EXPONENTS[0]:g}: each doubling still gains nearly as much "
+            "as the one before, and the gains above assume that it goes on so."
+        )
     return sentences
