@@ -120,6 +120,6 @@ def test_an_interval_wider_than_the_measured_fall_is_refused():
 
 
 def test_a_fall_that_does_not_slow_down_says_that_the_gains_assume_it_goes_on():
-    curve = summarise(0.3 + SIZES**-0.05)
+    curve = summarise(0.3 + SIZES**-0.05, noise=1e-5)
     assert "The exponent is about the least that is fitted, 0.05: each doubling" in describe_outlooks(curve)[-1]
     assert not any("The exponent" in one for one in describe_outlooks(summarise(0.9 + 2 * SIZES**-0.5)))
