@@ -17,7 +17,8 @@ fi
 echo "installing into .venv (some minutes, once)"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 install() { # errors only: warnings about an index or a cache are nothing that a user of this project can act on
-    .venv/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt "$@"
+    # --no-compile: most modules of these packages are never imported; Python compiles the others when they are.
+    .venv/bin/python -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt "$@"
 }
 install torch
 install --editable '.[dev]' gguf

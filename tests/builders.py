@@ -87,6 +87,7 @@ AS_ENCODERS = {
         "max_position_embeddings": 512,
     },
     "bert": {"max_position_embeddings": 512, "type_vocab_size": 2},
+    "electra": {"max_position_embeddings": 512, "type_vocab_size": 2, "embedding_size": 64},
     "roberta": {"max_position_embeddings": 513, "type_vocab_size": 1},
     "distilbert": {"dim": 64, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 512},
     "modernbert": {"local_attention": 32, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2},
@@ -106,7 +107,7 @@ def make_backbone(family: str, folder: Path, num_labels: int | None = None, **ov
     )
 
     torch.manual_seed(0)
-    encoder = family in ENCODERS
+    encoder = family in (*ENCODERS, "electra")
     small = {**SMALL, "sliding_window": 32} if family in SLIDING else SMALL
     if encoder:
         small = {key: SMALL[key] for key in SMALL.keys() - {"num_key_value_heads", "head_dim"}}

@@ -314,8 +314,9 @@ def test_master_weights_of_deberta_stay_float32_under_bfloat16(recipe_of):
     ],
 )
 def test_encoders_learn_rewards_of_single_responses(name, objective, recipe_of):
-    unchecked = {"eval_strategy": "no", "save_strategy": "no"}  # quicker
-    run, _ = train(recipe_of(name, objective, trainer={"learning_rate": 1e-2, **unchecked}))
+    keys = {"eval_strategy": "no", "save_strategy": "no"}  # quicker
+    keys |= {"num_train_epochs": 3} if name == "bert" else {}  # its random pooler lets little through at first
+    run, _ = train(recipe_of(name, objective, trainer={"learning_rate": 1e-2, **keys}))
     battles = read_battles(battle_frame(4))
     table, swapped = predict(run, battles), predict(run, swap(battles))
     assert predicted(table)[:, 0].std() > 1e-3

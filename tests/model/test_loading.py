@@ -274,7 +274,7 @@ GENERIC = {
     "stablelm": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
     "gpt_neox": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
     "gpt2": {"c_attn", "c_proj", "c_fc"},  # not torch's linear layers, but the same transposed
-    "bert": {"query", "key", "value", "dense"},
+    "electra": {"query", "key", "value", "dense"},
 }
 """The linear layers of families that are not in the table."""
 
