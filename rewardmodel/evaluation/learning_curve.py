@@ -277,7 +277,7 @@ def describe_outlooks(curve: LearningCurve) -> list[str]:
             )
     if curve.law and curve.law.exponent.value < 1.1 * EXPONENTS[0]:
         sentences.append(
-            f"The exponent is about the least that is fitted, {EXPONENTS[0]:g}: each doubling still gains nearly as much "
-            "as the one before, and the gains above assume that it goes on so."
+            f"The exponent is about the least that is fitted, {EXPONENTS[0]:g}: each doubling still gains nearly as "
+            "much as the one before, and the gains above assume that it goes on so."
         )
     return sentences
