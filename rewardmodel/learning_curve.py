@@ -25,7 +25,7 @@ from rewardmodel.data.splits import Parts, load_battles
 from rewardmodel.distributed import from_main, is_main, wait_for_all
 from rewardmodel.errors import InputError, plural
 from rewardmodel.evaluation.learning_curve import LearningCurve, summarise_curve
-from rewardmodel.files import check_writable, lock, lock_file, read_arrays, write_arrays, write_json, write_text
+from rewardmodel.files import check_writable, lock_output, read_arrays, write_arrays, write_json, write_text
 from rewardmodel.metrics import log_loss, log_loss_terms
 from rewardmodel.run_folder import RunFolder
 
@@ -79,15 +79,14 @@ def measure_learning_curve(
     if draws < 1:
         raise InputError(f"--draws: {draws}; give at least 1")
     check_writable(output, "--output")
-    battles = load_battles(recipe.data)
-    points = plan_points(battles, recipe, sizes, draws, all_folds)
+    with lock_output(output):
+        battles = load_battles(recipe.data)
+        points = plan_points(battles, recipe, sizes, draws, all_folds)
 
-    from rewardmodel.model.backbone import resolve_backbone  # torch from here on
+        from rewardmodel.model.backbone import resolve_backbone  # torch from here on
 
-    weights = resolve_backbone(recipe.model, trainer=recipe.trainer, max_length=recipe.prompt.max_length)
-    key = _identify(recipe, battles, weights.fingerprint)
-    with lock(lock_file(output), f"--output: {output}"):
-        found = _measure(recipe, battles, points, output, key)
+        weights = resolve_backbone(recipe.model, trainer=recipe.trainer, max_length=recipe.prompt.max_length)
+        found = _measure(recipe, battles, points, output, _identify(recipe, battles, weights.fingerprint))
         curve = _summarise(recipe, battles, points, found)
         if is_main():
             from rewardmodel.evaluation.curve_page import render_curve

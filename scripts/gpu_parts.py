@@ -1,8 +1,7 @@
 """The parts of `bench_gpu.py` that explain speed, check what is told, or train really: a bench and a job -> figures."""
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -107,18 +106,6 @@ def top_kernels(events: list[tuple[str, float, float]]) -> list[dict]:
     ]
 
 
-@contextmanager
-def no_other_gpus() -> Iterator[None]:
-    """Let `doctor` estimate for the device at hand alone."""
-    from rewardmodel.planning import doctor as planning
-
-    others, planning.DEVICES = planning.DEVICES, {}
-    try:
-        yield
-    finally:
-        planning.DEVICES = others
-
-
 def doctor(bench: Bench, job: Job, _: float) -> dict:
     """Let `rewardmodel doctor` predict memory and speed of the measured settings, and compare.
 
@@ -145,8 +132,7 @@ def doctor(bench: Bench, job: Job, _: float) -> dict:
         },
     )
     start = time.perf_counter()
-    with no_other_gpus():
-        found = diagnose(recipe, None if bench.cuda else "cpu")
+    found = diagnose(recipe, None if bench.cuda else "cpu", others=False)
     if found.estimate is None:
         raise InputError("; ".join(found.problems))
     estimate, seconds = found.estimate, time.perf_counter() - start

@@ -36,7 +36,7 @@ def plan(name: str, words: list[str], backbones: Path | None) -> dict[str, Any]:
         recipe = replace(recipe, model=replace(recipe.model, model_name_or_path=str(folder)))
     found: dict[str, Any] = {}
     for device, count in MACHINES.items():
-        diagnosis = doctor(recipe, device, Launch(count, "ddp" if count > 1 else ""))
+        diagnosis = doctor(recipe, device, Launch(count, "ddp" if count > 1 else ""), others=False)
         if diagnosis.estimate is None:
             found[f"{count} x {device}"] = {"problems": diagnosis.problems}
             continue
@@ -53,15 +53,12 @@ def plan(name: str, words: list[str], backbones: Path | None) -> dict[str, Any]:
 
 def main() -> None:
     """Parse, plan, print a table."""
-    import rewardmodel.planning.doctor
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=LARGE, metavar="NAME", help="default: the large ones")
     parser.add_argument("--keys", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipes, changed")
     parser.add_argument("--backbones", type=Path, help="folder with a folder for each backbone, by its name on the hub")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()
-    rewardmodel.planning.doctor.DEVICES = {}  # the other GPUs that doctor lists are not asked for
     words = [f"--{word}" for word in options.keys]
     found = {name: plan(name, words, options.backbones) for name in options.recipes}
     tell({"keys": options.keys, "recipes": found}, options.json)

@@ -29,7 +29,9 @@ from rewardmodel.planning.workload import read_workload
 from rewardmodel.training.arguments import training_arguments
 
 
-def doctor(recipe: RecipeLike, device: str | None = None, launched: Launch | None = None) -> Diagnosis:
+def doctor(
+    recipe: RecipeLike, device: str | None = None, launched: Launch | None = None, *, others: bool = True
+) -> Diagnosis:
     """Estimate memory, precision and time of a recipe on a device, and list incompatible settings.
 
     Configuration and tokenizer of the backbone and the battles are read; no weights are.
@@ -38,6 +40,7 @@ def doctor(recipe: RecipeLike, device: str | None = None, launched: Launch | Non
         recipe: what would be run, or the path or sections of a recipe.
         device: a name from `planning.gpus.DEVICES`, or `cpu`; default: the GPU of this machine, or else its CPU.
         launched: how it would be spread over processes; default: as this process is.
+        others: whether to estimate for every other GPU, too.
 
     Raises:
         InputError: the backbone's configuration cannot be read, no such device, a template that cannot be used, more
@@ -80,7 +83,7 @@ def doctor(recipe: RecipeLike, device: str | None = None, launched: Launch | Non
     scenario = Scenario(recipe, backbone, target, dtype, launch, read_workload(recipe, folder))
     training, inference = estimate_training(scenario), estimate_inference(scenario)
     fix = None if training.fits else _find_fix(scenario)
-    others = [_estimate_on(scenario, other) for other in DEVICES.values() if other is not target]
+    elsewhere = [_estimate_on(scenario, other) for other in DEVICES.values() if others and other is not target]
     if not training.fits:
         problems = [_describe_shortage("training", training, target, fix)]
     elif not inference.fits:
@@ -91,7 +94,7 @@ def doctor(recipe: RecipeLike, device: str | None = None, launched: Launch | Non
         backbone=f"{diagnosis.backbone}, {size}",
         problems=problems,
         estimate=Estimate(
-            scenario.workload, training, inference, estimate_hours(scenario), fix, _compiled_hours(scenario), others
+            scenario.workload, training, inference, estimate_hours(scenario), fix, _compiled_hours(scenario), elsewhere
         ),
     )
 

@@ -84,7 +84,7 @@ def describe_training_time(found: Diagnosis, limit: float) -> str:
 def _diagnose(recipe: Recipe, device: str, gpus: int) -> Diagnosis:
     """Return what `doctor` says of a recipe, with the trainer's defaults, because training does not matter here."""
     launch = Launch(gpus, "ddp" if gpus > 1 else "")
-    return doctor(replace(recipe, trainer=Recipe().trainer), device, launch)
+    return doctor(replace(recipe, trainer=Recipe().trainer), device, launch, others=False)
 
 
 def _prediction_hours(found: Diagnosis, battles: int) -> float:

@@ -299,7 +299,6 @@ def test_depths_read_together_are_what_each_backbone_reads_alone(script, backbon
 
 def test_large_recipes_are_planned_on_every_machine(script, backbone, monkeypatch):
     module = script("plan_recipes")
-    monkeypatch.setattr("rewardmodel.planning.doctor.DEVICES", {})
     monkeypatch.setattr(module, "MACHINES", {"T4": 2})
     words = [f"--model.model_name_or_path={backbone('llama')}", "--prompt.max_length=64"]
     found = module.plan("llama3_8b_qlora", words, None)["2 x T4"]

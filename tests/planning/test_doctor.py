@@ -66,6 +66,13 @@ def unmeasured(monkeypatch):
     monkeypatch.setattr("rewardmodel.planning.devices.measure_matmul", lambda device, dtype: 1e11)
 
 
+@pytest.fixture(autouse=True)
+def few_gpus(monkeypatch):
+    """Let few GPUs be estimated beside the one that is asked for: each costs as much again."""
+    few = {name: DEVICES[name] for name in ("T4", "L4", "A100-80GB")}
+    monkeypatch.setattr(planning, "DEVICES", few)
+
+
 @pytest.fixture
 def large(backbone, tmp_path):
     """Return the folder of a backbone of eight billion weights, of which there is only the configuration."""

@@ -23,8 +23,8 @@ def hours(monkeypatch):
     """Return a function that sets the hours of prediction in both orders and in one, and whether memory suffices."""
 
     def give(both, one, fits=True, problems=()):
-        def answer(recipe, device, launch):
-            found = doctor(recipe, device, launch)
+        def answer(recipe, device, launch, **given):
+            found = doctor(recipe, device, launch, **given)
             if problems:
                 return dataclasses.replace(found, estimate=None, problems=list(problems))
             time = both if recipe.inference.swap_tta == "both" else one
@@ -44,11 +44,11 @@ def hours(monkeypatch):
 @pytest.mark.slow  # seconds a case
 def test_the_time_is_that_of_doctor_for_more_battles(swapped):
     launch = prediction_time.Launch(2, "ddp")
-    estimate = doctor(swapped, "T4", launch).estimate
+    estimate = doctor(swapped, "T4", launch, others=False).estimate
     wanted = estimate.hours.prediction / estimate.workload.validation * 1e9
     text = describe_prediction_time([swapped], "T4", 2, 1_000_000_000, 1e9)
     assert text.startswith(f"1,000,000,000 battles on 2 x T4: about {wanted:.1f} h in both orders, assuming 35%")
-    alone = doctor(swapped, "T4", prediction_time.Launch()).estimate.hours.prediction
+    alone = doctor(swapped, "T4", prediction_time.Launch(), others=False).estimate.hours.prediction
     assert alone >= estimate.hours.prediction
 
 
