@@ -110,9 +110,9 @@ SPEEDS = ("training", "apart", "compiled", "trainer", "separate", "trl", "infere
 def jobs(parts: list[str], shapes: list[str], precisions: list[str]) -> list[Job]:
     """Return all parts for all shapes and precisions, in the order in which they run.
 
-    The competitors of `transformers` and TRL hold weights in 4 bits, or in 16 where ours is not measured in 4. Without a
-    GPU nothing but whether a part runs is to be learnt, and the second tiny shape, whose attention is another, runs in
-    the first precision alone.
+    The competitors of `transformers` and TRL hold weights in 4 bits, or in 16 where ours is not measured in 4. Tiny
+    shapes show only whether a part runs, so the second one, whose attention is another, runs in the first precision
+    alone.
     """
     stock = "nf4" if "nf4" in precisions else "bf16"
     plan: list[tuple[str, str, str]] = [("prepare", "", ""), ("matrix", "", "")]
