@@ -12,8 +12,13 @@ from rewardmodel.config.loader import dump_recipe
 from rewardmodel.config.schema import ObjectiveConfig
 from rewardmodel.data.splits import load_battles, split
 from rewardmodel.errors import InputError
+from rewardmodel.inference.predict import predict_with
 from rewardmodel.learning_curve import measure_learning_curve, plan_points
 from rewardmodel.metrics import log_loss_terms
+from rewardmodel.model.loading import load_predictor
+from rewardmodel.predictions import predicted
+from rewardmodel.run_folder import RunFolder
+from rewardmodel.training.train import train
 
 
 @pytest.fixture
@@ -58,12 +63,6 @@ def test_sizes_that_there_are_no_battles_for_are_refused(frozen, sizes, words):
 
 
 def test_the_curve_of_a_frozen_backbone_ends_where_training_on_all_battles_does(frozen, tmp_path, monkeypatch):
-    from rewardmodel.inference.predict import predict_with
-    from rewardmodel.model.loading import load_predictor
-    from rewardmodel.predictions import predicted
-    from rewardmodel.run_folder import RunFolder
-    from rewardmodel.training.train import train
-
     output = tmp_path / "curve"
     curve = measure_learning_curve(frozen, output, draws=2)
     assert json.loads((output / "learning_curve.json").read_text())["held_out"] == 40
@@ -105,6 +104,30 @@ def test_heads_of_both_encodings_are_fitted_and_judged_on_every_fold(frozen, tmp
     assert [len(one.draws) for one in curve.sizes] == [2]
     assert curve.sizes[0].log_loss.value < curve.prior
     assert curve.refusal == "a power law has three parameters and needs 4 sizes; there are 1"
+
+
+def test_heads_of_a_curve_start_as_those_of_training_do(frozen, tmp_path, monkeypatch):
+    monkeypatch.setattr("rewardmodel.training.head_fit.PENALTIES", (1e6,))  # heads stay where they start
+    prompt = dataclasses.replace(frozen.prompt, template="instruction")
+    data = dataclasses.replace(frozen.data, swap_augmentation="both")
+    recipe = dataclasses.replace(frozen, data=data, prompt=prompt, objective=ObjectiveConfig("cross_entropy"))
+    losses = {}
+    for start in ("zero", "answer"):
+        model = dataclasses.replace(frozen.model, pair_ties=False, head_init=start)
+        own = dataclasses.replace(recipe, model=model)
+        losses[start] = measure_learning_curve(own, tmp_path / start, sizes=[120], draws=1).sizes[0].log_loss.value
+    run, parts = train(own)
+    predictor = load_predictor(own.model, RunFolder(run).model, None)
+    table = predict_with(predictor, own, parts.validation, cached=True)
+    expected = log_loss_terms(predicted(table), outcomes(parts.validation)).mean()
+    assert losses["answer"] == pytest.approx(expected, abs=1e-4)
+    assert abs(losses["answer"] - losses["zero"]) > 1e-3
+
+
+def test_a_head_that_the_objective_cannot_have_is_refused(frozen, tmp_path):
+    recipe = dataclasses.replace(frozen, objective=ObjectiveConfig("bradley_terry"))
+    with pytest.raises(InputError, match="pair_ties: bradley_terry has no tie parameter to learn"):
+        measure_learning_curve(recipe, tmp_path / "curve", sizes=[15], draws=1)
 
 
 def test_a_trained_recipe_is_trained_for_each_point_and_continues(recipe, tmp_path, monkeypatch, caplog):

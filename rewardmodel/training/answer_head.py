@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from rewardmodel.errors import InputError, plural
 from rewardmodel.model.backbone import Backbone
-from rewardmodel.model.loading import trained_layer, unwrap
+from rewardmodel.model.loading import unwrap
 from rewardmodel.model.weights import read_rows
 from rewardmodel.objectives import Objective, Settings
-from rewardmodel.training.head_fit import Examples
+from rewardmodel.training.head_fit import Examples, total_weight
 
 logger = logging.getLogger(__name__)
 
@@ -66,32 +66,24 @@ def answer_rows(model: Any, tokenizer: PreTrainedTokenizerBase, backbone: Backbo
 
 
 def start_from_answers(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    backbone: Backbone,
-    examples: Examples,
-    objective: Objective,
-    settings: Settings,
+    layer: Any, rows: torch.Tensor, examples: Examples, objective: Objective, settings: Settings
 ) -> None:
-    """Set the head's last layer, in place, to the answers' output rows, scaled and shifted to fit some battles.
+    """Set the last layer of a joint head, in place, to the answers' output rows, scaled and shifted to fit battles.
 
     The logit of outcome k is s * w_k . h + b_k * (m . h) / (m . m), where w_k is its row, h the hidden state and m the
     mean of h over the battles: a head without a bias has an offset only in the direction of the mean. s and the three
     b_k minimise the loss, which is convex in them.
 
     Args:
-        model: a classifier with a joint head.
-        tokenizer: of the model.
-        backbone: under the model.
-        examples: battles, with the inputs of the last layer as features; `CALIBRATION_BATTLES` of them suffice.
+        layer: of `model.heads`, on the device of the examples.
+        rows: of `answer_rows`.
+        examples: battles, of which `CALIBRATION_BATTLES` are drawn, with the inputs of the layer as features.
         objective: the loss.
         settings: the recipe's `objective` section.
-
-    Raises:
-        InputError: as `answer_rows`.
     """
-    layer = trained_layer(model)
-    rows = answer_rows(model, tokenizer, backbone).to(layer.weight.device)
+    drawn = np.zeros(len(examples.labels), bool)
+    drawn[calibration_sample(len(drawn))] = True
+    examples, rows = examples.select(drawn), rows.to(layer.weight.device)
     hidden = rows.shape[1]
     states = examples.features[..., :hidden]  # the state of the last token comes first in every pooling that has it
     mean = states.flatten(0, 1).mean(dim=0)
@@ -103,7 +95,7 @@ def start_from_answers(
     scale = torch.zeros(1, device=rows.device, requires_grad=True)
     shift = torch.zeros(len(ANSWERS), device=rows.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([scale, shift], max_iter=100, line_search_fn="strong_wolfe")
-    total = (examples.weight * objective.denominators(examples.labels)).sum()
+    total = total_weight(examples, objective)
 
     def loss() -> torch.Tensor:
         logits = scale * opinions / spread + offsets * shift
@@ -115,12 +107,12 @@ def start_from_answers(
         mean_loss.backward()
         return mean_loss
 
-    before = loss().item() / float(total)
+    before = loss().item() / total
     optimizer.step(closure)
     with torch.no_grad():
         layer.weight.zero_()
         layer.weight[:, :hidden] = scale / spread * rows + shift[:, None] * direction
-        after = loss().item() / float(total)
+        after = loss().item() / total
     words, count = ", ".join(ANSWERS), plural(len(examples.labels), "battle")
     logger.info(
         "the head starts from the backbone's answers %s: loss %.4f, not %.4f, on %s", words, after, before, count

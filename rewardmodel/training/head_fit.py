@@ -118,7 +118,7 @@ def fit_last_layer(
             _minimise(candidate, training, objective, settings, penalty, start)
             with torch.no_grad():
                 losses[penalty] += _sum_losses(candidate, held_out, objective, settings).item()
-    total = _total_weight(examples, objective)
+    total = total_weight(examples, objective)
     losses = {penalty: loss / total for penalty, loss in losses.items()}
 
     # fit to all battles with the best penalty, starting from the solutions of the stronger ones as before
@@ -167,7 +167,7 @@ def _absorb_scaling(layer: Any, center: torch.Tensor, scale: torch.Tensor) -> No
         # without a bias, the rewards change by a constant, which cancels in their difference
 
 
-def _total_weight(examples: Examples, objective: Objective) -> float:
+def total_weight(examples: Examples, objective: Objective) -> float:
     """Return the denominator of the mean loss; 1 if no battle counts."""
     return float((examples.weight * objective.denominators(examples.labels)).sum()) or 1.0
 
@@ -193,7 +193,7 @@ def _minimise(
     start: dict[str, torch.Tensor],
 ) -> None:
     """Minimise the mean loss, with the penalty on the distance from `start`, over the layer's parameters, in place."""
-    total = _total_weight(examples, objective)
+    total = total_weight(examples, objective)
     weights = [weight for weight in layer.parameters() if weight.requires_grad]
     optimizer = torch.optim.LBFGS(
         weights, max_iter=MAX_ITERATIONS, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn="strong_wolfe"

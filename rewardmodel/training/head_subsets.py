@@ -12,10 +12,12 @@ from datasets import Dataset
 
 from rewardmodel.config.schema import Recipe
 from rewardmodel.model.backbone import resolve_backbone
+from rewardmodel.model.compatibility import check_head
 from rewardmodel.model.features import layer_logits, read_features
 from rewardmodel.model.loading import build_model, trained_layer
 from rewardmodel.objectives import find_objective, fit_tie
 from rewardmodel.prompt.tokenization import tokenize
+from rewardmodel.training.answer_head import answer_rows, start_from_answers
 from rewardmodel.training.head_fit import Examples, check_groups, fit_last_layer
 from rewardmodel.training.train import TrainingInputs, tokenize_training
 
@@ -34,10 +36,12 @@ def fit_subsets(recipe: Recipe, battles: Dataset, subsets: Iterable[Subset]) -> 
     Raises:
         InputError: the recipe cannot be used, or a subset is of one prompt.
     """
+    check_head(recipe.model, recipe.objective)
     objective, settings = find_objective(recipe.objective), recipe.objective
     backbone = resolve_backbone(recipe.model, trainer=recipe.trainer, max_length=recipe.prompt.max_length)
     model, tokenizer = build_model(backbone, objective.head, recipe.trainer["seed"])
     layer = trained_layer(model)
+    answers = answer_rows(model, tokenizer, backbone) if recipe.model.head_init == "answer" else None
     rows = tokenize_training(battles, tokenizer, recipe)
     both = objective.encoding == "joint" and recipe.inference.swap_tta == "both"
     judged_rows = tokenize(
@@ -59,10 +63,12 @@ def fit_subsets(recipe: Recipe, battles: Dataset, subsets: Iterable[Subset]) -> 
         check_groups(groups[training])
         mask = np.zeros(len(battles), bool)
         mask[training] = True
-        fitted = copy.deepcopy(layer)
-        fit_last_layer(fitted, examples.select(mask), groups[mask], objective, settings)
+        fitted, own = copy.deepcopy(layer), examples.select(mask)
+        if answers is not None:
+            start_from_answers(fitted, answers, own, objective, settings)
+        fit_last_layer(fitted, own, groups[mask], objective, settings)
         if not objective.learns_ties:
-            rewards, labels = layer_logits(fitted, features[mask])[..., 0], examples.labels.cpu().numpy()[mask]
+            rewards, labels = layer_logits(fitted, features[mask])[..., 0], own.labels.cpu().numpy()
             torch.nn.init.constant_(fitted.tie, fit_tie(rewards, labels, objective.link))
         orders = objective.probabilities_by_order(torch.from_numpy(layer_logits(fitted, features[judged])))
         yield torch.stack(orders).mean(dim=0).numpy()

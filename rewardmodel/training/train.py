@@ -42,7 +42,7 @@ from rewardmodel.run_folder import (
     open_run,
     write_environment,
 )
-from rewardmodel.training.answer_head import calibration_sample, start_from_answers
+from rewardmodel.training.answer_head import answer_rows, calibration_sample, start_from_answers
 from rewardmodel.training.arguments import LearningRates, compile_options, training_arguments
 from rewardmodel.training.head_fit import Examples, check_groups, fit_last_layer
 from rewardmodel.training.trainer import PreferenceTrainer
@@ -210,11 +210,11 @@ def fit_head(inputs: TrainingInputs) -> None:
 
 def answer_head(inputs: TrainingInputs) -> None:
     """Set the head's last layer, in place, to what the backbone's language model would answer."""
+    layer, settings = trained_layer(inputs.model), inputs.recipe.objective
+    rows = answer_rows(inputs.model, inputs.tokenizer, inputs.backbone)
     sample = inputs.rows.select(calibration_sample(len(inputs.rows)))
-    device = trained_layer(inputs.model).weight.device
-    examples = Examples.of(sample, read_features(inputs.predictor, sample), device)
-    settings = inputs.recipe.objective
-    start_from_answers(inputs.model, inputs.tokenizer, inputs.backbone, examples, find_objective(settings), settings)
+    examples = Examples.of(sample, read_features(inputs.predictor, sample), layer.weight.device)
+    start_from_answers(layer, rows, examples, find_objective(settings), settings)
 
 
 HEAD_INITS: dict[str, Callable[[TrainingInputs], None]] = {

@@ -16,7 +16,7 @@ from rewardmodel.model.loading import build_model, load_tokenizer, trained_layer
 from rewardmodel.objectives import OBJECTIVES, find_objective
 from rewardmodel.predictions import predicted
 from rewardmodel.training import answer_head
-from rewardmodel.training.answer_head import answer_tokens, start_from_answers
+from rewardmodel.training.answer_head import answer_rows, answer_tokens, start_from_answers
 from rewardmodel.training.head_fit import Examples
 from rewardmodel.training.train import train
 
@@ -50,8 +50,9 @@ def test_the_head_computes_the_language_models_answer_scaled_and_shifted(languag
     model, tokenizer = build_model(backbone, find_objective(recipe.objective).head, 0)
     states, logits = read_last_tokens(language_model)
     examples = labelled(states)
-    start_from_answers(model, tokenizer, backbone, examples, OBJECTIVES["cross_entropy"], ObjectiveConfig())
-    found = trained_layer(model)(states[:, 0]).detach()
+    rows, layer = answer_rows(model, tokenizer, backbone), trained_layer(model)
+    start_from_answers(layer, rows, examples, OBJECTIVES["cross_entropy"], ObjectiveConfig())
+    found = layer(states[:, 0]).detach()
     ids = answer_tokens(tokenizer)
     assert [tokenizer.decode([token]).strip() for token in ids[:2]] == ["A", "B"]
 
