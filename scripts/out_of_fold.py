@@ -53,28 +53,38 @@ def objective_of(recipe: Any, changes: dict[str, Any]) -> Objective:
     return objective
 
 
-def read(recipe: Any, battles: Any) -> Read:
-    """Return what the backbone of a recipe reads of battles, in both orders, out of the cache where it is there."""
+def opened(recipe: Any, battles: Any) -> tuple[Any, Any]:
+    """Return a predictor that reads features with the backbone of a recipe, in every pooling, and battles as rows.
+
+    Joint sequences are in both orders.
+    """
     from rewardmodel.model.backbone import resolve_backbone
-    from rewardmodel.model.features import read_features
     from rewardmodel.model.forward import Predictor
-    from rewardmodel.model.heads import WIDTHS
     from rewardmodel.model.loading import build_model
     from rewardmodel.objectives import find_objective
     from rewardmodel.prompt.tokenization import tokenize
 
     # The other poolings are columns of this one.
-    config = replace(recipe.model, pooling="last_and_responses")
+    backbone = resolve_backbone(replace(recipe.model, pooling="last_and_responses"))
     objective = find_objective(recipe.objective)
-    backbone = resolve_backbone(config)
     model, tokenizer = build_model(backbone, objective.head, 0)
     predictor = Predictor(
         model, tokenizer, backbone.dtype, recipe.inference.batch_tokens, feature_cache=backbone.feature_cache
     )
     joint = objective.encoding == "joint"
-    rows = tokenize(battles, tokenizer, recipe.prompt, encoding=objective.encoding, both_orders=joint)
+    return predictor, tokenize(battles, tokenizer, recipe.prompt, encoding=objective.encoding, both_orders=joint)
+
+
+def read(recipe: Any, battles: Any) -> Read:
+    """Return what the backbone of a recipe reads of battles, in both orders, out of the cache where it is there."""
+    from rewardmodel.model.features import read_features
+    from rewardmodel.model.heads import WIDTHS
+    from rewardmodel.objectives import find_objective
+
+    predictor, rows = opened(recipe, battles)
     found = read_features(predictor, rows)
-    width = found.shape[2] // WIDTHS["last_and_responses"](objective.head.responses)
+    responses = find_objective(recipe.objective).head.responses
+    width = found.shape[2] // WIDTHS["last_and_responses"](responses)
     columns = {"last": slice(0, width), "responses": slice(width, None), "last_and_responses": slice(None)}
     labels, weight = (np.asarray(rows[name][:], np.float32) for name in ("labels", "weight"))
     return Read(np.ascontiguousarray(found[..., columns[recipe.model.pooling]]), labels, weight)

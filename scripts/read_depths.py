@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from out_of_fold import opened
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "arena_small_cpu.yaml"
@@ -57,36 +58,27 @@ def read_depths(recipe: Any, battles: Any, depths: list[int]) -> int:
     from rewardmodel.files import read_arrays, write_arrays
     from rewardmodel.model.backbone import resolve_backbone
     from rewardmodel.model.features import TOKENS_PER_FILE, row_keys
-    from rewardmodel.model.forward import Predictor, choose_batching, split_by_tokens
-    from rewardmodel.model.loading import build_model
-    from rewardmodel.objectives import find_objective
+    from rewardmodel.model.forward import split_by_tokens
     from rewardmodel.progress import Progress
-    from rewardmodel.prompt.tokenization import tokenize
 
-    backbones = {
-        depth: resolve_backbone(replace(recipe.model, num_hidden_layers=depth, pooling="last_and_responses"))
-        for depth in depths
-    }
-    caches = {depth: backbone.feature_cache for depth, backbone in backbones.items()}
-    objective, deepest = find_objective(recipe.objective), backbones[max(depths)]
-    model, tokenizer = build_model(deepest, objective.head, 0)
-    reader = Predictor(ReadAtDepths(model, depths).eval(), tokenizer, deepest.dtype, recipe.inference.batch_tokens)
-    joint = objective.encoding == "joint"
-    rows = tokenize(battles, tokenizer, recipe.prompt, encoding=objective.encoding, both_orders=joint)
+    models = [replace(recipe.model, num_hidden_layers=depth, pooling="last_and_responses") for depth in depths]
+    caches = [resolve_backbone(model).feature_cache for model in models]
+    predictor, rows = opened(replace(recipe, model=models[depths.index(max(depths))]), battles)
+    reader = replace(predictor, model=ReadAtDepths(predictor.model, depths).eval())
 
     keys = row_keys(rows)
-    held = [{key for (part,) in read_arrays(cache, "*.npz", ("keys",)) for key in part} for cache in caches.values()]
+    held = [{key for (part,) in read_arrays(cache, "*.npz", ("keys",)) for key in part} for cache in caches]
     missing = np.array([row for row, key in enumerate(keys) if not all(key in found for found in held)], dtype=int)
     if not len(missing):
         return 0
     todo = rows.select(missing)
-    costs = np.array(choose_batching(model, tokenizer.pad_token_id).costs(todo))
+    costs = np.array(predictor.batching.costs(todo))
     order = np.random.default_rng(0).permutation(len(missing))
     with Progress(len(missing), "reading features", show=True) as progress:
         for part in split_by_tokens(costs, order, TOKENS_PER_FILE):
             names = [keys[row] for row in missing[part]]
             values = reader.logits(todo.select(part), on_batch=progress.update)
-            for cache, features in zip(caches.values(), np.split(values, len(depths), axis=2), strict=True):
+            for cache, features in zip(caches, np.split(values, len(depths), axis=2), strict=True):
                 write_arrays(cache / f"{names[0]}.npz", keys=np.array(names), features=features)
     return len(missing)
 

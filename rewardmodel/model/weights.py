@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 """What is fetched from a hub repository: weights, configuration, tokenizer; never code."""
@@ -146,34 +148,31 @@ def fingerprint(folder: Path) -> str:
 
 def tensor_shape(folder: Path, name: str) -> tuple[int, ...] | None:
     """Return the shape of a weight in the weight files of a model folder; None: there is no such weight."""
-    import torch
-    from safetensors import safe_open
-
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as weights:
-            if name in weights.keys():  # noqa: SIM118  # not a mapping
-                return tuple(weights.get_slice(name).get_shape())
-    for path in sorted(folder.glob("pytorch_model*.bin")):
-        state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-        if name in state:
-            return tuple(state[name].shape)
-    return None
+    return _read_weight(
+        folder, name, lambda part: tuple(part.get_shape() if hasattr(part, "get_shape") else part.shape)
+    )
 
 
 def read_rows(folder: Path, name: str, rows: list[int]) -> "torch.Tensor | None":
     """Return some rows of a weight in the weight files of a model folder, (len(rows), ...); None: there is none."""
     import torch
+
+    return _read_weight(folder, name, lambda part: torch.cat([part[row : row + 1] for row in rows]))
+
+
+def _read_weight(folder: Path, name: str, read: Callable[[Any], T]) -> T | None:
+    """Return what `read` makes of a weight, a slice of safetensors or a memory-mapped tensor; None: there is none."""
+    import torch
     from safetensors import safe_open
 
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as weights:
             if name in weights.keys():  # noqa: SIM118  # not a mapping
-                part = weights.get_slice(name)
-                return torch.cat([part[row : row + 1] for row in rows])
+                return read(weights.get_slice(name))
     for path in sorted(folder.glob("pytorch_model*.bin")):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if name in state:
-            return state[name][rows]
+            return read(state[name])
     return None
 
 
