@@ -9,7 +9,7 @@ losses, gradients and probabilities are finite at least up to |d| = 1e4.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -100,7 +100,7 @@ class Objective:
         if self.encoding == "separate":
             return [self.probabilities(logits)]
         return [
-            self.probabilities(logits[:, number])[:, order]
+            in_order(self.probabilities(logits[:, number]), order)
             for number, order in enumerate(ORDER_COLUMNS[: logits.shape[1]])
         ]
 
@@ -119,13 +119,18 @@ class Objective:
             return self.loss(logits, labels, settings, teacher)
         losses = []
         for number, order in enumerate(ORDER_COLUMNS[: logits.shape[1]]):
-            soft = None if teacher is None else teacher[:, order]
-            losses.append(self.loss(logits[:, number], labels[:, order], settings, soft))
+            soft = None if teacher is None else in_order(teacher, order)
+            losses.append(self.loss(logits[:, number], in_order(labels, order), settings, soft))
         return torch.stack(losses).mean(dim=0)
 
     def denominators(self, outcomes: Tensor) -> Tensor:
         """Return each battle's share in the denominator of the mean loss, (n,): 1, or P(A wins) + P(B wins)."""
         return torch.ones_like(outcomes[:, 0]) if self.learns_ties else outcomes[:, :2].sum(dim=1)
+
+
+def in_order(values: Tensor, order: Sequence[int]) -> Tensor:
+    """Return `values[:, order]`, (n, len(order)), without sending the order to a GPU, which would be waited for."""
+    return torch.stack([values[:, column] for column in order], dim=1)
 
 
 def joint_link(logits: Tensor) -> Tensor:

@@ -15,11 +15,12 @@ matrix     a large matrix product: the rate that shares are relative to
 load       building our model of random weights
 inference  ours, both orders, adapters not merged
 training   ours, LoRA on all linear layers
-apart      the same with every linear layer computing alone
+kept       the same with all activations kept: smaller micro-batches, no layer computed twice
+apart      training with every linear layer computing alone
 waiting    whether the processor waits for the GPU within a step of ours
 profile    ours: the kernels that take longest, and the share of time in which none runs
 doctor     what `rewardmodel doctor` tells of the same settings, beside what was measured
-compiled   training with compiled blocks, and the seconds that they take to warm up
+compiled   as kept, with compiled blocks, and the seconds that they take to warm up
 trainer, trl, separate, stock, sorted   the competitors of `bench_training.py` and `bench_inference.py`
 smollm2    a real training: LoRA on SmolLM2-135M, log loss of held-out battles before and after
 """
@@ -59,6 +60,7 @@ from gpu_speed import (
     training,
     training_apart,
     training_compiled,
+    training_kept,
 )
 
 GRACE = 20.0
@@ -89,6 +91,7 @@ PARTS = {
     "load": Part(8, load),
     "inference": Part(10, inference),
     "training": Part(16, training),
+    "kept": Part(16, training_kept),
     "apart": Part(12, training_apart, "first"),
     "waiting": Part(5, waiting, "first"),
     "profile": Part(8, profile),
@@ -103,7 +106,19 @@ PARTS = {
 }
 """All parts, in the order in which those of one shape and precision run."""
 
-SPEEDS = ("training", "apart", "compiled", "trainer", "separate", "trl", "inference", "stock", "sorted", "smollm2")
+SPEEDS = (
+    "training",
+    "kept",
+    "apart",
+    "compiled",
+    "trainer",
+    "separate",
+    "trl",
+    "inference",
+    "stock",
+    "sorted",
+    "smollm2",
+)
 """Parts with a line in the table of speeds."""
 
 

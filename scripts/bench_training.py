@@ -95,14 +95,14 @@ def trainer_of_ours(
 
     objective = ObjectiveConfig(name)
     keys = {"battles_per_step": plan.step, "gradient_checkpointing": plan.checkpointing, **plan.keys_of("trainer")}
-    args = training_arguments(Recipe(trainer=settings(plan) | keys), plan.dtype, plan.device)
-    options = compile_options(keys)
+    recipe, options = Recipe(trainer=settings(plan) | keys), compile_options(keys)
     if options is not None:
         compile_blocks(model, **options)
     last: list[Any] = []
     own_tokens = keys.get("micro_batch_tokens")
 
     def made(rows: Any) -> Any:
+        args = training_arguments(recipe, plan.dtype, plan.device)
         tokens = (last.pop().tokens if last else own_tokens, None)
         last.append(PreferenceTrainer(model, args, rows_of(rows), None, tokenizer, objective, plan.dtype, tokens))
         return last[0]
@@ -185,18 +185,6 @@ class Clock(TrainerCallback):
         self.seconds = time.perf_counter() - self.start
 
 
-class NoWaiting(TrainerCallback):
-    """Lets a step fail in which the processor waits for the GPU."""
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Forbid it."""
-        torch.cuda.set_sync_debug_mode("error")
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Allow what belongs to no step."""
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def warmed(path: str, name: str) -> tuple[Plan, Any, Any, Callable[[Any], Any]]:
     """Return a competitor that has trained a little: plan, model, rows, and what makes a trainer for rows."""
     plan = Plan.read(path)
@@ -235,33 +223,14 @@ def profile(path: str, name: str) -> dict:
     return {"optimiser_steps": trainer.state.global_step}
 
 
-def synchronisation(path: str, name: str) -> dict:
-    """Train four steps, or all if they are fewer, in which waiting for the GPU is an error."""
-    plan, _, rows, trainer_of = warmed(path, name)
-    if plan.device.type != "cuda":
-        return {"failed": "only a GPU can be waited for"}
-    trainer = trainer_of(rows.select(range(min(len(rows), 4 * plan.batch))))
-    trainer.add_callback(NoWaiting())
-    trainer.train()
-    return {"optimiser_steps_without_waiting": trainer.state.global_step}
-
-
-MEASUREMENTS = {"competitor": guarded(train), "profile": profile, "synchronisation": synchronisation}
+MEASUREMENTS = {"competitor": guarded(train), "profile": profile}
 
 
 def main() -> None:
     """Parse, measure, write JSON."""
     if answer(MEASUREMENTS):
         return
-    parser = arguments(__doc__ or "", tuple(COMPETITORS), "training_battles")
-    parser.add_argument(
-        "--synchronisation",
-        dest="only",
-        action="store_const",
-        const="synchronisation",
-        help="only check that the processor never waits for the GPU within a step of ours",
-    )
-    compare(__file__, parser.parse_args())
+    compare(__file__, arguments(__doc__ or "", tuple(COMPETITORS), "training_battles").parse_args())
 
 
 if __name__ == "__main__":

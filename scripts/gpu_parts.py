@@ -1,8 +1,12 @@
 """The parts of `bench_gpu.py` that explain speed, check what is told, or train really: a bench and a job -> figures."""
 
 import time
+import warnings
+from collections import Counter
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import bench_training
@@ -17,13 +21,42 @@ TOP = 15
 """Kernels to list."""
 
 
+class Waits(TrainerCallback):
+    """Collects where the processor waits for the GPU within steps.
+
+    Attributes:
+        places: number of times by place, like `{"objectives.py:123": 4}`.
+    """
+
+    def __init__(self) -> None:
+        self.places: Counter[str] = Counter()
+        self.steps = ExitStack()
+        self.said: list[Any] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Let torch warn of it."""
+        self.said = self.steps.enter_context(warnings.catch_warnings(record=True))
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Leave out what belongs to no step."""
+        torch.cuda.set_sync_debug_mode("default")
+        self.steps.close()
+        synchronising = [one for one in self.said if "synchroniz" in str(one.message)]
+        self.places.update(f"{Path(one.filename).name}:{one.lineno}" for one in synchronising)
+
+
 def waiting(bench: Bench, job: Job, until: float) -> dict:
-    """Train four steps in which waiting for the GPU is an error; on a CPU, four plain ones."""
+    """Train four steps and tell where the processor waits for the GPU within them; on a CPU, only train."""
     plan, _, _, trainer_of = bench.ours(job)
     run_trainer(trainer_of(plan.rows()[0]), Steps(bench.device, until))  # finds the size of micro-batches
-    made = trainer_of(some_steps(plan, 4))
-    run_trainer(made, Steps(bench.device, until), *([bench_training.NoWaiting()] if bench.cuda else []))
-    found = "the processor never waits for the GPU" if bench.cuda else "not checked: only on CUDA"
+    waits, made = Waits(), trainer_of(some_steps(plan, 4))
+    run_trainer(made, Steps(bench.device, until), *([waits] if bench.cuda else []))
+    found = "not checked: only on CUDA"
+    if bench.cuda:
+        places = ", ".join(f"{place} ({count} times)" for place, count in waits.places.items())
+        found = f"the processor waits for the GPU at {places}" if places else "the processor never waits for the GPU"
     return {"optimiser_steps": made.state.global_step, "found": found}
 
 

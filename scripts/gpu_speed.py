@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from bench_compare import Plan, figures_of
 from bench_models import Counter, apart, draw_head, float8_matrix_rate, mark, seconds_between, synchronise, timed
-from gpu_models import Bench, Job, first_line
+from gpu_models import Bench, Job, SkippedError, first_line
 from transformers import PrinterCallback, TrainerCallback
 
 
@@ -169,14 +169,30 @@ def training_apart(bench: Bench, job: Job, until: float) -> dict:
         return warmed_training(bench, plan, model, trainer_of, until)
 
 
+def training_kept(bench: Bench, job: Job, until: float) -> dict:
+    """Train ours with all activations kept for the backward pass: smaller micro-batches, but no layer computed twice."""
+    if not bench.plan(job.shape, job.precision).checkpointing:
+        raise SkippedError("`training` keeps them already")
+    plan, model, trainer_of = _keeping(bench, job)
+    return warmed_training(bench, plan, model, trainer_of, until)
+
+
+def _keeping(bench: Bench, job: Job) -> tuple[Plan, Any, Callable[[Any], Any]]:
+    """Return plan, model, and what makes a trainer that keeps all activations."""
+    plan, model, tokenizer, _ = bench.ours(job)
+    model.gradient_checkpointing_disable()  # a trainer with checkpointing enables it again
+    plan = replace(plan, checkpointing=False)
+    return plan, model, bench_training.trainer_of_ours(plan, model, tokenizer)
+
+
 def training_compiled(bench: Bench, job: Job, until: float) -> dict:
-    """Train ours with compiled blocks, and tell how long compiling took; on a CPU they are only traced.
+    """Train as `training_kept` with compiled blocks, and tell how long compiling took; on a CPU they are only traced.
 
     The model is not used again: its blocks stay compiled.
     """
     from rewardmodel.model.loading import compile_blocks
 
-    plan, model, _, trainer_of = bench.ours(job)
+    plan, model, trainer_of = _keeping(bench, job)
     torch.compiler.reset()
     compile_blocks(model, **({} if bench.cuda else {"backend": "eager"}))
     warm, rows = plan.rows()

@@ -87,7 +87,17 @@ def _eager(module: Any, *states: torch.Tensor, packing: Padded, window: int | No
 @cache
 def _compiled_flex() -> Callable:
     """Return flex_attention, compiled once for all lengths."""
+    keep_floats_constant()
     return torch.compile(flex_attention, dynamic=True)
+
+
+def keep_floats_constant() -> None:
+    """Let torch's compiler take the floats that functions capture, like a soft cap, as constants.
+
+    With dynamic shapes it makes tensors on the CPU of them, which the kernels of flex_attention cannot read
+    (torch 2.10 to 2.13).
+    """
+    torch._dynamo.config.specialize_float = True
 
 
 def _flex(

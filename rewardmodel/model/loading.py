@@ -17,7 +17,7 @@ from rewardmodel.battles import OUTCOMES
 from rewardmodel.config.schema import ModelConfig
 from rewardmodel.errors import InputError
 from rewardmodel.files import atomic_path, write_json
-from rewardmodel.model.attention import LOADED_AS
+from rewardmodel.model.attention import LOADED_AS, keep_floats_constant
 from rewardmodel.model.backbone import Backbone, resolve_saved_backbone
 from rewardmodel.model.families import FAMILIES, find_family, stored_bits
 from rewardmodel.model.forward import Predictor
@@ -231,6 +231,7 @@ def compile_blocks(model: Any, **options: Any) -> None:
             f"trainer.torch_compile: compiles decoders whose rows are packed, and those of {model.config.model_type} "
             "are padded; leave it out"
         )
+    keep_floats_constant()
     plain = unwrap(model)
     for block in getattr(plain, plain.base_model_prefix).layers:
         block.compile(dynamic=True, **options)
