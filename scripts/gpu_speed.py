@@ -170,7 +170,7 @@ def training_apart(bench: Bench, job: Job, until: float) -> dict:
 
 
 def training_kept(bench: Bench, job: Job, until: float) -> dict:
-    """Train ours with all activations kept for the backward pass: smaller micro-batches, but no layer computed twice."""
+    """Train ours with all activations kept for the backward pass: smaller batches, no layer computed twice."""
     if not bench.plan(job.shape, job.precision).checkpointing:
         raise SkippedError("`training` keeps them already")
     plan, model, trainer_of = _keeping(bench, job)

@@ -169,13 +169,10 @@ def _varlen(
     scaling: float | None = None,
     **_: Any,
 ) -> Any:
-    if "enable_gqa" in _PARAMETERS:
-        kwargs: dict[str, Any] = {"enable_gqa": queries.shape[1] != keys.shape[1]}
-    else:
-        repeats, kwargs = queries.shape[1] // keys.shape[1], {}
-        keys, values = (state.repeat_interleave(repeats, dim=1) for state in (keys, values))
+    # the kernel takes fewer heads of keys than of queries; torch 2.13 wants to be told
+    grouped = {"enable_gqa": queries.shape[1] != keys.shape[1]} if "enable_gqa" in _PARAMETERS else {}
     window_size = (-1, 0) if window is None else (window - 1, 0)
-    return varlen_attn(queries, keys, values, *_ends(packing), scale=scaling, window_size=window_size, **kwargs)
+    return varlen_attn(queries, keys, values, *_ends(packing), scale=scaling, window_size=window_size, **grouped)
 
 
 def _flash(

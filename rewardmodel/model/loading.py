@@ -4,7 +4,7 @@ import copy
 import gc
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -235,6 +235,22 @@ def compile_blocks(model: Any, **options: Any) -> None:
     plain = unwrap(model)
     for block in getattr(plain, plain.base_model_prefix).layers:
         block.compile(dynamic=True, **options)
+
+
+def use_liger(model: Any, kernels: Mapping[str, bool]) -> None:
+    """Let a decoder compute norms, rotary embeddings and gated MLPs by the kernels of liger, in place.
+
+    Of a whole classifier, liger would also replace the forward pass, by that of a language model.
+
+    Args:
+        model: a classifier, with or without adapters.
+        kernels: which to use, as transformers' `liger_kernel_config`: {"rope": False}; default: all.
+    """
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance  # here, because it needs a GPU
+
+    plain = unwrap(model)
+    losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    _apply_liger_kernel_to_instance(getattr(plain, plain.base_model_prefix), **{**kernels, **losses})
 
 
 def load_model(

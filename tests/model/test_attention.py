@@ -324,10 +324,10 @@ def test_kernels_get_one_dtype_under_autocast_where_all_weights_train_in_float32
     assert dtypes == [torch.bfloat16] * 2 * 3
 
 
-def test_a_kernel_that_knows_no_grouped_queries_gets_as_many_keys(alone, monkeypatch):
-    def attend(query, key, value, *args, **kwargs):
-        assert query.shape[1] == key.shape[1] == value.shape[1]
-        return varlen_by_hand([])(query, key, value, *args, **kwargs)
+def test_a_kernel_is_told_of_grouped_queries_only_if_it_takes_the_argument(alone, monkeypatch):
+    def attend(query, key, value, *args, scale, window_size):
+        assert query.shape[1] == 2 * key.shape[1] == 2 * value.shape[1]
+        return varlen_by_hand([])(query, key, value, *args, scale=scale, window_size=window_size, enable_gqa=True)
 
     monkeypatch.setattr(attention, "varlen_attn", attend)
     monkeypatch.setattr(attention, "_PARAMETERS", {})
