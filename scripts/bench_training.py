@@ -89,15 +89,13 @@ def trainer_of_ours(
     The tokens of a micro-batch are those that the trainer before it found to fit, when it warmed up.
     """
     from rewardmodel.config.schema import ObjectiveConfig, Recipe
-    from rewardmodel.model.loading import compile_blocks, use_liger
+    from rewardmodel.model.loading import compile_blocks
     from rewardmodel.training.arguments import compile_options, training_arguments
     from rewardmodel.training.trainer import PreferenceTrainer
 
     objective = ObjectiveConfig(name)
     keys = {"battles_per_step": plan.step, "gradient_checkpointing": plan.checkpointing, **plan.keys_of("trainer")}
     recipe, options = Recipe(trainer=settings(plan) | keys), compile_options(keys)
-    if keys.get("use_liger_kernel"):
-        use_liger(model, {})
     if options is not None:
         compile_blocks(model, **options)
     last: list[Any] = []

@@ -122,6 +122,10 @@ class ModelConfig:
     attn_implementation: str | None = None
     """Attention implementation: varlen (torch's), sdpa, flash_attention_2, flex_attention or eager; default: the first
     of them that computes the backbone's family and works on the device."""
+    use_liger_kernel: bool | None = None
+    """Compute norms, rotary embeddings and gated MLPs by the kernels of the package liger-kernel; default: on GPUs of
+    compute capability 8.0 (Ampere) and later, where it is installed, and neither FSDP, trainer.torch_compile nor
+    use_peft: false is set."""
     pooling: Literal["last", "responses", "last_and_responses"] = "last"
     """What a decoder's head reads: the hidden state of the last token, as in plain transformers; the mean over each
     response, concatenated, from which small backbones learn much faster; or both. Plain transformers loads the latter

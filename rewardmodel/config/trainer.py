@@ -77,6 +77,7 @@ TRAINER_REFUSED = {
     "fp16": "set model.dtype",
     "fp16_full_eval": "set model.dtype",
     "gradient_accumulation_steps": "set trainer.battles_per_step; micro-batches follow from trainer.micro_batch_tokens",
+    "liger_kernel_config": "leave it out; model.use_liger_kernel uses all kernels but those of losses",
     "greater_is_better": "leave it out; checkpoints are compared by validation log loss",
     "label_smoothing_factor": "set objective.label_smoothing",
     "max_length": "set prompt.max_length",
@@ -90,6 +91,7 @@ TRAINER_REFUSED = {
     "train_sampling_strategy": "leave it out; trainer.seed shuffles battles, and a step batches them by length",
     "trust_remote_code": "leave it out; code from a model folder is never run",
     "use_cpu": "set model.device",
+    "use_liger_kernel": "set model.use_liger_kernel",
 }
 """Keys of RewardConfig that another key decides or that nothing would read, and what to do instead."""
 

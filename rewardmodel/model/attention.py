@@ -170,7 +170,9 @@ def _varlen(
     **_: Any,
 ) -> Any:
     # the kernel takes fewer heads of keys than of queries; torch 2.13 wants to be told
-    grouped = {"enable_gqa": queries.shape[1] != keys.shape[1]} if "enable_gqa" in _PARAMETERS else {}
+    grouped: dict[str, Any] = {}
+    if "enable_gqa" in _PARAMETERS:
+        grouped["enable_gqa"] = queries.shape[1] != keys.shape[1]
     window_size = (-1, 0) if window is None else (window - 1, 0)
     return varlen_attn(queries, keys, values, *_ends(packing), scale=scaling, window_size=window_size, **grouped)
 

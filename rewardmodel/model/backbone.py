@@ -51,6 +51,7 @@ class Backbone:
         device: where it computes.
         dtype: precision that it computes in.
         bits: 4 or 8 if bitsandbytes quantises it; None: it does not.
+        liger: whether liger's kernels compute parts of it.
         launch: how it is spread over processes.
     """
 
@@ -62,6 +63,7 @@ class Backbone:
     device: torch.device
     dtype: torch.dtype
     bits: int | None
+    liger: bool
     launch: Launch
 
     @property
@@ -122,10 +124,11 @@ def resolve_backbone(
         check_length(config, max_length)
     family, device, launch = find_family(config.model_type), compute_device(model), current_launch()
     dtype = compute_dtype(model, device, family)
-    refuse(Configuration.of(model, config, device.type, dtype, capability_of(device), trainer, launch))
+    configuration = Configuration.of(model, config, device.type, dtype, capability_of(device), trainer, launch)
+    refuse(configuration)
     bits = quantized_bits(model, config)
     layers = stored.get_text_config().num_hidden_layers
-    return Backbone(model, folder, config, layers, family, device, dtype, bits, launch)
+    return Backbone(model, folder, config, layers, family, device, dtype, bits, configuration.liger, launch)
 
 
 def resolve_saved_backbone(model: ModelConfig, folder: Path) -> Backbone:

@@ -200,9 +200,13 @@ CHECKS = (
         "set another, like adamw_torch_fused",
     ),
     Check(
-        lambda s: bool(s.trainer_key("use_liger_kernel")) and (s.device == "cpu" or s.lacks("liger_kernel")),
-        "trainer.use_liger_kernel: needs a GPU and the package liger-kernel; run: pip install 'rewardmodel[gpu]', or "
-        "leave it out",
+        lambda s: bool(s.model.use_liger_kernel and s.trainer_key("torch_compile")),
+        "model.use_liger_kernel: trainer.torch_compile generates kernels for the same operations; leave one out",
+    ),
+    Check(
+        lambda s: bool(s.model.use_liger_kernel and s.liger_problem),
+        "model.use_liger_kernel: {s.liger_problem}",
+        training=False,
     ),
     Check(
         lambda s: bool(s.trainer_key("fsdp") or s.trainer_key("fsdp_config") or s.trainer_key("deepspeed")),

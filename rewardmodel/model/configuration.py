@@ -11,7 +11,7 @@ import torch
 from rewardmodel.config.schema import ModelConfig
 from rewardmodel.distributed import Launch
 from rewardmodel.model.attention import HAS_VARLEN
-from rewardmodel.model.families import Family, find_family, stored_bits
+from rewardmodel.model.families import LIGER_FAMILIES, Family, find_family, stored_bits
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,27 @@ class Configuration:
     def lacks_compiler(self) -> bool:
         """Whether the run is to be on this machine and torch finds no compiler for the code that it generates."""
         return self.here and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+
+    @property
+    def liger(self) -> bool:
+        """Whether liger's kernels compute parts of the decoder (`model.use_liger_kernel`)."""
+        if self.model.use_liger_kernel is not None:
+            return self.model.use_liger_kernel
+        excluded = self.fsdp or self.trainer_key("torch_compile") or not self.model.use_peft
+        return _is_ampere(self.capability) and not (excluded or self.liger_problem)
+
+    @property
+    def liger_problem(self) -> str | None:
+        """Why liger's kernels cannot compute, and what to do; None: they can."""
+        if self.capability is None:
+            return "needs a GPU; leave it out"
+        if self.model_type not in LIGER_FAMILIES:
+            return f"is known for {', '.join(sorted(LIGER_FAMILIES))}; leave it out"
+        if self.lacks("liger_kernel"):
+            return "needs the package liger-kernel; run: pip install 'rewardmodel[gpu]', or leave it out"
+        if self.lacks_compiler:
+            return "needs a C compiler, and none is found; install gcc, or leave it out"
+        return None
 
     def lacks(self, *packages: str) -> bool:
         """Return whether the run is to be on this machine and none of these packages is installed."""

@@ -54,6 +54,9 @@ class Family:
     float32_weights: bool = False
 
 
+LIGER_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text"})
+"""Families whose logits and gradients by liger's kernels were compared with those without."""
+
 FAMILIES = {
     "llama": Family(),
     "mistral": Family(),

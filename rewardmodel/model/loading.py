@@ -4,7 +4,7 @@ import copy
 import gc
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from rewardmodel.model.forward import Predictor
 from rewardmodel.model.fp8 import quantise_model
 from rewardmodel.model.fusion import fuse_projections
 from rewardmodel.model.heads import FloatLinear, check_loaded, classifier_class, head_names
+from rewardmodel.model.liger import use_liger
 from rewardmodel.model.lora import add_lora
 from rewardmodel.model.packing import is_packed, pack_attention
 from rewardmodel.model.precision import quantization_name, quantization_settings, spare_head
@@ -92,10 +93,13 @@ def load_classifier(
         _adapt_quantised(model)
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN builds an execution plan for every new length, up to .5 s each
     pack_attention(model, backbone.attention)
+    if backbone.liger:
+        use_liger(model)
     if config.model_type not in FAMILIES:
         logger.info("%s is not in the table of families: generic rules apply", config.model_type)
     bits = f"{backbone.bits} bits" if backbone.bits else quantization_name(model_recipe) or "not quantised"
-    logger.info("%s on %s: %s, %s attention, %s", config.model_type, backbone.device, dtype, backbone.attention, bits)
+    kernels = f"{backbone.attention} attention" + ", liger's kernels" * backbone.liger
+    logger.info("%s on %s: %s, %s, %s", config.model_type, backbone.device, dtype, kernels, bits)
     return model
 
 
@@ -235,22 +239,6 @@ def compile_blocks(model: Any, **options: Any) -> None:
     plain = unwrap(model)
     for block in getattr(plain, plain.base_model_prefix).layers:
         block.compile(dynamic=True, **options)
-
-
-def use_liger(model: Any, kernels: Mapping[str, bool]) -> None:
-    """Let a decoder compute norms, rotary embeddings and gated MLPs by the kernels of liger, in place.
-
-    Of a whole classifier, liger would also replace the forward pass, by that of a language model.
-
-    Args:
-        model: a classifier, with or without adapters.
-        kernels: which to use, as transformers' `liger_kernel_config`: {"rope": False}; default: all.
-    """
-    from liger_kernel.transformers import _apply_liger_kernel_to_instance  # here, because it needs a GPU
-
-    plain = unwrap(model)
-    losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-    _apply_liger_kernel_to_instance(getattr(plain, plain.base_model_prefix), **{**kernels, **losses})
 
 
 def load_model(

@@ -1,9 +1,10 @@
 """What `doctor` finds of a recipe on a device, as types and as text for a terminal."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rewardmodel.distributed import Launch
-from rewardmodel.planning.estimate import LAUNCH_SECONDS, UTILISATION, Hours, MemoryNeeds
+from rewardmodel.planning.estimate import LAUNCH_SECONDS, Hours, MemoryNeeds, utilisation
 from rewardmodel.planning.gpus import GIB, Device
 from rewardmodel.planning.workload import Workload
 
@@ -27,6 +28,22 @@ class OtherGpu:
     hours: Hours | None = None
 
 
+class Faster(NamedTuple):
+    """A key of `trainer` by which training would be faster.
+
+    Attributes:
+        setting: key and value, like `gradient_checkpointing false`.
+        reason: why it would be faster.
+        hours: of training with it.
+        tokens: of a micro-batch with it.
+    """
+
+    setting: str
+    reason: str
+    hours: float
+    tokens: int
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What a recipe takes on a device.
@@ -37,7 +54,7 @@ class Estimate:
         inference: memory of prediction.
         hours: estimated time.
         fix: settings that make training fit, if it does not; else None.
-        compiled: hours of training with `trainer.torch_compile`, if that is off and would save a tenth; else None.
+        faster: settings of which each would save a tenth of training's hours or more.
         others: the same on every other GPU of `planning.gpus.DEVICES`.
     """
 
@@ -46,7 +63,7 @@ class Estimate:
     inference: MemoryNeeds
     hours: Hours
     fix: str | None
-    compiled: float | None
+    faster: list[Faster]
     others: list[OtherGpu]
 
 
@@ -115,16 +132,16 @@ def _time_lines(device: Device, estimate: Estimate) -> list[str]:
     workload, hours = estimate.workload, estimate.hours
     launch = f", and {1e6 * LAUNCH_SECONDS:.0f} µs or more per operation" if device.kind == "cuda" else ""
     fit = "" if hours.head_fit is None else f"fitting the head {format_duration(hours.head_fit)}, "
-    compiling = estimate.compiled and (
-        f"compiling  trainer.torch_compile true: training {format_duration(estimate.compiled)} by this estimate: "
-        "operations take longer to start than to compute here, and compiled layers have fewer"
-    )
     return [
         f"battles    {workload.training:,} to train on, {workload.validation:,} for validation; {workload.source}",
         f"time       {fit}training {format_duration(hours.training)}, its evaluations "
         f"{format_duration(hours.evaluation)}, prediction of the validation battles "
-        f"{format_duration(hours.prediction)}; assuming {UTILISATION[device.kind]:.0%} of the device's speed{launch}",
-        *([compiling] if compiling else []),
+        f"{format_duration(hours.prediction)}; assuming {utilisation(device):.0%} of the device's speed{launch}",
+        *(
+            f"faster     trainer.{one.setting}: training {format_duration(one.hours)} by this estimate, with up to "
+            f"{one.tokens:,} tokens a batch: {one.reason}"
+            for one in estimate.faster
+        ),
     ]
 
 

@@ -1,6 +1,7 @@
 """A recipe and a device -> memory, precision, time and incompatible settings, before anything is loaded."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from rewardmodel.distributed import Launch, current_launch
 from rewardmodel.errors import InputError, plural
 from rewardmodel.model.compatibility import check_head, incompatibilities
 from rewardmodel.model.configuration import Configuration, usable_attention
-from rewardmodel.model.families import check_length, find_family, lowest_layers, stored_bits
+from rewardmodel.model.families import LIGER_FAMILIES, check_length, find_family, lowest_layers, stored_bits
 from rewardmodel.model.precision import compute_dtype, dtype_name, quantization_name
 from rewardmodel.model.weights import fetch_backbone
 from rewardmodel.planning.devices import find_device
-from rewardmodel.planning.diagnosis import Diagnosis, Estimate, OtherGpu
+from rewardmodel.planning.diagnosis import Diagnosis, Estimate, Faster, OtherGpu
 from rewardmodel.planning.estimate import (
     MemoryNeeds,
     estimate_hours,
@@ -62,7 +63,7 @@ def doctor(
         ", ".join([recipe.model.model_name_or_path, backbone.model_type, form]),
         f"{dtype_name(dtype)}: {_explain_precision(recipe.model, backbone, target, dtype)}",
         _explain_attention(recipe.model, backbone.model_type, dtype, target),
-        _list_notes(recipe, target),
+        _list_notes(recipe, backbone.model_type, target),
         problems,
         None,
     )
@@ -94,7 +95,7 @@ def doctor(
         backbone=f"{diagnosis.backbone}, {size}",
         problems=problems,
         estimate=Estimate(
-            scenario.workload, training, inference, estimate_hours(scenario), fix, _compiled_hours(scenario), elsewhere
+            scenario.workload, training, inference, estimate_hours(scenario), fix, _list_faster(scenario), elsewhere
         ),
     )
 
@@ -143,9 +144,15 @@ def _explain_attention(model: ModelConfig, model_type: str, dtype: torch.dtype, 
     return f"{used}: {why}; {cost}" + (f" (also supported: {', '.join(others)})" if others else "")
 
 
-def _list_notes(recipe: Recipe, device: Device) -> list[str]:
+def _list_notes(recipe: Recipe, model_type: str, device: Device) -> list[str]:
     """Return what works and is worth knowing."""
     notes = []
+    ampere = device.capability is not None and device.capability >= (8, 0)
+    if ampere and model_type in LIGER_FAMILIES and find_spec("liger_kernel") is None:
+        notes.append(
+            "model.use_liger_kernel: pip install 'rewardmodel[gpu]' for fewer and faster operations; Llama-3-8B trains "
+            "and predicts 1.2 times as fast with them on an H200"
+        )
     if device.kind == "cpu" and "paged" in str(recipe.trainer.get("optim")):
         notes.append("trainer.optim: on a CPU bitsandbytes does not page optimiser states, and keeps them in memory")
     if device.kind == "cpu" and recipe.model.load_in_8bit:
@@ -187,17 +194,35 @@ def _find_fix(scenario: Scenario) -> str | None:
     return None
 
 
-def _compiled_hours(scenario: Scenario) -> float | None:
-    """Return the hours of training with compiled blocks if they are off, can be on, and would save a tenth or more."""
-    compiled = scenario.with_changes({}, {"torch_compile": True}, {})
-    off = not scenario.recipe.trainer.get("torch_compile") and measure_peaks(scenario).packed
-    if (
-        not off
-        or _choose_precision(compiled.recipe, scenario.backbone, scenario.device, scenario.launch, here=False)[1]
-    ):
-        return None
-    hours = estimate_hours(compiled).training
-    return hours if hours <= 0.9 * estimate_hours(scenario).training else None
+# key of `trainer`, value, why training is faster with it
+FASTER = (
+    ("gradient_checkpointing", False, "no layer is computed twice"),
+    ("torch_compile", True, "operations take longer to start than to compute here, and compiled layers have fewer"),
+)
+
+LEAST_TOKENS = 4096
+"""Tokens of a micro-batch below which a GPU's matrix products are slow, so that nothing is gained by keeping less."""
+
+
+def _list_faster(scenario: Scenario) -> list[Faster]:
+    """Return the settings of `FASTER` that are not set, fit, and would save a tenth of training's hours or more."""
+    found, hours = [], estimate_hours(scenario).training
+    for key, value, reason in FASTER if scenario.gpu and measure_peaks(scenario).packed else ():
+        changed = scenario.with_changes({}, {key: value}, {})
+        if bool(scenario.recipe.trainer.get(key)) == value or _problems_of(changed):
+            continue
+        needs, faster = estimate_training(changed), estimate_hours(changed).training
+        if (
+            needs.fits
+            and needs.tokens >= min(LEAST_TOKENS, estimate_training(scenario).tokens)
+            and faster <= 0.9 * hours
+        ):
+            found.append(Faster(f"{key} {str(value).lower()}", reason, faster, needs.tokens))
+    return found
+
+
+def _problems_of(scenario: Scenario) -> list[str]:
+    return _choose_precision(scenario.recipe, scenario.backbone, scenario.device, scenario.launch, here=False)[1]
 
 
 def _estimate_on(scenario: Scenario, device: Device) -> OtherGpu:

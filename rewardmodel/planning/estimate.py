@@ -10,7 +10,7 @@ from rewardmodel.model.budget import extrapolate_tokens
 from rewardmodel.model.heads import WIDTHS
 from rewardmodel.objectives import find_objective
 from rewardmodel.planning.devices import count_flops
-from rewardmodel.planning.gpus import GIB
+from rewardmodel.planning.gpus import GIB, Device
 from rewardmodel.planning.scenario import Scenario, measure_peaks
 from rewardmodel.planning.workload import Branches
 
@@ -33,6 +33,10 @@ FEATURE_COPIES = 5
 UTILISATION = {"cuda": 0.35, "cpu": 0.5}
 """Share of a device's matrix product speed that training reaches: an assumption, printed with every time."""
 
+MEASURED_UTILISATION = 0.45
+"""The same of a GPU of this machine, relative to its measured speed, which is less than a data sheet's. Llama-3-8B
+reached .47 to .61 in training and .58 to .72 in prediction on an H200 (scripts/results/gpu.json)."""
+
 FP8_SPEED = 1.15
 """Speed of a backbone with MLPs in fp8, quantisation of activations included, relative to bfloat16: an estimate. By the
 times of single layers on an H100, that of Llama-3-8B is 1.22 at 5,632 tokens a batch, and 1.42 at 16,384."""
@@ -53,6 +57,11 @@ OPERATIONS = {False: (FORWARD_OPERATIONS, BACKWARD_OPERATIONS), True: (COMPILED_
 
 COMPILE_SECONDS = 120.0
 """Seconds that compiling one layer for training and for evaluation takes: an assumption."""
+
+
+def utilisation(device: Device) -> float:
+    """Return the share of a device's matrix product speed that training is assumed to reach."""
+    return MEASURED_UTILISATION if device.kind == "cuda" and device.measured else UTILISATION[device.kind]
 
 
 @dataclass(frozen=True)
@@ -210,7 +219,7 @@ def estimate_hours(scenario: Scenario) -> Hours:
     again = min(backward, 1) if scenario.checkpointing else 0.0
 
     # seconds of computing one battle
-    rate = scenario.device.rate(scenario.dtype) * UTILISATION[scenario.device.kind] * scenario.launch.processes
+    rate = scenario.device.rate(scenario.dtype) * utilisation(scenario.device) * scenario.launch.processes
     weights = size.parameters - size.embedding
     if recipe.model.load_in_fp8 and scenario.gpu:
         weights = round(weights / FP8_SPEED)  # operations that take as long in 16 bits

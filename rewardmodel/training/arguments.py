@@ -34,10 +34,6 @@ def compile_options(trainer: Mapping[str, Any]) -> dict[str, Any] | None:
     return {argument: trainer[key] for key, argument in COMPILE_KEYS.items() if argument and trainer.get(key)}
 
 
-LIGER_KEYS = ("use_liger_kernel", "liger_kernel_config")
-"""Keys by which transformers would let liger replace a classifier's forward pass (`model.loading.use_liger`)."""
-
-
 def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> RewardConfig:
     """Return TRL's arguments: the recipe's `trainer` section, and what other sections of the recipe imply.
 
@@ -50,7 +46,7 @@ def training_arguments(recipe: Recipe, dtype: torch.dtype, device: torch.device)
         InputError: keys that transformers refuses together, or several GPUs in one process.
     """
     # the keys that RewardConfig is to have, and defaults that depend on others
-    ours = {*OWN_KEYS, *COMPILE_KEYS, *LIGER_KEYS}
+    ours = {*OWN_KEYS, *COMPILE_KEYS}
     keys = {key: value for key, value in recipe.trainer.items() if key not in ours}
     keys.setdefault("ddp_find_unused_parameters", False)
     if keys.get("disable_tqdm") is None:

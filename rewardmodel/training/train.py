@@ -27,14 +27,7 @@ from rewardmodel.model.backbone import Backbone, resolve_backbone
 from rewardmodel.model.compatibility import check_head
 from rewardmodel.model.features import layer_logits, read_features
 from rewardmodel.model.forward import Predictor
-from rewardmodel.model.loading import (
-    build_model,
-    compile_blocks,
-    load_tokenizer,
-    save_model,
-    trained_layer,
-    use_liger,
-)
+from rewardmodel.model.loading import build_model, compile_blocks, load_tokenizer, save_model, trained_layer
 from rewardmodel.model.precision import dtype_name
 from rewardmodel.model.vocabulary import check_vocabulary
 from rewardmodel.objectives import find_objective, fit_tie
@@ -164,8 +157,6 @@ class TrainingInputs(NamedTuple):
 def _train_adapters(inputs: TrainingInputs, args: RewardConfig, resume: bool, begin: Callable[[], None]) -> None:
     """Train the adapters and the head, or all weights, and save the model; `begin` opens the run folder."""
     recipe, run = inputs.recipe, RunFolder(inputs.recipe.run_folder)
-    if recipe.trainer.get("use_liger_kernel"):
-        use_liger(inputs.model, recipe.trainer.get("liger_kernel_config") or {})
     options = compile_options(recipe.trainer)
     if options is not None:
         compile_blocks(inputs.model, **options)
