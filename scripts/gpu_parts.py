@@ -95,6 +95,8 @@ def profile(bench: Bench, job: Job, until: float) -> dict:
     plan, _, _, trainer_of = bench.ours(job)
     profiled = Profiled(bench)
     run_trainer(trainer_of(some_steps(plan, 3)), Steps(bench.device, until), profiled)
+    if not profiled.steps:
+        raise SkippedError("no time for a second step")
     kind = torch.autograd.DeviceType.CUDA if bench.cuda else torch.autograd.DeviceType.CPU
     events = [
         (event.name, event.time_range.start, event.time_range.end)

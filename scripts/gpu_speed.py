@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from bench_compare import Plan, figures_of
 from bench_models import Counter, apart, draw_head, float8_matrix_rate, mark, seconds_between, synchronise, timed
-from gpu_models import Bench, Job, SkippedError, first_line
+from gpu_models import Bench, Job, SkippedError, as_shipped, first_line
 from transformers import PrinterCallback, TrainerCallback
 
 
@@ -208,7 +208,7 @@ def training_compiled(bench: Bench, job: Job, until: float) -> dict:
 def stock_training(bench: Bench, job: Job, until: float) -> dict:
     """Train a competitor of `bench_training` by the name of the part."""
     bench.release()
-    torch.backends.cuda.enable_cudnn_sdp(True)  # torch's default, which loading ours may change
+    as_shipped()
     plan = bench.plan(job.shape, job.precision)
     if job.part == "trl" and plan.four_bits and plan.dtype == torch.float32:
         plan = replace(plan, dtype=torch.bfloat16)  # TRL casts adapters of a quantised backbone to it
@@ -254,7 +254,7 @@ def inference(bench: Bench, job: Job, until: float) -> dict:
 def stock_inference(bench: Bench, job: Job, until: float) -> dict:
     """Predict with a competitor of `bench_inference` by the name of the part, and compare with what ours predicted."""
     bench.release()
-    torch.backends.cuda.enable_cudnn_sdp(True)  # as in `stock_training`
+    as_shipped()
     plan = bench.plan(job.shape, job.precision)
     with plan.weights():
         model, predict = bench_inference.COMPETITORS[job.part](plan)

