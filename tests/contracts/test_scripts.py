@@ -130,8 +130,8 @@ def test_the_script_for_gpus_runs_every_part_on_a_cpu(script, tmp_path, user_cac
     for job in todo:
         one = figures[job.name]
         assert "failed" not in one
-        if "skipped" in one:  # only what this release, or this machine, does not have
-            assert job.precision == "fp8", job.name
+        if "skipped" in one:  # only what this release, or this machine, does not have, and what is measured already
+            assert job.precision == "fp8" or (job.part, job.shape) == ("kept", "tiny"), job.name
         elif job.part in module.SPEEDS:
             assert one["tokens_a_second"] > 0
             assert one["battles_a_second"] > 0

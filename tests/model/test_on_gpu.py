@@ -1,4 +1,7 @@
-"""What only a GPU computes, beside the same in float32 on a CPU. `pytest -m gpu` takes a minute on a card."""
+"""What only a GPU computes, beside the same in float32 on a CPU: `pytest -m gpu`.
+
+Most of the time goes into compiling: flex_attention takes ten seconds a family, the blocks of a decoder minutes.
+"""
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from rewardmodel.model.attention import PACKED_PREFIX
 from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.batching import to_device
 from rewardmodel.model.configuration import usable_attention
-from rewardmodel.model.families import FAMILIES
+from rewardmodel.model.families import FAMILIES, LIGER_FAMILIES
 from rewardmodel.model.forward import Predictor
 from rewardmodel.model.fusion import fuse_projections
 from rewardmodel.model.loading import build_model, compile_blocks
@@ -41,9 +44,8 @@ def made(tmp_path_factory):
     def build(family, device, **settings):
         if family not in folders:
             folders[family] = make_backbone(family, tmp_path_factory.mktemp(family))
-        config = ModelConfig(
-            str(folders[family]), device=device, lora_r=4, lora_dropout=0.0, pooling="responses", **settings
-        )
+        keys = {"lora_r": 4, "lora_dropout": 0.0, "pooling": "responses", "use_liger_kernel": False, **settings}
+        config = ModelConfig(str(folders[family]), device=device, **keys)
         model, tokenizer = build_model(resolve_backbone(config), JOINT_HEAD, seed=0)
         for name, weight in model.named_parameters():
             if weight.requires_grad:
@@ -101,6 +103,17 @@ def test_kernels_learn_what_float32_on_a_cpu_does_up_to_the_rounding_of_plain_at
     assert_as_near(found, plain, expected, names)
 
 
+@pytest.mark.parametrize("family", sorted(LIGER_FAMILIES))
+def test_kernels_of_liger_learn_what_float32_on_a_cpu_does(family, made, rows_of):
+    pytest.importorskip("liger_kernel")
+    cpu, tokenizer = made(family, "cpu", dtype="float32")
+    rows = rows_of(tokenizer)
+    expected, names = learnt(cpu, rows, torch.float32)
+    plain, _ = learnt(made(family, "cuda", dtype="bfloat16")[0], rows)
+    found, _ = learnt(made(family, "cuda", dtype="bfloat16", use_liger_kernel=True)[0], rows)
+    assert_as_near(found, plain, expected, names)
+
+
 PRECISIONS = [{}, {"load_in_4bit": True}]
 
 
@@ -119,6 +132,7 @@ def test_fused_projections_learn_what_layers_alone_do(family, settings, made, ro
     assert_as_near(found, plain, expected, names)
 
 
+@pytest.mark.slow  # minutes, in torch's compiler
 @pytest.mark.parametrize("settings", PRECISIONS, ids=["16 bits", "4 bits"])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_compiled_blocks_learn_the_same_and_no_length_compiles_them_again(family, settings, made, rows_of):
