@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_battles import tell
-from levers import ENCODER, LEVERS, LORA, READ
+from levers import AVERAGES, ENCODER, LEVERS, LORA, READ
 from out_of_fold import Fold, fitted_out_of_fold, read, trained_out_of_fold
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -167,6 +167,7 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     baselines = {name: predicted[asked] for name, predicted in baselines.items()}
     true, groups = outcomes(battles)[arena][asked], dealing.group[arena][asked]
     found: dict[str, Any] = {}
+    means: dict[str, np.ndarray] = {}
     before = None
     for name, (recipe, changes) in levers(options).items():
         features = resolve_backbone(recipe.model).feature_cache.name
@@ -174,9 +175,15 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         folder = work / f"{name.replace(' ', '_')}-{key}"
         file = folder.with_name(f"{folder.name}-{''.join(map(str, options.folds))}.npz")
         orders = kept(file, partial(predictions, recipe, changes, battles, dealing, options.folds, folder))[:, asked]
-        before = orders.mean(axis=0) if before is None else before
+        means[name] = orders.mean(axis=0)
+        before = means[name] if before is None else before
         found[name] = judged(orders, true, groups, baselines, before)
         print(f"seed {seed}, {name}: {found[name]}", flush=True)
+    for name, members in AVERAGES.items():
+        if set(members) <= set(means):
+            mean = np.mean([means[member] for member in members], axis=0)
+            found[name] = judged(mean[None], true, groups, baselines, before)
+            print(f"seed {seed}, {name}: {found[name]}", flush=True)
     return {
         "battles": len(true),
         "others": int((~arena).sum()),

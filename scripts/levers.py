@@ -68,6 +68,15 @@ LORA: dict[str, dict[str, Any]] = {
 }
 """Changes of recipes/arena_small_gpu.yaml; asked for by --lora, and trained again for each fold."""
 
+AVERAGES: dict[str, tuple[str, ...]] = {
+    "layers 16 and 20 averaged": ("recipe", "layer 16"),
+    "layers 12, 16 and 20 averaged": ("recipe", "layer 12", "layer 16"),
+    "layers 16, 20 and 24 averaged": ("recipe", "layer 16", "layer 24"),
+    "the recipe and Gemma's layer 9 averaged": ("recipe", "Gemma-3-270M, 256 tokens, layer 9"),
+    "the recipe and the joint model averaged": ("recipe", "joint, both orders"),
+}
+"""Means of the predictions of several levers, as `predict RUN1 RUN2` has them; measured where all of them are."""
+
 ENCODER: dict[str, dict[str, Any]] = {
     "MiniLM, all weights": {},
     "MiniLM, LoRA": {"model.use_peft": True, "trainer.learning_rate": 5e-4},
