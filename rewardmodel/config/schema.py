@@ -30,6 +30,9 @@ class Source:
     pairs: Literal["all", "adjacent", "best"] = "all"
     """Which of several answers to a prompt meet: each pair, neighbours in the ranking, or the best and each other. The
     battles of a prompt share the weight of one."""
+    score_scale: float | None = None
+    """Make soft outcomes of how far two scores are apart: P(the better one wins) = 1 / (1 + exp(-difference /
+    score_scale)), as Bradley and Terry's model has it; equal scores stay ties. Default: the better one wins."""
     weight: float = 1.0
     """Weight of its battles in the loss, multiplied by their own weights."""
     limit: int | None = None

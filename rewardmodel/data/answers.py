@@ -60,7 +60,7 @@ def parse_choices(row: RawRow) -> list[dict[str, Any]]:
         Answer(column, place, row.read_messages(column, text, "assistant"), float(column == "chosen"), model)
         for place, (column, text, model) in enumerate(zip(columns, lists[0] + lists[1], models, strict=True), start=1)
     ]
-    return _meet(row, "chosen", read_prompt(row, "prompt"), answers, ties=False)
+    return _meet(row, "chosen", read_prompt(row, "prompt"), answers, ties=False, scored=False)
 
 
 def _holds_answers(value: Any) -> bool:
@@ -96,7 +96,16 @@ def parse_answers(row: RawRow, prompt: str, column: str) -> list[dict[str, Any]]
         ]
     graded_by = next((key for key in _GRADES if entries and isinstance(entries[0], dict) and key in entries[0]), None)
     answers = [_read_answer(row, column, place, entry, graded_by) for place, entry in enumerate(entries, start=1)]
-    return _meet(row, column, read_prompt(row, prompt), answers, ties=graded_by != "label")
+    scored = graded_by not in ("rank", "label")
+    if row.source.score_scale is not None and not scored:
+        raise row.error(column, f"score_scale: the answers have a {graded_by} each and no score; leave it out")
+    return _meet(row, column, read_prompt(row, prompt), answers, ties=graded_by != "label", scored=scored)
+
+
+def _lead(one: Answer, two: Answer, scored: bool) -> float | None:
+    """Return how much better the first answer is; None if it is, and their grades do not say how much."""
+    lead = one.grade - two.grade
+    return lead if scored or lead == 0 else None
 
 
 def _read_answer(row: RawRow, column: str, place: int, entry: Any, graded_by: str | None) -> Answer:
@@ -131,7 +140,9 @@ _GRADES: dict[str, Callable[[Any], float]] = {
 """Names of an answer's grade in data sets, the first found counts: value -> the higher, the better; rank 1 is best."""
 
 
-def _meet(row: RawRow, column: str, prompt: list[Message], answers: list[Answer], ties: bool) -> list[dict[str, Any]]:
+def _meet(
+    row: RawRow, column: str, prompt: list[Message], answers: list[Answer], ties: bool, scored: bool
+) -> list[dict[str, Any]]:
     """Return the battles between the answers of a row, by the source's key `pairs`; `place` says which two met.
 
     Raises:
@@ -152,7 +163,7 @@ def _meet(row: RawRow, column: str, prompt: list[Message], answers: list[Answer]
         asked = here
     return [
         {
-            **toss(row, asked, (turns[one.place], turns[two.place]), (one.model, two.model), one.grade == two.grade),
+            **toss(row, asked, (turns[one.place], turns[two.place]), (one.model, two.model), _lead(one, two, scored)),
             "place": f"{min(one.place, two.place)}-{max(one.place, two.place)}",
         }
         for one, two in pairs

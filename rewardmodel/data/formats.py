@@ -114,6 +114,8 @@ def _read_source(given: BattleSource, role: str, seed: int, reports: list[Source
         raise InputError(f"{source.path}: limit: {source.limit}; give a positive number of battles, or leave it out")
     if source.teacher is not None and role != "train":
         raise InputError(f"{source.path}: teacher: used in training only; leave it out")
+    if source.score_scale is not None and not source.score_scale > 0:
+        raise InputError(f"{source.path}: score_scale: {source.score_scale}; give a number above 0, or leave it out")
     if source.pairs not in PAIRS:
         raise InputError(
             f"{source.path}: pairs: {source.pairs}{nearest(source.pairs, PAIRS)}; known: {', '.join(PAIRS)}"
@@ -122,8 +124,12 @@ def _read_source(given: BattleSource, role: str, seed: int, reports: list[Source
     wanted = {*KNOWN_COLUMNS, *(name for name in source.columns.values() if name)}
     with open_rows(given if isinstance(given, pd.DataFrame | Dataset) else source, role, wanted) as opened:
         raw = _rename_columns(opened, source.columns)
-        format = FORMATS[_find_format(raw, source.format, role if source.path else None)]
+        name = _find_format(raw, source.format, role if source.path else None)
+        format = FORMATS[name]
         check_outcomes(source, raw.where, set(raw.columns))
+        unscored = name in ("competition", "conversations") or "chosen" in format.needs
+        if source.score_scale is not None and unscored and "score_chosen" not in raw.columns:
+            raise InputError(f"{raw.where}: score_scale: the format {name} has no scores here; leave it out")
         parser = BattleParser(raw, format, source, seed, prefix)
         report = SourceReport(raw.where, format.tossed, _unread_columns(opened.columns, format, source.columns))
         battles = store(parser.tables(), raw.where)

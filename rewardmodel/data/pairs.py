@@ -6,10 +6,11 @@ a separate column, at the beginning of a conversation, or both.
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from rewardmodel.battles import TEXT_COLUMNS
+from rewardmodel.battles import OUTCOMES, TEXT_COLUMNS
 from rewardmodel.data.outcomes import certain, parse_outcome
 from rewardmodel.data.raw_row import RawRow, shorten
 from rewardmodel.data.text_lists import is_sequence
@@ -66,17 +67,17 @@ def parse_preference(row: RawRow) -> list[dict[str, Any]]:
     prompt, better, worse = _read_pair(row, "chosen", "rejected")
     hint = "give a score, or ignore the column with columns: {score_chosen: null, score_rejected: null}"
     scores = [row.read_number(f"score_{name}", hint) for name in ("chosen", "rejected")]
-    tie = None not in scores and scores[0] == scores[1]
-    if tie:
+    lead = None if None in scores else scores[0] - scores[1]  # type: ignore[operator]
+    if lead == 0:
         row.notes["pair", "with equal scores, read as tied"] += 1
-    elif None not in scores and scores[0] < scores[1]:  # type: ignore[operator]
+    elif lead is not None and lead < 0:
         row.notes["pair", "whose rejected response has the higher score, read as labelled"] += 1
     models = (row.read_text("chosen_model"), row.read_text("rejected_model"))
-    return [toss(row, prompt, (better, worse), models, tie)]
+    return [toss(row, prompt, (better, worse), models, lead)]
 
 
 def toss(
-    row: RawRow, prompt: list[str], answers: tuple[list[str], list[str]], models: tuple[str, str], tie: bool = False
+    row: RawRow, prompt: list[str], answers: tuple[list[str], list[str]], models: tuple[str, str], lead: float | None
 ) -> dict[str, Any]:
     """Return a battle of a better and a worse answer, which of them is A being decided by the texts and the seed.
 
@@ -85,7 +86,7 @@ def toss(
         prompt: its turns.
         answers: the turns of the better and of the worse one.
         models: that wrote them.
-        tie: whether neither is better.
+        lead: how much higher the better one's score is, 0 for a tie; None: there are no scores.
     """
     texts = add_context(row, {"prompt": prompt, "response_a": answers[0], "response_b": answers[1]})
     key = json.dumps([row.seed, *texts.values()]).encode()
@@ -93,7 +94,23 @@ def toss(
     if first:
         texts |= {"response_a": texts["response_b"], "response_b": texts["response_a"]}
     named = dict(zip(("model_a", "model_b"), models[::-1] if first else models, strict=True))
-    return {**texts, **named, **certain(2 if tie else first)}
+    return {**texts, **named, **_outcome(row.source.score_scale, lead, first)}
+
+
+def _outcome(scale: float | None, lead: float | None, better: int) -> dict[str, float | None]:
+    """Return the probabilities of a battle's outcomes by how far the scores are apart.
+
+    Args:
+        scale: the source's `score_scale`.
+        lead: as of `toss`.
+        better: index of the better response: 0 is A, 1 is B.
+    """
+    if lead == 0:
+        return certain(2)
+    if scale is None or lead is None:
+        return certain(better)
+    p = (1 + math.tanh(lead / scale / 2)) / 2  # the logistic function, without overflow
+    return dict(zip(OUTCOMES, (1 - p, p, 0.0) if better else (p, 1 - p, 0.0), strict=True))
 
 
 def _models(row: RawRow) -> dict[str, str]:

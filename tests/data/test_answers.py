@@ -120,6 +120,51 @@ def test_pairs_says_which_answers_meet_and_equal_ranks_are_ties(tmp_path, pairs,
     assert models == [{f"m-{one[0]}", f"m-{one[1]}"} for one in met]
 
 
+def p_of_better(battles):
+    """Return P(the better one wins) and P(tie) of each battle; the better text comes first in the alphabet."""
+    return [
+        (one["winner_model_a"] if one["response_a"] < one["response_b"] else one["winner_model_b"], one["winner_tie"])
+        for one in battles
+    ]
+
+
+@pytest.mark.parametrize("key", ["score", "rating", "overall_score"])
+def test_scores_make_soft_outcomes_at_a_scale(tmp_path, key):
+    row = {"prompt": "q", "answers": ranked(("a", 9), ("b", 5), ("c", 5), ("d", -2000), key=key)}
+    assert [p for p, _ in p_of_better(read(tmp_path, row))] == [1, 1, 1, 0, 1, 1]
+    found = p_of_better(read(tmp_path, row, score_scale=2.0))
+    assert found == [pytest.approx(one) for one in [(0.880797, 0), (0.880797, 0), (1, 0), (0, 1), (1, 0), (1, 0)]]
+
+
+def test_scores_of_a_chosen_and_a_rejected_one_make_soft_outcomes_too(tmp_path):
+    rows = [
+        {"prompt": f"q{n}", "chosen": "a", "rejected": "b", "score_chosen": one, "score_rejected": other}
+        for n, (one, other) in enumerate([(3, 1), (2, 2), (1, 2)])
+    ]
+    found = p_of_better(read(tmp_path, *rows, score_scale=1.0))
+    assert found == [pytest.approx(one, abs=1e-6) for one in [(0.880797, 0), (0, 1), (0.268941, 0)]]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"prompt": "q", "answers": ranked(("a", 1), ("b", 2))},
+            "column 'answers': score_scale: the answers have a rank",
+        ),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "score_scale: the format preference has no scores here; lea"),
+        (CHOICES, "score_scale: the format preference has no scores here; leave it out"),
+    ],
+)
+def test_a_scale_of_scores_is_refused_where_there_are_none(tmp_path, row, message):
+    assert message in message_of(tmp_path, row, score_scale=1.0)
+
+
+def test_a_scale_is_above_zero(tmp_path):
+    row = {"prompt": "q", "answers": ranked(("a", 1), ("b", 2), key="score")}
+    assert "score_scale: 0.0; give a number above 0" in message_of(tmp_path, row, score_scale=0.0)
+
+
 def test_labels_are_grades_without_ties(tmp_path):
     row = {"prompt": "q", "answers": ranked(("a", "chosen"), ("b", "rejected"), ("c", "rejected"), key="label")}
     assert judged(read(tmp_path, row)) == [("a", "b"), ("a", "c")]
