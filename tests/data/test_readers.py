@@ -9,6 +9,7 @@ from datetime import date, timedelta
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -449,7 +450,7 @@ def test_parquet_of_many_types_is_read_alike(tmp_path):
             "response_a": pa.array(texts, pa.list_(pa.string())),
             "response_b": pa.array([["b"], ["c", "d"]], pa.list_(pa.dictionary(pa.int8(), pa.string()))),
             "model_a": pa.array(["m", None]).dictionary_encode(),
-            "p_b": pa.array([0.25, 1], pa.float16()),
+            "p_b": pa.array(np.array([0.25, 1], np.float16)),
             "weight": pa.array([1, 2], pa.decimal128(5, 1)),
             "note": pa.array([timedelta(1), None]),
             "day": pa.array([date(2024, 1, 1)] * 2),
