@@ -71,7 +71,6 @@ LORA: dict[str, dict[str, Any]] = {
 AVERAGES: dict[str, tuple[str, ...]] = {
     "layers 16 and 20 averaged": ("recipe", "layer 16"),
     "layers 12, 16 and 20 averaged": ("recipe", "layer 12", "layer 16"),
-    "layers 16, 20 and 24 averaged": ("recipe", "layer 16", "layer 24"),
     "the recipe and Gemma's layer 9 averaged": ("recipe", "Gemma-3-270M, 256 tokens, layer 9"),
     "the recipe and the joint model averaged": ("recipe", "joint, both orders"),
 }
