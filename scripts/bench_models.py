@@ -337,7 +337,8 @@ def stock_model(plan: Any, num_labels: int) -> tuple[Any, Any]:
 @contextmanager
 def apart(model: Any) -> Iterator[None]:
     """Let each linear layer of our model compute alone in the block, as PEFT and transformers have it."""
-    together = [(module, vars(module).pop("forward")) for module in model.modules() if "forward" in vars(module)]
+    linear = [module for module in model.modules() if hasattr(module, "in_features") and "forward" in vars(module)]
+    together = [(module, vars(module).pop("forward")) for module in linear]  # not norms and MLPs, which liger replaced
     try:
         yield
     finally:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,8 +14,6 @@ import torch
 from bench_compare import Plan, planned
 from bench_doctor import resident
 from bench_models import SHAPES, draw_head, matrix_rate, our_model
-
-from rewardmodel.model.liger import ROTARY
 
 PRECISIONS = ("nf4", "bf16", "fp8")
 """How ours holds the frozen weights: `load_in_4bit`, not quantised, `load_in_fp8`."""
@@ -179,18 +176,6 @@ class Job:
     def name(self) -> str:
         """Name of its figures."""
         return " ".join(word for word in (self.part, self.shape, self.precision) if word)
-
-
-def as_shipped() -> None:
-    """Let torch and transformers compute as they are shipped, where a model of ours has changed it in this process.
-
-    Ours excludes cuDNN's attention, and rotates by liger's kernel (`rewardmodel.model.liger`).
-    """
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    for name, module in [*sys.modules.items()]:
-        rotate = vars(module).get(ROTARY) if name.startswith("transformers.models.") else None
-        if hasattr(rotate, "without_liger"):
-            setattr(module, ROTARY, rotate.without_liger)
 
 
 def first_line(error: BaseException) -> str:

@@ -30,20 +30,20 @@ class Waits(TrainerCallback):
 
     def __init__(self) -> None:
         self.places: Counter[str] = Counter()
-        self.steps = ExitStack()
-        self.said: list[Any] = []
+        self._step = ExitStack()
+        self._warnings: list[Any] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Let torch warn of it."""
-        self.said = self.steps.enter_context(warnings.catch_warnings(record=True))
+        self._warnings = self._step.enter_context(warnings.catch_warnings(record=True))
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Leave out what belongs to no step."""
         torch.cuda.set_sync_debug_mode("default")
-        self.steps.close()
-        synchronising = [one for one in self.said if "synchroniz" in str(one.message)]
+        self._step.close()
+        synchronising = [one for one in self._warnings if "synchroniz" in str(one.message)]
         self.places.update(f"{Path(one.filename).name}:{one.lineno}" for one in synchronising)
 
 

@@ -10,8 +10,18 @@ import bench_training
 import numpy as np
 import torch
 from bench_compare import Plan, figures_of
-from bench_models import Counter, apart, draw_head, float8_matrix_rate, mark, seconds_between, synchronise, timed
-from gpu_models import Bench, Job, SkippedError, as_shipped, first_line
+from bench_models import (
+    Counter,
+    apart,
+    draw_head,
+    float8_matrix_rate,
+    mark,
+    our_model,
+    seconds_between,
+    synchronise,
+    timed,
+)
+from gpu_models import Bench, Job, SkippedError, first_line
 from transformers import PrinterCallback, TrainerCallback
 
 
@@ -173,47 +183,55 @@ def training_kept(bench: Bench, job: Job, until: float) -> dict:
     """Train ours with all activations kept for the backward pass: smaller batches, no layer computed twice."""
     if not bench.plan(job.shape, job.precision).checkpointing:
         raise SkippedError("`training` keeps them already")
-    plan, model, trainer_of = _keeping(bench, job)
-    return warmed_training(bench, plan, model, trainer_of, until)
-
-
-def _keeping(bench: Bench, job: Job) -> tuple[Plan, Any, Callable[[Any], Any]]:
-    """Return plan, model, and what makes a trainer that keeps all activations."""
     plan, model, tokenizer, _ = bench.ours(job)
     model.gradient_checkpointing_disable()  # a trainer with checkpointing enables it again
     plan = replace(plan, checkpointing=False)
-    return plan, model, bench_training.trainer_of_ours(plan, model, tokenizer)
+    trainer_of = bench_training.trainer_of_ours(plan, model, tokenizer)
+    return warmed_training(bench, plan, model, trainer_of, until)
 
 
 def training_compiled(bench: Bench, job: Job, until: float) -> dict:
     """Train as `training_kept` with compiled blocks, and tell how long compiling took; on a CPU they are only traced.
 
-    The model is not used again: its blocks stay compiled.
+    liger's kernels are left out: the compiler generates others for the same operations.
     """
     from rewardmodel.model.loading import compile_blocks
 
-    plan, model, trainer_of = _keeping(bench, job)
+    bench.release()
+    plan = bench.plan(job.shape, job.precision)
+    plan = replace(plan, checkpointing=False, keys={**plan.keys, "model.use_liger_kernel": False})
+    with plan.weights():
+        model, tokenizer = our_model(plan)
+    draw_head(model, plan.seed)
     torch.compiler.reset()
     compile_blocks(model, **({} if bench.cuda else {"backend": "eager"}))
-    warm, rows = plan.rows()
+    trainer_of, (warm, rows) = bench_training.trainer_of_ours(plan, model, tokenizer), plan.rows()
     try:
         took = timed(bench.device, lambda: run_trainer(trainer_of(warm), Steps(bench.device, until)))
         found = measure_training(bench, plan, model, trainer_of(rows), until, 1)
     finally:
         torch.compiler.reset()
-        bench.release()
     return {**found, "seconds_to_warm_up": round(took, 1)}
+
+
+def as_shipped(model: Any) -> None:
+    """Let torch and transformers compute as they are shipped: models of ours exclude cuDNN, and rotate by liger."""
+    from rewardmodel.model.liger import plain_rotation
+    from rewardmodel.model.loading import unwrap
+
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    plain_rotation(unwrap(model))
 
 
 def stock_training(bench: Bench, job: Job, until: float) -> dict:
     """Train a competitor of `bench_training` by the name of the part."""
     bench.release()
-    as_shipped()
     plan = bench.plan(job.shape, job.precision)
     if job.part == "trl" and plan.four_bits and plan.dtype == torch.float32:
         plan = replace(plan, dtype=torch.bfloat16)  # TRL casts adapters of a quantised backbone to it
     with plan.weights():
         model, trainer_of = bench_training.COMPETITORS[job.part](plan)
+    as_shipped(model)
     draw_head(model, plan.seed)
     return warmed_training(bench, plan, model, trainer_of, until, own=job.part == "separate")
 
@@ -254,10 +272,10 @@ def inference(bench: Bench, job: Job, until: float) -> dict:
 def stock_inference(bench: Bench, job: Job, until: float) -> dict:
     """Predict with a competitor of `bench_inference` by the name of the part, and compare with what ours predicted."""
     bench.release()
-    as_shipped()
     plan = bench.plan(job.shape, job.precision)
     with plan.weights():
         model, predict = bench_inference.COMPETITORS[job.part](plan)
+    as_shipped(model)
     draw_head(model, plan.seed)
     figures, mean = measure_inference(bench, plan, model, predict, until)
     ours = bench.predicted.get((job.shape, job.precision))

@@ -41,6 +41,8 @@ def parse_choices(row: RawRow) -> list[dict[str, Any]]:
     counted = not all(is_missing(row.values.get(name)) for name in CHOICE_COLUMNS[:3])
     if not counted and not any(_holds_answers(row.values.get(name)) for name in names):
         return parse_preference(row)
+    if row.source.score_scale is not None:
+        raise row.error("chosen", "score_scale: lists of chosen and rejected answers have no scores; leave it out")
     hint = "give the answers as a list"
     lists = [_as_answers(row, name, hint if counted else "") for name in names]
     for name, answers in zip(names, lists, strict=True):
@@ -104,8 +106,9 @@ def parse_answers(row: RawRow, prompt: str, column: str) -> list[dict[str, Any]]
 
 def _lead(one: Answer, two: Answer, scored: bool) -> float | None:
     """Return how much better the first answer is; None if it is, and their grades do not say how much."""
-    lead = one.grade - two.grade
-    return lead if scored or lead == 0 else None
+    if one.grade == two.grade:
+        return 0.0
+    return one.grade - two.grade if scored else None
 
 
 def _read_answer(row: RawRow, column: str, place: int, entry: Any, graded_by: str | None) -> Answer:

@@ -127,8 +127,7 @@ def _read_source(given: BattleSource, role: str, seed: int, reports: list[Source
         name = _find_format(raw, source.format, role if source.path else None)
         format = FORMATS[name]
         check_outcomes(source, raw.where, set(raw.columns))
-        unscored = name in ("competition", "conversations") or "chosen" in format.needs
-        if source.score_scale is not None and unscored and "score_chosen" not in raw.columns:
+        if source.score_scale is not None and not _has_scores(format, set(raw.columns)):
             raise InputError(f"{raw.where}: score_scale: the format {name} has no scores here; leave it out")
         parser = BattleParser(raw, format, source, seed, prefix)
         report = SourceReport(raw.where, format.tossed, _unread_columns(opened.columns, format, source.columns))
@@ -142,6 +141,11 @@ def _read_source(given: BattleSource, role: str, seed: int, reports: list[Source
     for (noun, words), count in sorted(raw.notes.items()):
         logger.warning("%s: %s %s", raw.where, plural(count, noun), words)
     return battles if source.limit is None else limit_battles(assign_groups(battles), source.limit, seed)
+
+
+def _has_scores(format: Format, columns: set[str]) -> bool:
+    """Return whether rows of a format with these columns may say how much better one response is."""
+    return format.reads is _GRADES or (format.reads is _CHOICES and {"score_chosen", "score_rejected"} <= columns)
 
 
 def _rename_columns(raw: RawRows, mapping: Mapping[str, str | None]) -> RawRows:

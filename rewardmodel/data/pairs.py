@@ -71,7 +71,10 @@ def parse_preference(row: RawRow) -> list[dict[str, Any]]:
     if lead == 0:
         row.notes["pair", "with equal scores, read as tied"] += 1
     elif lead is not None and lead < 0:
-        row.notes["pair", "whose rejected response has the higher score, read as labelled"] += 1
+        read = "read as labelled" if row.source.score_scale is None else "which score_scale makes the likelier winner"
+        row.notes["pair", f"whose rejected response has the higher score, {read}"] += 1
+    elif lead is None and row.source.score_scale is not None:
+        row.notes["pair", "without scores, read as labelled"] += 1
     models = (row.read_text("chosen_model"), row.read_text("rejected_model"))
     return [toss(row, prompt, (better, worse), models, lead)]
 

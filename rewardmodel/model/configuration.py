@@ -13,6 +13,8 @@ from rewardmodel.distributed import Launch
 from rewardmodel.model.attention import HAS_VARLEN
 from rewardmodel.model.families import LIGER_FAMILIES, Family, find_family, stored_bits
 
+LIGER_MISSING = "needs the package liger-kernel; run: pip install 'rewardmodel[gpu]', or set it false"
+
 
 @dataclass(frozen=True)
 class Configuration:
@@ -29,6 +31,7 @@ class Configuration:
         launch: how it is spread over processes.
         here: whether it is to run on this machine, whose installed packages then matter.
         stored_bits: 4 or 8 if the weight files are quantised; None: they are not.
+        activation: of the MLP, transformers' name.
     """
 
     model: ModelConfig
@@ -41,6 +44,7 @@ class Configuration:
     launch: Launch = field(default_factory=Launch)
     here: bool = True
     stored_bits: int | None = None
+    activation: str = "silu"
 
     @classmethod
     def of(
@@ -55,9 +59,21 @@ class Configuration:
         here: bool = True,
     ) -> "Configuration":
         """Return the configuration of a backbone by its transformers `config`; the other arguments are attributes."""
-        layers, bits = config.get_text_config().num_hidden_layers, stored_bits(config)
-        name = str(dtype).removeprefix("torch.")
-        return cls(model, config.model_type, layers, device, name, capability, trainer, launch, here, bits)
+        text, name = config.get_text_config(), str(dtype).removeprefix("torch.")
+        activation = str(getattr(text, "hidden_activation", None) or getattr(text, "hidden_act", None))
+        return cls(
+            model,
+            config.model_type,
+            text.num_hidden_layers,
+            device,
+            name,
+            capability,
+            trainer,
+            launch,
+            here,
+            stored_bits(config),
+            activation,
+        )
 
     @property
     def attention(self) -> str:
@@ -129,20 +145,30 @@ class Configuration:
         """Whether liger's kernels compute parts of the decoder (`model.use_liger_kernel`)."""
         if self.model.use_liger_kernel is not None:
             return self.model.use_liger_kernel
+        return self._may_use_liger and not self.liger_problem
+
+    @property
+    def misses_liger(self) -> bool:
+        """Whether only the package is missing for `liger`."""
+        return self.model.use_liger_kernel is None and self._may_use_liger and self.liger_problem == LIGER_MISSING
+
+    @property
+    def _may_use_liger(self) -> bool:
         excluded = self.fsdp or self.trainer_key("torch_compile") or not self.model.use_peft
-        return _is_ampere(self.capability) and not (excluded or self.liger_problem)
+        return _is_ampere(self.capability) and not excluded
 
     @property
     def liger_problem(self) -> str | None:
         """Why liger's kernels cannot compute, and what to do; None: they can."""
         if self.capability is None:
-            return "needs a GPU; leave it out"
-        if self.model_type not in LIGER_FAMILIES:
-            return f"is known for {', '.join(sorted(LIGER_FAMILIES))}; leave it out"
+            return "needs a GPU; set it false"
+        if LIGER_FAMILIES.get(self.model_type) != self.activation:
+            known = ", ".join(f"{family} ({activation})" for family, activation in sorted(LIGER_FAMILIES.items()))
+            return f"is not known for {self.model_type} ({self.activation}), but for {known}; set it false"
         if self.lacks("liger_kernel"):
-            return "needs the package liger-kernel; run: pip install 'rewardmodel[gpu]', or leave it out"
+            return LIGER_MISSING
         if self.lacks_compiler:
-            return "needs a C compiler, and none is found; install gcc, or leave it out"
+            return "needs a C++ compiler, and none is found; install g++, or set it false"
         return None
 
     def lacks(self, *packages: str) -> bool:

@@ -54,8 +54,12 @@ class Family:
     float32_weights: bool = False
 
 
-LIGER_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text"})
-"""Families whose logits and gradients by liger's kernels were compared with those without."""
+LIGER_FAMILIES = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), "silu"),
+    **dict.fromkeys(("gemma2", "gemma3_text"), "gelu_pytorch_tanh"),
+}
+"""Families whose logits and gradients by liger's kernels were compared with those without -> the activation of its
+gated MLP, which it does not check."""
 
 FAMILIES = {
     "llama": Family(),

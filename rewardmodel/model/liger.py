@@ -1,7 +1,7 @@
 """A loaded classifier -> the same, with the kernels of liger for norms, rotary embeddings and gated MLPs.
 
 liger-kernel (Hsu et al. 2024, arXiv:2410.10989) computes each of them in one operation, forward and backward, where
-transformers takes about ten. On a GPU that is a fifth of the time of a step.
+transformers takes about ten. Training and prediction of Llama-3-8B are 1.2 times as fast with them on an H200.
 """
 
 import sys
@@ -24,15 +24,30 @@ def use_liger(model: Any) -> None:
     """
     from liger_kernel.transformers import _apply_liger_kernel_to_instance  # here, because it needs a GPU
 
-    decoder = getattr(model, model.base_model_prefix)
-    module = sys.modules[type(decoder).__module__]
+    plain_rotation(model)
+    decoder, module = _decoder_of(model)
     before = dict(vars(module))
-    _apply_liger_kernel_to_instance(decoder, cross_entropy=False, fused_linear_cross_entropy=False)
-    fused = getattr(module, ROTARY)
-    for name, value in before.items():
-        setattr(module, name, value)
-    plain = before[ROTARY]
-    setattr(module, ROTARY, plain if hasattr(plain, "without_liger") else _on_gpus(fused, plain))
+    try:
+        _apply_liger_kernel_to_instance(decoder, cross_entropy=False, fused_linear_cross_entropy=False)
+        fused = getattr(module, ROTARY)
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+    setattr(module, ROTARY, _on_gpus(fused, before[ROTARY]))
+
+
+def plain_rotation(model: Any) -> None:
+    """Let all decoders of a model's family rotate queries and keys by transformers' own function again."""
+    _, module = _decoder_of(model)
+    rotate: Any = getattr(module, ROTARY, None)
+    if hasattr(rotate, "without_liger"):
+        setattr(module, ROTARY, rotate.without_liger)
+
+
+def _decoder_of(model: Any) -> tuple[Any, Any]:
+    """Return the decoder of a classifier, and transformers' module of its family."""
+    decoder = getattr(model, model.base_model_prefix)
+    return decoder, sys.modules[type(decoder).__module__]
 
 
 def _on_gpus(fused: Callable, plain: Callable) -> Callable:

@@ -24,7 +24,7 @@ from rewardmodel.model.forward import Predictor
 from rewardmodel.model.fp8 import quantise_model
 from rewardmodel.model.fusion import fuse_projections
 from rewardmodel.model.heads import FloatLinear, check_loaded, classifier_class, head_names
-from rewardmodel.model.liger import use_liger
+from rewardmodel.model.liger import plain_rotation, use_liger
 from rewardmodel.model.lora import add_lora
 from rewardmodel.model.packing import is_packed, pack_attention
 from rewardmodel.model.precision import quantization_name, quantization_settings, spare_head
@@ -93,8 +93,7 @@ def load_classifier(
         _adapt_quantised(model)
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN builds an execution plan for every new length, up to .5 s each
     pack_attention(model, backbone.attention)
-    if backbone.liger:
-        use_liger(model)
+    (use_liger if backbone.liger else plain_rotation)(model)
     if config.model_type not in FAMILIES:
         logger.info("%s is not in the table of families: generic rules apply", config.model_type)
     bits = f"{backbone.bits} bits" if backbone.bits else quantization_name(model_recipe) or "not quantised"

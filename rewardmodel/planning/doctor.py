@@ -1,7 +1,6 @@
 """A recipe and a device -> memory, precision, time and incompatible settings, before anything is loaded."""
 
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from rewardmodel.distributed import Launch, current_launch
 from rewardmodel.errors import InputError, plural
 from rewardmodel.model.compatibility import check_head, incompatibilities
 from rewardmodel.model.configuration import Configuration, usable_attention
-from rewardmodel.model.families import LIGER_FAMILIES, check_length, find_family, lowest_layers, stored_bits
+from rewardmodel.model.families import check_length, find_family, lowest_layers, stored_bits
 from rewardmodel.model.precision import compute_dtype, dtype_name, quantization_name
 from rewardmodel.model.weights import fetch_backbone
 from rewardmodel.planning.devices import find_device
@@ -54,7 +53,7 @@ def doctor(
     backbone = lowest_layers(AutoConfig.from_pretrained(folder), recipe.model.num_hidden_layers)
     check_length(backbone, recipe.prompt.max_length)
     target, launch = find_device(device), launched or current_launch()
-    dtype, problems = _choose_precision(recipe, backbone, target, launch, here=device in (None, "cpu"))
+    dtype, problems, configuration = _choose_precision(recipe, backbone, target, launch, device in (None, "cpu"))
     bits = stored_bits(backbone)
     form = f"stored in {bits} bits" if bits else quantization_name(recipe.model) or "not quantised"
     diagnosis = Diagnosis(
@@ -63,7 +62,7 @@ def doctor(
         ", ".join([recipe.model.model_name_or_path, backbone.model_type, form]),
         f"{dtype_name(dtype)}: {_explain_precision(recipe.model, backbone, target, dtype)}",
         _explain_attention(recipe.model, backbone.model_type, dtype, target),
-        _list_notes(recipe, backbone.model_type, target),
+        _list_notes(recipe, configuration, target),
         problems,
         None,
     )
@@ -95,15 +94,21 @@ def doctor(
         backbone=f"{diagnosis.backbone}, {size}",
         problems=problems,
         estimate=Estimate(
-            scenario.workload, training, inference, estimate_hours(scenario), fix, _list_faster(scenario), elsewhere
+            scenario.workload,
+            training,
+            inference,
+            estimate_hours(scenario),
+            fix,
+            _list_faster(scenario, configuration.liger),
+            elsewhere,
         ),
     )
 
 
 def _choose_precision(
     recipe: Recipe, backbone: Any, device: Device, launch: Launch, here: bool
-) -> tuple[torch.dtype, list[str]]:
-    """Return the precision of the forward pass on a device, and the recipe's incompatible settings there."""
+) -> tuple[torch.dtype, list[str], Configuration]:
+    """Return the precision of the forward pass on a device, the incompatible settings there, and all settings."""
     model, problems, dtype = recipe.model, [], torch.float32
     if model.device not in ("auto", device.kind):
         problems.append(f"model.device: {model.device} is requested, but {device.name} is {device.kind}; set auto")
@@ -115,7 +120,7 @@ def _choose_precision(
     configuration = Configuration.of(
         model, backbone, device.kind, dtype, device.capability, recipe.trainer, launch, here
     )
-    return dtype, problems + incompatibilities(configuration)
+    return dtype, problems + incompatibilities(configuration), configuration
 
 
 def _explain_precision(model: ModelConfig, backbone: Any, device: Device, dtype: torch.dtype) -> str:
@@ -144,11 +149,10 @@ def _explain_attention(model: ModelConfig, model_type: str, dtype: torch.dtype, 
     return f"{used}: {why}; {cost}" + (f" (also supported: {', '.join(others)})" if others else "")
 
 
-def _list_notes(recipe: Recipe, model_type: str, device: Device) -> list[str]:
+def _list_notes(recipe: Recipe, configuration: Configuration, device: Device) -> list[str]:
     """Return what works and is worth knowing."""
     notes = []
-    ampere = device.capability is not None and device.capability >= (8, 0)
-    if ampere and model_type in LIGER_FAMILIES and find_spec("liger_kernel") is None:
+    if configuration.misses_liger:
         notes.append(
             "model.use_liger_kernel: pip install 'rewardmodel[gpu]' for fewer and faster operations; Llama-3-8B trains "
             "and predicts 1.2 times as fast with them on an H200"
@@ -194,40 +198,44 @@ def _find_fix(scenario: Scenario) -> str | None:
     return None
 
 
-# key of `trainer`, value, why training is faster with it
-FASTER = (
-    ("gradient_checkpointing", False, "no layer is computed twice"),
-    ("torch_compile", True, "operations take longer to start than to compute here, and compiled layers have fewer"),
-)
-
 LEAST_TOKENS = 4096
-"""Tokens of a micro-batch below which a GPU's matrix products are slow, so that nothing is gained by keeping less."""
+"""Tokens of a micro-batch below which matrix products are slow on a GPU: an assumption."""
 
 
-def _list_faster(scenario: Scenario) -> list[Faster]:
-    """Return the settings of `FASTER` that are not set, fit, and would save a tenth of training's hours or more."""
+def _list_faster(scenario: Scenario, liger: bool) -> list[Faster]:
+    """Return settings that can be changed, fit, and would save a tenth of training's hours or more.
+
+    Args:
+        scenario: on a GPU; on a CPU nothing is listed.
+        liger: whether liger's kernels are used, in whose place compiled blocks would be.
+    """
+    trainer, current = scenario.recipe.trainer, estimate_training(scenario)
+    kept = "activation_checkpointing" if trainer.get("activation_checkpointing") else "gradient_checkpointing"
+    # whether there is something to change, key of `trainer`, value, why training is faster with it
+    changes = (
+        (scenario.checkpointing, kept, False, "no layer is computed twice"),
+        (
+            not trainer.get("torch_compile") and not liger,
+            "torch_compile",
+            True,
+            "operations take longer to start than to compute here, and compiled layers have fewer; not measured",
+        ),
+    )
     found, hours = [], estimate_hours(scenario).training
-    for key, value, reason in FASTER if scenario.gpu and measure_peaks(scenario).packed else ():
+    for possible, key, value, reason in changes if scenario.gpu and measure_peaks(scenario).packed else ():
         changed = scenario.with_changes({}, {key: value}, {})
-        if bool(scenario.recipe.trainer.get(key)) == value or _problems_of(changed):
+        problems = _choose_precision(changed.recipe, changed.backbone, changed.device, changed.launch, here=False)[1]
+        if not possible or problems:
             continue
         needs, faster = estimate_training(changed), estimate_hours(changed).training
-        if (
-            needs.fits
-            and needs.tokens >= min(LEAST_TOKENS, estimate_training(scenario).tokens)
-            and faster <= 0.9 * hours
-        ):
+        if needs.fits and needs.tokens >= min(LEAST_TOKENS, current.tokens) and faster <= 0.9 * hours:
             found.append(Faster(f"{key} {str(value).lower()}", reason, faster, needs.tokens))
     return found
 
 
-def _problems_of(scenario: Scenario) -> list[str]:
-    return _choose_precision(scenario.recipe, scenario.backbone, scenario.device, scenario.launch, here=False)[1]
-
-
 def _estimate_on(scenario: Scenario, device: Device) -> OtherGpu:
     """Return memory and time of a scenario on another GPU, or the first setting that is incompatible there."""
-    dtype, problems = _choose_precision(scenario.recipe, scenario.backbone, device, scenario.launch, here=False)
+    dtype, problems, _ = _choose_precision(scenario.recipe, scenario.backbone, device, scenario.launch, here=False)
     if problems:
         return OtherGpu(device, dtype_name(dtype), problems[0])
     scenario = replace(scenario, device=device, dtype=dtype)

@@ -35,7 +35,8 @@ UTILISATION = {"cuda": 0.35, "cpu": 0.5}
 
 MEASURED_UTILISATION = 0.45
 """The same of a GPU of this machine, relative to its measured speed, which is less than a data sheet's. Llama-3-8B
-reached .47 to .61 in training and .58 to .72 in prediction on an H200 (scripts/results/gpu.json)."""
+reached .47 with activations kept and .58 in prediction on an H200, and .59 and .72 with liger's kernels
+(scripts/results/gpu_without_liger.json, gpu.json)."""
 
 FP8_SPEED = 1.15
 """Speed of a backbone with MLPs in fp8, quantisation of activations included, relative to bfloat16: an estimate. By the
@@ -203,7 +204,7 @@ class Hours:
 def estimate_hours(scenario: Scenario) -> Hours:
     """Return the hours of training, its evaluations, and the prediction of the validation battles.
 
-    Floating-point operations (`planning.devices.count_flops`) by the share `UTILISATION` of the device's speed; on a
+    Floating-point operations (`planning.devices.count_flops`) by the share `utilisation` of the device's speed; on a
     GPU at least `LAUNCH_SECONDS` per operation.
     """
     recipe, workload, size = scenario.recipe, scenario.workload, measure_peaks(scenario).size

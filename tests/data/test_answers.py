@@ -154,6 +154,14 @@ def test_scores_of_a_chosen_and_a_rejected_one_make_soft_outcomes_too(tmp_path):
         ),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "score_scale: the format preference has no scores here; lea"),
         (CHOICES, "score_scale: the format preference has no scores here; leave it out"),
+        (
+            CHOICES | {"score_chosen": 2, "score_rejected": 1},
+            "score_scale: lists of chosen and rejected answers have no",
+        ),
+        (
+            {"prompt": "q", "response_a": "a", "response_b": "b", "winner": "a", "score_chosen": 1},
+            "the format competit",
+        ),
     ],
 )
 def test_a_scale_of_scores_is_refused_where_there_are_none(tmp_path, row, message):

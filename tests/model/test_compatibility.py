@@ -64,9 +64,16 @@ CASES = [
     (configured({"attn_implementation": "varlen"}, dtype="float32"), "varlen computes in bfloat16 and float16 only"),
     (configured({"attn_implementation": "varlen"}), "varlen needs torch 2.11 or later; leave it out, or upgrade"),
     (configured(trainer={"optim": "lomo"}), "trainer.optim: lomo and adalomo update weights in every backward pass"),
-    (configured({"use_liger_kernel": True}, device="cpu", capability=None), "use_liger_kernel: needs a GPU; leave it"),
-    (configured({"use_liger_kernel": True}, model_type="gemma"), "use_liger_kernel: is known for gemma2, gemma3_text,"),
+    (
+        configured({"use_liger_kernel": True}, device="cpu", capability=None),
+        "use_liger_kernel: needs a GPU; set it false",
+    ),
+    (
+        configured({"use_liger_kernel": True}, model_type="gemma"),
+        r"not known for gemma \(silu\), but for gemma2 \(gelu_p",
+    ),
     (configured({"use_liger_kernel": True}), r"needs the package liger-kernel; run: pip install 'rewardmodel\[gpu\]'"),
+    (configured({"use_liger_kernel": True}, activation="relu"), r"not known for llama \(relu\), .* llama \(silu\)"),
     (
         configured({"use_liger_kernel": True}, trainer={"torch_compile": True}, here=False),
         "torch_compile generates kernels for the",

@@ -52,6 +52,8 @@ def test_only_this_decoder_and_rotations_on_gpus_change(backbone, tokenizer, lig
     assert modeling_llama.apply_rotary_pos_emb.without_liger is plain
     assert_same(logits(other, batch), before)
     assert not logits(one, batch).any()
+    load_classifier(resolve_backbone(config_of(backbone("llama"))), JOINT_HEAD)
+    assert modeling_llama.apply_rotary_pos_emb is plain
 
 
 def configured(monkeypatch, installed=True, **changes):
@@ -73,6 +75,8 @@ def configured(monkeypatch, installed=True, **changes):
         ({"capability": None, "device": "cpu"}, False),
         ({"installed": False}, False),
         ({"model_type": "olmo2"}, False),
+        ({"activation": "relu"}, False),
+        ({"model_type": "gemma2", "activation": "gelu_pytorch_tanh"}, True),
         ({"trainer": {"torch_compile": True}}, False),
         ({"launch": Launch(2, "fsdp", 2)}, False),
         ({"model": ModelConfig(use_peft=False)}, False),
@@ -82,3 +86,10 @@ def configured(monkeypatch, installed=True, **changes):
 )
 def test_liger_is_used_where_it_can_be_and_nothing_else_generates_kernels(changes, used, monkeypatch):
     assert bool(configured(monkeypatch, **changes).liger) == used
+
+
+def test_a_missing_package_is_told_apart_from_what_it_could_not_compute(monkeypatch):
+    assert configured(monkeypatch, installed=False).misses_liger
+    assert not configured(monkeypatch).misses_liger
+    assert not configured(monkeypatch, installed=False, capability=(7, 5)).misses_liger
+    assert not configured(monkeypatch, installed=False, model=ModelConfig(use_liger_kernel=False)).misses_liger
