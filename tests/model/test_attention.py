@@ -264,10 +264,11 @@ def flash_by_hand(calls):
 def varlen_by_hand(calls):
     """Return what stands in for torch's `varlen_attn`, and keeps its arguments in `calls`."""
 
-    def attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+    def attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=None):
         assert window_size[1] == 0
         window = None if window_size[0] < 0 else window_size[0] + 1
-        assert enable_gqa == (query.shape[1] != key.shape[1])
+        told = "enable_gqa" in attention._PARAMETERS  # since torch 2.13
+        assert enable_gqa == (query.shape[1] != key.shape[1] if told else None)
         calls.append({"window": window, "softcap": None, "cu_seq_lens_q": cu_seq_q, "cu_seq_lens_k": cu_seq_k,
                       "max_length_q": max_q, "max_length_k": max_k})  # fmt: skip
         return attend_by_hand(query, key, value, cu_seq_q.tolist(), cu_seq_k.tolist(), scale, window)
@@ -327,7 +328,7 @@ def test_kernels_get_one_dtype_under_autocast_where_all_weights_train_in_float32
 def test_a_kernel_is_told_of_grouped_queries_only_if_it_takes_the_argument(alone, monkeypatch):
     def attend(query, key, value, *args, scale, window_size):
         assert query.shape[1] == 2 * key.shape[1] == 2 * value.shape[1]
-        return varlen_by_hand([])(query, key, value, *args, scale=scale, window_size=window_size, enable_gqa=True)
+        return varlen_by_hand([])(query, key, value, *args, scale=scale, window_size=window_size)
 
     monkeypatch.setattr(attention, "varlen_attn", attend)
     monkeypatch.setattr(attention, "_PARAMETERS", {})
