@@ -107,6 +107,13 @@ def fuse_projections(model: Any, join: Join | None = None) -> None:
             _compute_by(_Group([module], None))
 
 
+def separate_projections(model: Any) -> None:
+    """Let the linear layers of a model compute one by one again; their frozen weights stay where they are, as views."""
+    for module in model.modules():
+        if module.__dict__.get("forward") and isinstance(module, LoraLayer | torch.nn.Linear):
+            del module.forward
+
+
 def _compute_by(group: _Group) -> None:
     for number, layer in enumerate(group.layers):
         layer.forward = partial(group.forward, number)

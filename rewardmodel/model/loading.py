@@ -22,7 +22,7 @@ from rewardmodel.model.backbone import Backbone, resolve_saved_backbone
 from rewardmodel.model.families import FAMILIES, find_family, stored_bits
 from rewardmodel.model.forward import Predictor
 from rewardmodel.model.fp8 import quantise_model
-from rewardmodel.model.fusion import fuse_projections
+from rewardmodel.model.fusion import fuse_projections, separate_projections
 from rewardmodel.model.heads import FloatLinear, check_loaded, classifier_class, head_names
 from rewardmodel.model.liger import plain_rotation, use_liger
 from rewardmodel.model.lora import add_lora
@@ -220,7 +220,9 @@ def unwrap(model: Any) -> Any:
 
 
 def compile_blocks(model: Any, **options: Any) -> None:
-    """Compile the blocks of a decoder in place, each for all lengths; they are alike, so few graphs serve all.
+    """Compile the blocks of a decoder in place, each for all lengths; they are alike, so two graphs serve all.
+
+    The first block has one of its own, because its input needs no gradient. Projections compute one by one again.
 
     Args:
         model: a classifier, with or without adapters.
@@ -235,6 +237,7 @@ def compile_blocks(model: Any, **options: Any) -> None:
             "are padded; leave it out"
         )
     keep_floats_constant()
+    separate_projections(model)  # groups of layers are objects of their own, for each of which torch would compile
     plain = unwrap(model)
     for block in getattr(plain, plain.base_model_prefix).layers:
         block.compile(dynamic=True, **options)

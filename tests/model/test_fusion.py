@@ -1,12 +1,12 @@
 import pytest
 import torch
-from builders import ENCODERS, FAMILIES, assert_same, config_of, parametrize_some, rows_of
+from builders import ENCODERS, FAMILIES, assert_same, config_of, make_backbone, parametrize_some, rows_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rewardmodel.model import loading
 from rewardmodel.model.backbone import resolve_backbone
 from rewardmodel.model.forward import choose_batching
-from rewardmodel.model.fusion import fuse_projections, join_layers
+from rewardmodel.model.fusion import fuse_projections, join_layers, separate_projections
 from rewardmodel.model.loading import build_model
 from rewardmodel.model.precision import autocast
 from rewardmodel.objectives import JOINT_HEAD
@@ -46,6 +46,38 @@ def apart(backbone, monkeypatch):
         return model.eval(), choose_batching(model, tokenizer.pad_token_id).collate(rows_of(tokenizer, 2))
 
     return build
+
+
+@pytest.mark.slow  # seconds in torch's compiler
+@pytest.mark.filterwarnings("ignore")  # of it about itself
+def test_two_graphs_serve_all_compiled_blocks_and_learn_the_same(tmp_path):
+    config = config_of(make_backbone("llama", tmp_path, num_hidden_layers=5), lora_dropout=0.0)
+    model, tokenizer = build_model(resolve_backbone(config), JOINT_HEAD, seed=0)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(weight.numel()))
+    batch = choose_batching(model, tokenizer.pad_token_id).collate(rows_of(tokenizer, 2))
+    names, weights = zip(*((name, one) for name, one in model.named_parameters() if one.requires_grad), strict=True)
+
+    def learn():  # not `learnt`: torch compiles nothing while operations are counted
+        logits = model(**batch).logits
+        return logits.detach(), torch.autograd.grad(logits.log_softmax(-1)[:, 0].sum(), weights)
+
+    separate_projections(model)
+    logits, gradients = learn()
+    fuse_projections(model)
+    graphs = []
+    torch.compiler.reset()
+    try:
+        loading.compile_blocks(model, backend=lambda graph, _: graphs.append(graph) or graph)
+        found, compiled = learn()
+    finally:
+        torch.compiler.reset()
+    assert len(graphs) == 2  # the first block's input needs no gradient
+    assert_same(found, logits)
+    for name, gradient, other in zip(names, gradients, compiled, strict=True):
+        assert gradient.any(), name
+        assert_same(other, gradient)
 
 
 def learnt(model, batch, dtype=torch.float32):
