@@ -222,7 +222,7 @@ def unwrap(model: Any) -> Any:
 def compile_blocks(model: Any, **options: Any) -> None:
     """Compile the blocks of a decoder in place, each for all lengths; they are alike, so two graphs serve all.
 
-    The first block has one of its own, because its input needs no gradient. Projections compute one by one again.
+    The first block has a separate one, because its input needs no gradient. Projections compute one by one again.
 
     Args:
         model: a classifier, with or without adapters.
@@ -237,7 +237,7 @@ def compile_blocks(model: Any, **options: Any) -> None:
             "are padded; leave it out"
         )
     keep_floats_constant()
-    separate_projections(model)  # groups of layers are objects of their own, for each of which torch would compile
+    separate_projections(model)  # torch would compile again for each group of layers
     plain = unwrap(model)
     for block in getattr(plain, plain.base_model_prefix).layers:
         block.compile(dynamic=True, **options)
