@@ -106,6 +106,9 @@ PARTS = {
 }
 """All parts, in the order in which those of one shape and precision run."""
 
+SAME_ANYWHERE = ("apart", "waiting", "profile", "doctor")
+"""Parts in which one kind of attention is like another."""
+
 SPEEDS = (
     "training",
     "kept",
@@ -127,13 +130,14 @@ def jobs(parts: list[str], shapes: list[str], precisions: list[str]) -> list[Job
 
     The competitors of `transformers` and TRL hold weights in 4 bits, or in 16 where ours is not measured in 4. Tiny
     shapes show only whether a part runs, so the second one, whose attention is another, runs in the first precision
-    alone.
+    alone, and without `SAME_ANYWHERE`.
     """
     stock = "nf4" if "nf4" in precisions else "bf16"
     plan: list[tuple[str, str, str]] = [("prepare", "", ""), ("matrix", "", "")]
     for shape in shapes:
         for precision in precisions[:1] if shape == "tiny-gemma2" else precisions:
             names = [name for name, part in PARTS.items() if part.each in {"precision", "first"}]
+            names = [name for name in names if shape != "tiny-gemma2" or name not in SAME_ANYWHERE]
             first = precision == precisions[0]
             plan += [(name, shape, precision) for name in names if first or PARTS[name].each == "precision"]
         plan += [(name, shape, stock) for name, part in PARTS.items() if part.each == "shape"]
