@@ -43,7 +43,7 @@ class Waits(TrainerCallback):
         """Leave out what belongs to no step."""
         torch.cuda.set_sync_debug_mode("default")
         self._step.close()
-        synchronising = [one for one in self._warnings if "synchroniz" in str(one.message)]
+        synchronising = [one for one in self._warnings if "called a synchronizing" in str(one.message)]
         self.places.update(f"{Path(one.filename).name}:{one.lineno}" for one in synchronising)
 
 

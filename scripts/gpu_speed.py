@@ -231,9 +231,11 @@ def stock_training(bench: Bench, job: Job, until: float) -> dict:
         plan = replace(plan, dtype=torch.bfloat16)  # TRL casts adapters of a quantised backbone to it
     with plan.weights():
         model, trainer_of = bench_training.COMPETITORS[job.part](plan)
-    as_shipped(model)
+    own = job.part == "separate"
+    if not own:
+        as_shipped(model)
     draw_head(model, plan.seed)
-    return warmed_training(bench, plan, model, trainer_of, until, own=job.part == "separate")
+    return warmed_training(bench, plan, model, trainer_of, until, own)
 
 
 def measure_inference(

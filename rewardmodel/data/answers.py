@@ -9,7 +9,7 @@ from collections.abc import Callable
 from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
-from rewardmodel.data.pairs import Message, join_prompt, parse_preference, read_prompt, split_turns, toss
+from rewardmodel.data.pairs import Message, join_prompt, parse_preference, read_prompt, score_lead, split_turns, toss
 from rewardmodel.data.raw_row import RawRow, is_missing, shorten
 from rewardmodel.data.text_lists import is_message, is_sequence
 
@@ -106,9 +106,8 @@ def parse_answers(row: RawRow, prompt: str, column: str) -> list[dict[str, Any]]
 
 def _lead(one: Answer, two: Answer, scored: bool) -> float | None:
     """Return how much better the first answer is; None if it is, and their grades do not say how much."""
-    if one.grade == two.grade:
-        return 0.0
-    return one.grade - two.grade if scored else None
+    lead = score_lead(one.grade, two.grade)
+    return lead if scored or lead == 0 else None
 
 
 def _read_answer(row: RawRow, column: str, place: int, entry: Any, graded_by: str | None) -> Answer:

@@ -66,8 +66,8 @@ def parse_preference(row: RawRow) -> list[dict[str, Any]]:
     """
     prompt, better, worse = _read_pair(row, "chosen", "rejected")
     hint = "give a score, or ignore the column with columns: {score_chosen: null, score_rejected: null}"
-    scores = [row.read_number(f"score_{name}", hint) for name in ("chosen", "rejected")]
-    lead = None if None in scores else scores[0] - scores[1]  # type: ignore[operator]
+    score, other = (row.read_number(f"score_{name}", hint) for name in ("chosen", "rejected"))
+    lead = None if score is None or other is None else score_lead(score, other)
     if lead == 0:
         row.notes["pair", "with equal scores, read as tied"] += 1
     elif lead is not None and lead < 0:
@@ -77,6 +77,11 @@ def parse_preference(row: RawRow) -> list[dict[str, Any]]:
         row.notes["pair", "without scores, read as labelled"] += 1
     models = (row.read_text("chosen_model"), row.read_text("rejected_model"))
     return [toss(row, prompt, (better, worse), models, lead)]
+
+
+def score_lead(better: float, worse: float) -> float:
+    """Return how much higher the better one's score is; 0 if they are equal, infinite ones too."""
+    return 0.0 if better == worse else better - worse
 
 
 def toss(

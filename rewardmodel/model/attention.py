@@ -95,7 +95,7 @@ def keep_floats_constant() -> None:
     """Let torch's compiler take the floats that functions capture, like a soft cap, as constants.
 
     With dynamic shapes it makes tensors on the CPU of them, which the kernels of flex_attention cannot read
-    (torch 2.10 to 2.13).
+    (torch 2.11 and 2.13).
     """
     torch._dynamo.config.specialize_float = True
 

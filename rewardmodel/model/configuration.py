@@ -14,6 +14,7 @@ from rewardmodel.model.attention import HAS_VARLEN
 from rewardmodel.model.families import LIGER_FAMILIES, Family, find_family, stored_bits
 
 LIGER_MISSING = "needs the package liger-kernel; run: pip install 'rewardmodel[gpu]', or set it false"
+"""Why liger's kernels cannot compute where nothing but their package is missing."""
 
 
 @dataclass(frozen=True)

@@ -218,14 +218,15 @@ def _list_faster(scenario: Scenario, liger: bool) -> list[Faster]:
             not trainer.get("torch_compile") and not liger,
             "torch_compile",
             True,
-            "operations take longer to start than to compute here, and compiled layers have fewer; not measured",
+            "operations take longer to start than to compute here, and compiled layers have fewer (not measured)",
         ),
     )
     found, hours = [], estimate_hours(scenario).training
-    for possible, key, value, reason in changes if scenario.gpu and measure_peaks(scenario).packed else ():
+    for possible, key, value, reason in changes:
+        if not (possible and scenario.gpu and measure_peaks(scenario).packed):
+            continue
         changed = scenario.with_changes({}, {key: value}, {})
-        problems = _choose_precision(changed.recipe, changed.backbone, changed.device, changed.launch, here=False)[1]
-        if not possible or problems:
+        if _choose_precision(changed.recipe, changed.backbone, changed.device, changed.launch, here=False)[1]:
             continue
         needs, faster = estimate_training(changed), estimate_hours(changed).training
         if needs.fits and needs.tokens >= min(LEAST_TOKENS, current.tokens) and faster <= 0.9 * hours:

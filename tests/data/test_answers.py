@@ -139,10 +139,11 @@ def test_scores_make_soft_outcomes_at_a_scale(tmp_path, key):
 def test_scores_of_a_chosen_and_a_rejected_one_make_soft_outcomes_too(tmp_path):
     rows = [
         {"prompt": f"q{n}", "chosen": "a", "rejected": "b", "score_chosen": one, "score_rejected": other}
-        for n, (one, other) in enumerate([(3, 1), (2, 2), (1, 2)])
+        for n, (one, other) in enumerate([(3, 1), (2, 2), (1, 2), ("inf", "inf"), ("inf", 2)])
     ]
     found = p_of_better(read(tmp_path, *rows, score_scale=1.0))
-    assert found == [pytest.approx(one, abs=1e-6) for one in [(0.880797, 0), (0, 1), (0.268941, 0)]]
+    expected = [(0.880797, 0), (0, 1), (0.268941, 0), (0, 1), (1, 0)]
+    assert found == [pytest.approx(one, abs=1e-6) for one in expected]
 
 
 @pytest.mark.parametrize(
